@@ -1,0 +1,60 @@
+# Two commands do everything: `make demo` and `make test`. Both create .venv and install locked versions first.
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= demo
+DATA ?=
+TORCH ?= yes
+WORKERS ?= 2
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test test-slow lint lock clean help
+
+help:
+	@echo "make demo [DATA=folder] [OUT=folder]  exams -> shards -> pretraining -> weights -> scores -> report.html"
+	@echo "make test [TORCH=no]                  the test suite; TORCH=no leaves PyTorch out and compares with frozen references"
+	@echo "make test-slow                        the tests that take minutes (the full demo among them)"
+	@echo "make lint                             ruff"
+	@echo "make lock                             renew requirements/*.txt from setup.py"
+	@echo "make clean                            remove .venv and demo/"
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"error: $(PYTHON) is Python {v[0]}.{v[1]}, but 3.11 or newer is needed; name one with make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo-installed: requirements/demo.txt setup.py | $(VENV)/bin/python
+	$(VENV)/bin/pip install --quiet --requirement requirements/demo.txt
+	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.test-installed: requirements/test.txt setup.py | $(VENV)/bin/python
+	$(VENV)/bin/pip install --quiet --requirement requirements/test.txt
+	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.torch-installed: requirements/torch.txt $(VENV)/.test-installed
+	$(VENV)/bin/pip install --quiet --requirement requirements/torch.txt --constraint requirements/test.txt
+	@touch $@
+
+demo: $(VENV)/.demo-installed
+	$(VENV)/bin/python -m curia_jax.demo --output='$(OUT)' $(if $(DATA),--data='$(DATA)')
+
+TEST_READY = $(VENV)/.test-installed $(if $(filter yes,$(TORCH)),$(VENV)/.torch-installed)
+
+test: $(TEST_READY)
+	$(VENV)/bin/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal
+
+test-slow: $(TEST_READY)
+	$(VENV)/bin/python -m pytest -m slow --numprocesses=1
+
+lint: $(VENV)/.test-installed
+	$(VENV)/bin/ruff check .
+
+# --universal: one file serves Python 3.11 to 3.13 on Linux and macOS. PyTorch stays in a file of its own, because which
+# build fits (CPU or CUDA) is the machine's matter.
+lock: $(VENV)/bin/python
+	$(VENV)/bin/pip install --quiet uv
+	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --no-header --extra demo setup.py -o requirements/demo.txt
+	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --no-header --extra test --extra lint --extra plan -c requirements/demo.txt setup.py -o requirements/test.txt
+
+clean:
+	rm -rf $(VENV) demo

@@ -1,0 +1,1 @@
+"""Pretraining, conversion and evaluation of a radiology foundation model in JAX."""

@@ -1,0 +1,176 @@
+"""Checkpoints: what is saved, when, and how it is found again.
+
+`<workdir>/checkpoints/<step>/` holds two items: `state`, the arrays of the train state, and `meta`, a small JSON with
+the run's config and the number of examples seen. That number is the whole data state, so a run goes on with another
+number of hosts, chips or another batch size.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from data_pipeline.errors import UserError
+
+FOLDER = "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A checkpoint read without devices.
+
+    Attributes:
+      params: nested dict of float32 numpy arrays.
+      config: the run's config as a plain dict; `config["model"]` are the arguments of `mae.config`.
+      step: optimizer steps taken.
+      examples_seen: examples that the steps consumed.
+      path: folder of this step.
+    """
+
+    params: dict[str, Any]
+    config: dict[str, Any]
+    step: int
+    examples_seen: int
+    path: str
+
+
+class Checkpointer:
+    """Saves and restores the train state of a work directory.
+
+    Args:
+      workdir: folder of the run; local or an object-store URL.
+      keep: newest checkpoints kept.
+      keep_every_steps: checkpoints at multiples of this are kept for good; None for none.
+    """
+
+    def __init__(self, workdir: str, *, keep: int = 3, keep_every_steps: int | None = None) -> None:
+        policies: list[Any] = [ocp.training.preservation_policies.LatestN(keep)]
+        if keep_every_steps is not None:
+            policies.append(ocp.training.preservation_policies.EveryNSteps(keep_every_steps))
+        # Orbax accepts a relative path here and fails at the first save.
+        self._folder = epath.Path(workdir).expanduser().absolute() / FOLDER
+        self._orbax = ocp.training.Checkpointer(
+            self._folder,
+            preservation_policy=ocp.training.preservation_policies.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        """Newest finished checkpoint."""
+        latest = self._orbax.latest
+        return None if latest is None else int(latest.step)
+
+    def save(self, step: int, state: Any, *, config: Mapping[str, Any], examples_seen: int) -> None:
+        """Starts saving in the background; waits first for a save that is still running."""
+        meta = {"config": dict(config), "examples_seen": int(examples_seen)}
+        self._orbax.save_checkpointables_async(step, {"state": state, "meta": meta}, force=True)
+
+    def wait(self) -> None:
+        """Returns when what was saved is on disk."""
+        self._orbax.wait()
+
+    def restore(self, abstract: Any) -> tuple[Any, dict[str, Any]]:
+        """The newest state on the devices, and its meta.
+
+        Args:
+          abstract: ShapeDtypeStructs with shardings; any mesh will do, whatever the one it was saved from.
+
+        Raises:
+          UserError: the checkpoint holds other tensors than `abstract` (another model size, say).
+        """
+        step = self.latest_step
+        _check_shapes(self._folder / str(step), abstract)
+        loaded = self._orbax.load_checkpointables(step, {"state": abstract, "meta": None})
+        return loaded["state"], loaded["meta"]
+
+    def close(self) -> None:
+        self._orbax.close()
+
+
+def _tensors(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    # A restored tree has plain containers where the live one has named tuples: compare names without the brackets.
+    return {
+        "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path): tuple(leaf.shape)
+        for path, leaf in leaves
+    }
+
+
+def _check_shapes(folder: epath.Path, abstract: Any) -> None:
+    found = _tensors(ocp.metadata(folder).metadata)
+    wanted = _tensors(abstract)
+    wrong = [
+        f"{name} is {found[name]} in the checkpoint, {shape} in the config"
+        for name, shape in wanted.items()
+        if found.get(name, shape) != shape
+    ]
+    missing = [f"{name} is not in the checkpoint" for name in wanted if name not in found]
+    extra = [f"{name} is in the checkpoint alone" for name in found if name not in wanted]
+    problems = wrong + missing + extra
+    if problems:
+        raise UserError(
+            f"checkpoint {folder} does not fit this config's model ({len(problems)} tensors differ): {'; '.join(problems[:3])}"
+            f"{'; …' if len(problems) > 3 else ''}. Use the config it was trained with, or another --workdir"
+        )
+
+
+def find(path: str, step: int | None = None) -> epath.Path:
+    """The folder of one step.
+
+    Args:
+      path: a work directory, its `checkpoints` folder, or the folder of a step.
+      step: the newest unless given.
+
+    Raises:
+      UserError: there is no finished checkpoint, or not of this step.
+    """
+    folder = epath.Path(path).expanduser().absolute()
+    if not folder.exists():
+        raise UserError(f"no checkpoint at {path}: there is no such folder")
+    if (folder / FOLDER).exists():
+        folder /= FOLDER
+    if ocp.is_orbax_checkpoint(folder) and folder.name.isdigit():
+        if step not in (None, int(folder.name)):
+            raise UserError(
+                f"{path} is the checkpoint of step {folder.name}, not of {step}; leave --step out or name the work directory"
+            )
+        return folder
+    steps = (
+        sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and ocp.is_orbax_checkpoint(p))
+        if folder.is_dir()
+        else []
+    )
+    if not steps:
+        raise UserError(
+            f"no finished checkpoint in {path}; a work directory of curia_jax.pretrain has some in its folder {FOLDER}/"
+        )
+    if step is not None and step not in steps:
+        raise UserError(f"no checkpoint of step {step} in {path}; there are: {', '.join(map(str, steps))}")
+    return folder / str(steps[-1] if step is None else step)
+
+
+def load(path: str | Path, step: int | None = None) -> Loaded:
+    """Reads parameters and config as numpy, whatever mesh they were saved from. Needs no accelerator.
+
+    Args:
+      path: a work directory, its `checkpoints` folder, or the folder of a step.
+      step: the newest unless given.
+
+    Raises:
+      UserError: there is no finished checkpoint, or not of this step.
+    """
+    folder = find(str(path), step)
+    shapes = ocp.metadata(folder).metadata["params"]
+    abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        loaded = ocp.load_checkpointables(folder, {"state": {"params": abstract}, "meta": None})
+    meta = loaded["meta"]
+    return Loaded(loaded["state"]["params"], meta["config"], int(folder.name), int(meta["examples_seen"]), str(folder))

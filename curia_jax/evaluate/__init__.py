@@ -1,0 +1,1 @@
+"""Scores of frozen features: kNN, ridge and logistic probes, with intervals from a bootstrap over patients."""

@@ -1,0 +1,159 @@
+"""Labels of a shard folder: which there are, whether one can be probed, and their class numbers."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Int, Shaped
+
+from data_pipeline.errors import UserError
+
+# Columns that every shard folder has and that can stand in for clinical labels.
+TECHNICAL = ("modality", "plane", "body_part")
+_UNKNOWN = ("", "unknown")
+PREFIX = "label_"
+# Cases are chosen by these; the index has more splits only if somebody made his own.
+FIT, HELD_OUT, TEST = SPLITS = ("train", "validation", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """The labelled slices of one split.
+
+    Attributes:
+      slices: slice numbers within the split.
+      names: class name of each.
+      patients, series: pseudonyms of each.
+    """
+
+    slices: Int[np.ndarray, " n"]
+    names: Shaped[np.ndarray, " n"]
+    patients: Shaped[np.ndarray, " n"]
+    series: Shaped[np.ndarray, " n"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One label over the splits of a shard folder.
+
+    Attributes:
+      name: as it appears in results.
+      classes: names of the classes that can be learned; the class number is the position. The second of two is the
+        positive one.
+      unseen: classes that the test split alone holds. They are numbered on from `classes`, so that no score is theirs
+        and their cases count as wrong.
+      splits: split name -> its labelled slices; a split without any has none.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    unseen: tuple[str, ...]
+    splits: dict[str, Labelled]
+
+    def targets(self, split: str) -> Int[np.ndarray, " n"]:
+        """Class number of each labelled slice."""
+        number = {name: i for i, name in enumerate(self.classes + self.unseen)}
+        return np.array([number[name] for name in self.splits[split].names.tolist()], np.int64)
+
+
+def read_index(shards: str | Path) -> pa.Table:
+    """The index of a shard folder.
+
+    Raises:
+      UserError: there is none.
+    """
+    path = Path(shards) / "index.parquet"
+    if not path.is_file():
+        run = (Path(shards) / "checkpoints").exists()
+        hint = " (which looks like a work directory of curia_jax.pretrain)" if run else ""
+        raise UserError(f"no index.parquet in {shards}{hint}; --shards takes the folder that data_pipeline.build wrote")
+    return pq.read_table(path)
+
+
+def available(index: pa.Table) -> list[str]:
+    """Names that `task` takes: the labels first, then the technical columns."""
+    own = [name.removeprefix(PREFIX) for name in index.column_names if name.startswith(PREFIX)]
+    return own + [name for name in TECHNICAL if name in index.column_names]
+
+
+def task(index: pa.Table, label: str, name: str | None = None) -> Task:
+    """One label as a classification task.
+
+    Slices without a value (null, empty, "unknown") do not take part.
+
+    Args:
+      index: rows in the order of the slices of each split.
+      label: a label, or one of TECHNICAL.
+      name: what to call the task; the label unless given.
+
+    Raises:
+      UserError: there is no such label, or it cannot be probed (see `obstacle`).
+    """
+    if label not in available(index):
+        raise UserError(f"no label {label!r} in the shards; there are: {', '.join(available(index))}")
+    found = _task(index, label, name or label)
+    problem = obstacle(found)
+    if problem:
+        raise UserError(f"label {label!r} cannot be probed: {problem}")
+    return found
+
+
+def problem(index: pa.Table, label: str) -> str | None:
+    """Why a label that is there cannot be probed, in words; None if it can. The order of the rows does not matter."""
+    return obstacle(_task(index, label, label))
+
+
+def _task(index: pa.Table, label: str, name: str) -> Task:
+    column = PREFIX + label if PREFIX + label in index.column_names else label
+    split_of = _strings(index, "split")
+    values, patients, series = (_strings(index, c) for c in (column, "patient", "series"))
+    known = ~np.isin(values, _UNKNOWN)
+    splits = {}
+    for split in (FIT, HELD_OUT, TEST):
+        rows = np.flatnonzero(split_of == split)
+        slices = np.flatnonzero(known[rows])
+        chosen = rows[slices]
+        splits[split] = Labelled(slices, values[chosen], patients[chosen], series[chosen])
+    # Text order: "0" < "1", "no" < "yes", so that the positive class comes second.
+    learned = sorted({*splits[FIT].names.tolist(), *splits[HELD_OUT].names.tolist()})
+    unseen = sorted(set(splits[TEST].names.tolist()) - set(learned))
+    return Task(name, tuple(learned), tuple(unseen), splits)
+
+
+def _strings(index: pa.Table, column: str) -> Shaped[np.ndarray, " n"]:
+    return np.array(["" if value is None else str(value) for value in index.column(column).to_pylist()], dtype=np.str_)
+
+
+def obstacle(task: Task) -> str | None:
+    """Why the task cannot be probed by patients, in words; None if it can."""
+    if not any(len(part.slices) for part in task.splits.values()):
+        return "no slice has a value"
+    test, fit, held_out = (task.splits[split] for split in (TEST, FIT, HELD_OUT))
+    names, patients = (np.concatenate([getattr(fit, f), getattr(held_out, f)]) for f in ("names", "patients"))
+    for title, found in (("test split", np.unique(test.names)), ("training and validation splits", np.unique(names))):
+        if len(found) == 0:
+            return f"the {title} holds no slice with a value; build the shards from more patients"
+        if len(found) == 1:
+            return (
+                f"every labelled slice of the {title} is of class {str(found[0])!r}; a probe needs at least 2 classes"
+            )
+    if len(np.unique(test.patients)) < 2:
+        return "the test split holds a single labelled patient, so that there is nothing to resample for an interval"
+    if selection_on_validation(fit.names, held_out.names):
+        return None
+    lonely = [str(c) for c in np.unique(names) if len(np.unique(patients[names == c])) < 2]
+    if lonely:
+        return (
+            f"class {lonely[0]!r} occurs in a single patient outside the test split and the validation split does not "
+            "hold every class, so that a probe's settings cannot be chosen by patients"
+        )
+    return None
+
+
+def selection_on_validation(fit: Shaped[np.ndarray, " n"], held_out: Shaped[np.ndarray, " m"]) -> bool:
+    """Whether the validation split alone can choose a probe's settings: it holds every class of the training split,
+    and these are at least two."""
+    wanted = set(fit.tolist())
+    return len(wanted) > 1 and wanted <= set(held_out.tolist())

@@ -1,0 +1,158 @@
+"""Classification metrics and their intervals from a bootstrap over patients.
+
+Every metric takes resampling weights, so that one vectorised call gives its value in all bootstrap draws: a patient who
+is drawn twice counts all of his cases twice. The letters are d draws, n cases, c classes.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
+
+Weights = Float[np.ndarray, "d n"]
+Scores = Float[np.ndarray, "n c"]
+Targets = Int[np.ndarray, " n"]
+Metric = Callable[[Targets, Scores, Weights], Float[np.ndarray, " d"]]
+
+# Weights of so many numbers are handled at a time; 4 million float64 are 32 MB.
+_CHUNK = 4_000_000
+
+
+def accuracy(targets: Targets, scores: Scores, weights: Weights) -> Float[np.ndarray, " d"]:
+    """Share of cases whose largest score is the target's. NaN in draws without a case."""
+    correct = (np.argmax(scores, axis=1) == targets).astype(np.float64)
+    return _ratio(weights @ correct, weights.sum(axis=1))
+
+
+def balanced_accuracy(targets: Targets, scores: Scores, weights: Weights) -> Float[np.ndarray, " d"]:
+    """Mean over the classes present of the share of their cases that are right."""
+    correct = (np.argmax(scores, axis=1) == targets).astype(np.float64)
+    recalls = [
+        _ratio(weights[:, of_class] @ correct[of_class], weights[:, of_class].sum(axis=1))
+        for of_class in (targets == label for label in np.unique(targets))
+    ]
+    return _mean_of_finite(np.stack(recalls, axis=1))
+
+
+def auroc(targets: Targets, scores: Scores, weights: Weights) -> Float[np.ndarray, " d"]:
+    """Area under the ROC curve: the chance that a positive case scores above a negative one, ties counting half.
+
+    Two classes: the difference of the two scores ranks the cases. More: macro mean of one class against the rest,
+    over the classes that are present and are not all there is. NaN in draws with one class only.
+
+    Targets may exceed the columns of `scores`: classes that no score exists for. They are part of the rest.
+    """
+    classes = scores.shape[1]
+    if classes == 2 and targets.max() < 2:
+        return _binary_auroc(targets == 1, scores[:, 1] - scores[:, 0], weights)
+    return _mean_of_finite(
+        np.stack([_binary_auroc(targets == label, scores[:, label], weights) for label in range(classes)], axis=1)
+    )
+
+
+def _binary_auroc(
+    positive: Bool[np.ndarray, " n"], score: Float[np.ndarray, " n"], weights: Weights
+) -> Float[np.ndarray, " d"]:
+    order = np.argsort(score, kind="stable")
+    positive, weights = positive[order], weights[:, order]
+    _, first, group = np.unique(score[order], return_index=True, return_inverse=True)
+    negatives = np.add.reduceat(np.where(positive, 0.0, weights), first, axis=1)
+    # Negatives below a case, and half of those that tie with it.
+    below = (np.cumsum(negatives, axis=1) - 0.5 * negatives)[:, group[positive]]
+    pairs = weights[:, positive].sum(axis=1) * negatives.sum(axis=1)
+    return _ratio((weights[:, positive] * below).sum(axis=1), pairs)
+
+
+def _ratio(numerator: Float[np.ndarray, " d"], denominator: Float[np.ndarray, " d"]) -> Float[np.ndarray, " d"]:
+    return np.divide(numerator, denominator, out=np.full_like(numerator, np.nan), where=denominator > 0)
+
+
+def _mean_of_finite(values: Float[np.ndarray, "d c"]) -> Float[np.ndarray, " d"]:
+    finite = np.isfinite(values)
+    return _ratio(np.where(finite, values, 0.0).sum(axis=1), finite.sum(axis=1).astype(np.float64))
+
+
+METRICS: dict[str, Metric] = {"auroc": auroc, "accuracy": accuracy, "balanced_accuracy": balanced_accuracy}
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A metric, or a difference of two, with its 95 % interval.
+
+    Attributes:
+      value: on all cases; NaN where the metric is undefined (AUROC with one class).
+      low, high: 2.5 and 97.5 percentile over the draws in which the metric is defined; NaN with fewer than two
+        patients, for resampling one patient always gives the same.
+      draws: number of bootstrap draws.
+      degenerate: draws in which the metric is undefined; they are left out of the percentiles.
+      partial: draws that miss a class of the full set but still define the metric, over the classes left.
+    """
+
+    value: float
+    low: float
+    high: float
+    draws: int
+    degenerate: int
+    partial: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Bootstrap:
+    """Resampled patients, the same for every model and metric, so that differences are paired.
+
+    Attributes:
+      counts: how often each patient was drawn.
+      patient: number of the patient of each case.
+    """
+
+    counts: Int[np.ndarray, "d patients"]
+    patient: Int[np.ndarray, " n"]
+
+    @classmethod
+    def over(cls, patients: Shaped[np.ndarray, " n"], *, draws: int = 2000, seed: int = 0) -> "Bootstrap":
+        """Draws as many patients as there are, with replacement, `draws` times.
+
+        Args:
+          patients: patient of each case, any type that sorts.
+        """
+        names, patient = np.unique(patients, return_inverse=True)
+        rng = np.random.default_rng(seed)
+        return cls(rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws), patient)
+
+    def estimate(self, metric: Metric, targets: Targets, scores: Scores, against: Scores | None = None) -> Estimate:
+        """The metric of `scores`, or its difference `scores` minus `against`, with a percentile interval.
+
+        Args:
+          targets: class number of each case.
+          scores: a score per class, larger is likelier; only their order matters.
+          against: scores of another model for the same cases.
+        """
+        values = self._values(metric, targets, scores)
+        if against is not None:
+            values -= self._values(metric, targets, against)
+        value, resampled = float(values[0]), values[1:]
+        defined = np.isfinite(resampled)
+        low = high = float("nan")
+        if self.counts.shape[1] > 1 and defined.any():
+            low, high = (float(v) for v in np.percentile(resampled[defined], [2.5, 97.5]))
+        lost = self._draws_that_lose_a_class(targets)
+        return Estimate(value, low, high, len(resampled), int(np.sum(~defined)), int(np.sum(lost & defined)))
+
+    def _values(self, metric: Metric, targets: Targets, scores: Scores) -> Float[np.ndarray, " draws_and_one"]:
+        """The metric on all cases, then in every draw."""
+        counts = np.concatenate([np.ones_like(self.counts[:1]), self.counts])
+        rows = max(1, _CHUNK // len(targets))
+        return np.concatenate(
+            [
+                metric(targets, scores, counts[start : start + rows][:, self.patient].astype(np.float64))
+                for start in range(0, len(counts), rows)
+            ]
+        )
+
+    def _draws_that_lose_a_class(self, targets: Targets) -> Bool[np.ndarray, " draws"]:
+        lost = np.zeros(len(self.counts), bool)
+        for label in np.unique(targets):
+            of_class = np.unique(self.patient[targets == label])
+            lost |= self.counts[:, of_class].sum(axis=1) == 0
+        return lost

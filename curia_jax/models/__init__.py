@@ -1,0 +1,1 @@
+"""Models: pure functions of arrays. No files, no meshes, no clocks."""

@@ -1,0 +1,231 @@
+"""Masked autoencoder (He et al. 2021): the whole method on one page, as facebookresearch/mae computes it.
+
+  params = mae.init(config, key)
+  output = mae.bind(config, params)(images, noise)      output.loss, output.prediction, output.mask, …
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from curia_jax.models import vit
+
+
+@dataclasses.dataclass(frozen=True)
+class MAEConfig:
+    """Everything that decides the shapes and the arithmetic of a masked autoencoder.
+
+    Attributes:
+      decoder_width, decoder_depth, decoder_heads, decoder_mlp_width: the decoder's blocks.
+      mask_ratio: share of the patches that is hidden.
+      norm_pix: predict patches standardised by their own mean and deviation.
+      norm_pix_eps: added to a patch's variance. Pixels have deviation 1 per image, so 1e-6 turns air into noise of
+        full weight, and 1e-2 lets patches count that vary by more than a tenth of the image.
+
+    Raises:
+      ValueError: sizes that do not fit together.
+    """
+
+    encoder: vit.ViTConfig
+    decoder_width: int
+    decoder_depth: int
+    decoder_heads: int
+    decoder_mlp_width: int
+    mask_ratio: float
+    norm_pix: bool
+    norm_pix_eps: float
+
+    def __post_init__(self) -> None:
+        if self.decoder_width % self.decoder_heads or self.decoder_width % 4:
+            raise ValueError(
+                f"decoder_width {self.decoder_width} has to be a multiple of 4 and of decoder_heads {self.decoder_heads}"
+            )
+        if not 0.0 <= self.mask_ratio < 1.0 or self.visible < 1:
+            raise ValueError(
+                f"mask_ratio {self.mask_ratio} leaves {self.visible} of {self.encoder.patches} patches; it has to leave at least one"
+            )
+
+    @property
+    def visible(self) -> int:
+        """Patches that the encoder sees: int(patches (1 - mask_ratio)), as the reference rounds."""
+        return int(self.encoder.patches * (1 - self.mask_ratio))
+
+
+def config(
+    size: str = "B",
+    *,
+    image_size: int | Sequence[int] = 224,
+    patch_size: int | Sequence[int] = 16,
+    channels: int = 1,
+    decoder_width: int = 512,
+    decoder_depth: int = 8,
+    decoder_heads: int = 16,
+    decoder_mlp_width: int | None = None,
+    mask_ratio: float = 0.75,
+    norm_pix: bool = True,
+    norm_pix_eps: float = 1e-6,
+    **encoder: Any,
+) -> MAEConfig:
+    """A named size with the reference's decoder; `encoder` changes fields of ViTConfig by name.
+
+    Raises:
+      ValueError: what ViTConfig and MAEConfig raise.
+    """
+    return MAEConfig(
+        encoder=vit.config(size, image_size=image_size, patch_size=patch_size, channels=channels, **encoder),
+        decoder_width=decoder_width,
+        decoder_depth=decoder_depth,
+        decoder_heads=decoder_heads,
+        decoder_mlp_width=decoder_mlp_width or 4 * decoder_width,
+        mask_ratio=mask_ratio,
+        norm_pix=norm_pix,
+        norm_pix_eps=norm_pix_eps,
+    )
+
+
+class MAEOutput(NamedTuple):
+    """Result of a forward pass.
+
+    Attributes:
+      loss: mean squared error over the hidden patches of the batch, float32.
+      prediction: for every patch, in the units of `target`.
+      target: what the prediction is compared with: pixels, or standardised pixels with norm_pix.
+      mask: 1 where a patch was hidden, 0 where it was seen.
+      patch_loss: mean squared error of every patch.
+    """
+
+    loss: Float[Array, ""]
+    prediction: Float[Array, "batch patches values"]
+    target: Float[Array, "batch patches values"]
+    mask: Float[Array, "batch patches"]
+    patch_loss: Float[Array, "batch patches"]
+
+
+def random_mask(
+    noise: Float[Array, "batch patches"], visible: int
+) -> tuple[Int[Array, "batch visible"], Int[Array, "batch patches"], Float[Array, "batch patches"]]:
+    """The patches with the smallest noise stay visible, in the order of their noise.
+
+    Returns:
+      The visible patches' numbers; for every patch its place in the shuffled order; and 1 where a patch is hidden.
+    """
+    shuffled = jnp.argsort(noise, axis=1)
+    restore = jnp.argsort(shuffled, axis=1)
+    return shuffled[:, :visible], restore, (restore >= visible).astype(jnp.float32)
+
+
+def patch_statistics(
+    patches: Float[Array, "batch patches values"], eps: float
+) -> tuple[Float[Array, "batch patches 1"], Float[Array, "batch patches 1"]]:
+    """Mean and sqrt(unbiased variance + eps) of each patch: what norm_pix removes and a picture needs back."""
+    mean = jnp.mean(patches, axis=-1, keepdims=True)
+    variance = jnp.var(patches, axis=-1, keepdims=True, ddof=1)
+    return mean, jnp.sqrt(variance + eps)
+
+
+class Decoder(nnx.Module):
+    """Visible tokens to a prediction for every patch.
+
+    Parameters: embed, mask_token (1, 1, decoder width), blocks (stacked over depth), norm, pred.
+    """
+
+    def __init__(self, config: MAEConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        encoder, width = config.encoder, config.decoder_width
+        self.embed = vit.Linear(encoder.width, width, rngs=rngs)
+        self.mask_token = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, 1, width), jnp.float32))
+        self.blocks = vit.stacked_blocks(
+            config.decoder_depth, width, config.decoder_heads, config.decoder_mlp_width,
+            encoder.activation, encoder.layer_norm_eps, rngs=rngs,
+        )  # fmt: skip
+        self.norm = vit.LayerNorm(width, encoder.layer_norm_eps)
+        self.pred = vit.Linear(width, encoder.patch_values, rngs=rngs)
+
+    def __call__(
+        self, tokens: Float[Array, "batch visible_and_cls width"], restore: Int[Array, "batch patches"]
+    ) -> Float[Array, "batch patches values"]:
+        config, encoder = self.config, self.config.encoder
+        x = self.embed(tokens)
+        batch, patches = restore.shape
+        hidden = jnp.broadcast_to(self.mask_token[...].astype(x.dtype), (batch, patches + 1 - x.shape[1], x.shape[2]))
+        shuffled = jnp.concatenate([x[:, 1:], hidden], axis=1)
+        ordered = jnp.take_along_axis(shuffled, restore[:, :, None], axis=1)
+        x = jnp.concatenate([x[:, :1], ordered], axis=1)
+        x = x + vit.position_table(config.decoder_width, encoder.grid).astype(x.dtype)
+        x, _ = vit.apply_blocks(
+            self.blocks, x, remat=encoder.remat, unroll=min(encoder.unroll, config.decoder_depth)
+        )
+        with jax.named_scope("norm"):
+            x = self.norm(x)
+        with jax.named_scope("pred"):
+            return self.pred(x)[:, 1:]
+
+
+class MAE(nnx.Module):
+    """Encoder, decoder and loss."""
+
+    def __init__(self, config: MAEConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.encoder = vit.ViT(config.encoder, rngs=rngs)
+        self.decoder = Decoder(config, rngs=rngs)
+
+    def __call__(
+        self, images: Float[Array, "batch height width channels"], noise: Float[Array, "batch patches"]
+    ) -> MAEOutput:
+        """One pass over normalised images.
+
+        Args:
+          noise: one number per patch and image; each image hides the patches with its largest numbers.
+        """
+        config = self.config
+        with jax.named_scope("encoder"):
+            x = self.encoder.embed(images)
+            with jax.named_scope("mask"):
+                visible, restore, mask = random_mask(noise, config.visible)
+                x = jnp.take_along_axis(x, visible[:, :, None], axis=1)
+            tokens, _ = self.encoder.encode(x)
+        with jax.named_scope("decoder"):
+            prediction = self.decoder(tokens, restore).astype(jnp.float32)
+        with jax.named_scope("loss"):
+            target = vit.patchify(images.astype(jnp.float32), config.encoder.patch_size)
+            if config.norm_pix:
+                mean, deviation = patch_statistics(target, config.norm_pix_eps)
+                target = (target - mean) / deviation
+            patch_loss = jnp.mean(jnp.square(prediction - target), axis=-1)
+            # Over the whole batch: sharded or not, it is one sum and one division.
+            loss = jnp.sum(patch_loss * mask) / jnp.sum(mask)
+        return MAEOutput(loss, prediction, target, mask, patch_loss)
+
+
+def init(config: MAEConfig, key: Key[Array, ""]) -> dict[str, Any]:
+    """New parameters, {"encoder": …, "decoder": …}, float32."""
+    return vit.to_dict(MAE(config, rngs=nnx.Rngs(params=key)))
+
+
+def bind(config: MAEConfig, params: dict[str, Any]) -> MAE:
+    """The model with the given parameters.
+
+    Raises:
+      ValueError: the parameters belong to a model of another shape.
+    """
+    return vit.from_dict(lambda: MAE(config, rngs=nnx.Rngs(params=0)), params)
+
+
+def flops(config: MAEConfig) -> int:
+    """FLOPs of the matrix products of one forward pass on one image; a training step costs three times that.
+
+    Encoder: vit.flops on the visible patches. Decoder: embedding of the visible tokens, blocks on all tokens, prediction of
+    all tokens.
+    """
+    tokens, visible_tokens = 1 + config.encoder.patches, 1 + config.visible
+    decoder = (
+        2 * visible_tokens * config.encoder.width * config.decoder_width
+        + config.decoder_depth * vit.block_flops(tokens, config.decoder_width, config.decoder_mlp_width)
+        + 2 * tokens * config.decoder_width * config.encoder.patch_values
+    )
+    return vit.flops(config.encoder, config.visible) + decoder

@@ -1,0 +1,371 @@
+"""Vision transformer (Dosovitskiy et al. 2021) as the MAE reference builds it: pre-norm blocks, fixed 2-D sin-cos positions.
+
+NNX modules hold the parameters; around them everything is a nested dict of arrays and pure functions:
+
+  params = vit.init(config, key)                  nested dict, float32
+  tokens = vit.bind(config, params)(images)       pure in params and images
+
+Blocks are stacked over depth in one set of arrays, so that one tree serves the scanned and the unrolled program.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+# Width, depth and heads; Ti, S: Touvron et al. 2021 (DeiT); B, L, H: Dosovitskiy et al. 2021.
+SIZES = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "H": (1280, 32, 16)}
+
+# What the backward pass may reuse instead of computing again.
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+ACTIVATIONS = {"gelu": False, "gelu_tanh": True}  # value of jax.nn.gelu's `approximate`
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """Everything that decides the shapes and the arithmetic of an encoder.
+
+    Attributes:
+      image_size, patch_size: (height, width) in px.
+      mlp_width: hidden width of the MLP.
+      activation: "gelu" (exact, erf) or "gelu_tanh".
+      dtype: of matrix products and the residual stream; parameters, LayerNorm statistics and softmax are float32.
+      remat: a key of REMAT.
+      unroll: blocks per iteration of the scan over depth; `depth` leaves no loop.
+
+    Raises:
+      ValueError: sizes that do not fit together, or a name that does not exist.
+    """
+
+    image_size: tuple[int, int]
+    patch_size: tuple[int, int]
+    channels: int
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    activation: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    dtype: str = "bfloat16"
+    remat: str = "none"
+    unroll: int = 1
+
+    def __post_init__(self) -> None:
+        if any(n % p for n, p in zip(self.image_size, self.patch_size, strict=True)):
+            nearest = tuple(max(p, n // p * p) for n, p in zip(self.image_size, self.patch_size, strict=True))
+            raise ValueError(
+                f"image size {self.image_size} is no multiple of the patch size {self.patch_size}; the nearest below is {nearest}"
+            )
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} does not divide by {self.heads} heads")
+        if self.width % 4:
+            raise ValueError(f"width {self.width} is no multiple of 4, which sin-cos positions need")
+        for name, value, known in (("activation", self.activation, ACTIVATIONS), ("dtype", self.dtype, DTYPES), ("remat", self.remat, REMAT)):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; it may be {', '.join(known)}")
+        if not 1 <= self.unroll <= self.depth or self.depth % self.unroll:
+            raise ValueError(f"unroll {self.unroll} does not divide the depth {self.depth}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across."""
+        return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def patch_values(self) -> int:
+        """Values in a patch: height x width x channels."""
+        return self.patch_size[0] * self.patch_size[1] * self.channels
+
+
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """A side of a square, or (height, width)."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def config(
+    size: str = "B", *, image_size: int | Sequence[int] = 224, patch_size: int | Sequence[int] = 16, channels: int = 1, **fields: Any
+) -> ViTConfig:
+    """A named size, any field of ViTConfig changed by name; `mlp_width` is 4 x width unless given.
+
+    Raises:
+      ValueError: an unknown size, or what ViTConfig raises.
+    """
+    if size not in SIZES:
+        raise ValueError(f"size is {size!r}; it may be {', '.join(SIZES)}")
+    width, depth, heads = SIZES[size]
+    fields = {"width": width, "depth": depth, "heads": heads, **fields}
+    fields.setdefault("mlp_width", 4 * fields["width"])
+    return ViTConfig(image_size=pair(image_size), patch_size=pair(patch_size), channels=channels, **fields)
+
+
+# ---- parameters
+
+
+class Linear(nnx.Module):
+    """y = x kernel + bias; xavier-uniform kernel, zero bias."""
+
+    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs) -> None:
+        self.kernel = nnx.Param(nnx.initializers.xavier_uniform()(rngs.params(), (inputs, outputs), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32))
+
+    def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
+        return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Statistics in float32, by the two-pass variance; the result has the type of the input."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(width, jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention. The fused kernel's columns are [q | k | v], heads in order within each.
+
+    xavier-uniform over the fused (width, 3 width) matrix is what the reference draws; three separate matrices would be
+    sqrt(2) too large.
+    """
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs) -> None:
+        self.qkv = Linear(width, 3 * width, rngs=rngs)
+        self.proj = Linear(width, width, rngs=rngs)
+        self.heads = heads
+
+    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
+        batch, tokens, width = x.shape
+        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+        q, k, v = (y.reshape(batch, tokens, self.heads, width // self.heads) for y in (q, k, v))
+        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) * (width // self.heads) ** -0.5
+        weights = jax.nn.softmax(logits.astype(jnp.float32), axis=-1).astype(x.dtype)
+        y = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+        return self.proj(y.reshape(batch, tokens, width))
+
+
+class MLP(nnx.Module):
+    def __init__(self, width: int, hidden: int, activation: str, *, rngs: nnx.Rngs) -> None:
+        self.fc1 = Linear(width, hidden, rngs=rngs)
+        self.fc2 = Linear(hidden, width, rngs=rngs)
+        self.approximate = ACTIVATIONS[activation]
+
+    def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=self.approximate))
+
+
+class Block(nnx.Module):
+    def __init__(self, width: int, heads: int, mlp_width: int, activation: str, eps: float, *, rngs: nnx.Rngs) -> None:
+        self.norm1 = LayerNorm(width, eps)
+        self.attn = Attention(width, heads, rngs=rngs)
+        self.norm2 = LayerNorm(width, eps)
+        self.mlp = MLP(width, mlp_width, activation, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
+        with jax.named_scope("attention"):
+            x = x + self.attn(self.norm1(x))
+        with jax.named_scope("mlp"):
+            return x + self.mlp(self.norm2(x))
+
+
+def stacked_blocks(
+    depth: int, width: int, heads: int, mlp_width: int, activation: str, eps: float, *, rngs: nnx.Rngs
+) -> Block:
+    """`depth` blocks as one whose arrays have a leading dimension of `depth`."""
+
+    @nnx.split_rngs(splits=depth)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make(rngs: nnx.Rngs) -> Block:
+        return Block(width, heads, mlp_width, activation, eps, rngs=rngs)
+
+    return make(rngs)
+
+
+def apply_blocks(
+    blocks: Block, x: Float[Array, "batch tokens width"], *, remat: str, unroll: int, keep: Sequence[int] = ()
+) -> tuple[Float[Array, "batch tokens width"], list[Float[Array, "batch tokens width"]]]:
+    """Runs stacked blocks one after the other.
+
+    Args:
+      remat: a key of REMAT.
+      unroll: blocks per iteration; the whole depth leaves no loop.
+      keep: numbers of the blocks (from 0) whose outputs are wanted too.
+
+    Returns:
+      The last output, and the wanted ones in the order of `keep`.
+    """
+    graph, stack = nnx.split(blocks)
+    depth = jax.tree.leaves(stack)[0].shape[0]
+
+    def run(x: Array, params: Any) -> Array:
+        return nnx.merge(graph, params)(x)
+
+    if REMAT[remat] is not None:
+        run = jax.checkpoint(run, policy=REMAT[remat], prevent_cse=unroll == depth)
+
+    if unroll == depth or keep:
+        # lax.split, unlike indexing, has a concatenation as its transpose: gradients are stacked in one pass.
+        leaves, tree = jax.tree.flatten(stack)
+        parts = zip(*(jax.lax.split(leaf, [1] * depth) for leaf in leaves), strict=True)
+        outputs = []
+        for layer in parts:
+            x = run(x, jax.tree.unflatten(tree, [leaf[0] for leaf in layer]))
+            outputs.append(x)
+        return x, [outputs[number] for number in keep]
+    x, _ = jax.lax.scan(lambda x, params: (run(x, params), None), x, stack, unroll=unroll)
+    return x, []
+
+
+def position_table(width: int, grid: tuple[int, int]) -> Float[np.ndarray, "tokens width"]:
+    """2-D sin-cos positions of facebookresearch/mae, a row of zeros for CLS first; computed in float64.
+
+    The first half of the channels is a function of the column, the second of the row; in each half all sines come
+    before all cosines, with frequencies 10000^(-4 i / width), i = 0 … width / 4 - 1.
+    """
+    frequency = 10000.0 ** (-np.arange(width // 4, dtype=np.float64) / (width / 4))
+    row, column = (axis.reshape(-1, 1) * frequency for axis in np.meshgrid(*map(np.arange, grid), indexing="ij"))
+    table = np.concatenate([np.sin(column), np.cos(column), np.sin(row), np.cos(row)], axis=1)
+    return np.concatenate([np.zeros((1, width)), table]).astype(np.float32)
+
+
+def patchify(
+    images: Float[Array, "batch height width channels"], patch_size: tuple[int, int]
+) -> Float[Array, "batch patches values"]:
+    """Patches row by row; within a patch row, column, channel (channel last)."""
+    batch, height, width, channels = images.shape
+    ph, pw = patch_size
+    x = images.reshape(batch, height // ph, ph, width // pw, pw, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, ph * pw * channels)
+
+
+def unpatchify(
+    patches: Float[Array, "batch patches values"], config: ViTConfig
+) -> Float[Array, "batch height width channels"]:
+    """The inverse of `patchify`."""
+    (rows, columns), (ph, pw) = config.grid, config.patch_size
+    x = patches.reshape(patches.shape[0], rows, columns, ph, pw, config.channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(patches.shape[0], *config.image_size, config.channels)
+
+
+class ViT(nnx.Module):
+    """Images to tokens.
+
+    Parameters: patch_embed (patch values, width), cls_token (1, 1, width), blocks (stacked over depth), norm.
+    """
+
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.patch_embed = Linear(config.patch_values, config.width, rngs=rngs)
+        self.cls_token = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, 1, config.width), jnp.float32))
+        self.blocks = stacked_blocks(
+            config.depth, config.width, config.heads, config.mlp_width, config.activation, config.layer_norm_eps, rngs=rngs
+        )
+        self.norm = LayerNorm(config.width, config.layer_norm_eps)
+
+    def embed(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch patches width"]:
+        """Patch embeddings with their positions, without CLS."""
+        config = self.config
+        if images.shape[1:] != (*config.image_size, config.channels):
+            raise ValueError(f"images are {images.shape[1:]}, the model takes {(*config.image_size, config.channels)}")
+        with jax.named_scope("patch_embed"):
+            x = self.patch_embed(patchify(images, config.patch_size).astype(DTYPES[config.dtype]))
+            return x + position_table(config.width, config.grid)[1:].astype(x.dtype)
+
+    def encode(
+        self, x: Float[Array, "batch patches width"], layers: Sequence[int] = ()
+    ) -> tuple[Float[Array, "batch tokens width"], list[Float[Array, "batch tokens width"]]]:
+        """CLS before the given patch embeddings, all blocks, the final norm.
+
+        Args:
+          layers: blocks (from 0; negative ones count from the end) whose outputs, before any norm, are wanted too.
+        """
+        config = self.config
+        cls = jnp.broadcast_to(self.cls_token[...].astype(x.dtype), (x.shape[0], 1, config.width))
+        x = jnp.concatenate([cls, x], axis=1)  # the position of CLS is zero
+        keep = [range(config.depth)[layer] for layer in layers]
+        x, hidden = apply_blocks(self.blocks, x, remat=config.remat, unroll=config.unroll, keep=keep)
+        with jax.named_scope("norm"):
+            return self.norm(x), hidden
+
+    def __call__(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch tokens width"]:
+        """Normalised images to tokens after the final norm, CLS first."""
+        with jax.named_scope("encoder"):
+            return self.encode(self.embed(images))[0]
+
+
+def init(config: ViTConfig, key: Key[Array, ""]) -> dict[str, Any]:
+    """New parameters as a nested dict of float32 arrays."""
+    return to_dict(ViT(config, rngs=nnx.Rngs(params=key)))
+
+
+def bind(config: ViTConfig, params: dict[str, Any]) -> ViT:
+    """The encoder with the given parameters."""
+    return from_dict(lambda: ViT(config, rngs=nnx.Rngs(params=0)), params)
+
+
+Module = TypeVar("Module", bound=nnx.Module)
+
+
+def to_dict(module: nnx.Module) -> dict[str, Any]:
+    """Parameters of a module as a nested dict of arrays."""
+    return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+
+
+def from_dict(make: Any, params: dict[str, Any]) -> Any:
+    """The module that `make()` builds, with `params` in place of its own; nothing is computed for its own.
+
+    Raises:
+      ValueError: the trees or shapes differ.
+    """
+    graph, state = nnx.split(nnx.eval_shape(make))
+    wanted = jax.tree.map(lambda leaf: leaf.shape, nnx.to_pure_dict(state))
+    found = jax.tree.map(jnp.shape, params)
+    if wanted != found:
+        raise ValueError(f"parameters do not fit the model: {_difference(wanted, found)}")
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)
+
+
+def _difference(wanted: dict[str, Any], found: dict[str, Any]) -> str:
+    def flat(tree: dict[str, Any]) -> dict[str, Any]:
+        leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, tuple))
+        return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+    a, b = flat(wanted), flat(found)
+    lines = [f"{k} is {b.get(k, 'missing')}, wanted {a.get(k, 'nothing')}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+    return "; ".join(lines[:3]) + (f"; and {len(lines) - 3} more" if len(lines) > 3 else "")
+
+
+def block_flops(tokens: int, width: int, mlp_width: int) -> int:
+    """FLOPs of the matrix products of one block on one image: 2 tokens width (4 width + 2 mlp_width + 2 tokens)."""
+    return 2 * tokens * width * (4 * width + 2 * mlp_width + 2 * tokens)
+
+
+def flops(config: ViTConfig, patches: int | None = None) -> int:
+    """FLOPs of the matrix products of one forward pass on one image; a multiply-add counts as two.
+
+    Args:
+      patches: patches that pass the blocks; all of them unless given. The embedding always sees all.
+    """
+    tokens = 1 + (config.patches if patches is None else patches)
+    embed = 2 * config.patches * config.patch_values * config.width
+    return embed + config.depth * block_flops(tokens, config.width, config.mlp_width)

@@ -1,0 +1,122 @@
+"""Stage one as pure functions: the train state of a masked autoencoder, its shardings and its step.
+
+`pretrain` runs this step and `plan` compiles it, so that what is planned is what runs.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from curia_jax import augment, data, optimizer, sharding
+from curia_jax.models import mae
+from data_pipeline.errors import UserError
+
+State = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a run of stage one is made of.
+
+    Attributes:
+      model: the masked autoencoder's configuration.
+      init: key -> train state {"step", "params", "opt_state"}.
+      step: (state, batch of augment.Batch) -> (state, metrics).
+      abstract_state: shapes and dtypes of the state, each with its NamedSharding.
+      abstract_batch: the same of a global batch.
+    """
+
+    model: mae.MAEConfig
+    init: Callable[[jax.Array], State]
+    step: Callable[[State, augment.Batch], tuple[State, dict[str, jax.Array]]]
+    abstract_state: State
+    abstract_batch: dict[str, jax.ShapeDtypeStruct]
+
+    def initial_state(self, seed: int) -> State:
+        """The state of step 0, every array made on the devices that hold it."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        return jax.jit(self.init, out_shardings=shardings)(jax.random.key(seed))
+
+    def compile(self) -> Any:
+        """The train step for the devices of the mesh; its state argument is donated."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        step = jax.jit(self.step, out_shardings=(shardings, None), donate_argnums=0)
+        return step.lower(self.abstract_state, self.abstract_batch).compile()
+
+
+def make(
+    config: ml_collections.ConfigDict, mesh: Mesh, *, canvas: tuple[int, int], warmup_steps: int, total_steps: int
+) -> Objective:
+    """Derives everything from the config and the mesh, shapes before arrays.
+
+    Args:
+      config: `model`, `augment`, `optimizer`, `batch_size` and `seed` of a run.
+      canvas: height and width of the pixels in a batch.
+
+    Raises:
+      UserError: image and patch sizes, the batch or the mesh do not fit together.
+    """
+    sharding.check_batch(config.batch_size, mesh)
+    try:
+        model = mae.config(**config.model)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.model: {error}") from error
+    transform, rate = optimizer.make(
+        config.optimizer, batch_size=config.batch_size, warmup_steps=warmup_steps, total_steps=total_steps
+    )
+    patches = math.prod(n // p for n, p in zip(model.encoder.image_size, model.encoder.patch_size, strict=True))
+
+    def init(key: jax.Array) -> State:
+        params = mae.init(model, key)
+        return {"step": jnp.zeros((), jnp.int32), "params": params, "opt_state": transform.init(params)}
+
+    def step(state: State, batch: augment.Batch) -> tuple[State, dict[str, jax.Array]]:
+        # Everything random follows from the seed and the step alone.
+        key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
+        view_key, mask_key = jax.random.split(key)
+        with jax.named_scope("augment"):
+            images = augment.training_view(batch, view_key, config.augment, model.encoder.image_size)
+        noise = jax.random.uniform(mask_key, (images.shape[0], patches))
+
+        def loss_of(params: Any) -> tuple[jax.Array, jax.Array]:
+            output = mae.bind(model, params)(images, noise)
+            hidden = jnp.sum(output.mask)
+            baseline = jnp.sum(jnp.mean(jnp.square(output.target), axis=-1) * output.mask) / hidden
+            return output.loss, baseline
+
+        (loss, baseline), gradients = jax.value_and_grad(loss_of, has_aux=True)(state["params"])
+        with jax.named_scope("optimizer"):
+            updates, opt_state = transform.update(gradients, state["opt_state"], state["params"])
+            params = optax.apply_updates(state["params"], updates)
+        metrics = {
+            "loss": loss,
+            "baseline_loss": baseline,
+            "learning_rate": rate(state["step"]),
+            "gradient_norm": optax.global_norm(gradients),
+            "parameter_norm": optax.global_norm(params),
+        }
+        return {"step": state["step"] + 1, "params": params, "opt_state": opt_state}, metrics
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    params = sharding.parameter_shardings(shapes["params"], mesh)
+    shardings = {
+        "step": NamedSharding(mesh, P()),
+        "params": params,
+        "opt_state": sharding.optimizer_shardings(transform, shapes["params"], params, mesh),
+    }
+    with_sharding = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
+    split = sharding.batch_sharding(mesh)
+    per_example = {"pixels": canvas, "extent": (2,)}
+    abstract_batch = {
+        name: jax.ShapeDtypeStruct((config.batch_size, *per_example.get(name, ())), dtype, sharding=split)
+        for name, dtype in data.DEVICE_FIELDS.items()
+    }
+    return Objective(model, init, step, with_sharding, abstract_batch)

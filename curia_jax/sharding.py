@@ -1,0 +1,163 @@
+"""The mesh, and the one table from parameter path to PartitionSpec.
+
+Mesh axes, outermost first:
+  replica  between TPU slices, over the data-centre network: parameters are copied, gradients are summed.
+  data     within a TPU slice: parameters are copied, gradients are summed.
+  fsdp     within a TPU slice: parameters, gradients and optimizer moments are split.
+The batch is split over all three.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from data_pipeline.errors import UserError
+
+AXES = ("replica", "data", "fsdp")
+
+# First match wins; "blocks" are stacked over depth, so their first dimension is the layer and is never split (a scan
+# over a split dimension would gather it in every iteration). Kernels are split along their input features.
+RULES: tuple[tuple[str, P], ...] = (
+    (r"(encoder|decoder)/blocks/(attn/qkv|attn/proj|mlp/fc1|mlp/fc2)/kernel", P(None, "fsdp", None)),
+    (r"(encoder|decoder)/blocks/(attn/qkv|attn/proj|mlp/fc1|mlp/fc2)/bias", P()),
+    (r"(encoder|decoder)/blocks/norm[12]/(scale|bias)", P()),
+    (r"encoder/patch_embed/kernel", P(None, "fsdp")),
+    (r"decoder/(embed|pred)/kernel", P("fsdp", None)),
+    (r"encoder/patch_embed/bias|decoder/(embed|pred)/bias", P()),
+    (r"(encoder|decoder)/norm/(scale|bias)", P()),
+    (r"encoder/cls_token|decoder/mask_token", P()),
+)
+
+
+def make_mesh(replica: int = 1, data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Lays the devices out as (replica, data, fsdp).
+
+    Args:
+      replica, data, fsdp: axis sizes; one of them may be -1, which takes what is left.
+      devices: all devices of the run unless given.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = [replica, data, fsdp]
+    fixed = math.prod(s for s in sizes if s != -1)
+    if sizes.count(-1) == 1 and fixed > 0 and len(devices) % fixed == 0:
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    if min(sizes) < 1 or math.prod(sizes) != len(devices):
+        raise UserError(
+            f"mesh replica={replica}, data={data}, fsdp={fsdp} needs {'a multiple of ' if -1 in (replica, data, fsdp) else ''}"
+            f"{fixed} devices but there are {len(devices)}; change --config.mesh.replica, .data or .fsdp"
+        )
+    slices = {getattr(d, "slice_index", 0) for d in devices}
+    if len(slices) > 1:
+        if sizes[0] != len(slices):
+            raise UserError(
+                f"there are {len(slices)} TPU slices but mesh.replica is {sizes[0]}; set --config.mesh.replica={len(slices)}"
+            )
+        array = mesh_utils.create_hybrid_device_mesh((1, sizes[1], sizes[2]), (sizes[0], 1, 1), devices=devices)
+    else:
+        array = mesh_utils.create_device_mesh(tuple(sizes), devices=devices, allow_split_physical_axes=True)
+    return Mesh(np.asarray(array), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Examples are split over every device."""
+    return NamedSharding(mesh, P(AXES))
+
+
+def check_batch(batch_size: int, mesh: Mesh) -> None:
+    """Raises UserError where the global batch does not divide over the mesh."""
+    if batch_size % mesh.size:
+        below, above = batch_size // mesh.size * mesh.size, -(-batch_size // mesh.size) * mesh.size
+        near = " or ".join(str(n) for n in (below, above) if n)
+        raise UserError(
+            f"batch_size {batch_size} does not divide over {mesh.size} devices "
+            f"({', '.join(f'{a}={n}' for a, n in mesh.shape.items())}); set --config.batch_size={near}"
+        )
+
+
+def paths(tree: Any) -> dict[str, Any]:
+    """Leaves of a nested dict by their slash-separated paths."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def parameter_specs(params: Mapping[str, Any], rules: Sequence[tuple[str, P]] = RULES) -> Any:
+    """PartitionSpecs in the tree of `params` (arrays or ShapeDtypeStructs).
+
+    Raises:
+      ValueError: a parameter that no rule matches, or a rule that matches no parameter: both mean that table and
+        model have drifted apart.
+    """
+    used: set[int] = set()
+
+    def spec(path: Any, leaf: Any) -> P:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        for number, (pattern, rule) in enumerate(rules):
+            if re.fullmatch(pattern, name):
+                used.add(number)
+                if len(rule) > len(leaf.shape):
+                    raise ValueError(
+                        f"sharding rule {pattern!r} has {len(rule)} dimensions, {name} has {len(leaf.shape)}"
+                    )
+                return rule
+        raise ValueError(
+            f"no sharding rule matches parameter {name} {tuple(leaf.shape)}; add one to RULES in sharding.py"
+        )
+
+    specs = jax.tree_util.tree_map_with_path(spec, params)
+    unused = [pattern for number, (pattern, _) in enumerate(rules) if number not in used]
+    if unused:
+        raise ValueError(f"sharding rules that match no parameter: {unused}; remove them from RULES in sharding.py")
+    return specs
+
+
+def parameter_shardings(params: Mapping[str, Any], mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES) -> Any:
+    """NamedShardings in the tree of `params`.
+
+    Raises:
+      UserError: a dimension does not divide over its mesh axis.
+    """
+
+    def check(path: Any, leaf: Any, spec: P) -> NamedSharding:
+        for size, axis in zip(leaf.shape, spec, strict=False):
+            if axis is not None and size % mesh.shape[axis]:
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                raise UserError(
+                    f"{name} has {size} rows, which do not divide over {axis}={mesh.shape[axis]}; choose --config.mesh.{axis} so that it divides {size}"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(check, params, parameter_specs(params, rules))
+
+
+def optimizer_shardings(
+    optimizer: optax.GradientTransformation, params: Mapping[str, Any], shardings: Any, mesh: Mesh
+) -> Any:
+    """Shardings of `optimizer.init(params)`: moments like their parameters, everything else on every device.
+
+    Without these, `jit(optimizer.init)` leaves the moments whole on every device, silently.
+    """
+    abstract = jax.eval_shape(optimizer.init, params)
+    return optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        abstract,
+        shardings,
+        transform_non_params=lambda _: NamedSharding(mesh, P()),
+    )
+
+
+def describe(tree: Any, shardings: Any) -> str:
+    """One line a leaf: path, shape, PartitionSpec. The golden files of the suite are made of these lines."""
+    specs = paths(jax.tree.map(lambda s: s.spec, shardings, is_leaf=lambda s: isinstance(s, NamedSharding)))
+    return "".join(f"{path} {tuple(leaf.shape)} {specs[path]}\n" for path, leaf in sorted(paths(tree).items()))

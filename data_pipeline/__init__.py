@@ -1,0 +1,1 @@
+"""Exams to slice shards. Knows DICOM, NIfTI and ArrayRecord; never imports jax."""

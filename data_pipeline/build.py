@@ -1,0 +1,476 @@
+"""Turns exams into slice shards: DICOM, NIfTI, NRRD, MetaImage, PNG and JPEG files to a folder that trains and loads with TFDS.
+
+stages:
+  inventory  every file, what it is; headers only
+  plan       which series goes to which shard, fixed before a pixel is read
+  convert    decode, check, encode; each shard is written beside, verified, then published
+  commit     index, manifest, dataset card and TFDS metadata
+
+A build that was stopped goes on with the same command: finished shards stay as they are. Bad files never stop it; they
+stand in manifest.parquet with their reason.
+
+exit codes: 0 done, 2 wrong usage or no usable input, 75 stopped by SIGTERM or Ctrl-C (start the same command again)
+"""
+
+import argparse
+import collections
+import fcntl
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import rich.progress
+from rich.console import Console
+
+from data_pipeline import codec, convert, inventory, plan, pseudonyms, shards, workers
+from data_pipeline.errors import UserError
+
+EXIT_STOPPED = 75
+BUILD_FOLDER = ".build"
+MANIFEST, CARD = "manifest.parquet", "card.json"
+FATES = ("kept", "excluded", "duplicate", "quarantined")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m data_pipeline.build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""examples:
+  python -m data_pipeline.build --input exams/ --output shards/
+  python -m data_pipeline.build --input a/ b/ --output shards/ --key-file ~/curia.key --size 512 --workers 8
+  python -m data_pipeline.build --input pictures/ --labels pictures/labels.csv --label-columns covid --split-column split \\
+      --patient-column patient --modality CT --output labelled/""",
+    )  # fmt: skip
+    p.add_argument(
+        "--input", nargs="+", required=True, metavar="PATH", help="folders or files; folders are searched whole"
+    )
+    p.add_argument(
+        "--output", required=True, metavar="FOLDER", help="dataset folder; an unfinished build in it is gone on with"
+    )
+    p.add_argument("--name", default="slices", help="dataset name, the start of the shard names (default: %(default)s)")
+    p.add_argument(
+        "--key-file",
+        metavar="FILE",
+        help=f"secret for pseudonyms and splits; else the variable {pseudonyms.KEY_VARIABLE}, else OUTPUT.key, made new if need be",
+    )
+    p.add_argument(
+        "--modality",
+        choices=("auto", "CT", "MR"),
+        default="auto",
+        help="of files that do not say (NIfTI, NRRD, MetaImage, pictures); auto looks at the range of a volume's values",
+    )
+    p.add_argument(
+        "--size", type=int, metavar="PX", help="reduce slices whose longer side is larger (default: native size)"
+    )
+    p.add_argument(
+        "--slices-per-record",
+        type=int,
+        default=1,
+        metavar="N",
+        help="neighbours of a series stored together; 16 to 32 save requests to object storage (default: %(default)s)",
+    )
+    p.add_argument(
+        "--shard-mb", type=int, default=256, metavar="MB", help="input megabytes per shard (default: %(default)s)"
+    )
+    p.add_argument(
+        "--validation",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="share of the patients for validation (default: %(default)s)",
+    )
+    p.add_argument(
+        "--test",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="share of the patients for testing (default: %(default)s)",
+    )
+    p.add_argument(
+        "--labels", metavar="CSV", help="table with a column 'file' relative to the table; other columns become labels"
+    )
+    p.add_argument("--label-columns", nargs="+", metavar="NAME", help="columns of --labels to keep (default: all)")
+    p.add_argument(
+        "--split-column", metavar="NAME", help="column of --labels that holds train, validation (or val) and test"
+    )
+    p.add_argument("--patient-column", metavar="NAME", help="column of --labels that tells patients apart")
+    p.add_argument(
+        "--holdout", metavar="FILE", help="patients to keep out: one patient id, or one folder of their exams, per line"
+    )
+    p.add_argument("--drop-lossy", action="store_true", help="leave out slices that were compressed with loss")
+    p.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: %(default)s)"
+    )
+    p.add_argument(
+        "--timeout",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="seconds a file may take before it is given up (default: %(default)s)",
+    )
+    p.add_argument("--json", metavar="FILE", help="write the dataset card here too")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    try:
+        card = build(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; finished shards are kept, start the same command again to go on", file=sys.stderr)
+        return EXIT_STOPPED
+    if args.json:
+        Path(args.json).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def build(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs the four stages; returns the dataset card."""
+    _check(args)
+    began = time.monotonic()
+    console = Console(stderr=True, soft_wrap=True)
+    output = Path(args.output)
+    key, origin = pseudonyms.load_key(args.key_file, args.output)
+    files = inventory.find_files(args.input)
+    private = output / BUILD_FOLDER
+    private.mkdir(parents=True, exist_ok=True)
+    private.chmod(0o700)
+    with _only_build(private, output):
+        console.print(f"{len(files):,} files; {origin}", highlight=False)
+        entries = _inventory(files, args, key, console)
+        if args.labels:
+            columns = tuple(args.label_columns) if args.label_columns else None
+            inventory.LabelTable(args.labels, columns, args.split_column, args.patient_column).apply(entries, key)
+        options = plan.Options(
+            key=key, validation=args.validation, test=args.test, shard_bytes=args.shard_mb * 1_000_000,
+            held_out=_held_out(args.holdout, entries, key),
+            conversion={"size": args.size, "slices_per_record": args.slices_per_record, "codec": codec.DELTA, "name": args.name},
+        )  # fmt: skip
+        made = plan.make(entries, options)
+        if not made["shards"]:
+            reasons = collections.Counter(entry.reason for entry in entries)
+            raise UserError(
+                f"none of the {len(entries):,} files is a usable slice: "
+                + "; ".join(f"{count:,} x {reason}" for reason, count in reasons.most_common(4))
+            )
+        _fix_plan(private, made, output)
+        reports = _convert(output, private, args, made, console)
+        card = _commit(output, private, args, entries, reports)
+    seconds = time.monotonic() - began
+    counts = card["files"]
+    console.print(
+        f"{card['slices']:,} slices of {card['patients']:,} patients in {len(card['shards'])} shards, "
+        f"{card['bytes'] / 1e6:,.1f} MB, in {seconds:.0f} s; files: "
+        + ", ".join(f"{counts[fate]:,} {fate}" for fate in FATES if counts[fate]) + f"; see {output / MANIFEST}",
+        highlight=False,
+    )  # fmt: skip
+    for reason, count in sorted(card["reasons"].items(), key=lambda item: -item[1])[:8]:
+        console.print(f"  {count:6,} x {reason}", highlight=False)
+    return card
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name, low in (("workers", 1), ("slices_per_record", 1), ("shard_mb", 1)):
+        if getattr(args, name) < low:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it has to be at least {low}")
+    if args.size is not None and args.size < 32:
+        raise UserError(f"--size is {args.size}; slices under 32 px are left out, so it has to be at least 32")
+    if min(args.validation, args.test) < 0 or args.validation + args.test >= 1:
+        raise UserError(
+            f"--validation {args.validation} and --test {args.test} have to be at least 0 and together under 1"
+        )
+    for option in ("label_columns", "split_column", "patient_column"):
+        if getattr(args, option) and not args.labels:
+            raise UserError(f"--{option.replace('_', '-')} needs --labels=CSV")
+
+
+class _only_build:
+    """Two builds on one output would publish each other's shards: the second is refused."""
+
+    def __init__(self, private: Path, output: Path) -> None:
+        self._path, self._output = private / "lock", output
+
+    def __enter__(self) -> None:
+        self._file = self._path.open("w")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise UserError(
+                f"another build is writing {self._output}; wait for it or choose another --output"
+            ) from error
+
+    def __exit__(self, *unused: object) -> None:
+        self._file.close()
+
+
+def _held_out(path: str | None, entries: Sequence[inventory.Entry], key: bytes) -> frozenset[str]:
+    if path is None:
+        return frozenset()
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read --holdout={path}: {error}") from error
+    out = set()
+    for line in filter(None, lines):
+        out.add(pseudonyms.digest(key, "patient", line))
+        if os.path.isdir(line):
+            top = os.path.abspath(line) + os.sep
+            out.update(entry.patient for entry in entries if os.path.abspath(entry.path).startswith(top))
+    return frozenset(out)
+
+
+def _progress(console: Console, unit: str) -> rich.progress.Progress:
+    p = rich.progress
+    return p.Progress(
+        p.TextColumn("{task.description:<10}"), p.BarColumn(), p.MofNCompleteColumn(), p.TextColumn(f"{unit}  {{task.fields[rate]}}"),
+        p.TimeElapsedColumn(), p.TextColumn("left"), p.TimeRemainingColumn(), console=console, transient=False,
+        disable=not console.is_terminal,
+    )  # fmt: skip
+
+
+class _Counter:
+    """Counts touched files: a bar on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, console: Console, stage: str, total: int) -> None:
+        self._console, self._stage, self._total = console, stage, total
+        self._done, self._began = 0, time.monotonic()
+        self._last = self._began
+        self._bar = _progress(console, "files")
+
+    def __enter__(self) -> "_Counter":
+        self._bar.start()
+        self._task = self._bar.add_task(self._stage, total=self._total, rate="")
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._bar.stop()
+
+    def step(self) -> None:
+        self._done += 1
+        now = time.monotonic()
+        rate = self._done / max(now - self._began, 1e-9)
+        self._bar.update(self._task, completed=min(self._done, self._total), rate=f"{rate:,.0f}/s")
+        if not self._console.is_terminal and now - self._last >= 10:
+            self._last = now
+            left = (self._total - self._done) / rate
+            self._console.print(
+                f"{self._stage}: {self._done:,} of {self._total:,} files, {rate:,.0f}/s, {left / 60:.1f} min left",
+                highlight=False,
+            )
+
+
+def _inventory(files: Sequence[Path], args: argparse.Namespace, key: bytes, console: Console) -> list[inventory.Entry]:
+    options = inventory.Options(key=key, modality=args.modality, keep_lossy=not args.drop_lossy)
+    paths = [str(path) for path in files]
+    tasks = [(paths[n : n + inventory.FILES_PER_TASK], options) for n in range(0, len(paths), inventory.FILES_PER_TASK)]
+    found: dict[int, list[inventory.Entry]] = {}
+    with _Counter(console, "inventory", len(paths)) as counter:
+        for message in workers.run(
+            inventory.inspect, tasks, workers=min(args.workers, len(tasks)), timeout=args.timeout
+        ):
+            if isinstance(message, workers.Done):
+                found[message.number] = message.result
+            else:
+                counter.step()
+    return [entry for number in sorted(found) for entry in found[number]]
+
+
+def _fix_plan(private: Path, made: dict[str, Any], output: Path) -> None:
+    """Keeps the plan of an unfinished build; refuses another plan on top of it."""
+    path = private / "plan.json"
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))["hash"]
+        if before == made["hash"]:
+            return
+        if (output / shards.SHARDS).exists():
+            raise UserError(
+                f"{output} holds a finished dataset of other inputs or settings; choose another --output, or remove it to build it anew"
+            )
+        shutil.rmtree(private / "shards", ignore_errors=True)
+    elif output.exists() and any(not p.name.startswith(".") for p in output.iterdir()):
+        raise UserError(f"{output} is not empty and holds no build; choose an empty or new --output")
+    _write_private(path, json.dumps(made, sort_keys=True))
+
+
+def _write_private(path: Path, text: str) -> None:
+    beside = path.with_suffix(".tmp")
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def _convert(
+    output: Path, private: Path, args: argparse.Namespace, made: dict[str, Any], console: Console
+) -> list[dict[str, Any]]:
+    sidecars = private / "shards"
+    sidecars.mkdir(exist_ok=True)
+    for leftover in output.glob(".*.tmp"):
+        leftover.unlink()
+    reports: dict[int, dict[str, Any]] = {}
+    todo = []
+    for number, shard in enumerate(made["shards"]):
+        name = shards.file_name(args.name, shard["split"], shard["number"], shard["count"])
+        report = _finished(sidecars / f"{name}.json", output / name, made["hash"])
+        if report is None:
+            todo.append(number)
+        else:
+            reports[number] = report
+    if reports:
+        console.print(f"{len(reports)} of {len(made['shards'])} shards are finished already", highlight=False)
+    tasks = [(str(output), args.name, made["conversion"], made["shards"][number]) for number in todo]
+    total = sum(len(series["files"]) for number in todo for series in made["shards"][number]["series"])
+    if tasks:
+        with _Counter(console, "convert", total) as counter:
+            for message in workers.run(
+                convert.convert_shard, tasks, workers=min(args.workers, len(tasks)), timeout=args.timeout
+            ):
+                if isinstance(message, workers.Done):
+                    report = message.result
+                    # The sidecar comes last: a shard without one is made again.
+                    _write_private(sidecars / f"{report['file']}.json", json.dumps({"plan": made["hash"], **report}))
+                    reports[todo[message.number]] = report
+                else:
+                    counter.step()
+    return [reports[number] for number in sorted(reports)]
+
+
+def _finished(sidecar: Path, path: Path, plan_hash: str) -> dict[str, Any] | None:
+    if not sidecar.exists() or not path.exists():
+        return None
+    report = json.loads(sidecar.read_text(encoding="utf-8"))
+    if report.pop("plan") != plan_hash or path.stat().st_size != report["bytes"]:
+        return None
+    return report
+
+
+def _commit(
+    output: Path,
+    private: Path,
+    args: argparse.Namespace,
+    entries: Sequence[inventory.Entry],
+    reports: list[dict[str, Any]],
+) -> dict[str, Any]:
+    outcomes = {path: outcome for report in reports for path, outcome in report["files"].items()}
+    manifest = []
+    for entry in entries:
+        row = {
+            "path": entry.path,
+            "fate": entry.fate,
+            "reason": entry.reason,
+            "series": entry.series,
+            "split": entry.split,
+        }
+        row |= {"stored_sha256": "", "shard": "", "decoder": ""}
+        manifest.append(row | outcomes.get(entry.path, {}))
+    index = [row for report in reports for row in report["index"]]
+    if not index:
+        reasons = collections.Counter(row["reason"] for row in manifest)
+        _write_table(output / MANIFEST, pa.Table.from_pylist(manifest), private=True)
+        raise UserError(
+            "no slice is left: "
+            + "; ".join(f"{n:,} x {reason}" for reason, n in reasons.most_common(4))
+            + f"; see {output / MANIFEST}"
+        )
+    columns = {name: None for row in index for name in row}  # labels may be missing in some rows
+    _write_table(output / shards.INDEX, pa.table({name: [row.get(name) for row in index] for name in columns}))
+    _write_table(output / MANIFEST, pa.Table.from_pylist(manifest), private=True)
+    _write_table(output / shards.SHARDS, _shard_table(reports))
+    card = _card(args, manifest, index, reports)
+    (output / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    _tfds_metadata(output, args.name, reports)
+    return card
+
+
+def _shard_table(reports: Sequence[dict[str, Any]]) -> pa.Table:
+    names = ("file", "split", "records", "slices", "bytes", "sha256")
+    table = {name: [report[name] for report in reports] for name in names}
+    table["largest_height"] = [report["largest"][0] for report in reports]
+    table["largest_width"] = [report["largest"][1] for report in reports]
+    counts = [None if set(report["slice_counts"]) <= {1} else report["slice_counts"] for report in reports]
+    table["slice_counts"] = pa.array(counts, pa.list_(pa.int32()))
+    return pa.table(table)
+
+
+def _write_table(path: Path, table: pa.Table, *, private: bool = False) -> None:
+    beside = path.with_name(f".{path.name}.tmp")
+    pq.write_table(table, beside)
+    if private:
+        beside.chmod(0o600)  # paths can hold names
+    os.replace(beside, path)
+
+
+def _card(
+    args: argparse.Namespace,
+    manifest: Sequence[dict[str, Any]],
+    index: Sequence[dict[str, Any]],
+    reports: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    def count(name: str) -> dict[str, int]:
+        return dict(sorted(collections.Counter(str(row[name]) for row in index).items()))
+
+    files = collections.Counter(row["fate"] for row in manifest)
+    return {
+        "name": args.name, "slices": len(index), "series": len({row["series"] for row in index}),
+        "patients": len({row["patient"] for row in index}), "bytes": sum(report["bytes"] for report in reports),
+        "codec": codec.NAMES[codec.DELTA],
+        "slices_by": {name: count(name) for name in ("split", "modality", "units", "plane", "body_part", "manufacturer")},
+        "patients_by_split": {
+            split: len({row["patient"] for row in index if row["split"] == split}) for split in pseudonyms.SPLITS
+        },
+        "files": {fate: files[fate] for fate in FATES},
+        "reasons": dict(collections.Counter(row["reason"] for row in manifest if row["reason"])),
+        "settings": {name: getattr(args, name) for name in ("modality", "size", "slices_per_record", "validation", "test")},
+        "shards": [{name: report[name] for name in ("file", "split", "records", "slices", "bytes", "sha256")} for report in reports],
+    }  # fmt: skip
+
+
+def _tfds_metadata(output: Path, name: str, reports: Sequence[dict[str, Any]]) -> None:
+    # Imported here: the other stages and the workers do not need it.
+    import tensorflow_datasets as tfds
+
+    from data_pipeline import features
+
+    infos = []
+    for split in pseudonyms.SPLITS:
+        part = [report for report in reports if report["split"] == split]
+        if part:
+            infos.append(
+                tfds.core.SplitInfo(
+                    name=split, shard_lengths=[report["records"] for report in part], num_bytes=sum(report["bytes"] for report in part),
+                    filename_template=tfds.core.ShardedFileTemplate(
+                        dataset_name=name, data_dir=output, split=split, filetype_suffix="array_record",
+                        template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+                    ),
+                )
+            )  # fmt: skip
+    tfds.folder_dataset.write_metadata(
+        data_dir=output,
+        features=features.features(),
+        split_infos=infos,
+        check_data=False,
+        description="CT and MR slices, see card.json",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""One slice of 16-bit pixels to bytes and back, without loss.
+
+The first five bytes say how to read the rest: codec id (1 byte), height and width (2 bytes each, little-endian).
+
+  RAW    0  the pixels, little-endian
+  DELTA  1  difference to the pixel above, zigzag, then blosc2 (zstd level 3, byte shuffle, one thread)
+
+DELTA is the default: on CT and MR it is 20 % smaller than 16-bit PNG and decodes several times faster
+(benchmarks/ingest.py measures both).
+"""
+
+import struct
+
+import blosc2
+import numpy as np
+from jaxtyping import UInt16
+
+RAW, DELTA = 0, 1
+NAMES = {RAW: "raw", DELTA: "row delta + zigzag + blosc2 zstd-3"}
+
+_HEADER = struct.Struct("<BHH")
+_COMPRESSION = {
+    "codec": blosc2.Codec.ZSTD, "clevel": 3, "typesize": 2, "nthreads": 1,
+    "filters": [blosc2.Filter.SHUFFLE], "filters_meta": [0],
+}  # fmt: skip
+
+
+def encode(pixels: UInt16[np.ndarray, "height width"], codec: int = DELTA) -> bytes:
+    """Encodes a slice.
+
+    Raises:
+      ValueError: an unknown codec, or a side over 65,535 px.
+    """
+    height, width = pixels.shape
+    if max(height, width) > 0xFFFF or min(height, width) < 1:
+        raise ValueError(f"a slice of {height}x{width} px cannot be encoded; sides go from 1 to 65535")
+    header = _HEADER.pack(codec, height, width)
+    if codec == RAW:
+        return header + pixels.astype("<u2").tobytes()
+    if codec != DELTA:
+        raise ValueError(f"unknown codec {codec}; there are {NAMES}")
+    delta = pixels.copy()
+    delta[1:] -= pixels[:-1]  # modulo 65536
+    signed = delta.view(np.int16)
+    zigzag = ((signed << 1) ^ (signed >> 15)).view(np.uint16)
+    return header + blosc2.compress2(zigzag, **_COMPRESSION)
+
+
+def decode(data: bytes) -> UInt16[np.ndarray, "height width"]:
+    """Decodes a slice.
+
+    Raises:
+      ValueError: bytes that `encode` did not make.
+    """
+    if len(data) < _HEADER.size:
+        raise ValueError(f"{len(data)} bytes are no encoded slice")
+    codec, height, width = _HEADER.unpack_from(data)
+    body = memoryview(data)[_HEADER.size :]
+    if codec == RAW:
+        pixels = np.frombuffer(body, "<u2")
+    elif codec == DELTA:
+        zigzag = np.empty(height * width, np.uint16)
+        blosc2.decompress2(body, dst=zigzag)
+        pixels = (zigzag >> 1) ^ -(zigzag & 1)
+    else:
+        raise ValueError(f"unknown codec {codec}; this version reads {NAMES}")
+    if pixels.size != height * width:
+        raise ValueError(f"slice says {height}x{width} px but holds {pixels.size}")
+    pixels = pixels.reshape(height, width)
+    if codec == DELTA:
+        # Row by row: each addition is contiguous, which np.add.accumulate over axis 0 is not (2.5 x slower).
+        for above, row in zip(pixels, pixels[1:], strict=False):
+            row += above
+    return pixels

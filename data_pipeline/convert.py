@@ -1,0 +1,312 @@
+"""Third stage: one shard of the plan to one ArrayRecord file. Idempotent, and free of any engine: whoever maps it over the
+shards (local processes, Beam, a Slurm array) gets the same bytes."""
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped, UInt16
+from PIL import Image
+
+from data_pipeline import codec, dicom, geometry, images, records, rules, shards, volumes
+from data_pipeline.errors import ReadError, UserError
+
+AIR_HU = -1024
+LEVELS = 1 << 16
+SAME_PIXELS = "the same pixels as another slice of the series"
+
+Touch = Callable[[str], None]
+
+
+@dataclasses.dataclass
+class _Slice:
+    """A slice on its way into a record; real value = pixels * slope + intercept."""
+
+    pixels: UInt16[np.ndarray, "rows columns"]
+    slope: float
+    intercept: float
+    position: float
+    flags: int
+    source: str
+    spacing: tuple[float, float]
+
+
+@dataclasses.dataclass
+class _Encoded:
+    """What is kept of a slice once it is encoded: a series of any length fits into memory."""
+
+    data: bytes
+    shape: tuple[int, int]
+    index: int
+    labels: dict[str, Any]
+    origin: _Slice
+    statistics: dict[str, Any]
+
+
+def convert_shard(
+    task: tuple[str, str, dict[str, Any], dict[str, Any]], skip: Mapping[str, str], touch: Touch
+) -> dict[str, Any]:
+    """Writes the shard and reports on it; the work of one task of workers.run.
+
+    Args:
+      task: output folder, dataset name, the plan's "conversion" settings (size, slices_per_record), the plan's shard.
+      skip: files that must not be opened again, with the reason.
+      touch: called with each path before it is read.
+
+    Returns:
+      {"file", "split", "records", "slices", "bytes", "sha256", "slice_counts", "largest", "index": rows of index.parquet,
+      "files": {path: outcome}}. A shard of which nothing is left has no file and 0 records.
+
+    Raises:
+      UserError: an input changed since the inventory.
+      OSError: the disk is full.
+    """
+    folder, dataset, settings, shard = task
+    report: dict[str, Any] = {
+        "file": shards.file_name(dataset, shard["split"], shard["number"], shard["count"]), "split": shard["split"],
+        "slice_counts": [], "largest": [0, 0], "index": [], "files": {},
+    }  # fmt: skip
+
+    def items() -> Iterator[bytes]:
+        for series in shard["series"]:
+            yield from _series_records(series, settings, skip, touch, report)
+
+    path = Path(folder, report["file"])
+    report["records"], report["sha256"] = shards.write(path, items())
+    report["slices"] = sum(report["slice_counts"])
+    report["bytes"] = path.stat().st_size
+    return report
+
+
+def _series_records(
+    series: dict[str, Any], settings: Mapping[str, Any], skip: Mapping[str, str], touch: Touch, report: dict[str, Any]
+) -> Iterator[bytes]:
+    facts = dict(series["facts"])  # readers add what only the pixels tell: units, and plane or modality of a volume
+    kept: list[_Encoded] = []
+    histograms: dict[tuple[float, float], np.ndarray] = {}
+    seen: set[str] = set()
+    index = 0
+    for file in series["files"]:
+        outcome = {
+            "fate": "excluded", "reason": "", "stored_sha256": "",
+            "series": series["series"], "split": series["split"], "shard": report["file"],
+        }  # fmt: skip
+        report["files"][file["path"]] = outcome
+        try:
+            if file["path"] in skip:
+                raise ReadError(skip[file["path"]])
+            touch(file["path"])
+            _check_unchanged(file)
+            for item in _READERS[series["kind"]](file, series, facts, outcome):
+                item = _shrink(item, settings["size"])
+                reason = SAME_PIXELS if item.source in seen else _exclude(item, facts)
+                if reason is None:
+                    seen.add(item.source)
+                    key = (item.slope, item.intercept)
+                    histograms[key] = histograms.get(key, 0) + np.bincount(item.pixels.ravel(), minlength=LEVELS)
+                    statistics = records.slice_statistics(item.pixels, item.slope, item.intercept)
+                    data, shape = codec.encode(item.pixels), item.pixels.shape
+                    item.pixels = item.pixels[:0]
+                    kept.append(_Encoded(data, shape, index, file["labels"], item, statistics))
+                    outcome["fate"] = "kept"
+                elif outcome["fate"] != "kept":
+                    outcome["fate"] = "duplicate" if reason == SAME_PIXELS else "excluded"
+                    outcome["reason"] = reason
+                index += 1
+        except ReadError as error:
+            outcome["fate"], outcome["reason"] = "quarantined", str(error)
+        if outcome["fate"] == "kept":
+            outcome["reason"] = "; ".join(series["problems"])  # kept and flagged
+    if kept:
+        yield from _pack(series, facts, kept, histograms, settings["slices_per_record"], report)
+
+
+def _check_unchanged(file: Mapping[str, Any]) -> None:
+    try:
+        status = os.stat(file["path"])
+    except FileNotFoundError as error:
+        raise UserError(f"an input went away while the build ran: {file['path']}; start the build again") from error
+    if (status.st_size, status.st_mtime_ns) != (file["size"], file["modified_ns"]):
+        raise UserError(f"an input changed while the build ran: {file['path']}; start the build again")
+
+
+def _exclude(item: _Slice, facts: Mapping[str, Any]) -> str | None:
+    if facts["units"] == "HU":
+        return rules.exclude_pixels(item.pixels.astype(np.float32) * item.slope + item.intercept, hu=True)
+    return rules.exclude_pixels(item.pixels, hu=False)
+
+
+# ---- readers: one file to slices
+
+
+def _read_dicom(
+    file: dict[str, Any], series: dict[str, Any], facts: dict[str, Any], outcome: dict[str, Any]
+) -> Iterator[_Slice]:
+    header = dicom.read_header(file["path"])
+    stored, decoder = dicom.read_stored(file["path"])
+    outcome["stored_sha256"], outcome["decoder"] = dicom.stored_sha256(stored), decoder
+    facts["units"] = "HU" if facts["modality"] == "CT" else "arbitrary"
+    flags = (records.IRREGULAR if set(series["problems"]) - {geometry.FEW} else 0) | (
+        records.LOSSY if file["lossy"] else 0
+    )
+    for frame, along in file["frames"]:
+        if frame >= len(stored):
+            raise ReadError(f"the header promises {header.frames} frames, the file holds {len(stored)}")
+        place = header.geometry[frame]
+        values = stored[frame]
+        if header.photometric == "MONOCHROME1":
+            values = int(stored.max()) + int(stored.min()) - values.astype(np.int64)
+        pixels, slope, intercept, clipped = to_uint16(values, place.slope, place.intercept, hu=facts["units"] == "HU")
+        spacing = place.spacing or (0.0, 0.0)
+        source = dicom.stored_sha256(stored[frame])
+        yield _Slice(pixels, slope, intercept, along, flags | clipped, source, (spacing[0], spacing[1]))
+
+
+def _read_volume(
+    file: dict[str, Any], series: dict[str, Any], facts: dict[str, Any], outcome: dict[str, Any]
+) -> Iterator[_Slice]:
+    volume = volumes.read_volume(file["path"])
+    outcome["stored_sha256"] = dicom.stored_sha256(volume.values) if volume.values.dtype.kind in "iu" else ""
+    if volume.is_label_map:
+        outcome["reason"] = "label map: few distinct whole numbers"
+        return
+    flags = 0
+    if facts["modality"] == "auto":
+        facts["modality"], flags = volumes.infer_modality(volume.values), records.MODALITY_INFERRED
+    facts |= {"units": "HU" if facts["modality"] == "CT" else "arbitrary", "body_part": "", "manufacturer": "unknown"}
+    series |= {"plane": volume.plane, "spacing": volume.spacing[2]}
+    values, slope, intercept = _quantise(volume.values)
+    for number, plane in enumerate(values):
+        pixels, s, i, clipped = to_uint16(plane, slope, intercept, hu=facts["units"] == "HU", low=int(values.min()))
+        yield _Slice(
+            pixels, s, i, number * volume.spacing[2], flags | clipped, dicom.stored_sha256(plane), volume.spacing[:2]
+        )
+
+
+def _read_image(
+    file: dict[str, Any], series: dict[str, Any], facts: dict[str, Any], outcome: dict[str, Any]
+) -> Iterator[_Slice]:
+    values = images.read_image(file["path"])
+    outcome["stored_sha256"] = dicom.stored_sha256(values)
+    # Pictures have no HU, whatever the modality: a window was applied when they were made.
+    facts |= {"units": "arbitrary", "body_part": "", "manufacturer": "unknown"}
+    yield _Slice(values.astype(np.uint16), 1.0, 0.0, 0.0, 0, outcome["stored_sha256"], (0.0, 0.0))
+
+
+_READERS = {"dicom": _read_dicom, "volume": _read_volume, "image": _read_image}
+
+
+# ---- pixels
+
+
+def to_uint16(
+    values: Shaped[np.ndarray, "rows columns"], slope: float, intercept: float, *, hu: bool, low: int | None = None
+) -> tuple[UInt16[np.ndarray, "rows columns"], float, float, int]:
+    """Whole stored values to 16 bit without loss.
+
+    HU on whole numbers become HU + 1024, with what lies below -1024 (padding) raised to it. Everything else keeps its own
+    steps: the lowest value becomes 0 where it is negative.
+
+    Args:
+      values: whole numbers; real value = values * slope + intercept.
+      low: lowest value of the series; of this slice unless given.
+
+    Returns:
+      Pixels, slope and intercept of the pixels, and records.CLIPPED where padding was raised.
+
+    Raises:
+      ReadError: the values span more than 16 bits.
+    """
+    whole = values.astype(np.int64)
+    if hu and float(slope).is_integer() and float(intercept).is_integer():
+        shifted = whole * int(slope) + int(intercept) - AIR_HU
+        clipped = records.CLIPPED if shifted.min() < 0 else 0
+        slope, intercept = 1.0, float(AIR_HU)
+        shifted = np.maximum(shifted, 0)
+    else:
+        lowest = min(int(whole.min()) if low is None else low, 0)
+        shifted, clipped, intercept = whole - lowest, 0, float(intercept + slope * lowest)
+    if shifted.max() >= LEVELS:
+        raise ReadError(f"values span {int(shifted.max()) + 1:,} steps; a slice holds {LEVELS:,}")
+    return shifted.astype(np.uint16), float(slope), intercept, clipped
+
+
+def _quantise(values: Shaped[np.ndarray, "slices rows columns"]) -> tuple[np.ndarray, float, float]:
+    """Whole numbers as they are; others in 65,535 equal steps between the lowest and the highest."""
+    if values.dtype.kind in "iu" and int(values.max()) - min(int(values.min()), 0) < LEVELS:
+        return values, 1.0, 0.0
+    low, high = float(values.min()), float(values.max())
+    slope = (high - low) / (LEVELS - 1) or 1.0
+    return np.rint((values.astype(np.float64) - low) / slope).astype(np.int64), slope, low
+
+
+def _shrink(item: _Slice, size: int | None) -> _Slice:
+    """Antialiased reduction so that the longer side has `size` px; smaller slices stay as they are."""
+    rows, columns = item.pixels.shape
+    if size is None or max(rows, columns) <= size:
+        return item
+    target = tuple(max(1, round(n * size / max(rows, columns))) for n in (rows, columns))
+    # PIL resizes float32 with an antialiased bicubic kernel; 16-bit values are exact in it.
+    small = Image.fromarray(item.pixels.astype(np.float32)).resize(target[::-1], Image.Resampling.BICUBIC)
+    pixels = np.clip(np.rint(np.asarray(small)), 0, LEVELS - 1).astype(np.uint16)
+    spacing = (item.spacing[0] * rows / target[0], item.spacing[1] * columns / target[1])
+    return dataclasses.replace(item, pixels=pixels, spacing=spacing, flags=item.flags | records.RESIZED)
+
+
+# ---- records
+
+
+def _pack(
+    series: Mapping[str, Any], facts: Mapping[str, Any], kept: list[_Encoded],
+    histograms: Mapping[tuple[float, float], np.ndarray], per_record: int, report: dict[str, Any],
+) -> Iterator[bytes]:  # fmt: skip
+    """Records of up to `per_record` neighbours that share size, slope, intercept and spacing."""
+    # Slices of one series rarely differ in slope; where they do, each slope has its own series statistics.
+    statistics = {key: records.series_statistics(counts, *key) for key, counts in histograms.items()}
+
+    def alike(e: _Encoded) -> tuple[Any, ...]:
+        return e.shape, e.origin.slope, e.origin.intercept, e.origin.spacing
+
+    for _, group in itertools.groupby(kept, key=alike):
+        members = list(group)
+        for start in range(0, len(members), per_record):
+            part = members[start : start + per_record]
+            origin = part[0].origin
+            record = {
+                "series": series["series"], "patient": series["patient"], "modality": facts["modality"], "units": facts["units"],
+                "plane": series["plane"], "body_part": facts["body_part"], "manufacturer": facts["manufacturer"],
+                "slope": origin.slope, "intercept": origin.intercept, "spacing": (*origin.spacing, series["spacing"]),
+                **statistics[origin.slope, origin.intercept],
+            }  # fmt: skip
+            per_slice = {
+                name: [e.statistics[name] for e in part] for name in ("low", "high", "mean", "std", records.SLICE_BOX)
+            }
+            per_slice |= {
+                "index": [e.index for e in part], "position": [e.origin.position for e in part],
+                "flags": [e.origin.flags for e in part], "source": [e.origin.source for e in part],
+            }  # fmt: skip
+            for slot, e in enumerate(part):
+                report["index"].append(_index_row(report, record, per_slice, slot, e))
+            report["slice_counts"].append(len(part))
+            report["largest"] = [max(a, b) for a, b in zip(report["largest"], part[0].shape, strict=True)]
+            yield records.serialize([e.data for e in part], record, per_slice)
+
+
+def _index_row(
+    report: Mapping[str, Any], record: Mapping[str, Any], per_slice: Mapping[str, Any], slot: int, e: _Encoded
+) -> dict[str, Any]:
+    row = {"split": report["split"], "shard": report["file"], "record": len(report["slice_counts"]), "slot": slot}
+    row |= {name: record[name] for name in (*records.TEXT, *records.NUMBERS)}
+    row |= {
+        f"spacing_{axis}": value for axis, value in zip(("rows", "columns", "slices"), record["spacing"], strict=True)
+    }
+    row |= {
+        name: per_slice[name][slot] for name in (*records.SLICE_NUMBERS, *records.SLICE_INTEGERS, *records.SLICE_TEXT)
+    }
+    row |= {"height": e.shape[0], "width": e.shape[1]}
+    row |= {f"label_{name}": value for name, value in e.labels.items()}
+    return row

@@ -1,0 +1,289 @@
+"""DICOM files: whitelisted headers and stored pixel values.
+
+Nothing leaves this module but the fields of Header: no names, dates, free text or private tags.
+"""
+
+import dataclasses
+import hashlib
+import warnings
+from typing import Any
+
+import numpy as np
+import pydicom
+import pydicom.config
+import SimpleITK
+from jaxtyping import Float, Integer, Shaped
+from pydicom.dataset import Dataset
+from pydicom.pixels import pixel_array
+
+from data_pipeline.errors import ReadError
+
+# Messages of the readers quote header values; none of them may reach a log.
+SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
+pydicom.config.logger.disabled = True
+pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+
+# Which plugin decodes which transfer syntax: pinned, because lossy pixels depend on the decoder. The order and the
+# choice follow measurements of speed and of agreement between decoders; SimpleITK comes second for all of them.
+PLUGINS = {
+    "1.2.840.10008.1.2.5": "pylibjpeg",  # RLE
+    "1.2.840.10008.1.2.4.50": "gdcm",  # JPEG baseline
+    "1.2.840.10008.1.2.4.51": "gdcm",  # JPEG extended
+    "1.2.840.10008.1.2.4.57": "gdcm",  # JPEG lossless
+    "1.2.840.10008.1.2.4.70": "gdcm",  # JPEG lossless, first order
+    "1.2.840.10008.1.2.4.80": "pyjpegls",  # JPEG-LS
+    "1.2.840.10008.1.2.4.81": "pyjpegls",  # JPEG-LS near lossless
+    "1.2.840.10008.1.2.4.90": "pylibjpeg",  # JPEG 2000 lossless
+    "1.2.840.10008.1.2.4.91": "pylibjpeg",  # JPEG 2000
+    "1.2.840.10008.1.2.4.201": "pylibjpeg",  # HTJ2K lossless
+    "1.2.840.10008.1.2.4.202": "pylibjpeg",
+    "1.2.840.10008.1.2.4.203": "pylibjpeg",
+}
+LOSSY_SYNTAXES = frozenset(
+    f"1.2.840.10008.1.2.4.{end}" for end in ("50", "51", "53", "55", "81", "91", "203")
+)  # .81, .91 and .203 may hold lossless data; the tag LossyImageCompression decides where it is present
+UNCOMPRESSED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
+
+# The fields below and no others are read from a header.
+_TAGS = [
+    "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "FrameOfReferenceUID",
+    "Modality", "ImageType", "Rows", "Columns", "NumberOfFrames", "PhotometricInterpretation", "SamplesPerPixel",
+    "BurnedInAnnotation", "BodyPartExamined", "Manufacturer", "PixelSpacing", "SliceThickness", "ImageOrientationPatient",
+    "ImagePositionPatient", "RescaleSlope", "RescaleIntercept", "LossyImageCompression", "BitsAllocated", "BitsStored",
+    "HighBit", "PixelRepresentation", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+]  # fmt: skip
+
+# Classes of manufacturers; the text of the tag itself does not leave this module.
+_MANUFACTURERS = ("siemens", "philips", "toshiba", "canon", "hitachi", "fujifilm", "hyperfine", "ge", "united imaging")
+
+
+@dataclasses.dataclass(frozen=True)
+class FrameGeometry:
+    """Where one frame lies and how its values are rescaled; None where the header does not say.
+
+    Attributes:
+      orientation: direction cosines of a row and of a column.
+      position: centre of the first pixel, mm, patient coordinates (x to the left, y to the back, z up).
+      spacing: between rows and between columns, mm.
+    """
+
+    orientation: tuple[float, ...] | None
+    position: tuple[float, ...] | None
+    spacing: tuple[float, ...] | None
+    slope: float
+    intercept: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """Whitelisted fields of a file; uids and patient_id serve for pseudonyms and go no further."""
+
+    path: str
+    sop_class: str
+    sop_uid: str
+    series_uid: str
+    study_uid: str
+    patient_id: str
+    modality: str
+    image_type: tuple[str, ...]
+    rows: int
+    columns: int
+    frames: int
+    transfer_syntax: str
+    photometric: str
+    samples_per_pixel: int
+    burned_in: bool
+    body_part: str
+    manufacturer: str
+    thickness: float
+    lossy: bool
+    has_pixels: bool
+    geometry: tuple[FrameGeometry, ...]
+
+
+def is_dicom(path: str) -> bool:
+    """True for a file with the DICM mark, or one that starts with a plausible data set without it."""
+    with open(path, "rb") as file:
+        start = file.read(132)
+    if start[128:132] == b"DICM":
+        return True
+    # Old files start with a tag of group 0002 or 0008, little- or big-endian.
+    return start[:2] in (b"\x08\x00", b"\x02\x00") or start[:4] in (b"\x00\x08\x00\x05", b"\x00\x08\x00\x08")
+
+
+def read_header(path: str) -> Header:
+    """Reads the whitelisted fields; no pixels.
+
+    Raises:
+      ReadError: it is not DICOM, or is cut off before the pixels.
+    """
+    dataset = _read(path, stop_before_pixels=True, specific_tags=_TAGS)
+    if "SOPClassUID" not in dataset and "Rows" not in dataset:
+        raise ReadError("not a DICOM image: it has neither a SOP class nor rows")
+    try:
+        return _header(path, dataset)
+    except (ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        raise ReadError(f"malformed header ({type(error).__name__})") from error
+
+
+def _read(path: str, **arguments: Any) -> Dataset:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return pydicom.dcmread(path, force=True, **arguments)
+    except Exception as error:  # pydicom raises many kinds on damaged files, with header values in their texts
+        raise ReadError(f"damaged DICOM file ({type(error).__name__} while reading the header)") from error
+
+
+def _header(path: str, dataset: Dataset) -> Header:
+    def text(name: str) -> str:
+        value = dataset.get(name)
+        return "" if value is None else str(value).strip()
+
+    syntax = str(getattr(dataset.file_meta, "TransferSyntaxUID", "")) if hasattr(dataset, "file_meta") else ""
+    image_type = dataset.get("ImageType") or ()
+    lossy = text("LossyImageCompression")
+    frames = int(dataset.get("NumberOfFrames") or 1)
+    return Header(
+        path=path,
+        sop_class=text("SOPClassUID"),
+        sop_uid=text("SOPInstanceUID"),
+        series_uid=text("SeriesInstanceUID"),
+        study_uid=text("StudyInstanceUID"),
+        patient_id=text("PatientID"),
+        modality=text("Modality"),
+        image_type=tuple(str(v).upper() for v in ([image_type] if isinstance(image_type, str) else image_type)),
+        rows=int(dataset.get("Rows") or 0),
+        columns=int(dataset.get("Columns") or 0),
+        frames=frames,
+        transfer_syntax=syntax,
+        photometric=text("PhotometricInterpretation"),
+        samples_per_pixel=int(dataset.get("SamplesPerPixel") or 1),
+        burned_in=text("BurnedInAnnotation").upper() == "YES",
+        body_part=_word(text("BodyPartExamined")),
+        manufacturer=next((m for m in _MANUFACTURERS if m in text("Manufacturer").lower()), "unknown"),
+        thickness=_floats(dataset.get("SliceThickness"), 1, (0.0,))[0],
+        lossy=lossy == "01" if lossy in ("00", "01") else syntax in LOSSY_SYNTAXES,
+        has_pixels="BitsAllocated" in dataset and "Rows" in dataset,
+        geometry=tuple(_geometry(dataset, frame) for frame in range(frames)),
+    )
+
+
+def _word(text: str) -> str:
+    """A defined term (letters only, at most 16): free text that somebody typed into the tag is dropped."""
+    return text.lower() if text.isalpha() and len(text) <= 16 else ""
+
+
+def _floats(value: Any, count: int, default: Any = None) -> Any:
+    if value is None or value == "":
+        return default
+    values = [float(v) for v in (value if hasattr(value, "__len__") and not isinstance(value, str) else [value])]
+    return tuple(values) if len(values) == count and all(np.isfinite(values)) else default
+
+
+def _geometry(dataset: Dataset, frame: int) -> FrameGeometry:
+    places = [dataset]
+    for name in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+        sequence = dataset.get(name)
+        if sequence:
+            index = frame if name.startswith("Per") else 0
+            if index < len(sequence):
+                for group in (
+                    "PlaneOrientationSequence",
+                    "PlanePositionSequence",
+                    "PixelMeasuresSequence",
+                    "PixelValueTransformationSequence",
+                ):
+                    if sequence[index].get(group):
+                        places.append(sequence[index].get(group)[0])
+
+    def find(name: str, count: int, default: Any = None) -> Any:
+        for place in reversed(places):
+            if name in place:
+                return _floats(place.get(name), count, default)
+        return default
+
+    return FrameGeometry(
+        orientation=find("ImageOrientationPatient", 6),
+        position=find("ImagePositionPatient", 3),
+        spacing=find("PixelSpacing", 2),
+        slope=find("RescaleSlope", 1, (1.0,))[0],
+        intercept=find("RescaleIntercept", 1, (0.0,))[0],
+    )
+
+
+def read_stored(path: str) -> tuple[Integer[np.ndarray, "frames rows columns"], str]:
+    """The stored values before any rescaling, and the decoder that made them.
+
+    The plugin pinned in PLUGINS comes first, SimpleITK (GDCM) second.
+
+    Raises:
+      ReadError: no decoder reads the pixels, they are cut off, or they have several samples each.
+    """
+    dataset = _read(path)
+    syntax = str(getattr(getattr(dataset, "file_meta", None), "TransferSyntaxUID", ""))
+    if not syntax:
+        raise ReadError("no transfer syntax: how the pixels are encoded is unknown")
+    if "PixelData" not in dataset:
+        raise ReadError("no pixel data")
+    if int(dataset.get("SamplesPerPixel") or 1) != 1:
+        raise ReadError("colour image")
+    if syntax in UNCOMPRESSED:
+        rows, columns, frames = (
+            int(dataset.get(n) or d) for n, d in (("Rows", 0), ("Columns", 0), ("NumberOfFrames", 1))
+        )
+        wanted = rows * columns * frames * int(dataset.get("BitsAllocated") or 0) // 8
+        if len(dataset.PixelData) < wanted:
+            raise ReadError(f"truncated: the pixel data has {len(dataset.PixelData):,} of {wanted:,} bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plugin = PLUGINS.get(syntax, "")
+            values = (
+                pixel_array(dataset, raw=True, decoding_plugin=plugin)
+                if plugin or syntax in UNCOMPRESSED
+                else dataset.pixel_array
+            )
+        decoder = f"pydicom {pydicom.__version__} {plugin}".strip()
+    except Exception as first:  # noqa: BLE001 - each plugin raises its own kinds
+        values, decoder = _read_with_itk(path, type(first).__name__)
+    if values.ndim == 2:
+        values = values[None]
+    if values.ndim != 3:
+        raise ReadError("colour image")
+    if values.dtype.kind not in "iu":
+        raise ReadError(f"pixels are {values.dtype}, not integers")
+    return values, decoder
+
+
+def _read_with_itk(path: str, first_failure: str) -> tuple[np.ndarray, str]:
+    reader = SimpleITK.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileName(path)
+    try:
+        reader.ReadImageInformation()
+        image = reader.Execute()
+    except RuntimeError as error:
+        raise ReadError(
+            f"the pixels cannot be decoded (pydicom: {first_failure}; SimpleITK refused them too)"
+        ) from error
+    values = SimpleITK.GetArrayFromImage(image)
+    slope, intercept = (
+        float(reader.GetMetaData(tag)) if reader.HasMetaDataKey(tag) and reader.GetMetaData(tag).strip() else default
+        for tag, default in (("0028|1053", 1.0), ("0028|1052", 0.0))
+    )
+    # GDCM rescales; undo that, so that both decoders give stored values.
+    stored = np.rint((values.astype(np.float64) - intercept) / slope)
+    return stored.astype(np.int32), f"SimpleITK {SimpleITK.Version.VersionString()}"
+
+
+def stored_sha256(stored: Shaped[np.ndarray, "..."]) -> str:
+    """First 16 hex digits of the SHA-256 over the stored values as little-endian int64, frames first, in C order."""
+    return hashlib.sha256(np.ascontiguousarray(stored, dtype="<i8").tobytes()).hexdigest()[:16]
+
+
+def real_values(
+    stored: Integer[np.ndarray, "rows columns"], geometry: FrameGeometry
+) -> Float[np.ndarray, "rows columns"]:
+    """Stored values rescaled: HU for CT."""
+    return stored.astype(np.float32) * np.float32(geometry.slope) + np.float32(geometry.intercept)

@@ -1,0 +1,52 @@
+"""How TFDS reads a record. Imported by TFDS itself, through the class name in features.json."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from data_pipeline import codec, records
+
+
+class Slices(tfds.features.FeatureConnector):
+    """Encoded slices of a record, decoded to uint16 (slices, height, width); the record's slices have one size."""
+
+    def get_tensor_info(self) -> tfds.features.TensorInfo:
+        return tfds.features.TensorInfo(shape=(None, None, None), dtype=np.uint16)
+
+    def get_serialized_info(self) -> tfds.features.TensorInfo:
+        return tfds.features.TensorInfo(shape=(None,), dtype=np.object_)
+
+    def encode_example(self, example_data: Sequence[np.ndarray]) -> list[bytes]:
+        return [codec.encode(pixels) for pixels in example_data]
+
+    def decode_example(self, tfexample_data: Any) -> Any:
+        raise NotImplementedError(
+            "these slices are decoded without TensorFlow: use as_data_source() instead of as_dataset()"
+        )
+
+    def decode_example_np(self, example_data: Any) -> np.ndarray:
+        data = [example_data] if isinstance(example_data, bytes) else example_data
+        return np.stack([codec.decode(item) for item in data])
+
+    def to_json_content(self) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def from_json_content(cls, value: Any) -> "Slices":
+        del value
+        return cls()
+
+
+def features() -> tfds.features.FeaturesDict:
+    """The record schema of records.py in TFDS terms."""
+    fields: dict[str, Any] = {"slices": Slices()}
+    fields |= {name: tfds.features.Text() for name in records.TEXT}
+    fields |= {name: np.float32 for name in records.NUMBERS}
+    fields |= {name: tfds.features.Tensor(shape=(n,), dtype=np.float32) for name, n in records.VECTORS.items()}
+    fields |= {name: tfds.features.Tensor(shape=(None,), dtype=np.float32) for name in records.SLICE_NUMBERS}
+    fields |= {name: tfds.features.Tensor(shape=(None,), dtype=np.int64) for name in records.SLICE_INTEGERS}
+    fields |= {name: tfds.features.Tensor(shape=(None,), dtype=np.str_) for name in records.SLICE_TEXT}
+    fields[records.SLICE_BOX] = tfds.features.Tensor(shape=(None, 4), dtype=np.int64)
+    return tfds.features.FeaturesDict(fields)

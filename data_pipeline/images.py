@@ -1,0 +1,36 @@
+"""PNG, JPEG and TIFF pictures of slices."""
+
+import numpy as np
+from jaxtyping import UInt
+from PIL import Image, UnidentifiedImageError
+
+from data_pipeline.errors import ReadError
+
+# JPEG stores grey pictures in three channels with rounding errors of this size.
+GREY_TOLERANCE = 12
+Image.MAX_IMAGE_PIXELS = 2**28
+
+
+def read_image(path: str) -> UInt[np.ndarray, "rows columns"]:
+    """Grey values, 8 or 16 bit.
+
+    Raises:
+      ReadError: it is no picture, is cut off, or has colours.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode in ("P", "LA", "RGBA", "1", "CMYK", "YCbCr"):
+                image = image.convert("RGB" if image.mode != "1" else "L")
+            values = np.asarray(image)
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ReadError(f"the picture cannot be read ({type(error).__name__})") from error
+    if values.ndim == 3:
+        spread = values.max(axis=2).astype(np.int32) - values.min(axis=2)
+        if np.percentile(spread, 99) > GREY_TOLERANCE:
+            raise ReadError("colour image")
+        values = values[:, :, 1]
+    if values.dtype == np.int32 and values.min() >= 0 and values.max() <= 0xFFFF:
+        values = values.astype(np.uint16)  # how older readers hand over 16-bit PNG
+    if values.dtype not in (np.uint8, np.uint16):
+        raise ReadError(f"pixels are {values.dtype}; wanted are 8 or 16 bit grey values")
+    return values

@@ -1,0 +1,67 @@
+"""Keyed pseudonyms, and what follows from them: splits and shard order.
+
+HMAC-SHA256 with a key that the site keeps. Without the key nobody can test whether a known patient is in a dataset; with
+the same key the same patient has the same pseudonym and split in every build.
+"""
+
+import hashlib
+import hmac
+import os
+import secrets
+from pathlib import Path
+
+from data_pipeline.errors import UserError
+
+KEY_VARIABLE = "CURIA_KEY"
+SPLITS = ("train", "validation", "test")
+
+
+def load_key(key_file: str | None, output: str) -> tuple[bytes, str]:
+    """The key, and a sentence on where it came from.
+
+    In this order: `key_file`; the variable CURIA_KEY; the file `<output>.key` beside the dataset folder, which is made with
+    a random key where it does not exist. The key is never written into the dataset.
+
+    Raises:
+      UserError: the file does not exist or is empty, or lies inside the dataset folder.
+    """
+    if key_file is not None:
+        path = Path(key_file)
+        if not path.is_file() or not path.read_bytes().strip():
+            raise UserError(
+                f"no key in {key_file}; write a long random line into it, for example with: openssl rand -hex 32"
+            )
+        if Path(output).resolve() in path.resolve().parents:
+            raise UserError(
+                f"the key {key_file} lies inside the dataset {output}; keep it elsewhere, it must not travel with the data"
+            )
+        return path.read_bytes().strip(), f"key from {key_file}"
+    if os.environ.get(KEY_VARIABLE):
+        return os.environ[KEY_VARIABLE].encode(), f"key from the variable {KEY_VARIABLE}"
+    path = Path(str(output).rstrip("/") + ".key")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32) + "\n")
+        return (
+            path.read_bytes().strip(),
+            f"new key in {path}: keep it, pseudonyms and splits depend on it, and keep it apart from the data",
+        )
+    return path.read_bytes().strip(), f"key from {path}"
+
+
+def digest(key: bytes, kind: str, value: str) -> str:
+    """Pseudonym of a value: 16 hex digits (64 bits) of HMAC-SHA256. `kind` keeps patients, series and splits apart."""
+    return hmac.new(key, f"{kind}:{value}".encode(), hashlib.sha256).hexdigest()[:16]
+
+
+def split_of(key: bytes, patient: str, validation: float, test: float) -> str:
+    """The split of a patient: a fixed point in [0, 1) per patient and key, so that adding exams moves nobody.
+
+    Args:
+      patient: pseudonym.
+      validation, test: shares of the patients.
+    """
+    point = int(digest(key, "split", patient), 16) / 2**64
+    return "test" if point < test else "validation" if point < test + validation else "train"

@@ -1,0 +1,66 @@
+"""Which images are left out, and why. Rules are data: a name that stands in the manifest, and a predicate."""
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Shaped
+
+from data_pipeline.dicom import Header
+
+# DICOM PS3.4 B.5: CT, MR, and their enhanced and legacy-converted multi-frame forms.
+IMAGE_CLASSES = frozenset(
+    {
+        "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2",
+        "1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1", "1.2.840.10008.5.1.4.1.1.4.4",
+    }
+)  # fmt: skip
+MULTIFRAME_CLASSES = frozenset(
+    c
+    for c in IMAGE_CLASSES
+    if c.count(".") == 10 and c not in ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.4")
+)
+LOCALIZER_TYPES = frozenset(
+    {"LOCALIZER", "SCREEN SAVE", "PATIENT_INFO", "REF_SURVIEW", "SCOUT", "DOSE_INFO", "CSA REPORT"}
+)
+PROJECTION_TYPES = frozenset({"PROJECTION IMAGE", "MIP", "MINIP", "MPR", "VRT", "SSD", "MAX_IP", "MIN_IP"})
+
+# The first that holds names the reason.
+HEADER_RULES: tuple[tuple[str, Callable[[Header], bool]], ...] = (
+    ("not a CT or MR image object", lambda h: h.sop_class not in IMAGE_CLASSES),
+    ("no pixel data", lambda h: not h.has_pixels),
+    ("colour image", lambda h: h.samples_per_pixel != 1 or h.photometric not in ("MONOCHROME1", "MONOCHROME2")),
+    ("burned-in annotation", lambda h: h.burned_in),
+    ("localizer or screen", lambda h: bool(LOCALIZER_TYPES & set(h.image_type))),
+    ("projection or reformat", lambda h: bool(PROJECTION_TYPES & set(h.image_type))),
+    ("several frames in a single-frame object", lambda h: h.frames > 1 and h.sop_class not in MULTIFRAME_CLASSES),
+    ("neither CT nor MR", lambda h: h.modality not in ("CT", "MR")),
+)
+
+MINIMUM_SIDE = 32  # px
+AIR_HU = -900.0
+AIR_SHARE = 0.98
+
+
+def exclude_header(header: Header) -> str | None:
+    """Name of the first header rule that leaves the file out, or None."""
+    return next((name for name, predicate in HEADER_RULES if predicate(header)), None)
+
+
+def exclude_pixels(values: Shaped[np.ndarray, "rows columns"], *, hu: bool) -> str | None:
+    """Name of the first pixel rule that leaves a slice out, or None.
+
+    Args:
+      values: real values; HU where `hu` is true.
+    """
+    if min(values.shape) < MINIMUM_SIDE:
+        return f"smaller than {MINIMUM_SIDE} px"
+    low, high = float(values.min()), float(values.max())
+    if low == high:
+        return "constant"
+    if hu:
+        # A CT slice has air or fat somewhere, and something denser than lung. MR stored as CT has neither.
+        if high < -500 or low >= 0:
+            return "values are no HU"
+        if float(np.mean(values < AIR_HU)) > AIR_SHARE:
+            return "all air"
+    return None

@@ -1,0 +1,173 @@
+"""Shard files: written and verified one by one, read at random by training.
+
+A dataset folder holds
+
+  <name>-<split>.array_record-00000-of-00008   records, see records.py
+  shards.parquet                               per shard: split, records, slices, bytes, sha256, largest height and width
+  index.parquet                                per slice: where it is, its facts and its labels
+  dataset_info.json, features.json             what TFDS needs
+"""
+
+import hashlib
+import os
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from array_record.python import array_record_module
+
+from data_pipeline import records
+from data_pipeline.errors import UserError
+
+# The codec stands in the record, so the container neither groups nor compresses.
+WRITER_OPTIONS = "group_size:1,uncompressed"
+SHARDS, INDEX = "shards.parquet", "index.parquet"
+
+
+def file_name(dataset: str, split: str, number: int, count: int) -> str:
+    """TFDS's name of a shard."""
+    return f"{dataset}-{split}.array_record-{number:05d}-of-{count:05d}"
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write(path: Path, items: Iterable[bytes]) -> tuple[int, str]:
+    """Writes records beside `path`, opens the file again, verifies it and only then gives it its name.
+
+    Returns:
+      Number of records and the file's SHA-256.
+
+    Raises:
+      OSError: the disk is full or the file cannot be written; nothing is left behind.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    digests = []
+    try:
+        writer = array_record_module.ArrayRecordWriter(str(beside), WRITER_OPTIONS)
+        for item in items:
+            writer.write(item)
+            digests.append(hashlib.blake2b(item, digest_size=8).digest())
+        writer.close()
+        reader = array_record_module.ArrayRecordReader(str(beside), "")
+        if not reader.ok() or reader.num_records() != len(digests):
+            raise OSError(
+                f"{path.name}: wrote {len(digests)} records but {reader.num_records()} can be read; is the disk full?"
+            )
+        for number, digest in enumerate(digests):
+            if hashlib.blake2b(reader.read([number])[0], digest_size=8).digest() != digest:
+                raise OSError(f"{path.name}: record {number} reads back changed; is the disk failing?")
+        reader.close()
+        digest = sha256(beside)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return len(digests), digest
+
+
+class SliceSource:
+    """Random access to the decoded slices of a split.
+
+    Slice n is row n of `index`: shards in the order of their names, records in the order of the file, slices in the order
+    of the record. Opening checks that every shard is there with the size that it was published with, because an ArrayRecord
+    reader takes a missing or truncated file for an empty one. Shards are opened at their first read. Reads are safe from
+    several threads, and the source can be sent to another process.
+
+    Args:
+      folder: dataset folder.
+      split: "train", "validation" or "test".
+
+    Attributes:
+      largest: greatest height and width of a slice, px.
+
+    Raises:
+      UserError: no such folder or split, or a shard that is missing, truncated or not as published.
+    """
+
+    def __init__(self, folder: str | Path, split: str) -> None:
+        self.folder, self.split = Path(folder), split
+        table_path = self.folder / SHARDS
+        if not table_path.is_file():
+            raise UserError(
+                f"no shards in {folder}: it has no {SHARDS}; data_pipeline.build writes one when it has finished"
+            )
+        table = pq.read_table(table_path)
+        splits = sorted(set(table["split"].to_pylist()))
+        table = table.filter(pc.equal(table["split"], split)).sort_by("file")
+        if not len(table):
+            raise UserError(f"no split '{split}' in {folder}; there are: {', '.join(splits)}")
+        self._files = table["file"].to_pylist()
+        for name, size in zip(self._files, table["bytes"].to_pylist(), strict=True):
+            path = self.folder / name
+            found = path.stat().st_size if path.is_file() else None
+            if found != size:
+                state = "is missing" if found is None else f"has {found:,} bytes"
+                raise UserError(f"shard {path} {state}, published with {size:,} bytes; build it again or copy it again")
+        self._records = table["records"].to_numpy()
+        counts = [
+            np.ones(n, np.int64) if slices is None else np.asarray(slices, np.int64)
+            for n, slices in zip(self._records, table["slice_counts"].to_pylist(), strict=True)
+        ]
+        # First slice of every record, over all shards; and first record of every shard.
+        self._first_slice = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
+        self._first_record = np.concatenate([[0], np.cumsum(self._records)])
+        self._single = bool(self._first_slice[-1] == self._first_record[-1])
+        self.largest = (int(pc.max(table["largest_height"]).as_py()), int(pc.max(table["largest_width"]).as_py()))
+        self._open: dict[int, Any] = {}
+        self._lock = threading.Lock()
+        self._index: pa.Table | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": {}, "_lock": None, "_index": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return int(self._first_slice[-1])
+
+    @property
+    def index(self) -> pa.Table:
+        """One row per slice of this split: the columns of index.parquet. Read at the first use."""
+        if self._index is None:
+            table = pq.read_table(self.folder / INDEX, filters=[("split", "=", self.split)])
+            self._index = table.sort_by([("shard", "ascending"), ("record", "ascending"), ("slot", "ascending")])
+        return self._index
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """Slice `number`; see records.parse_slice for its fields.
+
+        Raises:
+          IndexError: beyond the end.
+          UserError: the shard cannot be read or holds another number of records.
+        """
+        if not 0 <= number < len(self):
+            raise IndexError(f"slice {number} of {len(self)}")
+        record = number if self._single else int(np.searchsorted(self._first_slice, number, side="right")) - 1
+        shard = int(np.searchsorted(self._first_record, record, side="right")) - 1
+        data = self._reader(shard).read([int(record - self._first_record[shard])])[0]
+        return records.parse_slice(data, 0 if self._single else int(number - self._first_slice[record]))
+
+    def _reader(self, shard: int) -> Any:
+        reader = self._open.get(shard)
+        if reader is None:
+            with self._lock:
+                path = self.folder / self._files[shard]
+                reader = array_record_module.ArrayRecordReader(str(path), "")
+                if not reader.ok() or reader.num_records() != self._records[shard]:
+                    raise UserError(
+                        f"shard {path} holds {reader.num_records()} readable records, published with {self._records[shard]}; copy it again"
+                    )
+                self._open[shard] = reader
+        return reader

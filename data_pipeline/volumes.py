@@ -1,0 +1,130 @@
+"""NIfTI, NRRD and MetaImage volumes, cut into slices as a DICOM viewer would show them."""
+
+import dataclasses
+import re
+
+import nibabel
+import numpy as np
+import SimpleITK
+from jaxtyping import Shaped
+
+from data_pipeline.errors import ReadError
+
+SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
+
+# A label map holds few distinct whole numbers. Images of 8 bit have up to 256, so a name is asked for above this.
+LABEL_VALUES = 128
+FEW_LABEL_VALUES = 24
+LABEL_NAMES = re.compile(r"(seg|mask|msk|label|lobes?|roi)", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Volume:
+    """Slices of a volume.
+
+    Attributes:
+      values: as stored, rescaled; integers where all of them are whole numbers.
+      spacing: between rows, columns and slices, mm.
+      plane: of the slices: the plane with the smallest spacing within it, axial for isotropic volumes.
+      is_label_map: few distinct whole numbers: segmentations, not images.
+    """
+
+    values: Shaped[np.ndarray, "slices rows columns"]
+    spacing: tuple[float, float, float]
+    plane: str
+    is_label_map: bool
+
+
+def read_volume(path: str) -> Volume:
+    """Reads a volume and turns it so that slices are seen as usual: axial and coronal with the patient's right on the left
+    and front or head up, sagittal with the face to the left.
+
+    Raises:
+      ReadError: damaged, or not of two or three dimensions.
+    """
+    values, affine = _read_nifti(path) if path.lower().endswith((".nii", ".nii.gz")) else _read_itk(path)
+    values = np.squeeze(values) if values.ndim > 3 else values
+    if values.ndim == 2:
+        values = values[:, :, None]
+    if values.ndim != 3 or 0 in values.shape:
+        raise ReadError(f"{values.ndim} dimensions; slices come from volumes of 2 or 3")
+    if values.dtype.kind == "c" or values.dtype.names:
+        raise ReadError("complex or colour values")
+    if not np.isfinite(values).all():
+        values = np.nan_to_num(values, nan=float(np.nanmin(values)), posinf=0.0, neginf=0.0)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    # To axes pointing right, front, up, so that array axes are sagittal, coronal and axial in turn.
+    orientation = nibabel.io_orientation(affine)
+    values = nibabel.apply_orientation(values, orientation)
+    spacing = spacing[np.argsort(orientation[:, 0])]
+    through = 2
+    if values.shape.count(1) == 1:
+        through = values.shape.index(1)
+    elif spacing.max() > 1.1 * np.sort(spacing)[1]:
+        through = int(np.argmax(spacing))
+    plane = ("sagittal", "coronal", "axial")[through]
+    # Rows run from the front or the head down, columns from the patient's right or, in sagittal slices, from the face.
+    slices = np.moveaxis(values, through, 0)[:, ::-1, ::-1].transpose(0, 2, 1)
+    in_plane = [axis for axis in range(3) if axis != through]
+    return Volume(
+        values=_whole(np.ascontiguousarray(slices)),
+        spacing=(float(spacing[in_plane[1]]), float(spacing[in_plane[0]]), float(spacing[through])),
+        plane=plane,
+        is_label_map=_is_label_map(values, path),
+    )
+
+
+def _read_nifti(path: str) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        image = nibabel.load(path)
+        values = np.asanyarray(image.dataobj)
+        affine = np.asarray(image.affine, np.float64)
+    except Exception as error:  # noqa: BLE001 - nibabel, gzip and zlib each raise their own kinds
+        raise ReadError(f"damaged volume ({type(error).__name__})") from error
+    return values, _sound(affine)
+
+
+def _read_itk(path: str) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        image = SimpleITK.ReadImage(path)
+    except RuntimeError as error:
+        raise ReadError("damaged volume (SimpleITK cannot read it)") from error
+    if image.GetNumberOfComponentsPerPixel() != 1:
+        raise ReadError("colour values")
+    if image.GetDimension() != 3:
+        raise ReadError(f"{image.GetDimension()} dimensions; slices come from volumes of 2 or 3")
+    affine = np.eye(4)
+    affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
+    affine[:2] *= -1  # ITK's axes point left and back, NIfTI's right and front
+    return SimpleITK.GetArrayFromImage(image).transpose(2, 1, 0), _sound(affine)
+
+
+def _sound(affine: np.ndarray) -> np.ndarray:
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise ReadError("its affine is singular: where the voxels lie is unknown")
+    return affine
+
+
+def _whole(values: np.ndarray) -> np.ndarray:
+    """Floats that are all whole numbers as int32; anything else unchanged."""
+    if values.dtype.kind in "iu":
+        return values
+    rounded = np.rint(values)
+    if np.abs(values).max(initial=0.0) < 2**31 and np.array_equal(values, rounded):
+        return rounded.astype(np.int32)
+    return values.astype(np.float32)
+
+
+def _is_label_map(values: np.ndarray, path: str) -> bool:
+    if values.dtype.kind == "f" and not np.array_equal(values, np.rint(values)):
+        return False
+    distinct = len(np.unique(values))
+    return distinct <= FEW_LABEL_VALUES or (
+        distinct <= LABEL_VALUES and bool(LABEL_NAMES.search(path.rsplit("/", 1)[-1]))
+    )
+
+
+def infer_modality(values: Shaped[np.ndarray, "..."]) -> str:
+    """ "CT" where the values look like HU (air near -1000 and nothing far below the padding values in use), else "MR"."""
+    low, high = float(np.min(values)), float(np.max(values))
+    return "CT" if -4096 <= low <= -500 and high > 100 else "MR"

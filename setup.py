@@ -1,0 +1,65 @@
+"""Curia JAX: pretrain, convert and score a radiology foundation model.
+
+The base install trains on existing shards. Extras add what not every machine needs:
+`ingest` reads exams, `evaluate` scores and reports, `torch` checks exports against PyTorch, `cuda`/`tpu` bring an accelerator,
+`test` and `lint` are for work on the project itself.
+"""
+
+from setuptools import find_packages, setup
+
+INGEST = [
+    "nibabel>=5.3",
+    "pillow>=11",
+    "psutil>=6",
+    "pydicom>=3.0,<4",
+    "pyjpegls>=1.5",
+    "pylibjpeg-openjpeg>=2.4",
+    "pylibjpeg-rle>=2.1",
+    "python-gdcm>=3.0.24",
+    "scipy>=1.14",
+    "SimpleITK>=2.4",
+]
+EVALUATE = ["matplotlib>=3.9", "scikit-learn>=1.6", "scipy>=1.14"]
+TEST = ["beartype>=0.20", "hypothesis>=6.100", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "transformers>=4.57,<6"]
+
+setup(
+    name="curia-jax",
+    version="0.1.0",
+    description="Pretrain a radiology foundation model: ViT-MAE in JAX, from DICOM archives to PyTorch safetensors",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["curia_jax", "curia_jax.*", "data_pipeline", "data_pipeline.*", "launch", "launch.*"]),
+    package_data={"": ["*.html", "*.css", "*.txt"]},
+    install_requires=[
+        "absl-py>=2",
+        "array_record>=0.8",
+        "blosc2>=3",
+        "etils[epath]>=1.11",
+        "flax>=0.12,<0.13",
+        "grain>=0.2.13,<0.3",
+        "jax>=0.10,<0.12",
+        "jaxtyping>=0.3",
+        "ml_collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.5,<0.3",
+        "orbax-checkpoint>=0.12.3,<0.13",
+        "pyarrow>=18",
+        "rich>=13",
+        "safetensors>=0.5",
+        "tensorboard>=2.18",
+        "tensorflow-datasets>=4.9.9,<5",
+    ],
+    extras_require={
+        "ingest": INGEST,
+        "evaluate": EVALUATE,
+        "torch": ["torch>=2.4", "transformers>=4.57,<6"],
+        "cuda": ["jax[cuda13]>=0.10,<0.12"],
+        "tpu": ["jax[tpu]>=0.10,<0.12"],
+        "plan": ["libtpu>=0.0.40"],
+        "demo": [*INGEST, *EVALUATE],
+        "test": [*INGEST, *EVALUATE, *TEST],
+        "lint": ["ruff>=0.9"],
+    },
+)

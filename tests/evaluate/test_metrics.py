@@ -1,0 +1,168 @@
+"""Metrics against scikit-learn, and the bootstrap against a plain loop."""
+
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
+
+from curia_jax.evaluate import metrics
+from curia_jax.evaluate.metrics import Bootstrap
+
+# Sums of a few hundred float64 terms of order one.
+TOLERANCE = 1e-12
+
+
+def cases(seed: int, n: int = 120, classes: int = 2, patients: int = 17):
+    rng = np.random.default_rng(seed)
+    targets = rng.integers(0, classes, n)
+    # Rounded, so that there are ties; informative, so that the area is not a half.
+    scores = np.round(rng.normal(size=(n, classes)) + np.eye(classes)[targets], 1)
+    return targets, scores, rng.integers(0, patients, n)
+
+
+def once(metric, targets, scores):
+    return float(metric(targets, scores, np.ones((1, len(targets))))[0])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_binary_auroc_equals_sklearn_with_ties_and_weights(seed):
+    targets, scores, _ = cases(seed)
+    weights = np.random.default_rng(seed).integers(0, 4, (3, len(targets))).astype(float)
+    found = metrics.auroc(targets, scores, weights)
+    wanted = [roc_auc_score(targets, scores[:, 1] - scores[:, 0], sample_weight=w) for w in weights]
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("classes", [3, 5])
+def test_macro_auroc_equals_sklearn(classes):
+    targets, scores, _ = cases(1, classes=classes)
+    wanted = np.mean([roc_auc_score(targets == label, scores[:, label]) for label in range(classes)])
+    assert once(metrics.auroc, targets, scores) == pytest.approx(wanted, abs=TOLERANCE)
+    probabilities = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+    wanted = roc_auc_score(targets, probabilities, multi_class="ovr", average="macro")
+    assert once(metrics.auroc, targets, probabilities) == pytest.approx(wanted, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_accuracies_equal_sklearn_with_weights(classes):
+    targets, scores, _ = cases(2, classes=classes)
+    weights = np.random.default_rng(0).integers(0, 4, (3, len(targets))).astype(float)
+    predicted = scores.argmax(axis=1)
+    for metric, oracle in ((metrics.accuracy, accuracy_score), (metrics.balanced_accuracy, balanced_accuracy_score)):
+        wanted = [oracle(targets, predicted, sample_weight=w) for w in weights]
+        np.testing.assert_allclose(metric(targets, scores, weights), wanted, rtol=0, atol=TOLERANCE)
+
+
+def test_macro_auroc_leaves_out_absent_classes():
+    targets, scores, _ = cases(3, classes=3)
+    kept = targets != 2
+    wanted = np.mean([roc_auc_score(targets[kept] == label, scores[kept, label]) for label in (0, 1)])
+    assert once(metrics.auroc, targets[kept], scores[kept]) == pytest.approx(wanted, abs=TOLERANCE)
+
+
+def test_one_class_has_no_auroc_but_an_accuracy():
+    scores = np.array([[0.2, 0.8], [0.6, 0.4], [0.1, 0.9]])
+    targets = np.array([1, 1, 1])
+    assert np.isnan(once(metrics.auroc, targets, scores))
+    assert once(metrics.accuracy, targets, scores) == pytest.approx(2 / 3, abs=TOLERANCE)
+    estimate = Bootstrap.over(np.array(["a", "b", "c"]), draws=50).estimate(metrics.auroc, targets, scores)
+    assert np.isnan([estimate.value, estimate.low, estimate.high]).all()
+    assert estimate.degenerate == estimate.draws == 50
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_bootstrap_equals_a_loop_that_repeats_whole_patients(classes):
+    targets, scores, patients = cases(4, n=60, classes=classes, patients=9)
+    bootstrap = Bootstrap.over(patients, draws=200, seed=5)
+    names = np.unique(patients)
+    wanted, degenerate, partial = [], 0, 0
+    for counts in bootstrap.counts:
+        rows = np.concatenate([np.repeat(np.flatnonzero(patients == p), c) for p, c in zip(names, counts, strict=True)])
+        t, s = targets[rows], scores[rows]
+        present = np.unique(t)
+        if len(present) < 2:
+            degenerate += 1
+            continue
+        partial += len(present) < classes
+        if classes == 2:
+            wanted.append(roc_auc_score(t, s[:, 1] - s[:, 0]))
+        else:
+            wanted.append(np.mean([roc_auc_score(t == label, s[:, label]) for label in present]))
+    found = bootstrap.estimate(metrics.auroc, targets, scores)
+    np.testing.assert_allclose((found.low, found.high), np.percentile(wanted, [2.5, 97.5]), rtol=0, atol=1e-10)
+    assert (found.degenerate, found.partial) == (degenerate, partial)
+    assert found.value == pytest.approx(once(metrics.auroc, targets, scores), abs=TOLERANCE)
+
+
+def test_degenerate_and_partial_draws_are_counted():
+    # One patient per class: a draw without the first, or without the second, has one class.
+    targets = np.array([0, 0, 1, 1])
+    scores = np.eye(2)[targets]
+    bootstrap = Bootstrap.over(np.array([1, 1, 2, 2]), draws=2000, seed=0)
+    found = bootstrap.estimate(metrics.auroc, targets, scores)
+    assert found.degenerate == int(np.sum((bootstrap.counts == 0).any(axis=1)))
+    assert 0.45 < found.degenerate / 2000 < 0.55
+    assert (found.low, found.high) == (1.0, 1.0)
+    three = Bootstrap.over(np.array([1, 2, 3]), draws=2000, seed=0)
+    found = three.estimate(metrics.auroc, np.array([0, 1, 2]), np.eye(3))
+    assert found.degenerate == int(np.sum(three.counts.max(axis=1) == 3))
+    assert found.partial == int(np.sum(three.counts.max(axis=1) == 2))
+
+
+def test_one_patient_gives_a_value_without_an_interval():
+    targets, scores, _ = cases(6)
+    found = Bootstrap.over(np.zeros(len(targets)), draws=10).estimate(metrics.auroc, targets, scores)
+    assert np.isfinite(found.value) and np.isnan([found.low, found.high]).all()
+
+
+def test_patients_widen_the_interval_and_slices_do_not():
+    # Twenty patients of fifty identical cases hold the information of twenty cases.
+    rng = np.random.default_rng(0)
+    targets = np.repeat(rng.integers(0, 2, 20), 50)
+    scores = np.repeat(rng.normal(size=(20, 2)), 50, axis=0)
+    by_patient = Bootstrap.over(np.repeat(np.arange(20), 50)).estimate(metrics.accuracy, targets, scores)
+    by_slice = Bootstrap.over(np.arange(1000)).estimate(metrics.accuracy, targets, scores)
+    assert by_patient.high - by_patient.low > 4 * (by_slice.high - by_slice.low)
+
+
+def test_difference_is_paired():
+    targets, scores, patients = cases(7, n=300, patients=40)
+    bootstrap = Bootstrap.over(patients)
+    same = bootstrap.estimate(metrics.auroc, targets, scores, against=scores)
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+    # A little worse on the same cases: far tighter than two intervals side by side.
+    worse = scores + 0.1 * np.random.default_rng(0).normal(size=scores.shape)
+    difference = bootstrap.estimate(metrics.auroc, targets, scores, against=worse)
+    alone = bootstrap.estimate(metrics.auroc, targets, scores)
+    assert difference.value == pytest.approx(alone.value - bootstrap.estimate(metrics.auroc, targets, worse).value)
+    assert difference.high - difference.low < 0.5 * (alone.high - alone.low)
+    opposite = bootstrap.estimate(metrics.auroc, targets, worse, against=scores)
+    assert (opposite.low, opposite.high) == pytest.approx((-difference.high, -difference.low))
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says():
+    # Accuracy 0.7, 60 patients with one case each: a percentile interval covers it in about 93-95 % of studies.
+    rng = np.random.default_rng(0)
+    covered = 0
+    for study in range(200):
+        right = rng.random(60) < 0.7
+        scores = np.stack([~right, right], axis=1).astype(float)
+        found = Bootstrap.over(np.arange(60), draws=400, seed=study).estimate(
+            metrics.accuracy, np.ones(60, int), scores
+        )
+        covered += found.low <= 0.7 <= found.high
+    assert 0.89 <= covered / 200 <= 0.99
+
+
+def test_seed_decides_everything():
+    targets, scores, patients = cases(8)
+    first, again, other = (Bootstrap.over(patients, seed=s).estimate(metrics.auroc, targets, scores) for s in (1, 1, 2))
+    assert first == again
+    assert (first.low, first.high) != (other.low, other.high)
+
+
+def test_many_cases_in_pieces_give_the_same(monkeypatch):
+    targets, scores, patients = cases(9, n=200, classes=3)
+    bootstrap = Bootstrap.over(patients, draws=100)
+    whole = bootstrap.estimate(metrics.auroc, targets, scores)
+    monkeypatch.setattr(metrics, "_CHUNK", 1)
+    assert bootstrap.estimate(metrics.auroc, targets, scores) == whole

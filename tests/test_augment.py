@@ -1,0 +1,113 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from curia_jax import augment
+from curia_jax import config as configs
+
+SIZE = (16, 20)
+
+
+@pytest.fixture(scope="module")
+def settings():
+    return configs.load("configs/demo.py").augment
+
+
+def make_batch(count: int = 6, *, hu: bool, seed: int = 0) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(seed)
+    pixels = np.full((count, 48, 64), 60000, np.uint16)  # what lies outside the extent must not matter
+    extent = np.stack([rng.integers(30, 49, count), rng.integers(40, 65, count)], axis=1).astype(np.int32)
+    for image, (h, w) in zip(pixels, extent, strict=True):
+        image[:h, :w] = rng.integers(0, 2500, (h, w))
+    return {
+        "pixels": jnp.asarray(pixels), "extent": jnp.asarray(extent),
+        "slope": jnp.full(count, 1.0 if hu else 0.5, jnp.float32), "intercept": jnp.full(count, -1024.0 if hu else 3.0, jnp.float32),
+        "low": jnp.full(count, 50.0, jnp.float32), "high": jnp.full(count, 1100.0, jnp.float32), "hu": jnp.full(count, hu),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "pil"), [("bicubic", Image.BICUBIC), ("bilinear", Image.BILINEAR)])
+@pytest.mark.parametrize("size", [(16, 20), (80, 96)])
+def test_resize_is_pils_antialiased_resize(method: str, pil: int, size: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    image = rng.random((40, 56), np.float32)
+    canvas = np.full((1, 64, 64), 9.0, np.float32)
+    canvas[0, :40, :56] = image
+    box = (3.5, 7.25, 30.0, 50.0)
+    for top, left, bottom, right in ((0.0, 0.0, 40.0, 56.0), box):
+        ours = augment.resize(
+            jnp.asarray(canvas), jnp.array([[40, 56]]), jnp.array([[top, left, bottom, right]]), size, method
+        )[0]
+        theirs = np.asarray(Image.fromarray(image).resize(size[::-1], pil, box=(left, top, right, bottom)))
+        # PIL computes its weights in double precision and rounds them to float32; ours are float32 throughout.
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("hu", [True, False])
+def test_the_evaluation_view_is_the_documented_recipe(settings, hu: bool) -> None:
+    batch = make_batch(hu=hu)
+    view = augment.evaluation_view(batch, settings, SIZE)
+    assert view.shape == (6, *SIZE, 1)
+    for i, (h, w) in enumerate(np.asarray(batch["extent"])):
+        values = np.asarray(batch["pixels"][i, :h, :w], np.float64) * float(batch["slope"][i]) + float(
+            batch["intercept"][i]
+        )
+        low, high = (-1000, 1000) if hu else (50, 1100)
+        unit = np.clip((values - low) / (high - low), 0, 1).astype(np.float32)
+        small = np.asarray(Image.fromarray(unit).resize(SIZE[::-1], Image.BICUBIC), np.float64)
+        expected = (small - small.mean()) / max(small.std(), settings.std_floor)
+        np.testing.assert_allclose(view[i, :, :, 0], expected, atol=2e-4)  # float32 rescaling of 16-bit integers
+
+
+def test_an_empty_slice_stays_flat(settings) -> None:
+    batch = make_batch(2, hu=True) | {"pixels": jnp.zeros((2, 48, 64), jnp.uint16)}
+    np.testing.assert_allclose(augment.evaluation_view(batch, settings, SIZE), 0.0, atol=1e-5)
+
+
+def test_the_training_view_follows_from_its_key_alone(settings) -> None:
+    batch = make_batch(hu=True)
+    views = [augment.training_view(batch, jax.random.key(seed), settings, SIZE) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(views[0], views[1])
+    assert float(jnp.abs(views[0] - views[2]).mean()) > 0.1
+
+
+def test_the_training_view_ignores_what_lies_outside_the_slice(settings) -> None:
+    batch = make_batch(hu=False)
+    inside = (jnp.arange(48)[None, :, None] < batch["extent"][:, 0, None, None]) & (
+        jnp.arange(64)[None, None, :] < batch["extent"][:, 1, None, None]
+    )
+    emptied = batch | {"pixels": jnp.where(inside, batch["pixels"], 0).astype(jnp.uint16)}
+    key = jax.random.key(3)
+    np.testing.assert_array_equal(
+        augment.training_view(batch, key, settings, SIZE), augment.training_view(emptied, key, settings, SIZE)
+    )
+
+
+def test_full_crops_without_flip_or_windows_equal_the_evaluation_view(settings) -> None:
+    plain = settings.copy_and_resolve_references()
+    plain.update({"crop_scale": (1.0, 1.0), "flip": False, "reading_window_probability": 0.0, "intensity_jitter": 0.0})
+    batch = make_batch(hu=True)
+    square = batch | {"extent": jnp.full((6, 2), 40, jnp.int32)}  # aspect 1 fits whole
+    plain.crop_ratio = (1.0, 1.0)
+    np.testing.assert_allclose(
+        augment.training_view(square, jax.random.key(0), plain, SIZE),
+        augment.evaluation_view(square, plain, SIZE),
+        atol=1e-4,
+    )
+
+
+def test_half_of_the_images_are_flipped(settings) -> None:
+    plain = settings.copy_and_resolve_references()
+    plain.update(
+        {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "reading_window_probability": 0.0, "intensity_jitter": 0.0}
+    )
+    batch = {k: jnp.repeat(v[:1], 200, axis=0) for k, v in make_batch(hu=True).items()}
+    batch["extent"] = jnp.full((200, 2), 40, jnp.int32)
+    view = augment.training_view(batch, jax.random.key(0), plain, SIZE)
+    straight = augment.evaluation_view(batch, plain, SIZE)
+    same = jnp.max(jnp.abs(view - straight), axis=(1, 2, 3)) < 1e-3
+    mirrored = jnp.max(jnp.abs(view - straight[:, :, ::-1]), axis=(1, 2, 3)) < 1e-3
+    assert bool(jnp.all(same ^ mirrored))
+    assert 70 < int(jnp.sum(mirrored)) < 130  # 200 fair coins: beyond 4 standard deviations

@@ -1,0 +1,110 @@
+import collections
+
+import jax
+import numpy as np
+import pytest
+
+from curia_jax import data, sharding
+from data_pipeline.errors import UserError
+
+
+class Slices:
+    """Stands for SliceSource: slice n is filled with the number n."""
+
+    def __init__(self, count: int, height: int = 4, width: int = 6) -> None:
+        self._count = count
+        self.largest = (height, width)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: int) -> dict[str, object]:
+        return {
+            "pixels": np.full(self.largest, number, np.uint16), "slope": 1.0, "intercept": -1024.0,
+            "low": float(number), "high": float(number + 1), "hu": number % 2 == 0, "modality": "CT",
+        }  # fmt: skip
+
+
+def numbers(source: Slices, batches: int, **settings) -> list[list[int]]:
+    stream = data.training_batches(source, canvas=(5, 8), seed=3, **settings)
+    return [next(stream)["slice"].tolist() for _ in range(batches)]
+
+
+def test_every_example_once_per_epoch_and_a_new_order_each_epoch() -> None:
+    source = Slices(20)
+    seen = np.concatenate(numbers(source, 12, batch_size=5))
+    first, second, third = seen[:20], seen[20:40], seen[40:]
+    for epoch in (first, second, third):
+        assert sorted(epoch) == list(range(20))
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(second, third)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_hosts_read_disjoint_parts_of_the_same_batches(hosts: int, workers: int) -> None:
+    source = Slices(24)
+    whole = numbers(source, 6, batch_size=8)
+    parts = [
+        numbers(source, 6, batch_size=8, process_index=p, process_count=hosts, workers=workers if p == 0 else 0)
+        for p in range(hosts)
+    ]
+    together = [sum((part[b] for part in parts), []) for b in range(6)]
+    assert together == whole
+
+
+@pytest.mark.parametrize(("hosts", "batch_size"), [(1, 8), (2, 8), (4, 4), (1, 12)])
+def test_a_run_goes_on_with_the_very_next_example_on_other_hosts_and_batch_sizes(hosts: int, batch_size: int) -> None:
+    source = Slices(24)
+    uninterrupted = np.concatenate(numbers(source, 12, batch_size=8))
+    before = np.concatenate(numbers(source, 5, batch_size=8))
+    steps = 48 // batch_size
+    parts = [
+        numbers(source, steps, batch_size=batch_size, examples_seen=40, process_index=p, process_count=hosts)
+        for p in range(hosts)
+    ]
+    after = np.concatenate([sum((part[b] for part in parts), []) for b in range(steps)])
+    np.testing.assert_array_equal(np.concatenate([before, after])[:88], uninterrupted[:88])
+    assert set(collections.Counter(np.concatenate([before, after])[:72].tolist()).values()) == {3}
+
+
+def test_batches_hold_the_slices_on_their_canvas() -> None:
+    batch = next(data.training_batches(Slices(8), batch_size=4, canvas=(5, 8), seed=0))
+    assert batch["pixels"].shape == (4, 5, 8)
+    for row, number in enumerate(batch["slice"]):
+        assert (batch["pixels"][row, :4, :6] == number).all()
+        assert batch["pixels"][row, 4:].sum() == batch["pixels"][row, :, 6:].sum() == 0
+        assert batch["low"][row] == number
+        assert batch["hu"][row] == (number % 2 == 0)
+    assert {name: batch[name].dtype for name in data.DEVICE_FIELDS} == {
+        n: np.dtype(t) for n, t in data.DEVICE_FIELDS.items()
+    }
+    assert (batch["extent"] == (4, 6)).all()
+
+
+def test_batches_reach_every_device_as_integers() -> None:
+    mesh = sharding.make_mesh(data=4, fsdp=2)
+    host = next(data.training_batches(Slices(8), batch_size=8, canvas=(5, 8), seed=0))
+    batch = data.to_devices(host, sharding.batch_sharding(mesh))
+    assert set(batch) == set(data.DEVICE_FIELDS)
+    assert batch["pixels"].dtype == np.uint16
+    assert [s.data.shape for s in batch["pixels"].addressable_shards] == [(1, 5, 8)] * 8
+    np.testing.assert_array_equal(jax.device_get(batch["pixels"]), host["pixels"])
+
+
+def test_evaluation_batches_keep_order_and_mark_padding() -> None:
+    batches = list(data.evaluation_batches(Slices(9), np.array([8, 3, 5, 0, 1]), batch_size=4, canvas=(4, 6)))
+    assert [b["slice"].tolist() for b in batches] == [[8, 3, 5, 0], [1, 1, 1, 1]]
+    assert [b["valid"].tolist() for b in batches] == [[True] * 4, [True, False, False, False]]
+
+
+def test_a_canvas_that_is_too_small_says_what_to_do() -> None:
+    assert data.canvas_size(Slices(3), None) == (4, 6)
+    assert data.canvas_size(Slices(3), (8, 8)) == (8, 8)
+    with pytest.raises(UserError, match=r"4x6 px do not fit the canvas 4x4; set --config.data.canvas=\(4,6\)"):
+        data.canvas_size(Slices(3), (4, 4))
+
+
+def test_a_batch_that_does_not_divide_over_the_hosts_is_an_error() -> None:
+    with pytest.raises(UserError, match="batch_size 9 does not divide over 2 hosts"):
+        data.training_batches(Slices(9), batch_size=9, canvas=(4, 6), seed=0, process_count=2)

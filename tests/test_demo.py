@@ -1,0 +1,308 @@
+"""The demo's stages, with stand-ins for the commands; the real ones run in the slow test at the end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from curia_jax import demo
+
+# Every stand-in writes what the real command would leave, and the words it was called with.
+STAND_IN = r"""
+import json, os, signal, sys, time
+from pathlib import Path
+
+module, words = sys.argv[1], sys.argv[2:]
+options = dict(word.removeprefix("--").split("=", 1) for word in words if word.startswith("--") and "=" in word)
+with Path("calls.txt").open("a") as calls:
+    calls.write(module + "\n")
+if os.environ.get("FAIL") == module:
+    print("error: no usable file in the folder", file=sys.stderr)
+    sys.exit(int(os.environ["CODE"]))
+
+def log(name, **fields):
+    with (run / name).open("a") as file:
+        file.write(json.dumps({**fields, "time": time.time()}) + "\n")
+
+if module == "curia_jax.pretrain":
+    run = Path(options["workdir"])
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.json").write_text('{"batch_size": 8}')
+    saved = run / "saved"
+    step = start = int(saved.read_text()) if saved.exists() else 0
+    skip = int(os.environ.get("SKIP", "0")) if start else 0
+    name = "resumed" if start else "started"
+    log("events.jsonl", event=name, step=step, examples_seen=8 * (step + skip), total_steps=40)
+    asked = []
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+    while step < 40 and not asked:
+        step += 1
+        log("metrics.jsonl", step=step, examples_seen=8 * (step + skip))
+        time.sleep(0.03)
+    saved.write_text(str(step))
+    log("events.jsonl", event="finished" if step == 40 else "preempted", step=step, examples_seen=8 * (step + skip))
+    sys.exit(0 if step == 40 else 75)
+if module == "data_pipeline.build":
+    import pyarrow as pa, pyarrow.parquet as pq
+    rows = [
+        {"split": s, "patient": f"{s}{n}", "series": f"{s}{n}", "modality": "CT", "plane": p, "body_part": "unknown"}
+        for s in ("train", "validation", "test") for n in range(3) for p in ("axial", "coronal")
+    ]
+    if os.environ.get("LABELS") != "none":
+        rows = [{**row, "label_lesion": row["plane"]} for row in rows]
+    else:
+        rows = [{**row, "plane": "axial"} for row in rows]
+    Path(options["output"]).mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), Path(options["output"]) / "index.parquet")
+elif module == "curia_jax.evaluate":
+    row = {"task": options["label"], "backbone": "checkpoint", "head": "knn", "metric": "auroc"}
+    row |= {"value": 0.8, "low": 0.7, "high": 0.9}
+    Path(options["json"]).write_text(json.dumps([row]))
+elif module == "curia_jax.report":
+    output = Path(options["output"])
+    assert json.loads(Path(options["timeline"]).read_text())["next"]
+    output.write_text("<html>")
+    output.with_name("report_pictures").mkdir(exist_ok=True)
+else:
+    Path(options["output"]).mkdir(parents=True, exist_ok=True)
+"""
+
+# Children are started in other folders, and have to find the code under test there.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(demo.__file__).parents[1])}
+
+PHANTOM_CALLS = [
+    "data_pipeline.phantom", "data_pipeline.build", "curia_jax.pretrain", "curia_jax.pretrain",
+    *["curia_jax.convert"] * 4, "curia_jax.evaluate", "curia_jax.report",
+]  # fmt: skip
+
+
+@pytest.fixture
+def stand_ins(tmp_path, monkeypatch) -> Path:
+    """An empty current folder in which `python -m x …` runs the stand-in of x."""
+    script = tmp_path / "stand_in.py"
+    script.write_text(STAND_IN)
+    here = types.SimpleNamespace(
+        Popen=lambda words: subprocess.Popen([sys.executable, str(script), words[2], *words[3:]])
+    )
+    monkeypatch.setattr(demo, "subprocess", here)
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def calls(folder: Path) -> list[str]:
+    path = folder / "calls.txt"
+    found = path.read_text().split() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return found
+
+
+def events(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "demo/run/events.jsonl").read_text().splitlines()]
+
+
+def test_every_command_runs_once_and_training_is_interrupted_half_way(stand_ins, capfd) -> None:
+    assert demo.main([]) == 0
+    assert calls(stand_ins) == PHANTOM_CALLS
+    _, preempted, resumed, finished = events(stand_ins)
+    assert preempted["event"] == "preempted" and 20 <= preempted["step"] < 40
+    assert resumed["examples_seen"] == preempted["examples_seen"] and finished["step"] == 40
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert "[1/7] synthetic exams" in shown.err and "[7/7] report" in shown.err
+    assert "$ python -m curia_jax.pretrain --config=" in shown.err
+    assert f"interrupted after {preempted['examples_seen']:,} examples, resumed with the very next one" in shown.err
+    assert "report: demo/report.html" in shown.err
+    assert shown.err.rstrip().splitlines()[-2].strip() == "tensorboard --logdir=demo/run/tensorboard"
+    assert {path.name for path in (stand_ins / "demo").iterdir()} == {
+        "phantom", "shards", "run", "weights", "results.json", "report.html", "report_pictures", "demo.json",
+    }  # fmt: skip
+
+
+def test_started_again_it_does_nothing_again(stand_ins, capfd) -> None:
+    demo.main([])
+    calls(stand_ins)
+    assert demo.main([]) == 0
+    assert calls(stand_ins) == []
+    assert "[2/7] exams to slice shards: done before" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("lost", "again"),
+    [
+        ("results.json", ["curia_jax.evaluate", "curia_jax.report"]),
+        ("report.html", ["curia_jax.report"]),
+        ("weights", PHANTOM_CALLS[4:]),
+    ],
+)
+def test_what_was_removed_is_made_again_with_what_follows(stand_ins, lost: str, again: list[str]) -> None:
+    demo.main([])
+    calls(stand_ins)
+    path = stand_ins / "demo" / lost
+    path.rename(stand_ins / "elsewhere")
+    assert demo.main([]) == 0
+    assert calls(stand_ins) == again
+    assert path.exists()
+
+
+def test_other_settings_and_other_inputs_begin_where_they_matter(stand_ins) -> None:
+    demo.main([])
+    calls(stand_ins)
+    assert demo.main(["--config.batch_size=16"]) == 0
+    assert calls(stand_ins) == PHANTOM_CALLS[2:]
+    exams = stand_ins / "exams"
+    exams.mkdir()
+    (exams / "a.dcm").write_bytes(b"first")
+    assert demo.main(["--data=exams"]) == 0
+    assert calls(stand_ins) == PHANTOM_CALLS[1:]
+    (exams / "b.dcm").write_bytes(b"second")
+    assert demo.main(["--data=exams"]) == 0
+    assert calls(stand_ins) == PHANTOM_CALLS[1:]
+
+
+def test_fresh_does_everything_again(stand_ins) -> None:
+    demo.main([])
+    calls(stand_ins)
+    assert demo.main(["--fresh"]) == 0
+    assert calls(stand_ins) == PHANTOM_CALLS
+    assert [event["event"] for event in events(stand_ins)] == ["started", "preempted", "resumed", "finished"]
+
+
+def test_a_failed_stage_is_the_one_to_go_on_with(stand_ins, monkeypatch, capfd) -> None:
+    monkeypatch.setenv("FAIL", "curia_jax.convert")
+    monkeypatch.setenv("CODE", "1")
+    assert demo.main([]) == 1
+    assert "error: exit code 1 from: python -m curia_jax.convert" in capfd.readouterr().err
+    calls(stand_ins)
+    monkeypatch.delenv("FAIL")
+    assert demo.main([]) == 0
+    assert calls(stand_ins) == PHANTOM_CALLS[4:]
+
+
+def test_bad_input_gives_one_line_and_exit_code_2(stand_ins, monkeypatch, capfd) -> None:
+    assert demo.main(["--data=missing"]) == 2
+    assert capfd.readouterr().err == "error: --data=missing does not exist; name a folder of DICOM or NIfTI files\n"
+    (stand_ins / "file").write_text("")
+    assert demo.main(["--data=file"]) == 2
+    assert "--data=file is a file" in capfd.readouterr().err
+    # What the build says about a folder is the one line there is.
+    monkeypatch.setenv("FAIL", "data_pipeline.build")
+    monkeypatch.setenv("CODE", "2")
+    (stand_ins / "empty").mkdir()
+    assert demo.main(["--data=empty"]) == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if "rror" in line]
+    assert errors == ["error: no usable file in the folder"]
+
+
+def test_a_folder_of_somebody_else_is_left_alone(stand_ins, capfd) -> None:
+    (stand_ins / "mine" / "shards").mkdir(parents=True)
+    assert demo.main(["--output=mine", "--fresh"]) == 2
+    assert "mine/shards exists, but was not made by this command" in capfd.readouterr().err
+    assert (stand_ins / "mine" / "shards").exists()
+
+
+def test_where_nothing_can_be_probed_it_says_so_and_goes_on(stand_ins, monkeypatch, capfd) -> None:
+    monkeypatch.setenv("LABELS", "none")
+    (stand_ins / "exams").mkdir()
+    assert demo.main(["--data=exams"]) == 0
+    assert "curia_jax.evaluate" not in calls(stand_ins)
+    assert json.loads((stand_ins / "demo/results.json").read_text()) == []
+    record = json.loads((stand_ins / "demo/demo.json").read_text())
+    assert "of class 'CT'" in record["not_probed"]["modality"]
+    assert "not probed: plane: every labelled slice of the test split is of class 'axial'" in capfd.readouterr().err
+
+
+def test_examples_left_out_by_the_resumed_run_are_an_error(stand_ins, monkeypatch, capfd) -> None:
+    monkeypatch.setenv("SKIP", "1")
+    assert demo.main([]) == 1
+    assert "error: the run's log says" in capfd.readouterr().err
+
+
+def test_a_resumed_run_is_held_to_its_log() -> None:
+    stop = {"event": "preempted", "step": 3, "examples_seen": 12, "time": 1.0}
+    go_on = {"event": "resumed", "step": 3, "examples_seen": 12, "time": 2.0}
+    lines = [{"step": n, "examples_seen": 4 * n} for n in (1, 3, 4, 6)]
+    assert "resumed with the very next one (step 4 ends at 16)" in demo.check_resumed([stop, go_on], lines, 4)
+    assert demo.check_resumed([], lines, 4) == "the run was never interrupted"
+    with pytest.raises(demo.Failed, match="stopped after 12 examples, but went on after 16"):
+        demo.check_resumed([stop, {**go_on, "examples_seen": 16}], lines, 4)
+    with pytest.raises(demo.Failed, match="no step after that"):
+        demo.check_resumed([stop, go_on], lines[:2], 4)
+    with pytest.raises(demo.Failed, match="says 16 examples at step 4, but 5 a step make 20"):
+        demo.check_resumed([stop, go_on], [{"step": 4, "examples_seen": 16}], 5)
+
+
+def test_sigterm_is_passed_on_and_the_demo_can_be_started_again(stand_ins) -> None:
+    """The demo in a process of its own, stopped in its second training stage."""
+    script = str(stand_ins.parent / "stand_in.py")
+    program = (
+        "import subprocess, sys; from curia_jax import demo; real = subprocess.Popen; "
+        f"subprocess.Popen = lambda words: real([sys.executable, {script!r}, words[2], *words[3:]]); "
+        "sys.exit(demo.main([]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    log = stand_ins / "demo/run/events.jsonl"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and "resumed" in log.read_text()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75 and "start the same command again" in err
+    assert events(stand_ins)[-1]["event"] == "preempted"
+    calls(stand_ins)
+    assert demo.main([]) == 0
+    assert calls(stand_ins) == PHANTOM_CALLS[3:]
+    assert events(stand_ins)[-1]["step"] == 40
+
+
+def test_help_teaches(capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        demo.main(["--help"])
+    assert stop.value.code == 0
+    assert "python -m curia_jax.demo --data=/path/to/exams --output=mine" in capsys.readouterr().out
+
+
+def test_a_typo_is_wrong_usage() -> None:
+    with pytest.raises(SystemExit) as stop:
+        demo.main(["--dta=x"])
+    assert stop.value.code == 2
+
+
+class Images(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "img":
+            self.sources.append(dict(attrs)["src"] or "")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_whole_demo(tmp_path) -> None:
+    words = [sys.executable, "-m", "curia_jax.demo", f"--output={tmp_path / 'demo'}"]
+    began = time.monotonic()
+    done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert time.monotonic() - began < 600
+    folder = tmp_path / "demo"
+    for layout in demo.LAYOUTS:
+        assert (folder / "weights" / layout / "model.safetensors").is_file()
+    rows = json.loads((folder / "results.json").read_text())
+    assert {row["backbone"] for row in rows} == {"checkpoint", "random", "pixels", "none"}
+    assert "resumed with the very next one" in done.stderr
+    parser = Images()
+    parser.feed((folder / "report.html").read_text())
+    assert len(parser.sources) >= 5 and all(source.startswith("data:image/png;base64,") for source in parser.sources)
+    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[-1]["baseline_loss"]
