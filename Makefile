@@ -48,6 +48,7 @@ test-slow: $(TEST_READY)
 
 lint: $(VENV)/.test-installed
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 
 # --universal: one file serves Python 3.11 to 3.13 on Linux and macOS. PyTorch stays in a file of its own, because which
 # build fits (CPU or CUDA) is the machine's matter.

@@ -20,7 +20,14 @@ INGEST = [
     "SimpleITK>=2.4",
 ]
 EVALUATE = ["matplotlib>=3.9", "scikit-learn>=1.6", "scipy>=1.14"]
-TEST = ["beartype>=0.20", "hypothesis>=6.100", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "transformers>=4.57,<6"]
+TEST = [
+    "beartype>=0.20",
+    "hypothesis>=6.100",
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
+    "transformers>=4.57,<6",
+]
 
 setup(
     name="curia-jax",
@@ -30,7 +37,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["curia_jax", "curia_jax.*", "data_pipeline", "data_pipeline.*", "launch", "launch.*"]),
+    packages=find_packages(
+        include=["curia_jax", "curia_jax.*", "data_pipeline", "data_pipeline.*", "launch", "launch.*"]
+    ),
     package_data={"": ["*.html", "*.css", "*.txt"]},
     install_requires=[
         "absl-py>=2",

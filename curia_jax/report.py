@@ -398,7 +398,8 @@ def _artefact_part(what: Sequence[tuple[Path, str]]) -> str:
     return f"<h2>Where everything is</h2>{_table('', ['path', 'what'], ['size'], body)}"
 
 
-def _next_part(commands: Sequence[tuple[str, Sequence[str]]]) -> str:
+def _next_part(commands: Sequence[Sequence[Any]]) -> str:
+    """`commands` are pairs of a purpose and the words to type."""
     if not commands:
         return ""
     items = [

@@ -1,10 +1,10 @@
 import jax
 import numpy as np
 import pytest
-from curia_jax.models import mae
 
 from curia_jax import config as configs
 from curia_jax import optimizer, sharding
+from curia_jax.models import mae
 
 
 def test_what_is_decayed_is_decided_by_name() -> None:

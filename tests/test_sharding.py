@@ -5,12 +5,12 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from curia_jax.models import mae
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from curia_jax import config as configs
 from curia_jax import optimizer, sharding
+from curia_jax.models import mae
 from data_pipeline.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"

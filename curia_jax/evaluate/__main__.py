@@ -85,6 +85,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     names = [name for name in args.label.split(",") if name]
     if args.task and len(names) != 1:
         raise UserError(f"--task={args.task} names one task, but --label has {len(names)}; leave --task out")
+    if args.draws < 1:
+        raise UserError(f"--draws={args.draws}: a bootstrap needs at least 1 draw")
 
     # ---- what is scored: labels before weights, because they are quick to read and often what is wrong
     splits = np.unique(labels.read_index(args.shards).column("split").to_pylist())

@@ -1,11 +1,11 @@
 """Masked autoencoder (He et al. 2021): the whole method on one page, as facebookresearch/mae computes it.
 
-  params = mae.init(config, key)
-  output = mae.bind(config, params)(images, noise)      output.loss, output.prediction, output.mask, …
+params = mae.init(config, key)
+output = mae.bind(config, params)(images, noise)      output.loss, output.prediction, output.mask, …
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -41,14 +41,18 @@ class MAEConfig:
     norm_pix_eps: float
 
     def __post_init__(self) -> None:
-        if self.decoder_width % self.decoder_heads or self.decoder_width % 4:
+        for name in ("decoder_width", "decoder_depth", "decoder_heads", "decoder_mlp_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it has to be at least 1")
+        vit.check_width("decoder_width", self.decoder_width, "decoder_heads", self.decoder_heads)
+        patches = self.encoder.patches
+        if not 1 <= self.visible < patches:
             raise ValueError(
-                f"decoder_width {self.decoder_width} has to be a multiple of 4 and of decoder_heads {self.decoder_heads}"
+                f"mask_ratio {self.mask_ratio} leaves {self.visible} of {patches} patches visible; "
+                f"at least 1 has to be visible and 1 hidden"
             )
-        if not 0.0 <= self.mask_ratio < 1.0 or self.visible < 1:
-            raise ValueError(
-                f"mask_ratio {self.mask_ratio} leaves {self.visible} of {self.encoder.patches} patches; it has to leave at least one"
-            )
+        if self.norm_pix_eps < 0:
+            raise ValueError(f"norm_pix_eps is {self.norm_pix_eps}; it is added to a variance and has to be 0 or more")
 
     @property
     def visible(self) -> int:
@@ -157,9 +161,7 @@ class Decoder(nnx.Module):
         ordered = jnp.take_along_axis(shuffled, restore[:, :, None], axis=1)
         x = jnp.concatenate([x[:, :1], ordered], axis=1)
         x = x + vit.position_table(config.decoder_width, encoder.grid).astype(x.dtype)
-        x, _ = vit.apply_blocks(
-            self.blocks, x, remat=encoder.remat, unroll=min(encoder.unroll, config.decoder_depth)
-        )
+        x, _ = vit.apply_blocks(self.blocks, x, remat=encoder.remat, unroll=min(encoder.unroll, config.decoder_depth))
         with jax.named_scope("norm"):
             x = self.norm(x)
         with jax.named_scope("pred"):
@@ -175,7 +177,7 @@ class MAE(nnx.Module):
         self.decoder = Decoder(config, rngs=rngs)
 
     def __call__(
-        self, images: Float[Array, "batch height width channels"], noise: Float[Array, "batch patches"]
+        self, images: Float[Array, "batch rows columns channels"], noise: Float[Array, "batch patches"]
     ) -> MAEOutput:
         """One pass over normalised images.
 
@@ -207,25 +209,31 @@ def init(config: MAEConfig, key: Key[Array, ""]) -> dict[str, Any]:
     return vit.to_dict(MAE(config, rngs=nnx.Rngs(params=key)))
 
 
-def bind(config: MAEConfig, params: dict[str, Any]) -> MAE:
+def bind(config: MAEConfig, params: Mapping[str, Any]) -> MAE:
     """The model with the given parameters.
 
     Raises:
-      ValueError: the parameters belong to a model of another shape.
+      ValueError: the parameters belong to a model of another shape; the first tensors that differ are named.
     """
     return vit.from_dict(lambda: MAE(config, rngs=nnx.Rngs(params=0)), params)
 
 
-def flops(config: MAEConfig) -> int:
-    """FLOPs of the matrix products of one forward pass on one image; a training step costs three times that.
+def decoder_flops(config: MAEConfig) -> int:
+    """FLOPs of the decoder's matrix products in one forward pass on one image.
 
-    Encoder: vit.flops on the visible patches. Decoder: embedding of the visible tokens, blocks on all tokens, prediction of
-    all tokens.
+    With v visible and n = 1 + all tokens, encoder width D, decoder width d and depth k, P values in a patch:
+    2 (1 + v) D d + k vit.block_flops(n, d, decoder_mlp_width) + 2 n d P.
     """
-    tokens, visible_tokens = 1 + config.encoder.patches, 1 + config.visible
-    decoder = (
-        2 * visible_tokens * config.encoder.width * config.decoder_width
-        + config.decoder_depth * vit.block_flops(tokens, config.decoder_width, config.decoder_mlp_width)
-        + 2 * tokens * config.decoder_width * config.encoder.patch_values
-    )
-    return vit.flops(config.encoder, config.visible) + decoder
+    encoder, width = config.encoder, config.decoder_width
+    tokens = 1 + encoder.patches
+    embed = 2 * (1 + config.visible) * encoder.width * width
+    predict = 2 * tokens * width * encoder.patch_values
+    return embed + config.decoder_depth * vit.block_flops(tokens, width, config.decoder_mlp_width) + predict
+
+
+def flops(config: MAEConfig) -> int:
+    """FLOPs of the matrix products of one forward pass on one image: vit.flops on the visible patches + decoder_flops.
+
+    A training step costs three times that: the backward pass has two products for each of the forward pass.
+    """
+    return vit.flops(config.encoder, config.visible) + decoder_flops(config)

@@ -1,4 +1,4 @@
-"""Vision transformer (Dosovitskiy et al. 2021) as the MAE reference builds it: pre-norm blocks, fixed 2-D sin-cos positions.
+"""Vision transformer (Dosovitskiy et al. 2021) as the MAE reference builds it: pre-norm blocks, fixed 2-D positions.
 
 NNX modules hold the parameters; around them everything is a nested dict of arrays and pure functions:
 
@@ -9,7 +9,7 @@ Blocks are stacked over depth in one set of arrays, so that one tree serves the 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -61,20 +61,27 @@ class ViTConfig:
     unroll: int = 1
 
     def __post_init__(self) -> None:
+        counts = {"channels": self.channels, "width": self.width, "depth": self.depth, "heads": self.heads}
+        sizes = {"image_size": min(self.image_size), "patch_size": min(self.patch_size), "mlp_width": self.mlp_width}
+        for name, value in {**counts, **sizes}.items():
+            if value < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it has to be at least 1")
         if any(n % p for n, p in zip(self.image_size, self.patch_size, strict=True)):
-            nearest = tuple(max(p, n // p * p) for n, p in zip(self.image_size, self.patch_size, strict=True))
+            # Halves go down: (n - 1) / p is less than its nearest integer plus a half.
+            sides = zip(self.image_size, self.patch_size, strict=True)
+            nearest = tuple(max(1, round((n - 0.5) / p)) * p for n, p in sides)
             raise ValueError(
-                f"image size {self.image_size} is no multiple of the patch size {self.patch_size}; the nearest below is {nearest}"
+                f"image size {self.image_size} is no multiple of the patch size {self.patch_size}; "
+                f"nearest that is: {nearest}"
             )
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} does not divide by {self.heads} heads")
-        if self.width % 4:
-            raise ValueError(f"width {self.width} is no multiple of 4, which sin-cos positions need")
-        for name, value, known in (("activation", self.activation, ACTIVATIONS), ("dtype", self.dtype, DTYPES), ("remat", self.remat, REMAT)):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; it may be {', '.join(known)}")
+        check_width("width", self.width, "heads", self.heads)
+        known: dict[str, Collection[str]] = {"activation": ACTIVATIONS, "dtype": DTYPES, "remat": REMAT}
+        for name, names in known.items():
+            if getattr(self, name) not in names:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it may be {', '.join(names)}")
         if not 1 <= self.unroll <= self.depth or self.depth % self.unroll:
-            raise ValueError(f"unroll {self.unroll} does not divide the depth {self.depth}")
+            good = ", ".join(str(n) for n in range(1, self.depth + 1) if self.depth % n == 0)
+            raise ValueError(f"unroll {self.unroll} does not divide the depth {self.depth}; it may be {good}")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -91,13 +98,27 @@ class ViTConfig:
         return self.patch_size[0] * self.patch_size[1] * self.channels
 
 
+def check_width(name: str, width: int, heads_name: str, heads: int) -> None:
+    """Raises ValueError unless `heads` divides `width`, and 4, which sin-cos positions need, does too."""
+    if width % heads or width % 4:
+        good = width + next(n for n in range(1, 4 * heads + 1) if not (width + n) % heads and not (width + n) % 4)
+        raise ValueError(
+            f"{name} {width} has to be a multiple of 4 and of {heads_name} ({heads}); the next that is: {good}"
+        )
+
+
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
     """A side of a square, or (height, width)."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def config(
-    size: str = "B", *, image_size: int | Sequence[int] = 224, patch_size: int | Sequence[int] = 16, channels: int = 1, **fields: Any
+    size: str = "B",
+    *,
+    image_size: int | Sequence[int] = 224,
+    patch_size: int | Sequence[int] = 16,
+    channels: int = 1,
+    **fields: Any,
 ) -> ViTConfig:
     """A named size, any field of ViTConfig changed by name; `mlp_width` is 4 x width unless given.
 
@@ -248,7 +269,7 @@ def position_table(width: int, grid: tuple[int, int]) -> Float[np.ndarray, "toke
 
 
 def patchify(
-    images: Float[Array, "batch height width channels"], patch_size: tuple[int, int]
+    images: Float[Array, "batch rows columns channels"], patch_size: tuple[int, int]
 ) -> Float[Array, "batch patches values"]:
     """Patches row by row; within a patch row, column, channel (channel last)."""
     batch, height, width, channels = images.shape
@@ -259,7 +280,7 @@ def patchify(
 
 def unpatchify(
     patches: Float[Array, "batch patches values"], config: ViTConfig
-) -> Float[Array, "batch height width channels"]:
+) -> Float[Array, "batch rows columns channels"]:
     """The inverse of `patchify`."""
     (rows, columns), (ph, pw) = config.grid, config.patch_size
     x = patches.reshape(patches.shape[0], rows, columns, ph, pw, config.channels)
@@ -277,11 +298,12 @@ class ViT(nnx.Module):
         self.patch_embed = Linear(config.patch_values, config.width, rngs=rngs)
         self.cls_token = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, 1, config.width), jnp.float32))
         self.blocks = stacked_blocks(
-            config.depth, config.width, config.heads, config.mlp_width, config.activation, config.layer_norm_eps, rngs=rngs
-        )
+            config.depth, config.width, config.heads, config.mlp_width,
+            config.activation, config.layer_norm_eps, rngs=rngs,
+        )  # fmt: skip
         self.norm = LayerNorm(config.width, config.layer_norm_eps)
 
-    def embed(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch patches width"]:
+    def embed(self, images: Float[Array, "batch rows columns channels"]) -> Float[Array, "batch patches width"]:
         """Patch embeddings with their positions, without CLS."""
         config = self.config
         if images.shape[1:] != (*config.image_size, config.channels):
@@ -306,7 +328,7 @@ class ViT(nnx.Module):
         with jax.named_scope("norm"):
             return self.norm(x), hidden
 
-    def __call__(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch tokens width"]:
+    def __call__(self, images: Float[Array, "batch rows columns channels"]) -> Float[Array, "batch tokens width"]:
         """Normalised images to tokens after the final norm, CLS first."""
         with jax.named_scope("encoder"):
             return self.encode(self.embed(images))[0]
@@ -317,8 +339,12 @@ def init(config: ViTConfig, key: Key[Array, ""]) -> dict[str, Any]:
     return to_dict(ViT(config, rngs=nnx.Rngs(params=key)))
 
 
-def bind(config: ViTConfig, params: dict[str, Any]) -> ViT:
-    """The encoder with the given parameters."""
+def bind(config: ViTConfig, params: Mapping[str, Any]) -> ViT:
+    """The encoder with the given parameters.
+
+    Raises:
+      ValueError: the parameters belong to an encoder of another shape; the first tensors that differ are named.
+    """
     return from_dict(lambda: ViT(config, rngs=nnx.Rngs(params=0)), params)
 
 
@@ -330,7 +356,7 @@ def to_dict(module: nnx.Module) -> dict[str, Any]:
     return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
 
-def from_dict(make: Any, params: dict[str, Any]) -> Any:
+def from_dict(make: Callable[[], Module], params: Mapping[str, Any]) -> Module:
     """The module that `make()` builds, with `params` in place of its own; nothing is computed for its own.
 
     Raises:
@@ -345,13 +371,14 @@ def from_dict(make: Any, params: dict[str, Any]) -> Any:
     return nnx.merge(graph, state)
 
 
-def _difference(wanted: dict[str, Any], found: dict[str, Any]) -> str:
-    def flat(tree: dict[str, Any]) -> dict[str, Any]:
+def _difference(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
         leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, tuple))
         return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
     a, b = flat(wanted), flat(found)
-    lines = [f"{k} is {b.get(k, 'missing')}, wanted {a.get(k, 'nothing')}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+    names = [name for name in sorted({*a, *b}) if a.get(name) != b.get(name)]
+    lines = [f"{name} is {b.get(name, 'missing')}, wanted {a.get(name, 'nothing')}" for name in names]
     return "; ".join(lines[:3]) + (f"; and {len(lines) - 3} more" if len(lines) > 3 else "")
 
 

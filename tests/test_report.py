@@ -1,0 +1,272 @@
+"""The report of a small run: well formed, self-contained, with the numbers of the results and without names."""
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import jax
+import nibabel
+import numpy as np
+import pytest
+
+from curia_jax import checkpoint, config, report
+from curia_jax.models import mae
+from data_pipeline import build
+
+MODEL = {"size": "Ti", "image_size": [16, 16], "patch_size": [8, 8], "width": 16, "depth": 1, "heads": 2,
+         "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2, "mask_ratio": 0.75, "norm_pix": True,
+         "norm_pix_eps": 1e-6, "dtype": "float32"}  # fmt: skip
+VOID = {"meta", "img", "br", "link", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order and gathers images, links and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.images: list[str] = []
+        self.tables: list[list[list[str]]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        attributes = dict(attrs)
+        assert tag not in ("script", "iframe", "link"), "the page loads or runs something"
+        assert "href" not in attributes
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "img":
+            assert attributes["alt"]
+            self.images.append(attributes["src"] or "")
+        if tag == "tbody":
+            self.tables.append([])
+        if tag == "tr" and "tbody" in self.open:
+            self.tables[-1].append([])
+        if tag == "td":
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open:
+            return
+        self.text += data
+        if "td" in self.open:
+            self.tables[-1][-1][-1] += data
+
+
+def rows(task: str) -> list[dict]:
+    """Rows as curia_jax.evaluate writes them."""
+    common = {
+        "task": task, "n": 60, "patients": 12, "unit": "slice", "classes": ["no", "yes"], "classes_not_learned": [],
+        "interval": "95 % percentile bootstrap over patients", "draws": 2000, "seed": 0, "train_n": 200,
+        "train_patients": 40, "degenerate_draws": 3, "draws_without_a_class": 0,
+    }  # fmt: skip
+    found, value = [], 0.51
+    for backbone in ("checkpoint", "random", "pixels"):
+        for head in ("knn", "ridge"):
+            for metric in ("auroc", "accuracy", "balanced_accuracy"):
+                value += 0.0137
+                found.append(
+                    {**common, "backbone": backbone, "head": head, "metric": metric, "value": value, "low": value - 0.1,
+                     "high": value + 0.08, "selection_auroc": value}
+                )  # fmt: skip
+    for head in ("knn", "ridge"):
+        for metric in ("auroc", "accuracy", "balanced_accuracy"):
+            value += 0.0137
+            found.append(
+                {**common, "backbone": "checkpoint", "against": "random", "head": head,
+                 "metric": f"{metric}_difference", "value": value - 0.7, "low": value - 0.8, "high": value - 0.6}
+            )  # fmt: skip
+    return found
+
+
+def write_run(folder: Path) -> None:
+    saver = checkpoint.Checkpointer(str(folder))
+    settings = json.loads(config.load("configs/demo.py").augment.to_json())
+    plain = {"model": MODEL, "augment": settings, "seed": 0}
+    saver.save(6, {"params": mae.init(mae.config(**MODEL), jax.random.key(0))}, config=plain, examples_seen=48)
+    saver.wait()
+    saver.close()
+    lines = [
+        {"step": n, "examples_seen": 8 * n, "loss": 1.2 - 0.1 * n, "baseline_loss": 0.95, "learning_rate": 1e-3,
+         "images_per_second": 1234.0, "mfu": 0.42, "time": 1.8e9 + n}
+        for n in range(1, 7)
+    ]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    started = {
+        "event": "started", "step": 0, "examples_seen": 0, "total_steps": 6, "parameters": 12345678, "device": "cpu",
+        "mesh": {"replica": 1, "data": 2, "fsdp": 2}, "peak_flops": 1e11, "peak_source": "measured", "time": 1.8e9,
+    }  # fmt: skip
+    events = [
+        started,
+        {"event": "preempted", "step": 3, "examples_seen": 24, "time": 1.8e9 + 3},
+        {**started, "event": "resumed", "step": 3, "examples_seen": 24, "time": 1.8e9 + 10},
+        {"event": "finished", "step": 6, "examples_seen": 48, "time": 1.8e9 + 13},
+    ]
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Path:
+    """A folder with shards/, run/, weights/, results.json and demo.json."""
+    folder = tmp_path_factory.mktemp("study")
+    exams = folder / "exams of Jane Roe"
+    exams.mkdir()
+    rng = np.random.default_rng(0)
+    for name, air in {"CT one": -1000, "CT two": -1000, "MR one": 0}.items():
+        volume = np.where(np.hypot(*(np.mgrid[:40, :40] - 19.5)) < 14, 300, air)[:, :, None] + rng.normal(
+            0, 20, (40, 40, 3)
+        )
+        clipped = np.maximum(volume, air).astype(np.int16)
+        nibabel.save(nibabel.Nifti1Image(clipped, np.diag([2.0, 2.0, 5.0, 1.0])), exams / f"{name}.nii")
+    (exams / "notes.txt").write_text("not an image")
+    words = [
+        "--input",
+        str(exams),
+        "--output",
+        str(folder / "shards"),
+        "--workers",
+        "1",
+        "--validation",
+        "0",
+        "--test",
+        "0",
+    ]
+    assert build.main(words) == 0
+    write_run(folder / "run")
+    (folder / "weights" / "timm").mkdir(parents=True)
+    (folder / "weights" / "timm" / "model.safetensors").write_bytes(b"x" * 2500)
+    (folder / "results.json").write_text(json.dumps(rows("lesion") + rows("region")))
+    stage = {"key": "", "done": True, "seconds": 61.0, "title": "exams to slice shards"}
+    command = f"python -m data_pipeline.build --input '{exams}' --output=shards"
+    story = {
+        "data": str(exams), "cores": 2, "peak_bytes": 1_234_000_000,
+        "stages": {"build": {**stage, "commands": [command]}},
+        "not_probed": {"plane": "every slice is of class 'axial'"},
+        "next": [["watch the curves", ["tensorboard", "--logdir=run/tensorboard"]]],
+    }  # fmt: skip
+    (folder / "demo.json").write_text(json.dumps(story))
+    return folder
+
+
+def words(study: Path, output: Path, **changes: str) -> list[str]:
+    given = {
+        "run": study / "run", "shards": study / "shards", "results": study / "results.json", "output": output,
+        "weights": study / "weights", "timeline": study / "demo.json", **changes,
+    }  # fmt: skip
+    return [f"--{name}={value}" for name, value in given.items()]
+
+
+@pytest.fixture(scope="module")
+def made(study) -> tuple[Path, str]:
+    output = study / "report.html"
+    assert report.main(words(study, output)) == 0
+    return output, output.read_text(encoding="utf-8")
+
+
+def test_the_page_is_well_formed_and_loads_nothing(made) -> None:
+    output, text = made
+    page = Page(text)
+    assert text.startswith("<!DOCTYPE html>") and '<meta name="viewport"' in text
+    assert not re.search(r"(https?:)?//[a-z]|url\(|@import", text.split("</style>")[0] + page.text)
+    assert not re.search(r'(src|href)="(?!data:image/png;base64,)', text)
+
+
+def test_every_picture_is_embedded_and_lies_beside_the_page(made) -> None:
+    output, text = made
+    embedded = {base64.b64decode(source.split(",", 1)[1]) for source in Page(text).images}
+    beside = {path.name: path.read_bytes() for path in (output.parent / "report_pictures").iterdir()}
+    assert set(beside) == {"loss.png", "throughput.png", "ct.png", "mr.png", "scores.png"}
+    assert set(beside.values()) == embedded
+    assert all(picture.startswith(b"\x89PNG") and len(picture) > 5000 for picture in embedded)
+
+
+def test_every_score_of_the_results_is_in_a_table(made, study) -> None:
+    page = Page(made[1])
+    found = {(line[0], line[1], cell) for table in page.tables for line in table for cell in line[2:] if len(line) > 2}
+    names = {"checkpoint": "checkpoint", "random": "random encoder", "pixels": "pixels"}
+    for row in json.loads((study / "results.json").read_text()):
+        if "against" in row:
+            name, form = f"checkpoint − {row['against']}", "{:+.3f} [{:+.3f}, {:+.3f}]"
+        else:
+            name, form = names[row["backbone"]], "{:.3f} [{:.3f}, {:.3f}]"
+        assert (name, row["head"], form.format(row["value"], row["low"], row["high"])) in found
+    assert "Up to 3 of 2,000 draws held a single class" in page.text
+
+
+def test_the_story_of_the_run_is_told(made) -> None:
+    text = " ".join(Page(made[1]).text.split())
+    for sentence in (
+        "interrupted the run at step 3; its state was saved with 24 examples seen",
+        "took example number 24 next (they are numbered from 0): the very next example.",
+        "ends at 0.600, 37% below the 0.950 of predicting each patch's mean",
+        "1,234 images per second (median) on 4 simulated CPU devices",
+        "12.3 M parameters",
+        "De-normalised for display",
+        "Not probed: plane, because every slice is of class 'axial'.",
+        "tensorboard --logdir=run/tensorboard",
+        "On 2 CPU cores; the largest process took 1.2 GB of memory.",
+        "not a medical image",
+        "2.5 kB",
+    ):
+        assert sentence in text, sentence
+
+
+def test_nothing_that_could_name_somebody_is_shown(made, study) -> None:
+    import pyarrow.parquet as pq
+
+    text = made[1]
+    assert "Jane" not in Page(text).tables.__repr__() + Page(text).text.replace(str(study), "")
+    assert "--input FOLDER" in text
+    index = pq.read_table(study / "shards/index.parquet")
+    for column in ("patient", "series", "source"):
+        assert not any(value in text for value in set(index[column].to_pylist()))
+
+
+def test_without_scores_and_timeline_the_page_still_stands(study, tmp_path) -> None:
+    (tmp_path / "none.json").write_text("[]")
+    output = report.build_report(
+        run=str(study / "run"), shards=str(study / "shards"), results=str(tmp_path / "none.json"),
+        output=str(tmp_path / "plain.html"),
+    )  # fmt: skip
+    page = Page(output.read_text(encoding="utf-8"))
+    assert "No label of these shards could be probed." in page.text and len(page.images) == 4
+
+
+def test_undefined_values_are_words_not_numbers(study, tmp_path) -> None:
+    (row, *_) = rows("lesion")
+    undefined = {**row, "value": None, "low": None, "high": None}
+    (tmp_path / "rows.json").write_text(json.dumps([row, {**undefined, "head": "ridge"}]))
+    assert report.main(words(study, tmp_path / "r.html", results=tmp_path / "rows.json")) == 0
+    cells = [cell for table in Page((tmp_path / "r.html").read_text()).tables for line in table for cell in line]
+    assert "undefined [no interval]" in cells
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (
+            {"run": "nowhere"},
+            "error: no metrics.jsonl in nowhere; --run takes the work directory of curia_jax.pretrain",
+        ),
+        ({"results": "nowhere.json"}, "error: no file nowhere.json"),
+        ({"shards": "nowhere"}, "error: no index.parquet in nowhere"),
+    ],
+)
+def test_missing_inputs_give_one_line(study, tmp_path, capsys, change: dict, line: str) -> None:
+    assert report.main(words(study, tmp_path / "r.html", **change)) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(line) and shown.count("\n") == 1
+
+
+def test_results_that_are_no_json_are_named(study, tmp_path, capsys) -> None:
+    (tmp_path / "bad.json").write_text("[{")
+    assert report.main(words(study, tmp_path / "r.html", results=tmp_path / "bad.json")) == 2
+    assert "bad.json is no JSON file" in capsys.readouterr().err
