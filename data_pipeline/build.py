@@ -102,6 +102,11 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--patient-column", metavar="NAME", help="column of --labels that tells patients apart")
     p.add_argument(
+        "--modality-column",
+        metavar="NAME",
+        help="column of --labels that holds CT or MR, for files that do not say; where it is empty --modality decides",
+    )
+    p.add_argument(
         "--holdout", metavar="FILE", help="patients to keep out: one patient id, or one folder of their exams, per line"
     )
     p.add_argument("--drop-lossy", action="store_true", help="leave out slices that were compressed with loss")
@@ -156,7 +161,9 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
         entries = _inventory(files, args, key, console)
         if args.labels:
             columns = tuple(args.label_columns) if args.label_columns else None
-            inventory.LabelTable(args.labels, columns, args.split_column, args.patient_column).apply(entries, key)
+            inventory.LabelTable(
+                args.labels, columns, args.split_column, args.patient_column, args.modality_column
+            ).apply(entries, key)
         options = plan.Options(
             key=key, validation=args.validation, test=args.test, shard_bytes=args.shard_mb * 1_000_000,
             held_out=_held_out(args.holdout, entries, key),
@@ -195,7 +202,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(
             f"--validation {args.validation} and --test {args.test} have to be at least 0 and together under 1"
         )
-    for option in ("label_columns", "split_column", "patient_column"):
+    for option in ("label_columns", "split_column", "patient_column", "modality_column"):
         if getattr(args, option) and not args.labels:
             raise UserError(f"--{option.replace('_', '-')} needs --labels=CSV")
 

@@ -14,6 +14,7 @@ from data_pipeline.errors import ReadError, UserError
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
 FILES_PER_TASK = 64
+MODALITIES = ("CT", "MR")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,19 +155,22 @@ class LabelTable:
 
     Attributes:
       columns: columns that become labels; None takes all but the special ones.
-      split_column, patient_column: columns that decide the split and the patient, or None.
+      split_column, patient_column: columns that decide the split and the patient, or None. A row may leave them empty.
+      modality_column: column that holds the modality, CT or MR, of files that do not say, or None.
     """
 
     path: str
     columns: tuple[str, ...] | None = None
     split_column: str | None = None
     patient_column: str | None = None
+    modality_column: str | None = None
 
     def apply(self, entries: Sequence[Entry], key: bytes) -> None:
         """Gives entries their labels, split and patient; files that the table does not name are excluded.
 
         Raises:
-          UserError: the table cannot be read, a column or a named file is missing, or a split is none of the three.
+          UserError: the table cannot be read, a column or a named file is missing, or a split or modality is not one
+            that exists.
         """
         rows = list(self._rows())
         by_path = {os.path.abspath(entry.path): entry for entry in entries}
@@ -180,7 +184,7 @@ class LabelTable:
                 )
             named.add(path)
             entry.labels = {name: _number(row[name]) for name in self._label_names(row)}
-            if self.split_column is not None:
+            if self.split_column is not None and row[self.split_column]:
                 value = {"val": "validation", "valid": "validation", "dev": "validation"}.get(
                     row[self.split_column], row[self.split_column]
                 )
@@ -189,6 +193,14 @@ class LabelTable:
                         f"{self.path}, line {number}: split {value!r} is none of {', '.join(pseudonyms.SPLITS)}"
                     )
                 entry.split = value
+            if self.modality_column is not None and row[self.modality_column]:
+                modality = row[self.modality_column]
+                if modality not in MODALITIES:
+                    raise UserError(
+                        f"{self.path}, line {number}: modality {modality!r} is none of {', '.join(MODALITIES)}"
+                    )
+                if entry.kind in ("volume", "image"):
+                    entry.facts["modality"] = modality
             if self.patient_column is not None and row[self.patient_column]:
                 entry.patient = pseudonyms.digest(key, "patient", row[self.patient_column])
         for path, entry in by_path.items():
@@ -196,7 +208,7 @@ class LabelTable:
                 entry.fate, entry.reason = "excluded", "not in the label table"
 
     def _label_names(self, row: Mapping[str, str]) -> tuple[str, ...]:
-        special = {"file", self.split_column, self.patient_column}
+        special = {"file", self.split_column, self.patient_column, self.modality_column}
         return self.columns if self.columns is not None else tuple(name for name in row if name not in special)
 
     def _rows(self) -> Iterator[dict[str, str]]:
@@ -204,7 +216,8 @@ class LabelTable:
             with open(self.path, encoding="utf-8-sig", newline="") as file:
                 reader = csv.DictReader(file)
                 have = reader.fieldnames or []
-                wanted = ["file", *(self.columns or ()), *(c for c in (self.split_column, self.patient_column) if c)]
+                special = (self.split_column, self.patient_column, self.modality_column)
+                wanted = ["file", *(self.columns or ()), *(name for name in special if name)]
                 missing = [name for name in wanted if name not in have]
                 if missing:
                     raise UserError(
