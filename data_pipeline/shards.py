@@ -85,7 +85,7 @@ class SliceSource:
 
     Args:
       folder: dataset folder.
-      split: "train", "validation" or "test".
+      split: "train", "validation" or "test"; several with a plus, as in TFDS: "train+validation".
 
     Attributes:
       largest: greatest height and width of a slice, px.
@@ -103,9 +103,11 @@ class SliceSource:
             )
         table = pq.read_table(table_path)
         splits = sorted(set(table["split"].to_pylist()))
-        table = table.filter(pc.equal(table["split"], split)).sort_by("file")
-        if not len(table):
-            raise UserError(f"no split '{split}' in {folder}; there are: {', '.join(splits)}")
+        for name in split.split("+"):
+            if name not in splits:
+                raise UserError(f"no split '{name}' in {folder}; there are: {', '.join(splits)}")
+        self._splits = split.split("+")
+        table = table.filter(pc.field("split").isin(self._splits)).sort_by("file")
         self._files = table["file"].to_pylist()
         for name, size in zip(self._files, table["bytes"].to_pylist(), strict=True):
             path = self.folder / name
@@ -141,7 +143,7 @@ class SliceSource:
     def index(self) -> pa.Table:
         """One row per slice of this split: the columns of index.parquet. Read at the first use."""
         if self._index is None:
-            table = pq.read_table(self.folder / INDEX, filters=[("split", "=", self.split)])
+            table = pq.read_table(self.folder / INDEX, filters=[("split", "in", self._splits)])
             self._index = table.sort_by([("shard", "ascending"), ("record", "ascending"), ("slot", "ascending")])
         return self._index
 
