@@ -14,6 +14,7 @@ exit codes:
 
 import argparse
 import contextlib
+import csv
 import dataclasses
 import hashlib
 import json
@@ -36,6 +37,9 @@ CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.py"
 LAYOUTS = ("vit_mae", "vit", "dinov2", "timm")
 STATE = "demo.json"
 EXIT_STOPPED = 75
+# Of each of the phantom's four series.
+SLICES = 16
+LESION = {"0": "no", "1": "yes"}
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -50,7 +54,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--data", metavar="FOLDER", help="your own DICOM or NIfTI files, instead of the phantom")
     parser.add_argument("--output", metavar="FOLDER", default="demo", help="where everything goes (%(default)s)")
-    parser.add_argument("--patients", type=int, default=40, help="of the phantom (%(default)s)")
+    parser.add_argument("--patients", type=int, default=24, help="of the phantom (%(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of the build (%(default)s)")
     parser.add_argument("--fresh", action="store_true", help="do every stage again")
     args, rest = parser.parse_known_args(argv)
@@ -140,7 +144,9 @@ class Demo:
             Stage("report", "report", self._report, (self.report, self.report.with_name("report_pictures")), None),
         ]
         if self.data is None:
-            stages.insert(0, Stage("phantom", "synthetic exams", self._phantom, (self.phantom,), self.patients))
+            stages.insert(
+                0, Stage("phantom", "synthetic exams", self._phantom, (self.phantom,), [self.patients, SLICES])
+            )
         return stages
 
     def _inputs(self) -> list[Path]:
@@ -150,23 +156,40 @@ class Demo:
         return [Path(find_spec("pydicom").submodule_search_locations[0]) / "data" / "test_files"]
 
     def _phantom(self) -> None:
-        self.command("data_pipeline.phantom", f"--output={self.phantom}", f"--patients={self.patients}")
+        if self.phantom.exists():
+            shutil.rmtree(self.phantom)  # half written by a demo that was stopped
+        self.command(
+            "data_pipeline.phantom", f"--output={self.phantom}", f"--patients={self.patients}", f"--slices={SLICES}"
+        )
 
     def _build(self) -> None:
-        inputs = [_shown(folder) for folder in self._inputs()]
-        labels = []
+        inputs, options = [_shown(folder) for folder in self._inputs()], []
         if self.data is None:
             inputs = [str(self.phantom), *inputs]
-            labels = [f"--labels={self.phantom / 'labels.csv'}"]
+            table = self.folder / "labels.csv"
+            _write_labels(table, self.phantom / "labels.csv", self._inputs())
+            # Pseudonyms and splits follow from a secret key, made for you unless you name one. Nothing here is secret, and
+            # the same patients should be in the test split wherever the demo runs.
+            self.shards.with_suffix(".key").write_text("the phantom has no secrets\n", encoding="utf-8")
+            options = [f"--labels={table}"]
         self.command(
-            "data_pipeline.build", "--input", *inputs, f"--output={self.shards}", *labels, f"--workers={self.workers}"
-        )
+            "data_pipeline.build", "--input", *inputs, f"--output={self.shards}", *options,
+            "--validation=0.15", "--test=0.25", f"--workers={self.workers}",
+        )  # fmt: skip
 
     def _pretrain_words(self) -> list[str]:
         return [
             "curia_jax.pretrain", f"--config={self.config}", f"--workdir={self.run_folder}",
-            f"--config.data.shards={self.shards}", *self.overrides,
+            f"--config.data.shards={self.shards}", *self._without_train_split(), *self.overrides,
         ]  # fmt: skip
+
+    def _without_train_split(self) -> list[str]:
+        """With very few patients the keyed hash can leave none for training: then all of them are trained on, and
+        nothing is held out to be scored."""
+        from curia_jax.evaluate import labels
+
+        splits = sorted(set(labels.read_index(self.shards).column("split").to_pylist()))
+        return [] if "train" in splits else [f"--config.data.split={'+'.join(splits)}"]
 
     def _pretrain(self) -> None:
         if any(event["event"] == "preempted" for event in self._log("events")):
@@ -325,7 +348,7 @@ class Demo:
     def _open_record(self, fresh: bool) -> dict[str, Any]:
         path = self.folder / STATE
         empty = {
-            "data": str(self.data) if self.data else None, "stages": {}, "not_probed": {}, "next": [],
+            "data": _shown(self.data) if self.data else None, "stages": {}, "not_probed": {}, "next": [],
             "cores": os.cpu_count(), "peak_bytes": 0,
         }  # fmt: skip
         outputs = {path for stage in self.stages for path in stage.outputs}
@@ -433,6 +456,23 @@ def _stoppable(process: subprocess.Popen) -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _write_labels(table: Path, phantom: Path, others: Sequence[Path]) -> None:
+    """The phantom's labels, and a line without any for each file of the other folders: a label table says which files of
+    its folders take part."""
+    from data_pipeline import inventory
+
+    with phantom.open(encoding="utf-8", newline="") as file:
+        rows = [
+            {"file": phantom.parent / row["file"], "region": row["region"], "lesion": LESION[row["lesion"]]}
+            for row in csv.DictReader(file)
+        ]
+    rows += [{"file": path, "region": "", "lesion": ""} for path in inventory.find_files([str(p) for p in others])]
+    with table.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["file", "region", "lesion"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**row, "file": os.path.relpath(row["file"], table.parent)} for row in rows)
 
 
 def _fingerprint(folders: Sequence[Path]) -> str:

@@ -53,7 +53,7 @@ if module == "data_pipeline.build":
     import pyarrow as pa, pyarrow.parquet as pq
     rows = [
         {"split": s, "patient": f"{s}{n}", "series": f"{s}{n}", "modality": "CT", "plane": p, "body_part": "unknown"}
-        for s in ("train", "validation", "test") for n in range(3) for p in ("axial", "coronal")
+        for s in os.environ.get("SPLITS", "train,validation,test").split(",") for n in range(3) for p in ("axial", "coronal")
     ]
     if os.environ.get("LABELS") != "none":
         rows = [{**row, "label_lesion": row["plane"]} for row in rows]
@@ -71,7 +71,10 @@ elif module == "curia_jax.report":
     output.write_text("<html>")
     output.with_name("report_pictures").mkdir(exist_ok=True)
 else:
-    Path(options["output"]).mkdir(parents=True, exist_ok=True)
+    output = Path(options["output"])
+    output.mkdir(parents=True, exist_ok=True)
+    if module == "data_pipeline.phantom":
+        (output / "labels.csv").write_text("file,region,lesion\\ndicom/a/0.dcm,chest,1\\n")
 """
 
 # Children are started in other folders, and have to find the code under test there.
@@ -123,7 +126,8 @@ def test_every_command_runs_once_and_training_is_interrupted_half_way(stand_ins,
     assert "report: demo/report.html" in shown.err
     assert shown.err.rstrip().splitlines()[-2].strip() == "tensorboard --logdir=demo/run/tensorboard"
     assert {path.name for path in (stand_ins / "demo").iterdir()} == {
-        "phantom", "shards", "run", "weights", "results.json", "report.html", "report_pictures", "demo.json",
+        "phantom", "labels.csv", "shards.key", "shards", "run", "weights", "results.json", "report.html",
+        "report_pictures", "demo.json",
     }  # fmt: skip
 
 
@@ -218,6 +222,13 @@ def test_where_nothing_can_be_probed_it_says_so_and_goes_on(stand_ins, monkeypat
     record = json.loads((stand_ins / "demo/demo.json").read_text())
     assert "of class 'CT'" in record["not_probed"]["modality"]
     assert "not probed: plane: every labelled slice of the test split is of class 'axial'" in capfd.readouterr().err
+
+
+def test_few_patients_without_a_training_split_are_all_trained_on(stand_ins, monkeypatch, capfd) -> None:
+    (stand_ins / "exams").mkdir()
+    monkeypatch.setenv("SPLITS", "test,validation")
+    assert demo.main(["--data=exams"]) == 0
+    assert "--config.data.split=test+validation" in capfd.readouterr().err
 
 
 def test_examples_left_out_by_the_resumed_run_are_an_error(stand_ins, monkeypatch, capfd) -> None:
