@@ -1,0 +1,419 @@
+"""Which tensor of ours is which tensor of theirs: one table per layout, and the config.json that goes with it.
+
+A table maps a module or token of our parameter tree to its name in the layout. A linear layer or norm stands for its
+weight and bias; "{}" is the number of the block; a tuple names the parts of a fused layer, whose output columns are
+split equally in this order. `entries` spells a table out tensor by tensor: the way to read an exported file back is
+the same list walked from the other side.
+
+Names are those of transformers 4, which 5 reads as well; the names that 5 uses in memory are read by 5 alone.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from curia_jax.models import mae, vit
+from data_pipeline.errors import UserError
+
+Table = Mapping[str, str | tuple[str, ...]]
+
+# eps that transformers' ViTMAE adds to a patch's variance; it is a literal there, no setting.
+HF_NORM_PIX_EPS = 1e-6
+# eps of timm's LayerNorm; config.json has no way to set it.
+TIMM_LAYER_NORM_EPS = 1e-6
+
+
+# ---- tables
+
+
+def _vit_blocks(ours: str, theirs: str) -> Table:
+    """Blocks of transformers' ViT and ViTMAE."""
+    return {
+        f"{ours}/norm1": f"{theirs}.layernorm_before",
+        f"{ours}/attn/qkv": (
+            f"{theirs}.attention.attention.query",
+            f"{theirs}.attention.attention.key",
+            f"{theirs}.attention.attention.value",
+        ),
+        f"{ours}/attn/proj": f"{theirs}.attention.output.dense",
+        f"{ours}/norm2": f"{theirs}.layernorm_after",
+        f"{ours}/mlp/fc1": f"{theirs}.intermediate.dense",
+        f"{ours}/mlp/fc2": f"{theirs}.output.dense",
+    }
+
+
+def _vit_encoder(prefix: str) -> Table:
+    return {
+        "encoder/cls_token": f"{prefix}embeddings.cls_token",
+        "encoder/patch_embed": f"{prefix}embeddings.patch_embeddings.projection",
+        **_vit_blocks("encoder/blocks", f"{prefix}encoder.layer.{{}}"),
+        "encoder/norm": f"{prefix}layernorm",
+    }
+
+
+VIT_TABLE: Table = _vit_encoder("")
+
+VIT_MAE_TABLE: Table = {
+    **_vit_encoder("vit."),
+    "decoder/embed": "decoder.decoder_embed",
+    "decoder/mask_token": "decoder.mask_token",
+    **_vit_blocks("decoder/blocks", "decoder.decoder_layers.{}"),
+    "decoder/norm": "decoder.decoder_norm",
+    "decoder/pred": "decoder.decoder_pred",
+}
+
+DINOV2_TABLE: Table = {
+    "encoder/cls_token": "embeddings.cls_token",
+    "encoder/patch_embed": "embeddings.patch_embeddings.projection",
+    "encoder/blocks/norm1": "encoder.layer.{}.norm1",
+    "encoder/blocks/attn/qkv": (
+        "encoder.layer.{}.attention.attention.query",
+        "encoder.layer.{}.attention.attention.key",
+        "encoder.layer.{}.attention.attention.value",
+    ),
+    "encoder/blocks/attn/proj": "encoder.layer.{}.attention.output.dense",
+    "encoder/blocks/norm2": "encoder.layer.{}.norm2",
+    "encoder/blocks/mlp/fc1": "encoder.layer.{}.mlp.fc1",
+    "encoder/blocks/mlp/fc2": "encoder.layer.{}.mlp.fc2",
+    "encoder/norm": "layernorm",
+}
+
+TIMM_TABLE: Table = {
+    "encoder/cls_token": "cls_token",
+    "encoder/patch_embed": "patch_embed.proj",
+    "encoder/blocks/norm1": "blocks.{}.norm1",
+    "encoder/blocks/attn/qkv": "blocks.{}.attn.qkv",
+    "encoder/blocks/attn/proj": "blocks.{}.attn.proj",
+    "encoder/blocks/norm2": "blocks.{}.norm2",
+    "encoder/blocks/mlp/fc1": "blocks.{}.mlp.fc1",
+    "encoder/blocks/mlp/fc2": "blocks.{}.mlp.fc2",
+    "encoder/norm": "norm",
+}
+
+
+# ---- tensors that are no parameters of ours
+
+
+def _encoder_positions(config: mae.MAEConfig) -> Float[np.ndarray, "1 tokens width"]:
+    return vit.position_table(config.encoder.width, config.encoder.grid)[None]
+
+
+def _decoder_positions(config: mae.MAEConfig) -> Float[np.ndarray, "1 tokens width"]:
+    return vit.position_table(config.decoder_width, config.encoder.grid)[None]
+
+
+def _no_layer_scale(config: mae.MAEConfig) -> Float[np.ndarray, " width"]:
+    return np.ones(config.encoder.width, np.float32)
+
+
+def _no_mask_token(config: mae.MAEConfig) -> Float[np.ndarray, "1 width"]:
+    """Dinov2 puts it in place of hidden patches before the encoder; a masked autoencoder leaves them out."""
+    return np.zeros((1, config.encoder.width), np.float32)
+
+
+# ---- config.json
+
+
+def _side(size: tuple[int, int]) -> int | list[int]:
+    """A number for a square: most readers expect one."""
+    return size[0] if size[0] == size[1] else list(size)
+
+
+def _transformers_config(config: vit.ViTConfig) -> dict[str, Any]:
+    # transformers 5 checks types strictly: sizes have to be int and rates float.
+    return {
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "hidden_act": {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}[config.activation],
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.02,
+        "layer_norm_eps": float(config.layer_norm_eps),
+        "image_size": _side(config.image_size),
+        "patch_size": _side(config.patch_size),
+        "num_channels": config.channels,
+        "qkv_bias": True,
+        "dtype": "float32",
+    }
+
+
+def _vit_config(config: mae.MAEConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["ViTModel"],
+        "model_type": "vit",
+        **_transformers_config(config.encoder),
+        "intermediate_size": config.encoder.mlp_width,
+    }
+
+
+def _vit_mae_config(config: mae.MAEConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["ViTMAEForPreTraining"],
+        "model_type": "vit_mae",
+        **_transformers_config(config.encoder),
+        "intermediate_size": config.encoder.mlp_width,
+        "decoder_hidden_size": config.decoder_width,
+        "decoder_num_hidden_layers": config.decoder_depth,
+        "decoder_num_attention_heads": config.decoder_heads,
+        "decoder_intermediate_size": config.decoder_mlp_width,
+        "mask_ratio": float(config.mask_ratio),
+        "norm_pix_loss": config.norm_pix,
+    }
+
+
+def _dinov2_config(config: mae.MAEConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["Dinov2Model"],
+        "model_type": "dinov2",
+        **_transformers_config(config.encoder),
+        "mlp_ratio": config.encoder.mlp_width // config.encoder.width,
+        "layerscale_value": 1.0,
+        "drop_path_rate": 0.0,
+        "use_swiglu_ffn": False,
+        "apply_layernorm": True,
+        "reshape_hidden_states": True,
+        "use_mask_token": True,
+    }
+
+
+def _timm_config(config: mae.MAEConfig) -> dict[str, Any]:
+    """The form of timm's models on the Hugging Face hub: create_model calls `architecture` with `model_args`."""
+    encoder = config.encoder
+    ratio = encoder.mlp_width / encoder.width
+    if int(encoder.width * ratio) != encoder.mlp_width:  # timm rounds down
+        ratio = math.nextafter(ratio, math.inf)
+    names = {192: "tiny_patch16", 384: "small_patch16", 1024: "large_patch16", 1280: "huge_patch14"}
+    input_size = [encoder.channels, *encoder.image_size]
+    return {
+        # Only a constructor's name: every size is in model_args.
+        "architecture": f"vit_{names.get(encoder.width, 'base_patch16')}_224",
+        "num_classes": 0,
+        "num_features": encoder.width,
+        "global_pool": "token",
+        "model_args": {
+            "img_size": _side(encoder.image_size),
+            "patch_size": _side(encoder.patch_size),
+            "in_chans": encoder.channels,
+            "embed_dim": encoder.width,
+            "depth": encoder.depth,
+            "num_heads": encoder.heads,
+            "mlp_ratio": ratio,
+            "act_layer": encoder.activation,  # both names are timm's too
+            "num_classes": 0,
+            "global_pool": "token",
+        },
+        "pretrained_cfg": {
+            "input_size": input_size,
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "crop_mode": "squash",
+            "mean": [0.0] * encoder.channels,
+            "std": [1.0] * encoder.channels,
+            "num_classes": 0,
+            "pool_size": None,
+            "first_conv": None,  # else older versions take the weights for those of 3 channels
+            "classifier": "head",
+        },
+    }
+
+
+# ---- what a layout cannot hold
+
+
+def _vit_obstacles(config: mae.MAEConfig) -> list[str]:
+    return []
+
+
+def _square_obstacles(config: mae.MAEConfig) -> list[str]:
+    sizes = {"patches": config.encoder.patch_size, "images": config.encoder.image_size}
+    return [
+        f"takes square {what}, and this model's are {height}x{width} px; --layout=vit and timm take both"
+        for what, (height, width) in sizes.items()
+        if height != width
+    ]
+
+
+def _vit_mae_obstacles(config: mae.MAEConfig) -> list[str]:
+    obstacles = _square_obstacles(config)
+    if config.norm_pix and config.norm_pix_eps != HF_NORM_PIX_EPS:
+        obstacles.append(
+            f"has a norm_pix_eps of {HF_NORM_PIX_EPS:g} written in, and this model was trained with "
+            f"{config.norm_pix_eps:g}: its loss would be another; --layout=vit, dinov2 and timm hold the encoder, "
+            "which is the same"
+        )
+    return obstacles
+
+
+def _dinov2_obstacles(config: mae.MAEConfig) -> list[str]:
+    obstacles, encoder = _square_obstacles(config), config.encoder
+    if encoder.mlp_width % encoder.width:
+        obstacles.append(
+            f"has an MLP of a whole multiple of the width, and this model's are {encoder.mlp_width} and "
+            f"{encoder.width}; --layout=vit takes any"
+        )
+    return obstacles
+
+
+def _timm_obstacles(config: mae.MAEConfig) -> list[str]:
+    if config.encoder.layer_norm_eps == TIMM_LAYER_NORM_EPS:
+        return []
+    return [
+        f"has a layer_norm_eps of {TIMM_LAYER_NORM_EPS:g} that its config cannot change, and this model was trained "
+        f"with {config.encoder.layer_norm_eps:g}; --layout=vit takes any"
+    ]
+
+
+# ---- layouts
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A way to write a model down for PyTorch.
+
+    Attributes:
+      target: the class that loads it, as in an error message.
+      table: module or token of our tree -> name(s) in the layout.
+      made: name -> tensor that no parameter of ours gives; "{}" is the number of the block.
+      config: content of config.json, less our own key.
+      obstacles: why a model cannot be written so; each goes on from the words "<target> ".
+    """
+
+    name: str
+    target: str
+    table: Table
+    made: Mapping[str, Callable[[mae.MAEConfig], np.ndarray]]
+    config: Callable[[mae.MAEConfig], dict[str, Any]]
+    obstacles: Callable[[mae.MAEConfig], list[str]]
+
+    @property
+    def parts(self) -> set[str]:
+        """Top branches of our tree that the layout holds."""
+        return {key.split("/")[0] for key in self.table}
+
+    @property
+    def for_transformers(self) -> bool:
+        return self.name != "timm"
+
+    def check(self, config: mae.MAEConfig) -> None:
+        """Raises UserError where the layout cannot express the model."""
+        obstacles = self.obstacles(config)
+        if obstacles:
+            raise UserError(f"--layout={self.name} cannot hold this model: {self.target} {'; it '.join(obstacles)}")
+
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout(
+            "vit_mae", "ViTMAEForPreTraining", VIT_MAE_TABLE,
+            {"vit.embeddings.position_embeddings": _encoder_positions, "decoder.decoder_pos_embed": _decoder_positions},
+            _vit_mae_config, _vit_mae_obstacles,
+        ),
+        Layout(
+            "vit", "ViTModel", VIT_TABLE, {"embeddings.position_embeddings": _encoder_positions},
+            _vit_config, _vit_obstacles,
+        ),
+        Layout(
+            "dinov2", "Dinov2Model", DINOV2_TABLE,
+            {
+                "embeddings.position_embeddings": _encoder_positions,
+                "embeddings.mask_token": _no_mask_token,
+                "encoder.layer.{}.layer_scale1.lambda1": _no_layer_scale,
+                "encoder.layer.{}.layer_scale2.lambda1": _no_layer_scale,
+            },
+            _dinov2_config, _dinov2_obstacles,
+        ),
+        Layout(
+            "timm", "timm's VisionTransformer", TIMM_TABLE, {"pos_embed": _encoder_positions},
+            _timm_config, _timm_obstacles,
+        ),
+    )
+}  # fmt: skip
+
+
+# ---- from a table to tensors
+
+_LEAVES = {"kernel": ".weight", "scale": ".weight", "bias": ".bias"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor of a layout, and the place in our tree that holds it.
+
+    Attributes:
+      name: in the layout.
+      path: of the leaf in our tree.
+      block: index into the leaf's leading dimension, depth; None where blocks are not stacked.
+      part, parts: which of how many equal parts of the leaf's last dimension.
+    """
+
+    name: str
+    path: tuple[str, ...]
+    block: int | None
+    part: int
+    parts: int
+
+    def take(self, params: Mapping[str, Any], config: mae.MAEConfig) -> Float[np.ndarray, "..."]:
+        """The tensor as the layout wants it, float32 and C-contiguous.
+
+        A kernel (in, out) becomes a weight (out, in); the patch embedding's, whose inputs are row, column, channel of a
+        patch, becomes a convolution's (out, channel, row, column).
+        """
+        values: Any = params
+        for key in self.path:
+            values = values[key]
+        values = np.asarray(values if self.block is None else values[self.block])
+        values = np.split(values, self.parts, axis=-1)[self.part]
+        if self.path[-2:] == ("patch_embed", "kernel"):
+            values = values.reshape(*config.encoder.patch_size, config.encoder.channels, -1).transpose(3, 2, 0, 1)
+        elif self.path[-1] == "kernel":
+            values = values.T
+        # safetensors writes a transposed view in the order of its memory, without an error.
+        return np.ascontiguousarray(values, np.float32)
+
+
+def entries(layout: Layout, params: Mapping[str, Any]) -> list[Entry]:
+    """The layout's tensors that come from parameters of ours, each parameter once and none left over.
+
+    Args:
+      params: the tree, or its shapes.
+
+    Raises:
+      ValueError: a parameter without a row in the table, or a row without a parameter.
+    """
+    found, used = [], set()
+    branches = {part: params[part] for part in sorted(layout.parts, reverse=True)}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(branches):
+        path = tuple(key.key for key in keys)
+        module, suffix = ("/".join(path[:-1]), _LEAVES[path[-1]]) if path[-1] in _LEAVES else ("/".join(path), "")
+        if module not in layout.table:
+            raise ValueError(f"layout {layout.name} has no name for {module}")
+        used.add(module)
+        names = layout.table[module]
+        names = (names,) if isinstance(names, str) else names
+        for block in range(leaf.shape[0]) if "blocks" in path else (None,):
+            for part, name in enumerate(names):
+                found.append(Entry(name.format(block) + suffix, path, block, part, len(names)))
+    if unused := sorted(set(layout.table) - used):
+        raise ValueError(f"layout {layout.name} names {unused[0]}, which the model does not have")
+    return found
+
+
+def tensors(
+    layout: Layout, config: mae.MAEConfig, params: Mapping[str, Any]
+) -> tuple[dict[str, Float[np.ndarray, "..."]], int]:
+    """Everything that goes into model.safetensors, and how many of its values are trained parameters."""
+    trained = {entry.name: entry.take(params, config) for entry in entries(layout, params)}
+    made = {
+        name.format(block): make(config)
+        for name, make in layout.made.items()
+        for block in (range(config.encoder.depth) if "{}" in name else (None,))
+    }
+    return trained | made, sum(values.size for values in trained.values())

@@ -1,0 +1,31 @@
+"""Which models are tried in which layouts."""
+
+import importlib.util
+from typing import Any
+
+import pytest
+
+from tests.models import make_references as reference
+
+HAS_TORCH = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+live_only = pytest.mark.skipif(not HAS_TORCH, reason="PyTorch is not installed; the frozen references are used instead")
+
+# float32 on values of order 1: numerically equal programs differ by a few units of 1e-7; a wrong epsilon or GELU by 1e-4.
+TOLERANCE = 1e-5
+
+# Arguments of mae.config. Frozen results of PyTorch exist for those of make_references.
+CASES: dict[str, dict[str, Any]] = {
+    **reference.CASES,
+    "square_tanh": {**reference.CASES["square"], "activation": "gelu_tanh", "mlp_width": 64},
+    "patches_not_square": {**reference.TINY, "image_size": (16, 24), "patch_size": (8, 4), "channels": 3},
+}
+# Every case in every layout that can hold it.
+LAYOUTS_OF = {
+    "square": ("vit_mae", "vit", "dinov2", "timm"),
+    "three_channels": ("vit_mae", "vit", "dinov2", "timm"),
+    "wide": ("vit", "timm"),
+    "tall_tanh": ("vit", "timm"),
+    "square_tanh": ("vit_mae", "dinov2"),
+    "patches_not_square": ("vit", "timm"),
+}
+EXPORTS = [(name, layout) for name, layouts in LAYOUTS_OF.items() for layout in layouts]

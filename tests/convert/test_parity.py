@@ -1,0 +1,151 @@
+"""Exported folders against PyTorch: same images and noise; features, and for vit_mae prediction, mask and loss.
+
+Where PyTorch is not installed, the files are run in NumPy and compared with the frozen results of transformers.
+"""
+
+import functools
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from curia_jax.convert import numpy_forward
+from curia_jax.models import mae, vit
+from tests.convert.cases import CASES, EXPORTS, LAYOUTS_OF, TOLERANCE, live_only
+from tests.models import make_references as reference
+
+
+@functools.cache
+def jax_results(name: str) -> dict[str, np.ndarray]:
+    config = mae.config(**CASES[name])
+    params = reference.random_params(config, seed=1)
+    images, noise = (jnp.asarray(array) for array in reference.inputs(config, seed=2))
+
+    @jax.jit
+    def run(params: Any) -> dict[str, jax.Array]:
+        output = mae.bind(config, params)(images, noise)
+        tokens = vit.bind(config.encoder, params["encoder"])(images)
+        return {"features": tokens, "prediction": output.prediction, "mask": output.mask, "loss": output.loss}
+
+    return jax.device_get(run(params))
+
+
+def pixels_and_noise(name: str) -> tuple[np.ndarray, np.ndarray]:
+    images, noise = reference.inputs(mae.config(**CASES[name]), seed=2)
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), noise
+
+
+def assert_close(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for what, values in found.items():
+        assert values.shape == wanted[what].shape, what
+        np.testing.assert_allclose(values, wanted[what], rtol=0, atol=TOLERANCE, err_msg=what)
+
+
+@live_only
+@pytest.mark.parametrize(("name", "layout"), [case for case in EXPORTS if case[1] != "timm"])
+def test_transformers_computes_what_jax_does(name: str, layout: str, converted) -> None:
+    import torch
+    from transformers import Dinov2Model, ViTMAEForPreTraining, ViTModel
+
+    folder, _ = converted(name, layout)
+    target = {"vit_mae": ViTMAEForPreTraining, "vit": ViTModel, "dinov2": Dinov2Model}[layout]
+    extra = {"add_pooling_layer": False} if layout == "vit" else {}
+    model, info = target.from_pretrained(folder, output_loading_info=True, **extra)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    pixels, noise = (torch.tensor(array) for array in pixels_and_noise(name))
+    with torch.no_grad():
+        if layout == "vit_mae":
+            output = model(pixels, noise=noise)
+            found = {"prediction": output.logits, "mask": output.mask, "loss": output.loss}
+        else:
+            found = {"features": model(pixels).last_hidden_state}
+    assert_close({what: values.numpy() for what, values in found.items()}, jax_results(name))
+
+
+@live_only
+@pytest.mark.parametrize("name", [name for name, layout in EXPORTS if layout == "timm"])
+def test_a_module_with_timms_names_computes_what_jax_does(name: str, converted) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    from tests.convert.timm_like import VisionTransformer
+
+    folder, _ = converted(name, "timm")
+    model = VisionTransformer(**json.loads((folder / "config.json").read_text())["model_args"])
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    with torch.no_grad():
+        features = model.forward_features(torch.tensor(pixels_and_noise(name)[0]))
+    assert_close({"features": features.numpy()}, jax_results(name))
+
+
+@pytest.mark.parametrize(("name", "layout"), [case for case in EXPORTS if case[0] in reference.CASES])
+def test_files_give_the_frozen_results_of_transformers(name: str, layout: str, converted) -> None:
+    folder, _ = converted(name, layout)
+    frozen = reference.read_frozen(name)
+    wanted = {
+        "features": frozen["tokens"], "prediction": frozen["logits"], "mask": frozen["mask"], "loss": frozen["loss"]
+    }  # fmt: skip
+    config = json.loads((folder / "config.json").read_text())
+    tensors = numpy_forward.Tensors(safetensors.numpy.load_file(folder / "model.safetensors"))
+    pixels, noise = pixels_and_noise(name)
+    found = {"features": numpy_forward.features(layout, config, tensors, pixels)}
+    if layout == "vit_mae":
+        found |= numpy_forward.reconstruction(config, tensors, pixels, noise)
+    assert_close(found, wanted)
+
+
+@live_only
+def test_encoder_layouts_agree_with_each_other_in_transformers(converted) -> None:
+    """One set of weights under two classes; the same sums in the same order."""
+    import torch
+    from transformers import AutoModel
+
+    pixels = torch.tensor(pixels_and_noise("square")[0])
+    with torch.no_grad():
+        outputs = [
+            AutoModel.from_pretrained(converted("square", layout)[0])(pixels).last_hidden_state
+            for layout in ("vit", "dinov2")
+        ]
+    assert torch.equal(*outputs)
+
+
+@live_only
+@pytest.mark.parametrize("image_size", ["32", "16x40"])
+def test_positions_of_another_size_are_computed_not_interpolated(image_size: str, runs, tmp_path) -> None:
+    import torch
+    from transformers import ViTModel
+
+    from curia_jax.convert import __main__ as convert
+
+    words = [f"--checkpoint={runs('square')}", f"--output={tmp_path / 'vit'}", "--layout=vit"]
+    assert convert.main([*words, f"--image-size={image_size}"]) == 0
+    height, width = (32, 32) if image_size == "32" else (16, 40)
+    model = ViTModel.from_pretrained(tmp_path / "vit", add_pooling_layer=False)
+    wanted = reference.position_table(16, (height // 8, width // 8))[None]
+    # sin and cos of 64-bit numbers rounded to 32 bits: at most the last bit may differ.
+    np.testing.assert_allclose(model.embeddings.position_embeddings.detach(), wanted, rtol=0, atol=6e-8)
+
+    config = mae.config(**{**CASES["square"], "image_size": (height, width)})
+    params = reference.random_params(config, seed=1)
+    images, _ = reference.inputs(config, seed=2)
+    tokens = jax.jit(lambda params: vit.bind(config.encoder, params["encoder"])(jnp.asarray(images)))(params)
+    with torch.no_grad():
+        found = model(torch.tensor(images).permute(0, 3, 1, 2)).last_hidden_state
+    np.testing.assert_allclose(found, tokens, rtol=0, atol=TOLERANCE)
+
+
+def test_every_case_is_tried_in_every_layout_that_can_hold_it() -> None:
+    from curia_jax.convert.layouts import LAYOUTS
+
+    for name, arguments in CASES.items():
+        config = mae.config(**arguments)
+        assert LAYOUTS_OF[name] == tuple(
+            layout for layout in LAYOUTS if not LAYOUTS[layout].obstacles(config) and layout in LAYOUTS_OF[name]
+        )
+        for layout in set(LAYOUTS) - set(LAYOUTS_OF[name]):
+            # square_tanh is the one that is left out of layouts for time's sake alone.
+            assert LAYOUTS[layout].obstacles(config) or name == "square_tanh"
