@@ -55,10 +55,11 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def check_replaceable(output: Path) -> None:
     """Raises UserError unless nothing is there, or an empty folder, or a folder that `write` made and nobody added to."""
-    if not output.exists():
+    there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{there} is a file; name a folder with --output")
+    if there != output:
         return
-    if not output.is_dir():
-        raise UserError(f"{output} is a file; name a folder with --output")
     found = sorted(path.name for path in output.iterdir())
     if not found:
         return

@@ -1,0 +1,294 @@
+"""python -m curia_jax.convert on tiny checkpoints."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+import safetensors
+
+from curia_jax import augment, checkpoint
+from curia_jax.convert import __main__ as convert
+from curia_jax.convert import checks, layouts
+from curia_jax.evaluate.features import digest
+from tests.convert.cases import CASES, EXPORTS, HAS_TORCH, live_only
+
+
+def run(workdir: Path, output: Path, layout: str, *words: str) -> int:
+    return convert.main([f"--checkpoint={workdir}", f"--output={output}", f"--layout={layout}", *words])
+
+
+# ---- what is written
+
+
+def test_the_folder_and_the_json_say_the_same(runs, converted) -> None:
+    loaded = checkpoint.load(runs("square"))
+    for layout in layouts.LAYOUTS:
+        folder, result = converted("square", layout)
+        files = {path.name: path for path in folder.iterdir()}
+        assert ("preprocessor_config.json" in files) == (layout != "timm")
+        assert {file["name"]: (file["bytes"], file["sha256"]) for file in result["files"]} == {
+            name: (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()) for name, path in files.items()
+        }
+        with safetensors.safe_open(files["model.safetensors"], framework="numpy") as file:
+            header, names = file.metadata(), list(file.keys())
+        assert (result["layout"], result["step"], result["examples_seen"]) == (layout, 7, 56)
+        assert result["encoder_sha256"] == digest(loaded.params["encoder"]) == header["curia_jax.encoder_sha256"]
+        assert result["tensors"] == len(names)
+        assert header["format"] == "pt" and header["curia_jax.step"] == "7" and header["curia_jax.layout"] == layout
+        assert header["curia_jax.patch_order"] == "row, column, channel"
+        assert header["curia_jax.gelu"] == "exact (erf)" and header["curia_jax.hu_window"] == "[-1000.0, 1000.0]"
+        own = json.loads(files["config.json"].read_text())["curia_jax"]
+        assert (own["run"], own["step"], own["layout"]) == ("ward-seven", 7, layout)
+
+
+@pytest.mark.parametrize(("name", "layout"), EXPORTS)
+def test_every_check_held_within_its_limit(name: str, layout: str, converted) -> None:
+    _, result = converted(name, layout)
+    features = ["features", "loss", "mask", "prediction"] if layout == "vit_mae" else ["features"]
+    wanted = [("file", ["tensors"]), ("NumPy", features)]
+    if HAS_TORCH and layout != "timm":
+        wanted.append(("transformers", ["features", "keys", *features[1:]]))
+    assert len(result["checks"]) == sum(len(whats) for _, whats in wanted)
+    for by, whats in wanted:
+        found = [check for check in result["checks"] if check["by"].split()[0] == by]
+        assert sorted(check["what"] for check in found) == whats
+        for check in found:
+            assert (
+                check["difference"]
+                <= check["allowed"]
+                == (1e-5 if check["what"] in features and check["what"] != "mask" else 0)
+            )
+
+
+def test_nothing_that_is_written_names_a_place_on_this_machine(runs, converted) -> None:
+    place = str(runs("square").parents[1])
+    for layout in layouts.LAYOUTS:
+        folder, result = converted("square", layout)
+        for path in folder.iterdir():
+            assert place.encode() not in path.read_bytes() and b"/tmp" not in path.read_bytes(), path.name
+        assert "/" not in json.dumps(result["checks"])
+
+
+def test_messages_go_to_standard_error_and_say_what_ran(runs, tmp_path, capfd) -> None:
+    assert run(runs("square"), tmp_path / "vit", "vit") == 0
+    out, err = capfd.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert lines[0] == "step 7, 56 examples seen: 2 blocks of width 16, images of 24x24 px, patches of 8x8"
+    (summary,) = (line for line in lines if line.startswith("checked"))
+    assert re.search(r"file \(tensors equal\); NumPy \(features \d\.\de-0[678]\)", summary)
+    assert ("; transformers " in summary) == HAS_TORCH
+
+
+def test_without_pytorch_the_rest_is_checked_and_the_line_says_so(runs, tmp_path, capfd, monkeypatch) -> None:
+    find_spec = checks.importlib.util.find_spec
+    monkeypatch.setattr(
+        checks.importlib.util, "find_spec", lambda name, *rest: None if name == "torch" else find_spec(name, *rest)
+    )
+    words = [runs("square"), tmp_path / "vit", "vit", f"--json={tmp_path / 'result.json'}"]
+    assert run(*words) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["not_run"] == {"transformers": "torch is not installed"}
+    assert {check["by"] for check in result["checks"]} == {"file", "NumPy"}
+    assert "; NOT transformers: torch is not installed" in capfd.readouterr().err
+
+
+def test_the_newest_step_is_taken_unless_one_is_named(save, tmp_path) -> None:
+    workdir = save(CASES["square"], steps=(3, 5))
+    values = {}
+    for name, words in {"newest": [], "named": ["--step=3"]}.items():
+        assert run(workdir, tmp_path / name, "timm", *words) == 0
+        with safetensors.safe_open(tmp_path / name / "model.safetensors", framework="numpy") as file:
+            values[name] = file.get_tensor("cls_token")
+            assert file.metadata()["curia_jax.step"] == {"newest": "5", "named": "3"}[name]
+    np.testing.assert_array_equal(values["newest"], 0.5 * values["named"])
+
+
+def test_its_own_folder_is_replaced(runs, tmp_path) -> None:
+    output = tmp_path / "weights"
+    assert run(runs("square"), output, "vit") == 0
+    assert run(runs("square"), output, "timm") == 0
+    assert json.loads((output / "config.json").read_text())["curia_jax"]["layout"] == "timm"
+    assert sorted(path.name for path in output.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+
+# ---- the model card and the preprocessing
+
+
+def blocks_of_code(folder: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+
+
+@live_only
+@pytest.mark.parametrize("layout", ["vit_mae", "vit", "dinov2"])
+def test_the_model_card_can_be_typed_in(layout: str, converted) -> None:
+    """Its lines load the model and prepare a slice as the training did."""
+    import torch
+
+    folder, _ = converted("square", layout)
+    load, prepare = blocks_of_code(folder)
+    assert len([line for line in load.splitlines() if line]) == 3
+    names: dict[str, Any] = {}
+    exec(prepare, names)
+
+    random = np.random.RandomState(0)
+    stored = random.randint(0, 2500, size=(2, 40, 32)).astype(np.uint16)
+    low_high = np.percentile(stored[1].astype(np.float64), (0.5, 99.5), method="inverted_cdf")
+    batch = {
+        "pixels": jnp.asarray(stored), "extent": jnp.asarray([[40, 32], [40, 32]], jnp.int32),
+        "slope": jnp.ones(2), "intercept": jnp.asarray([-1024.0, 0.0]),
+        "low": jnp.asarray([0.0, low_high[0]], jnp.float32), "high": jnp.asarray([1.0, low_high[1]], jnp.float32),
+        "hu": jnp.asarray([True, False]),
+    }  # fmt: skip
+    settings = ml_collections.ConfigDict({"hu_window": (-1000.0, 1000.0), "resample": "bicubic", "std_floor": 0.01})
+    wanted = augment.evaluation_view(batch, settings, (24, 24))[..., 0]
+    pixels = [names["prepare"](stored[0] - 1024.0, hu=True), names["prepare"](stored[1].astype(float), hu=False)]
+    pixel_values = names["pixel_values"] = torch.cat(pixels)
+    np.testing.assert_allclose(pixel_values[:, 0], wanted, rtol=0, atol=1e-5)
+
+    with torch.no_grad():
+        exec(load.replace("FOLDER", str(folder)), names)
+    if layout == "vit_mae":
+        assert names["output"].logits.shape == (2, 9, 64)
+    else:
+        assert names["tokens"].shape == (2, 10, 16)
+
+
+@live_only
+def test_the_image_processor_leaves_pixels_alone(converted) -> None:
+    from transformers import AutoImageProcessor
+
+    for name in ("square", "three_channels"):
+        folder, _ = converted(name, "vit")
+        size = json.loads((folder / "preprocessor_config.json").read_text())["size"]
+        channels = CASES[name].get("channels", 1)
+        image = np.random.RandomState(0).standard_normal((channels, size["height"], size["width"])).astype(np.float32)
+        found = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="np")["pixel_values"]
+        np.testing.assert_array_equal(found, image[None])
+
+
+def test_the_recipe_is_the_one_of_the_training(converted) -> None:
+    wanted = {
+        "hu_window": [-1000.0, 1000.0], "percentiles_unless_hu": [0.5, 99.5], "percentile_method": "inverted_cdf",
+        "scale_to": [0.0, 1.0], "size": [8, 32], "fit": "squash", "resample": "bicubic", "antialias": True,
+        "standardise": "per image", "std_floor": 0.01, "channels": 1,
+    }  # fmt: skip
+    processor = json.loads((converted("wide", "vit")[0] / "preprocessor_config.json").read_text())
+    assert processor["curia_jax"] == wanted and processor["size"] == {"height": 8, "width": 32}
+    assert not any(processor[key] for key in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"))
+    assert (
+        json.loads((converted("wide", "timm")[0] / "config.json").read_text())["curia_jax"]["preprocessing"] == wanted
+    )
+
+
+# ---- what fails
+
+
+def test_a_wrong_table_fails_the_check_and_leaves_nothing(runs, tmp_path, capfd, monkeypatch) -> None:
+    right = layouts.LAYOUTS["vit"]
+    query, key, value = right.table["encoder/blocks/attn/qkv"]
+    wrong = dataclasses.replace(right, table={**right.table, "encoder/blocks/attn/qkv": (key, query, value)})
+    monkeypatch.setitem(layouts.LAYOUTS, "vit", wrong)
+    words = [runs("square"), tmp_path / "deep" / "vit", "vit", f"--json={tmp_path / 'result.json'}"]
+    assert run(*words) == 1
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(
+        r"error: NumPy and the trained model differ: features by \d\.\de[-+]0\d, allowed are 1e-05, at image \d, token \d, "
+        r"channel \d+ \(image \d is (random|half constant|zeros)\)\. Nothing was written to .*deep/vit",
+        error,
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_check_leaves_the_folder_that_was_there(runs, tmp_path, monkeypatch) -> None:
+    assert run(runs("square"), tmp_path / "vit", "vit") == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "vit").iterdir()}
+    positions = {"embeddings.position_embeddings": lambda config: -layouts._encoder_positions(config)}
+    monkeypatch.setitem(layouts.LAYOUTS, "vit", dataclasses.replace(layouts.LAYOUTS["vit"], made=positions))
+    assert run(runs("square"), tmp_path / "vit", "vit") == 1
+    assert {path.name: path.read_bytes() for path in (tmp_path / "vit").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--checkpoint={empty}/none"], "no checkpoint at .*none: there is no such folder"),
+        (["--checkpoint={empty}"], "no finished checkpoint in .*; a work directory of curia_jax.pretrain has some"),
+        (["--step=8"], "no checkpoint of step 8 in .*; there are: 7"),
+        (["--image-size=big"], "--image-size=big: write a number of px, or height x width such as 384x512"),
+        (["--image-size=20"], r"--image-size=20: image size \(20, 20\) is no multiple of the patch size \(8, 8\); nearest that is: \(16, 16\)"),
+        (["--image-size=8"], "--image-size=8: mask_ratio 0.75 leaves 0 of 1 patches visible"),
+        (["--image-size=16x24", "--layout=dinov2"], "--layout=dinov2 cannot hold this model: Dinov2Model takes square images, and this model's are 16x24"),
+        (["--output={foreign}"], "foreign holds notes.txt, which this command did not write"),
+        (["--output={foreign}/notes.txt"], "notes.txt is a file; name a folder"),
+        (["--output={foreign}/notes.txt/vit"], "foreign/notes.txt is a file; name a folder with --output"),
+        (["--json={empty}/none/result.json"], "there is no folder .*none"),
+    ],
+)  # fmt: skip
+def test_wrong_usage_is_one_line_and_changes_nothing(words: list[str], message: str, runs, tmp_path, capfd) -> None:
+    empty, foreign = tmp_path / "empty", tmp_path / "foreign"
+    empty.mkdir()
+    foreign.mkdir()
+    (foreign / "notes.txt").write_text("mine")
+    given = [word.format(empty=empty, foreign=foreign) for word in words]
+    arguments = {"--checkpoint": str(runs("square")), "--output": str(tmp_path / "vit"), "--layout": "vit"}
+    arguments |= dict(word.split("=", 1) for word in given)
+    assert convert.main([f"{key}={value}" for key, value in arguments.items()]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and re.fullmatch(f"error: .*{message}.*", err.splitlines()[-1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "foreign"]
+    assert (foreign / "notes.txt").read_text() == "mine" and not list(empty.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "message"),
+    [
+        ("wide", "vit_mae", "ViTMAEForPreTraining takes square images, and this model's are 8x32 px"),
+        ("patches_not_square", "dinov2", "Dinov2Model takes square patches, and this model's are 8x4 px"),
+    ],
+)
+def test_a_model_that_the_layout_cannot_hold_is_refused(name, layout, message, runs, tmp_path, capfd) -> None:
+    assert run(runs(name), tmp_path / "weights", layout) == 2
+    assert re.search(f"error: --layout={layout} cannot hold this model: {message}", capfd.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_something_else_is_refused(save, tmp_path, capfd) -> None:
+    workdir = save(CASES["square"])
+    saver = checkpoint.Checkpointer(str(workdir))
+    params = {"encoder": {"norm": {"scale": jnp.ones(16), "bias": jnp.ones(16)}}}
+    saver.save(9, {"params": params}, config={"model": CASES["square"], "augment": {}}, examples_seen=72)
+    saver.close()
+    assert run(workdir, tmp_path / "vit", "vit") == 2
+    assert (
+        "error: the checkpoint does not hold the model of its config: parameters do not fit" in capfd.readouterr().err
+    )
+
+
+def test_an_unknown_layout_lists_the_known_ones(runs, tmp_path, capfd) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(runs("square"), tmp_path / "vit", "clip")
+    assert stopped.value.code == 2
+    assert re.search(
+        r"invalid choice: 'clip' \(choose from '?vit_mae'?, '?vit'?, '?dinov2'?, '?timm", capfd.readouterr().err
+    )
+
+
+def test_help_teaches_with_examples(capfd) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        convert.main(["--help"])
+    out = capfd.readouterr().out
+    assert stopped.value.code == 0
+    for word in ("ViTMAEForPreTraining", "Dinov2Model", "exit codes", "--image-size=512", "not_run"):
+        assert word in out
+    examples = re.findall(r"^  python -m curia_jax\.convert (.*)$", out, flags=re.MULTILINE)
+    assert len(examples) >= 3
+    for example in examples:
+        convert.parse(example.split())
