@@ -1,0 +1,92 @@
+"""The benchmark on real slices: what it trains on and what it holds out, without running it."""
+
+import importlib.util
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "real_data.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("real_data_benchmark", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def rows(benchmark_script, real_data) -> list[dict]:
+    return benchmark_script.label_table(real_data)
+
+
+def test_every_row_is_a_file_once(rows) -> None:
+    files = [Path(row["file"]) for row in rows]
+    assert all(path.is_file() for path in files)
+    assert len(set(files)) == len(files)
+
+
+def test_no_patient_or_publication_is_in_two_splits(rows) -> None:
+    splits = defaultdict(set)
+    for row in rows:
+        if row.get("patient"):
+            splits[row["patient"]].add(row["split"])
+    assert len(splits) > 400
+    assert all(len(found) == 1 for found in splits.values())
+
+
+def test_the_published_test_splits_are_whole(rows, benchmark_script, real_data) -> None:
+    tests = {
+        label: {row["file"] for row in rows if row.get(label) and row["split"] == "test"}
+        for label in ("tumor", "covid")
+    }
+    for label, folder, column in (("tumor", "mr_brain_tumor", "split"), ("covid", "ct_covid", "official_split")):
+        published = benchmark_script._read(real_data / "labelled" / folder / "labels.csv")
+        wanted = {real_data / "labelled" / folder / line["file"] for line in published if line[column] == "test"}
+        assert tests[label] == wanted
+
+
+def test_what_has_no_label_is_for_training(rows) -> None:
+    unlabelled = [row for row in rows if not any(row.get(label) for label in ("tumor", "covid", "contrast"))]
+    assert len(unlabelled) > 300
+    assert {row["split"] for row in unlabelled} == {"train"}
+    assert not any("us_images" in str(row["file"]) for row in rows)
+    assert Counter(row["modality"] for row in unlabelled)["MR"] > 100
+
+
+def test_the_table_shows_every_figure(benchmark_script, tmp_path) -> None:
+    lines = {
+        "config.json": {"batch_size": 32, "seed": 7},
+        "events.jsonl": {"event": "started", "slices": 5000},
+        "metrics.jsonl": {"step": 10, "examples_seen": 320, "loss": 0.5, "baseline_loss": 1.0},
+    }
+    for name, content in lines.items():
+        (tmp_path / name).write_text(json.dumps(content) + "\n")
+    results = []
+    for task in benchmark_script.LABELS:
+        for head in benchmark_script.HEADS:
+            common = {"task": task, "head": head, "n": 99, "low": 0.25, "high": 0.75}
+            for metric in ("auroc", "accuracy"):
+                for backbone, value in (("checkpoint", 0.625), ("random", 0.5), ("pixels", 0.375)):
+                    results.append({**common, "metric": metric, "backbone": backbone, "value": value})
+                for against, value in (("random", 0.125), ("pixels", 0.25)):
+                    results.append(
+                        {
+                            **common,
+                            "metric": f"{metric}_difference",
+                            "backbone": "checkpoint",
+                            "against": against,
+                            "value": value,
+                        }
+                    )
+    text = benchmark_script.markdown(results, tmp_path, {"wall_s": 600, "cpu_s": 1200})
+    assert "10 steps of 32, 320 samples of 5,000 slices, seed 7; 10 minutes, 20 core minutes" in text
+    assert (
+        "| covid | logistic | 0.625 [0.250, 0.750] | 0.500 [0.250, 0.750] | 0.375 [0.250, 0.750] | +0.125 [+0.250, +0.750] | +0.250 [+0.250, +0.750] | 99 |"
+        in text
+    )
+    assert text.count("| tumor |") == 2 * len(benchmark_script.HEADS)
