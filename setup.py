@@ -13,6 +13,7 @@ INGEST = [
     "psutil>=6",
     "pydicom>=3.0,<4",
     "pyjpegls>=1.5",
+    "pylibjpeg>=2.0",  # the plugins below do nothing without it
     "pylibjpeg-openjpeg>=2.4",
     "pylibjpeg-rle>=2.1",
     "python-gdcm>=3.0.24",

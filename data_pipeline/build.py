@@ -6,10 +6,20 @@ stages:
   convert    decode, check, encode; each shard is written beside, verified, then published
   commit     index, manifest, dataset card and TFDS metadata
 
-A build that was stopped goes on with the same command: finished shards stay as they are. Bad files never stop it; they
-stand in manifest.parquet with their reason.
+A build that was stopped goes on with the same command: finished shards stay as they are. Bad files never stop it; every
+input file stands in manifest.parquet with its fate (kept, excluded, duplicate, quarantined) and the reason.
 
-exit codes: 0 done, 2 wrong usage or no usable input, 75 stopped by SIGTERM or Ctrl-C (start the same command again)
+Patients never share a split. DICOM names them; volumes and pictures are told apart by their BIDS subject (sub-01) or, where
+there is none, file by file: if several files show one patient, say so with --labels and --patient-column.
+
+what leaves the inputs: pixels, a fixed list of technical facts and the labels you name. Identities become pseudonyms under
+a secret key that you keep; only manifest.parquet (paths, yours alone to read) leads back, so do not give it away.
+
+exit codes:
+  0   done
+  1   a fault of the program itself
+  2   wrong usage, no usable input, or a disk that is full or may not be written
+  75  stopped by SIGTERM or Ctrl-C; start the same command again
 """
 
 import argparse
@@ -17,11 +27,12 @@ import collections
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +41,14 @@ import pyarrow.parquet as pq
 import rich.progress
 from rich.console import Console
 
-from data_pipeline import codec, convert, inventory, plan, pseudonyms, shards, workers
-from data_pipeline.errors import UserError
+from data_pipeline import codec, convert, dicom, inventory, plan, pseudonyms, shards, workers
+from data_pipeline.errors import UserError, fault
 
 EXIT_STOPPED = 75
 BUILD_FOLDER = ".build"
 MANIFEST, CARD = "manifest.parquet", "card.json"
+FAILED_ON = "failed_on.txt"  # in the build folder, because paths can hold names
+REASONS_SHOWN = 12
 FATES = ("kept", "excluded", "duplicate", "quarantined")
 
 
@@ -126,22 +139,32 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        card = build(args)
+        build(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        print(f"error: {error.strerror or error}{where}; mend that and start the same command again", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; finished shards are kept, start the same command again to go on", file=sys.stderr)
         return EXIT_STOPPED
-    if args.json:
-        Path(args.json).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    except Exception as error:  # noqa: BLE001 - a traceback could quote header values
+        text = str(error) if isinstance(error, workers.TaskFault) else fault(error)
+        print(f"error: the program is at fault ({text}); please report this line", file=sys.stderr)
+        return 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 0
 
 
 def _stop(number: int, frame: Any) -> None:
+    for again in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(again, signal.SIG_IGN)  # a second one must not interrupt the tidying up
     raise KeyboardInterrupt
 
 
@@ -149,62 +172,76 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the four stages; returns the dataset card."""
     _check(args)
     began = time.monotonic()
-    console = Console(stderr=True, soft_wrap=True)
+    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)
     output = Path(args.output)
-    key, origin = pseudonyms.load_key(args.key_file, args.output)
-    files = inventory.find_files(args.input)
+    files = inventory.find_files(args.input, leave_out=args.output)
     private = output / BUILD_FOLDER
-    private.mkdir(parents=True, exist_ok=True)
+    if not private.is_dir():
+        if output.exists() and (not output.is_dir() or any(not p.name.startswith(".") for p in output.iterdir())):
+            raise UserError(f"{output} is not empty and holds no build; choose an empty or new --output")
+        private.mkdir(parents=True)
     private.chmod(0o700)
     with _only_build(private, output):
-        console.print(f"{len(files):,} files; {origin}", highlight=False)
+        key, origin = pseudonyms.load_key(args.key_file, args.output)
+        console.print(f"{len(files):,} files; {origin}")
         entries = _inventory(files, args, key, console)
+        held_out = _held_out(args.holdout, entries, key, console)
+        patients = [entry.patient for entry in entries]
         if args.labels:
             columns = tuple(args.label_columns) if args.label_columns else None
             inventory.LabelTable(
                 args.labels, columns, args.split_column, args.patient_column, args.modality_column
             ).apply(entries, key)
+        # Whoever is held out stays out under the name that the table gives him.
+        held_out |= {entry.patient for entry, before in zip(entries, patients, strict=True) if before in held_out}
         options = plan.Options(
             key=key, validation=args.validation, test=args.test, shard_bytes=args.shard_mb * 1_000_000,
-            held_out=_held_out(args.holdout, entries, key),
+            held_out=frozenset(held_out),
             conversion={"size": args.size, "slices_per_record": args.slices_per_record, "codec": codec.DELTA, "name": args.name},
         )  # fmt: skip
         made = plan.make(entries, options)
         if not made["shards"]:
-            reasons = collections.Counter(entry.reason for entry in entries)
-            raise UserError(
-                f"none of the {len(entries):,} files is a usable slice: "
-                + "; ".join(f"{count:,} x {reason}" for reason, count in reasons.most_common(4))
-            )
+            raise _nothing_left(output, _manifest(entries, []))
         _fix_plan(private, made, output)
         reports = _convert(output, private, args, made, console)
-        card = _commit(output, private, args, entries, reports)
+        card = _commit(output, args, entries, reports)
+    if args.json:
+        Path(args.json).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     seconds = time.monotonic() - began
     counts = card["files"]
     console.print(
         f"{card['slices']:,} slices of {card['patients']:,} patients in {len(card['shards'])} shards, "
         f"{card['bytes'] / 1e6:,.1f} MB, in {seconds:.0f} s; files: "
-        + ", ".join(f"{counts[fate]:,} {fate}" for fate in FATES if counts[fate]) + f"; see {output / MANIFEST}",
-        highlight=False,
+        + ", ".join(f"{counts[fate]:,} {fate}" for fate in FATES if counts[fate]) + f"; see {output / MANIFEST}"
     )  # fmt: skip
-    for reason, count in sorted(card["reasons"].items(), key=lambda item: -item[1])[:8]:
-        console.print(f"  {count:6,} x {reason}", highlight=False)
+    reasons = [(n, fate, reason) for fate, found in card["reasons"].items() for reason, n in found.items()]
+    for count, fate, reason in sorted(reasons, reverse=True)[:REASONS_SHOWN]:
+        console.print(f"  {count:6,} x {fate}: {reason}")
+    if len(reasons) > REASONS_SHOWN:
+        console.print(f"  and {len(reasons) - REASONS_SHOWN} rarer reasons, see {output / CARD}")
     return card
 
 
 def _check(args: argparse.Namespace) -> None:
+    if not re.fullmatch(r"[a-zA-Z]\w*", args.name, re.ASCII):
+        raise UserError(f"--name is {args.name!r}; TFDS takes letters, digits and underscores, a letter first")
     for name, low in (("workers", 1), ("slices_per_record", 1), ("shard_mb", 1)):
         if getattr(args, name) < low:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it has to be at least {low}")
+    if not args.timeout > 0:
+        raise UserError(f"--timeout is {args.timeout}; it has to be more than 0 seconds")
     if args.size is not None and args.size < 32:
         raise UserError(f"--size is {args.size}; slices under 32 px are left out, so it has to be at least 32")
-    if min(args.validation, args.test) < 0 or args.validation + args.test >= 1:
+    if not (args.validation >= 0 and args.test >= 0 and args.validation + args.test < 1):
         raise UserError(
             f"--validation {args.validation} and --test {args.test} have to be at least 0 and together under 1"
         )
     for option in ("label_columns", "split_column", "patient_column", "modality_column"):
         if getattr(args, option) and not args.labels:
             raise UserError(f"--{option.replace('_', '-')} needs --labels=CSV")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise UserError(f"--json: no folder {Path(args.json).parent}; make it first")
+    dicom.check_plugins()
 
 
 class _only_build:
@@ -227,20 +264,27 @@ class _only_build:
         self._file.close()
 
 
-def _held_out(path: str | None, entries: Sequence[inventory.Entry], key: bytes) -> frozenset[str]:
+def _held_out(path: str | None, entries: Sequence[inventory.Entry], key: bytes, console: Console) -> set[str]:
+    """Pseudonyms of the patients to keep out."""
     if path is None:
-        return frozenset()
+        return set()
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read --holdout={path}: {error}") from error
-    out = set()
-    for line in filter(None, lines):
-        out.add(pseudonyms.digest(key, "patient", line))
+    lines = [line for line in lines if line]
+    here = {entry.patient for entry in entries}
+    out: set[str] = set()
+    matched = 0
+    for line in lines:
+        patients = {pseudonyms.digest(key, "patient", line)}
         if os.path.isdir(line):
             top = os.path.abspath(line) + os.sep
-            out.update(entry.patient for entry in entries if os.path.abspath(entry.path).startswith(top))
-    return frozenset(out)
+            patients |= {e.patient for e in entries if e.patient and os.path.abspath(e.path).startswith(top)}
+        matched += not patients.isdisjoint(here)
+        out |= patients
+    console.print(f"held out: {matched:,} of {len(lines):,} lines name a patient of these inputs")
+    return out
 
 
 def _progress(console: Console, unit: str) -> rich.progress.Progress:
@@ -266,21 +310,38 @@ class _Counter:
         self._task = self._bar.add_task(self._stage, total=self._total, rate="")
         return self
 
-    def __exit__(self, *unused: object) -> None:
+    def __exit__(self, kind: object, *unused: object) -> None:
         self._bar.stop()
+        if kind is None and not self._console.is_terminal:
+            seconds = time.monotonic() - self._began
+            self._console.print(
+                f"{self._stage}: {self._total:,} files in {seconds:.1f} s, {self._total / max(seconds, 1e-9):,.0f}/s"
+            )
 
     def step(self) -> None:
         self._done += 1
         now = time.monotonic()
         rate = self._done / max(now - self._began, 1e-9)
-        self._bar.update(self._task, completed=min(self._done, self._total), rate=f"{rate:,.0f}/s")
+        self._bar.update(self._task, completed=self._done, rate=f"{rate:,.0f}/s")
         if not self._console.is_terminal and now - self._last >= 10:
             self._last = now
             left = (self._total - self._done) / rate
             self._console.print(
-                f"{self._stage}: {self._done:,} of {self._total:,} files, {rate:,.0f}/s, {left / 60:.1f} min left",
-                highlight=False,
+                f"{self._stage}: {self._done:,} of {self._total:,} files, {rate:,.0f}/s, {left / 60:.1f} min left"
             )
+
+
+def _run(
+    function: workers.Work, tasks: Sequence[Any], args: argparse.Namespace, private: Path
+) -> Iterator[workers.Progress | workers.Done]:
+    try:
+        yield from workers.run(function, tasks, workers=min(args.workers, len(tasks)), timeout=args.timeout)
+    except workers.TaskError as error:
+        if error.item is None:
+            raise
+        path = private / FAILED_ON
+        _write_private(path, ascii(error.item)[1:-1] + "\n")
+        raise UserError(f"{error} (the path of the file stands in {path})") from error
 
 
 def _inventory(files: Sequence[Path], args: argparse.Namespace, key: bytes, console: Console) -> list[inventory.Entry]:
@@ -289,9 +350,7 @@ def _inventory(files: Sequence[Path], args: argparse.Namespace, key: bytes, cons
     tasks = [(paths[n : n + inventory.FILES_PER_TASK], options) for n in range(0, len(paths), inventory.FILES_PER_TASK)]
     found: dict[int, list[inventory.Entry]] = {}
     with _Counter(console, "inventory", len(paths)) as counter:
-        for message in workers.run(
-            inventory.inspect, tasks, workers=min(args.workers, len(tasks)), timeout=args.timeout
-        ):
+        for message in _run(inventory.inspect, tasks, args, Path(args.output) / BUILD_FOLDER):
             if isinstance(message, workers.Done):
                 found[message.number] = message.result
             else:
@@ -300,19 +359,21 @@ def _inventory(files: Sequence[Path], args: argparse.Namespace, key: bytes, cons
 
 
 def _fix_plan(private: Path, made: dict[str, Any], output: Path) -> None:
-    """Keeps the plan of an unfinished build; refuses another plan on top of it."""
+    """Keeps the plan of an unfinished build; refuses another plan on top of a finished one."""
     path = private / "plan.json"
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))["hash"]
-        if before == made["hash"]:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before["hash"] == made["hash"]:
             return
         if (output / shards.SHARDS).exists():
             raise UserError(
-                f"{output} holds a finished dataset of other inputs or settings; choose another --output, or remove it to build it anew"
+                f"{output} holds a finished dataset of other inputs, another key or other settings; choose another --output, or remove it to build it anew"
             )
+        # Half a dataset of another plan: its shards would lie about under names that nobody knows.
+        for shard in before["shards"]:
+            name = shards.file_name(before["conversion"]["name"], shard["split"], shard["number"], shard["count"])
+            (output / name).unlink(missing_ok=True)
         shutil.rmtree(private / "shards", ignore_errors=True)
-    elif output.exists() and any(not p.name.startswith(".") for p in output.iterdir()):
-        raise UserError(f"{output} is not empty and holds no build; choose an empty or new --output")
     _write_private(path, json.dumps(made, sort_keys=True))
 
 
@@ -333,6 +394,7 @@ def _convert(
     sidecars.mkdir(exist_ok=True)
     for leftover in output.glob(".*.tmp"):
         leftover.unlink()
+    (private / FAILED_ON).unlink(missing_ok=True)
     reports: dict[int, dict[str, Any]] = {}
     todo = []
     for number, shard in enumerate(made["shards"]):
@@ -343,14 +405,12 @@ def _convert(
         else:
             reports[number] = report
     if reports:
-        console.print(f"{len(reports)} of {len(made['shards'])} shards are finished already", highlight=False)
+        console.print(f"{len(reports)} of {len(made['shards'])} shards are finished already")
     tasks = [(str(output), args.name, made["conversion"], made["shards"][number]) for number in todo]
     total = sum(len(series["files"]) for number in todo for series in made["shards"][number]["series"])
     if tasks:
         with _Counter(console, "convert", total) as counter:
-            for message in workers.run(
-                convert.convert_shard, tasks, workers=min(args.workers, len(tasks)), timeout=args.timeout
-            ):
+            for message in _run(convert.convert_shard, tasks, args, private):
                 if isinstance(message, workers.Done):
                     report = message.result
                     # The sidecar comes last: a shard without one is made again.
@@ -364,48 +424,55 @@ def _convert(
 def _finished(sidecar: Path, path: Path, plan_hash: str) -> dict[str, Any] | None:
     if not sidecar.exists() or not path.exists():
         return None
-    report = json.loads(sidecar.read_text(encoding="utf-8"))
+    try:
+        report = json.loads(sidecar.read_text(encoding="utf-8"))
+    except ValueError:
+        return None  # made again
     if report.pop("plan") != plan_hash or path.stat().st_size != report["bytes"]:
         return None
     return report
 
 
 def _commit(
-    output: Path,
-    private: Path,
-    args: argparse.Namespace,
-    entries: Sequence[inventory.Entry],
-    reports: list[dict[str, Any]],
+    output: Path, args: argparse.Namespace, entries: Sequence[inventory.Entry], reports: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    outcomes = {path: outcome for report in reports for path, outcome in report["files"].items()}
-    manifest = []
-    for entry in entries:
-        row = {
-            "path": entry.path,
-            "fate": entry.fate,
-            "reason": entry.reason,
-            "series": entry.series,
-            "split": entry.split,
-        }
-        row |= {"stored_sha256": "", "shard": "", "decoder": ""}
-        manifest.append(row | outcomes.get(entry.path, {}))
+    manifest = _manifest(entries, reports)
     index = [row for report in reports for row in report["index"]]
     if not index:
-        reasons = collections.Counter(row["reason"] for row in manifest)
-        _write_table(output / MANIFEST, pa.Table.from_pylist(manifest), private=True)
-        raise UserError(
-            "no slice is left: "
-            + "; ".join(f"{n:,} x {reason}" for reason, n in reasons.most_common(4))
-            + f"; see {output / MANIFEST}"
-        )
+        raise _nothing_left(output, manifest)
     columns = {name: None for row in index for name in row}  # labels may be missing in some rows
     _write_table(output / shards.INDEX, pa.table({name: [row.get(name) for row in index] for name in columns}))
     _write_table(output / MANIFEST, pa.Table.from_pylist(manifest), private=True)
-    _write_table(output / shards.SHARDS, _shard_table(reports))
     card = _card(args, manifest, index, reports)
     (output / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     _tfds_metadata(output, args.name, reports)
+    # Last, because it is what makes the folder a dataset.
+    _write_table(output / shards.SHARDS, _shard_table(reports))
     return card
+
+
+def _manifest(entries: Sequence[inventory.Entry], reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    outcomes: dict[str, dict[str, Any]] = {}
+    for report in reports:
+        for path, outcome in report["files"].items():
+            convert.merge_outcome(outcomes, path, outcome)
+    rows = []
+    for entry in entries:
+        path = os.fsencode(entry.path).decode("utf-8", "backslashreplace")
+        row = {"path": path, "fate": entry.fate, "reason": entry.reason, "series": entry.series, "split": entry.split}
+        row |= {"problems": "", "stored_sha256": "", "shard": "", "decoder": ""}
+        rows.append(row | outcomes.get(entry.path, {}))
+    return rows
+
+
+def _nothing_left(output: Path, manifest: Sequence[dict[str, Any]]) -> UserError:
+    _write_table(output / MANIFEST, pa.Table.from_pylist(list(manifest)), private=True)
+    reasons = collections.Counter(row["reason"] for row in manifest)
+    return UserError(
+        f"none of the {len(manifest):,} files is a usable slice: "
+        + "; ".join(f"{count:,} x {reason}" for reason, count in reasons.most_common(4))
+        + f"; {output / MANIFEST} says it for each file"
+    )
 
 
 def _shard_table(reports: Sequence[dict[str, Any]]) -> pa.Table:
@@ -420,9 +487,10 @@ def _shard_table(reports: Sequence[dict[str, Any]]) -> pa.Table:
 
 def _write_table(path: Path, table: pa.Table, *, private: bool = False) -> None:
     beside = path.with_name(f".{path.name}.tmp")
-    pq.write_table(table, beside)
-    if private:
-        beside.chmod(0o600)  # paths can hold names
+    beside.unlink(missing_ok=True)
+    # Paths can hold names.
+    with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666), "wb") as file:
+        pq.write_table(table, file)
     os.replace(beside, path)
 
 
@@ -445,7 +513,10 @@ def _card(
             split: len({row["patient"] for row in index if row["split"] == split}) for split in pseudonyms.SPLITS
         },
         "files": {fate: files[fate] for fate in FATES},
-        "reasons": dict(collections.Counter(row["reason"] for row in manifest if row["reason"])),
+        "reasons": {
+            fate: dict(collections.Counter(r["reason"] for r in manifest if r["fate"] == fate and r["reason"]).most_common())
+            for fate in FATES
+        },
         "settings": {name: getattr(args, name) for name in ("modality", "size", "slices_per_record", "validation", "test")},
         "shards": [{name: report[name] for name in ("file", "split", "records", "slices", "bytes", "sha256")} for report in reports],
     }  # fmt: skip

@@ -19,6 +19,7 @@ RAW, DELTA = 0, 1
 NAMES = {RAW: "raw", DELTA: "row delta + zigzag + blosc2 zstd-3"}
 
 _HEADER = struct.Struct("<BHH")
+_CHUNK = struct.Struct("<4sIII")  # blosc2: versions and flags, bytes unpacked, bytes of a block, bytes packed
 _COMPRESSION = {
     "codec": blosc2.Codec.ZSTD, "clevel": 3, "typesize": 2, "nthreads": 1,
     "filters": [blosc2.Filter.SHUFFLE], "filters_meta": [0],
@@ -49,23 +50,30 @@ def encode(pixels: UInt16[np.ndarray, "height width"], codec: int = DELTA) -> by
 def decode(data: bytes) -> UInt16[np.ndarray, "height width"]:
     """Decodes a slice.
 
+    There is no checksum in it: the container has one for every record, and notices flipped bits when it reads.
+
     Raises:
-      ValueError: bytes that `encode` did not make.
+      ValueError: bytes that `encode` did not make, or that are cut off.
     """
     if len(data) < _HEADER.size:
         raise ValueError(f"{len(data)} bytes are no encoded slice")
     codec, height, width = _HEADER.unpack_from(data)
     body = memoryview(data)[_HEADER.size :]
+    if not height or not width:
+        raise ValueError(f"a slice of {height}x{width} px is damaged")
     if codec == RAW:
-        pixels = np.frombuffer(body, "<u2")
+        if len(body) != 2 * height * width:
+            raise ValueError(f"a slice of {height}x{width} px with {len(body)} bytes is damaged or cut off")
+        pixels = np.frombuffer(body, "<u2").astype(np.uint16)
     elif codec == DELTA:
+        # Asked first, because blosc2 writes past the end of a target that is too small and leaves the end of a larger one.
+        if len(body) < _CHUNK.size or _CHUNK.unpack_from(body)[1:4:2] != (2 * height * width, len(body)):
+            raise ValueError(f"a slice of {height}x{width} px with {len(body)} bytes is damaged or cut off")
         zigzag = np.empty(height * width, np.uint16)
         blosc2.decompress2(body, dst=zigzag)
         pixels = (zigzag >> 1) ^ -(zigzag & 1)
     else:
         raise ValueError(f"unknown codec {codec}; this version reads {NAMES}")
-    if pixels.size != height * width:
-        raise ValueError(f"slice says {height}x{width} px but holds {pixels.size}")
     pixels = pixels.reshape(height, width)
     if codec == DELTA:
         # Row by row: each addition is contiguous, which np.add.accumulate over axis 0 is not (2.5 x slower).

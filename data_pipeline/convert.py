@@ -4,7 +4,7 @@ shards (local processes, Beam, a Slurm array) gets the same bytes."""
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,12 @@ from jaxtyping import Shaped, UInt16
 from PIL import Image
 
 from data_pipeline import codec, dicom, geometry, images, records, rules, shards, volumes
-from data_pipeline.errors import ReadError, UserError
+from data_pipeline.errors import ReadError, UserError, fault
+from data_pipeline.workers import Touch
 
 AIR_HU = -1024
 LEVELS = 1 << 16
 SAME_PIXELS = "the same pixels as another slice of the series"
-
-Touch = Callable[[str], None]
 
 
 @dataclasses.dataclass
@@ -55,11 +54,11 @@ def convert_shard(
     Args:
       task: output folder, dataset name, the plan's "conversion" settings (size, slices_per_record), the plan's shard.
       skip: files that must not be opened again, with the reason.
-      touch: called with each path before it is read.
+      touch: called with each path before it is read, and with None after the last.
 
     Returns:
       {"file", "split", "records", "slices", "bytes", "sha256", "slice_counts", "largest", "index": rows of index.parquet,
-      "files": {path: outcome}}. A shard of which nothing is left has no file and 0 records.
+      "files": {path: outcome}}. A shard of which nothing is left is a file with 0 records.
 
     Raises:
       UserError: an input changed since the inventory.
@@ -74,6 +73,7 @@ def convert_shard(
     def items() -> Iterator[bytes]:
         for series in shard["series"]:
             yield from _series_records(series, settings, skip, touch, report)
+        touch(None)
 
     path = Path(folder, report["file"])
     report["records"], report["sha256"] = shards.write(path, items())
@@ -89,49 +89,81 @@ def _series_records(
     kept: list[_Encoded] = []
     histograms: dict[tuple[float, float], np.ndarray] = {}
     seen: set[str] = set()
-    index = 0
     for file in series["files"]:
         outcome = {
-            "fate": "excluded", "reason": "", "stored_sha256": "",
+            "fate": "excluded", "reason": "", "problems": "; ".join(series["problems"]), "stored_sha256": "", "decoder": "",
             "series": series["series"], "split": series["split"], "shard": report["file"],
         }  # fmt: skip
-        report["files"][file["path"]] = outcome
-        try:
-            if file["path"] in skip:
-                raise ReadError(skip[file["path"]])
+        if file["path"] in skip:
+            outcome |= {"fate": "quarantined", "reason": skip[file["path"]]}
+        else:
             touch(file["path"])
             _check_unchanged(file)
-            for item in _READERS[series["kind"]](file, series, facts, outcome):
-                item = _shrink(item, settings["size"])
-                reason = SAME_PIXELS if item.source in seen else _exclude(item, facts)
-                if reason is None:
-                    seen.add(item.source)
-                    key = (item.slope, item.intercept)
-                    histograms[key] = histograms.get(key, 0) + np.bincount(item.pixels.ravel(), minlength=LEVELS)
-                    statistics = records.slice_statistics(item.pixels, item.slope, item.intercept)
-                    data, shape = codec.encode(item.pixels), item.pixels.shape
-                    item.pixels = item.pixels[:0]
-                    kept.append(_Encoded(data, shape, index, file["labels"], item, statistics))
-                    outcome["fate"] = "kept"
-                elif outcome["fate"] != "kept":
-                    outcome["fate"] = "duplicate" if reason == SAME_PIXELS else "excluded"
-                    outcome["reason"] = reason
-                index += 1
-        except ReadError as error:
-            outcome["fate"], outcome["reason"] = "quarantined", str(error)
-        if outcome["fate"] == "kept":
-            outcome["reason"] = "; ".join(series["problems"])  # kept and flagged
+            try:
+                # A file is taken whole or not at all.
+                items, counts = _encode(file, series, facts, settings, outcome, seen)
+            except ReadError as error:
+                outcome |= {"fate": "quarantined", "reason": str(error)}
+            except OSError as error:
+                outcome |= {"fate": "quarantined", "reason": f"cannot be read ({error.strerror})"}
+            except Exception as error:  # noqa: BLE001 - no file may end the build, whatever it holds
+                outcome |= {"fate": "quarantined", "reason": f"the reader failed on it ({fault(error)})"}
+            else:
+                kept += items
+                seen.update(item.origin.source for item in items)
+                for key, histogram in counts.items():
+                    histograms[key] = histograms.get(key, 0) + histogram
+                if items:
+                    outcome |= {"fate": "kept", "reason": outcome["problems"]}  # kept and flagged
+            _check_unchanged(file)
+        merge_outcome(report["files"], file["path"], outcome)
     if kept:
         yield from _pack(series, facts, kept, histograms, settings["slices_per_record"], report)
 
 
+def _encode(
+    file: dict[str, Any], series: dict[str, Any], facts: dict[str, Any], settings: Mapping[str, Any],
+    outcome: dict[str, Any], seen: set[str],
+) -> tuple[list[_Encoded], dict[tuple[float, float], np.ndarray]]:  # fmt: skip
+    """The slices of a file that are kept, and their histograms by slope and intercept; says in `outcome` why others are not."""
+    kept: list[_Encoded] = []
+    histograms: dict[tuple[float, float], np.ndarray] = {}
+    new: set[str] = set()
+    for number, item in enumerate(_READERS[series["kind"]](file, series, facts, outcome)):
+        item = _shrink(item, settings["size"])
+        reason = _exclude(item, facts) or (SAME_PIXELS if item.source in seen | new else None)
+        if reason is not None:
+            outcome |= {"fate": "duplicate" if reason == SAME_PIXELS else "excluded", "reason": reason}
+            continue
+        new.add(item.source)
+        key = (item.slope, item.intercept)
+        histograms[key] = histograms.get(key, 0) + np.bincount(item.pixels.ravel(), minlength=LEVELS)
+        statistics = records.slice_statistics(item.pixels, item.slope, item.intercept)
+        data, shape = codec.encode(item.pixels), item.pixels.shape
+        item.pixels = item.pixels[:0]
+        kept.append(_Encoded(data, shape, file["first"] + number, file["labels"], item, statistics))
+    return kept, histograms
+
+
+# Of several outcomes for one file, whose frames went to several parts of a series, the best stands in the manifest.
+_RANK = ("quarantined", "excluded", "duplicate", "kept")
+
+
+def merge_outcome(outcomes: dict[str, dict[str, Any]], path: str, outcome: dict[str, Any]) -> None:
+    """Adds the outcome of a file, or what is better about it than the one that is there."""
+    before = outcomes.get(path)
+    if before is None or _RANK.index(outcome["fate"]) > _RANK.index(before["fate"]):
+        outcomes[path] = outcome
+
+
 def _check_unchanged(file: Mapping[str, Any]) -> None:
+    # Paths can hold names, so the texts have none; whoever runs the task knows the file in hand.
     try:
         status = os.stat(file["path"])
-    except FileNotFoundError as error:
-        raise UserError(f"an input went away while the build ran: {file['path']}; start the build again") from error
+    except OSError as error:
+        raise UserError("an input can no longer be read; start the build again") from error
     if (status.st_size, status.st_mtime_ns) != (file["size"], file["modified_ns"]):
-        raise UserError(f"an input changed while the build ran: {file['path']}; start the build again")
+        raise UserError("an input changed while the build ran; start the build again")
 
 
 def _exclude(item: _Slice, facts: Mapping[str, Any]) -> str | None:
@@ -153,13 +185,14 @@ def _read_dicom(
     flags = (records.IRREGULAR if set(series["problems"]) - {geometry.FEW} else 0) | (
         records.LOSSY if file["lossy"] else 0
     )
+    if len(stored) != header.frames:
+        raise ReadError(f"the header promises {header.frames} frames, the file holds {len(stored)}")
     for frame, along in file["frames"]:
-        if frame >= len(stored):
-            raise ReadError(f"the header promises {header.frames} frames, the file holds {len(stored)}")
         place = header.geometry[frame]
         values = stored[frame]
-        if header.photometric == "MONOCHROME1":
-            values = int(stored.max()) + int(stored.min()) - values.astype(np.int64)
+        if header.photometric == "MONOCHROME1" and facts["units"] != "HU":
+            # High values are meant to be seen dark. HU mean the same however they are shown.
+            values = (-1 if header.signed else (1 << header.bits_stored) - 1) - values.astype(np.int64)
         pixels, slope, intercept, clipped = to_uint16(values, place.slope, place.intercept, hu=facts["units"] == "HU")
         spacing = place.spacing or (0.0, 0.0)
         source = dicom.stored_sha256(stored[frame])
@@ -170,6 +203,7 @@ def _read_volume(
     file: dict[str, Any], series: dict[str, Any], facts: dict[str, Any], outcome: dict[str, Any]
 ) -> Iterator[_Slice]:
     volume = volumes.read_volume(file["path"])
+    outcome["decoder"] = "nibabel" if volumes.is_nifti(file["path"]) else "SimpleITK"
     outcome["stored_sha256"] = dicom.stored_sha256(volume.values) if volume.values.dtype.kind in "iu" else ""
     if volume.is_label_map:
         outcome["reason"] = "label map: few distinct whole numbers"
@@ -191,7 +225,7 @@ def _read_image(
     file: dict[str, Any], series: dict[str, Any], facts: dict[str, Any], outcome: dict[str, Any]
 ) -> Iterator[_Slice]:
     values = images.read_image(file["path"])
-    outcome["stored_sha256"] = dicom.stored_sha256(values)
+    outcome["stored_sha256"], outcome["decoder"] = dicom.stored_sha256(values), "Pillow"
     # Pictures have no HU, whatever the modality: a window was applied when they were made.
     facts |= {"units": "arbitrary", "body_part": "", "manufacturer": "unknown"}
     yield _Slice(values.astype(np.uint16), 1.0, 0.0, 0.0, 0, outcome["stored_sha256"], (0.0, 0.0))
@@ -209,7 +243,7 @@ def to_uint16(
     """Whole stored values to 16 bit without loss.
 
     HU on whole numbers become HU + 1024, with what lies below -1024 (padding) raised to it. Everything else keeps its own
-    steps: the lowest value becomes 0 where it is negative.
+    steps: the lowest value becomes 0 where it is negative. The slope that comes out is above 0.
 
     Args:
       values: whole numbers; real value = values * slope + intercept.
@@ -222,6 +256,8 @@ def to_uint16(
       ReadError: the values span more than 16 bits.
     """
     whole = values.astype(np.int64)
+    if slope < 0:
+        whole, slope, low = -whole, -slope, None
     if hu and float(slope).is_integer() and float(intercept).is_integer():
         shifted = whole * int(slope) + int(intercept) - AIR_HU
         clipped = records.CLIPPED if shifted.min() < 0 else 0

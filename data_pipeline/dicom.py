@@ -14,9 +14,9 @@ import pydicom.config
 import SimpleITK
 from jaxtyping import Float, Integer, Shaped
 from pydicom.dataset import Dataset
-from pydicom.pixels import pixel_array
+from pydicom.pixels import get_decoder, pixel_array
 
-from data_pipeline.errors import ReadError
+from data_pipeline.errors import ReadError, UserError, fault
 
 # Messages of the readers quote header values; none of them may reach a log.
 SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
@@ -42,6 +42,7 @@ PLUGINS = {
 LOSSY_SYNTAXES = frozenset(
     f"1.2.840.10008.1.2.4.{end}" for end in ("50", "51", "53", "55", "81", "91", "203")
 )  # .81, .91 and .203 may hold lossless data; the tag LossyImageCompression decides where it is present
+MAXIMUM_FRAMES = 65_536
 UNCOMPRESSED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
 
 # The fields below and no others are read from a header.
@@ -52,6 +53,21 @@ _TAGS = [
     "ImagePositionPatient", "RescaleSlope", "RescaleIntercept", "LossyImageCompression", "BitsAllocated", "BitsStored",
     "HighBit", "PixelRepresentation", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
 ]  # fmt: skip
+
+# Defined terms of BodyPartExamined (DICOM PS3.16, tables L-1 and L-2), without spaces and underscores. Whatever else
+# somebody typed into the tag, a name for example, is dropped.
+BODY_PARTS = frozenset(
+    """abdomen abdomenpelvis adrenal ankle aorta aorticarch arm axilla back bladder brachialplexus brain breast bronchus
+    buttock calcaneus calf cardiac carotid cerebellum cervix chest chestabdomen chestabdomenpelvis circleofwillis clavicle
+    coccyx colon cspine ctspine cervicalspine duodenum ear elbow esophagus extremity eye eyelid face femoralartery femur finger
+    foot forearm gallbladder hand head headneck heart hip humerus iac ileum ilium jaw jejunum kidney knee larynx leg legs
+    liver lowerextremity lowerleg lspine lsspine lumbarspine lung lungs mandible maxilla mediastinum mouth nasopharynx neck
+    neckchest neckchestabdomen neckchestabdomenpelvis nose orbit orbits ovary pancreas parathyroid parotid patella pelvis
+    penis petrousbone pharynx pituitary prostate pulmonaryartery radius rectum renalartery rib ribs sacrum scalp scapula
+    sella shoulder sijoint sinus sinuses skull spine spleen sspine sternum stomach submandibular temporalbone testis thigh
+    thoracicspine thorax thumb thymus thyroid tibia tibiafibula tlspine tmj toe tongue trachea tspine ulna upperextremity
+    ureter urethra uterus vagina vulva wholebody wrist zygoma""".split()
+)
 
 # Classes of manufacturers; the text of the tag itself does not leave this module.
 _MANUFACTURERS = ("siemens", "philips", "toshiba", "canon", "hitachi", "fujifilm", "hyperfine", "ge", "united imaging")
@@ -92,6 +108,8 @@ class Header:
     transfer_syntax: str
     photometric: str
     samples_per_pixel: int
+    bits_stored: int
+    signed: bool
     burned_in: bool
     body_part: str
     manufacturer: str
@@ -99,6 +117,19 @@ class Header:
     lossy: bool
     has_pixels: bool
     geometry: tuple[FrameGeometry, ...]
+
+
+def check_plugins() -> None:
+    """Asks for the decoders that PLUGINS pins, so that the pixels do not depend on what happens to be installed.
+
+    Raises:
+      UserError: one is missing.
+    """
+    missing = {plugin for syntax, plugin in PLUGINS.items() if plugin not in get_decoder(syntax).available_plugins}
+    if missing:
+        raise UserError(
+            f"no decoder {', '.join(sorted(missing))} for compressed DICOM; install the extra: pip install 'curia-jax[ingest]'"
+        )
 
 
 def is_dicom(path: str) -> bool:
@@ -121,15 +152,17 @@ def read_header(path: str) -> Header:
     if "SOPClassUID" not in dataset and "Rows" not in dataset:
         raise ReadError("not a DICOM image: it has neither a SOP class nor rows")
     try:
-        return _header(path, dataset)
-    except (ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-        raise ReadError(f"malformed header ({type(error).__name__})") from error
+        with warnings.catch_warnings(action="ignore"):
+            return _header(path, dataset)
+    except ReadError:
+        raise
+    except Exception as error:  # values are parsed when they are asked for, and each parser raises its own kinds
+        raise ReadError(f"malformed header ({fault(error)})") from error
 
 
 def _read(path: str, **arguments: Any) -> Dataset:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             return pydicom.dcmread(path, force=True, **arguments)
     except Exception as error:  # pydicom raises many kinds on damaged files, with header values in their texts
         raise ReadError(f"damaged DICOM file ({type(error).__name__} while reading the header)") from error
@@ -144,6 +177,8 @@ def _header(path: str, dataset: Dataset) -> Header:
     image_type = dataset.get("ImageType") or ()
     lossy = text("LossyImageCompression")
     frames = int(dataset.get("NumberOfFrames") or 1)
+    if not 1 <= frames <= MAXIMUM_FRAMES:
+        raise ReadError(f"the header promises {frames:,} frames; 1 to {MAXIMUM_FRAMES:,} can be real")
     return Header(
         path=path,
         sop_class=text("SOPClassUID"),
@@ -159,19 +194,29 @@ def _header(path: str, dataset: Dataset) -> Header:
         transfer_syntax=syntax,
         photometric=text("PhotometricInterpretation"),
         samples_per_pixel=int(dataset.get("SamplesPerPixel") or 1),
+        bits_stored=int(dataset.get("BitsStored") or 16),
+        signed=int(dataset.get("PixelRepresentation") or 0) == 1,
         burned_in=text("BurnedInAnnotation").upper() == "YES",
-        body_part=_word(text("BodyPartExamined")),
+        body_part=_body_part(text("BodyPartExamined")),
         manufacturer=next((m for m in _MANUFACTURERS if m in text("Manufacturer").lower()), "unknown"),
-        thickness=_floats(dataset.get("SliceThickness"), 1, (0.0,))[0],
+        thickness=_thickness(dataset),
         lossy=lossy == "01" if lossy in ("00", "01") else syntax in LOSSY_SYNTAXES,
         has_pixels="BitsAllocated" in dataset and "Rows" in dataset,
         geometry=tuple(_geometry(dataset, frame) for frame in range(frames)),
     )
 
 
-def _word(text: str) -> str:
-    """A defined term (letters only, at most 16): free text that somebody typed into the tag is dropped."""
-    return text.lower() if text.isalpha() and len(text) <= 16 else ""
+def _body_part(text: str) -> str:
+    word = text.lower().replace("_", "").replace(" ", "")
+    return word if word in BODY_PARTS else ""
+
+
+def _thickness(dataset: Dataset) -> float:
+    """A description only, so that one which is no number costs nothing."""
+    try:
+        return _floats(dataset.get("SliceThickness"), 1, (0.0,))[0]
+    except (ValueError, TypeError):
+        return 0.0
 
 
 def _floats(value: Any, count: int, default: Any = None) -> Any:
@@ -203,12 +248,24 @@ def _geometry(dataset: Dataset, frame: int) -> FrameGeometry:
                 return _floats(place.get(name), count, default)
         return default
 
+    def rescale(name: str, default: float) -> float:
+        for place in reversed(places):
+            if place.get(name) not in (None, ""):
+                values = _floats(place.get(name), 1)
+                if values is None:
+                    raise ReadError(f"{name} is no finite number: what the stored values mean is unknown")
+                return values[0]
+        return default
+
+    slope = rescale("RescaleSlope", 1.0)
+    if slope == 0:
+        raise ReadError("RescaleSlope is 0: every pixel would have the same value")
     return FrameGeometry(
         orientation=find("ImageOrientationPatient", 6),
         position=find("ImagePositionPatient", 3),
         spacing=find("PixelSpacing", 2),
-        slope=find("RescaleSlope", 1, (1.0,))[0],
-        intercept=find("RescaleIntercept", 1, (0.0,))[0],
+        slope=slope,
+        intercept=rescale("RescaleIntercept", 0.0),
     )
 
 
@@ -221,6 +278,16 @@ def read_stored(path: str) -> tuple[Integer[np.ndarray, "frames rows columns"], 
       ReadError: no decoder reads the pixels, they are cut off, or they have several samples each.
     """
     dataset = _read(path)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return _stored(path, dataset)
+    except ReadError:
+        raise
+    except Exception as error:
+        raise ReadError(f"malformed header ({fault(error)})") from error
+
+
+def _stored(path: str, dataset: Dataset) -> tuple[np.ndarray, str]:
     syntax = str(getattr(getattr(dataset, "file_meta", None), "TransferSyntaxUID", ""))
     if not syntax:
         raise ReadError("no transfer syntax: how the pixels are encoded is unknown")
@@ -236,14 +303,8 @@ def read_stored(path: str) -> tuple[Integer[np.ndarray, "frames rows columns"], 
         if len(dataset.PixelData) < wanted:
             raise ReadError(f"truncated: the pixel data has {len(dataset.PixelData):,} of {wanted:,} bytes")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            plugin = PLUGINS.get(syntax, "")
-            values = (
-                pixel_array(dataset, raw=True, decoding_plugin=plugin)
-                if plugin or syntax in UNCOMPRESSED
-                else dataset.pixel_array
-            )
+        plugin = PLUGINS.get(syntax, "")
+        values = pixel_array(dataset, raw=True, decoding_plugin=plugin)
         decoder = f"pydicom {pydicom.__version__} {plugin}".strip()
     except Exception as first:  # noqa: BLE001 - each plugin raises its own kinds
         values, decoder = _read_with_itk(path, type(first).__name__)
@@ -267,13 +328,17 @@ def _read_with_itk(path: str, first_failure: str) -> tuple[np.ndarray, str]:
         raise ReadError(
             f"the pixels cannot be decoded (pydicom: {first_failure}; SimpleITK refused them too)"
         ) from error
-    values = SimpleITK.GetArrayFromImage(image)
-    slope, intercept = (
-        float(reader.GetMetaData(tag)) if reader.HasMetaDataKey(tag) and reader.GetMetaData(tag).strip() else default
-        for tag, default in (("0028|1053", 1.0), ("0028|1052", 0.0))
-    )
+    values = SimpleITK.GetArrayFromImage(image).astype(np.float64)
+    rescales = {(place.slope, place.intercept) for place in read_header(path).geometry}
+    if len(rescales) > 1:
+        raise ReadError(
+            f"the pixels cannot be decoded (pydicom: {first_failure}; SimpleITK mixes up frames of several rescale slopes)"
+        )
+    slope, intercept = rescales.pop()
     # GDCM rescales; undo that, so that both decoders give stored values.
-    stored = np.rint((values.astype(np.float64) - intercept) / slope)
+    stored = np.rint((values - intercept) / slope)
+    if np.abs(stored * slope + intercept - values).max() > 1e-3 * max(1.0, abs(slope)):
+        raise ReadError(f"the pixels cannot be decoded (pydicom: {first_failure}; SimpleITK rescales them otherwise)")
     return stored.astype(np.int32), f"SimpleITK {SimpleITK.Version.VersionString()}"
 
 

@@ -1,4 +1,7 @@
-"""The error that a user can mend."""
+"""The errors that a user can mend."""
+
+import traceback
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -7,3 +10,11 @@ class UserError(Exception):
 
 class ReadError(Exception):
     """A file cannot be read. The reason is for people to read and holds no value of any header."""
+
+
+def fault(error: BaseException) -> str:
+    """Kind and line of an unexpected error, without its text: libraries quote header values in theirs."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename).parent.name == "data_pipeline"] or frames[-1:]
+    where = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
+    return f"{type(error).__name__}{where}"

@@ -1,8 +1,10 @@
 """PNG, JPEG and TIFF pictures of slices."""
 
+import warnings
+
 import numpy as np
 from jaxtyping import UInt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from data_pipeline.errors import ReadError
 
@@ -15,15 +17,18 @@ def read_image(path: str) -> UInt[np.ndarray, "rows columns"]:
     """Grey values, 8 or 16 bit.
 
     Raises:
-      ReadError: it is no picture, is cut off, or has colours.
+      ReadError: it is no picture, is cut off, has several pages, or has colours.
     """
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            pages = getattr(image, "n_frames", 1)
             if image.mode in ("P", "LA", "RGBA", "1", "CMYK", "YCbCr"):
                 image = image.convert("RGB" if image.mode != "1" else "L")
             values = np.asarray(image)
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's plugins each raise their own kinds on damaged files
         raise ReadError(f"the picture cannot be read ({type(error).__name__})") from error
+    if pages != 1:
+        raise ReadError(f"{pages} pages; a picture holds one slice")
     if values.ndim == 3:
         spread = values.max(axis=2).astype(np.int32) - values.min(axis=2)
         if np.percentile(spread, 99) > GREY_TOLERANCE:
@@ -31,6 +36,6 @@ def read_image(path: str) -> UInt[np.ndarray, "rows columns"]:
         values = values[:, :, 1]
     if values.dtype == np.int32 and values.min() >= 0 and values.max() <= 0xFFFF:
         values = values.astype(np.uint16)  # how older readers hand over 16-bit PNG
-    if values.dtype not in (np.uint8, np.uint16):
+    if values.dtype.newbyteorder("=") not in (np.uint8, np.uint16):
         raise ReadError(f"pixels are {values.dtype}; wanted are 8 or 16 bit grey values")
-    return values
+    return values.astype(values.dtype.newbyteorder("="))

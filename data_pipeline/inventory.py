@@ -4,15 +4,17 @@ import csv
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import stat
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_pipeline import dicom, pseudonyms, rules
-from data_pipeline.errors import ReadError, UserError
+from data_pipeline.errors import ReadError, UserError, fault
+from data_pipeline.workers import Touch
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
-VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
+VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
 FILES_PER_TASK = 64
 MODALITIES = ("CT", "MR")
 
@@ -58,47 +60,90 @@ class Entry:
     labels: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def find_files(inputs: Sequence[str]) -> list[Path]:
-    """All regular files under the inputs, in the order of their paths; hidden files and folders are left out.
+def find_files(inputs: Sequence[str], leave_out: str | None = None) -> list[Path]:
+    """Everything under the inputs that is no folder, in the order of the paths, each once.
+
+    Links to folders are followed. Hidden files and folders are left out. What turns out not to be readable (broken links,
+    folders that may not be listed) is among the result, so that it is counted.
+
+    Args:
+      leave_out: a folder inside an input that is none: the output.
 
     Raises:
       UserError: an input does not exist, or there is no file in any of them.
     """
-    found: set[Path] = set()
+    found: dict[str, Path] = {}
+    # Links can lead back up; each folder is walked once.
+    walked: set[tuple[int, int]] = set()
+    if leave_out is not None and os.path.isdir(leave_out):
+        walked.add(_identity(leave_out))
+
+    def add(path: Path) -> None:
+        found.setdefault(os.path.abspath(path), path)
+
+    def unreadable(error: OSError) -> None:
+        add(Path(error.filename))
+
     for text in inputs:
         top = Path(text)
-        if top.is_file():
-            found.add(top)
-        elif top.is_dir():
-            for folder, folders, names in os.walk(top):
-                folders[:] = [name for name in folders if not name.startswith(".")]
-                found.update(Path(folder, name) for name in names if not name.startswith("."))
-        else:
+        if not top.exists():
             raise UserError(f"no such input: {text}")
-    files = sorted(path for path in found if path.is_file())
-    if not files:
+        if not top.is_dir():
+            add(top)
+            continue
+        if _identity(text) in walked:
+            continue
+        walked.add(_identity(text))
+        for folder, folders, names in os.walk(top, followlinks=True, onerror=unreadable):
+            visible = sorted(name for name in folders if not name.startswith("."))
+            folders[:] = []
+            for name in visible:
+                identity = _identity(os.path.join(folder, name))
+                if identity not in walked:
+                    walked.add(identity)
+                    folders.append(name)
+            for name in names:
+                if not name.startswith("."):
+                    add(Path(folder, name))
+    if not found:
         raise UserError(
             f"no files in {', '.join(inputs)}; name a folder of DICOM, NIfTI, NRRD, MetaImage, PNG or JPEG files"
         )
-    return files
+    return sorted(found.values())
 
 
-def inspect(task: tuple[list[str], Options], skip: Mapping[str, str], touch: Callable[[str], None]) -> list[Entry]:
+def _identity(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def inspect(task: tuple[list[str], Options], skip: Mapping[str, str], touch: Touch) -> list[Entry]:
     """Entries of some files; the work of one task of workers.run. Never raises for what a file holds."""
     paths, options = task
     entries = []
     for path in paths:
-        status = os.stat(path)
-        entry = Entry(path, status.st_size, status.st_mtime_ns)
+        entry = Entry(path, 0, 0)
         entries.append(entry)
         if path in skip:
             entry.fate, entry.reason = "quarantined", skip[path]
             continue
         touch(path)
         try:
+            status = os.stat(path)
+            entry.size, entry.modified_ns = status.st_size, status.st_mtime_ns
+            if stat.S_ISDIR(status.st_mode):
+                raise ReadError("the folder cannot be listed")
+            if not stat.S_ISREG(status.st_mode):
+                raise ReadError("neither a file nor a folder")
             _inspect(entry, options)
         except ReadError as error:
             entry.fate, entry.reason = "quarantined", str(error)
+        except OSError as error:
+            link = " (broken link)" if os.path.islink(path) and not os.path.exists(path) else ""
+            entry.fate, entry.reason = "quarantined", f"cannot be read: {error.strerror}{link}"
+        except Exception as error:  # noqa: BLE001 - no file may end the build, whatever it holds
+            entry.fate, entry.reason = "quarantined", f"the reader failed on it ({fault(error)})"
+    touch(None)
     return entries
 
 
@@ -118,9 +163,11 @@ def _inspect(entry: Entry, options: Options) -> None:
         entry.kind = "dicom"
         header = dicom.read_header(entry.path)
         series = header.series_uid or header.sop_uid or entry.path
-        entry.series = pseudonyms.digest(options.key, "series", series)
         # A patient without an id is told apart by the study, so that one study never falls into two splits.
-        entry.patient = pseudonyms.digest(options.key, "patient", header.patient_id or header.study_uid or series)
+        patient = header.patient_id or header.study_uid or series
+        entry.patient = pseudonyms.digest(options.key, "patient", patient)
+        # With the patient, because some anonymisers give many patients the same series UID.
+        entry.series = pseudonyms.digest(options.key, "series", f"{patient}/{series}")
         rule = rules.exclude_header(header)
         if rule is None and header.lossy and not options.keep_lossy:
             rule = "lossy compression"
@@ -140,12 +187,19 @@ def _inspect(entry: Entry, options: Options) -> None:
         )
 
 
+# Parts of a BIDS dataset that repeat its subjects.
+_BIDS_PARTS = re.compile(r"/(?:rawdata|sourcedata|derivatives)(?:/|$)")
+
+
 def _name_by_path(entry: Entry, options: Options) -> None:
-    """Series and patient of a file without identities: the file itself, or the BIDS subject in its name."""
+    """Series and patient of a file without identities: the file itself, or the BIDS subject it belongs to."""
     path = os.path.abspath(entry.path)
     entry.series = pseudonyms.digest(options.key, "series", path)
-    subject = re.search(r"(sub-[A-Za-z0-9]+)(?=[_/.])", path)
-    patient = f"{Path(path).parent.parent}/{subject[1]}" if subject else path
+    subject = re.search(r"(?<=/)sub-[A-Za-z0-9]+(?=[_/.])", path)
+    patient = path
+    if subject:
+        dataset = _BIDS_PARTS.split(path[: subject.start() - 1])[0]
+        patient = f"{dataset}/{subject[0]}"
     entry.patient = pseudonyms.digest(options.key, "patient", patient)
 
 
@@ -166,52 +220,95 @@ class LabelTable:
     modality_column: str | None = None
 
     def apply(self, entries: Sequence[Entry], key: bytes) -> None:
-        """Gives entries their labels, split and patient; files that the table does not name are excluded.
+        """Gives entries their labels, split, patient and modality; files that the table does not name are excluded.
+
+        A patient or split that is named for one file of a series or patient counts for the others with empty cells too.
 
         Raises:
-          UserError: the table cannot be read, a column or a named file is missing, or a split or modality is not one
-            that exists.
+          UserError: the table cannot be read, a column or a named file is missing or named twice, a split or modality is
+            not one that exists, a series has two patients, or a patient is in two splits.
         """
-        rows = list(self._rows())
+        rows = self._rows()
         by_path = {os.path.abspath(entry.path): entry for entry in entries}
-        named = set()
-        for number, row in enumerate(rows, start=2):
+        lines: dict[str, int] = {}
+        named: list[tuple[Entry, dict[str, str], int]] = []
+        for line, row in rows:
             path = os.path.abspath(os.path.join(os.path.dirname(self.path), row["file"]))
-            entry = by_path.get(path)
-            if entry is None:
+            if path not in by_path:
                 raise UserError(
-                    f"{self.path}, line {number}: the file it names is not among the inputs; correct the table or add its folder to --input"
+                    f"{self.path}, line {line}: the file it names is not among the inputs; correct the table or add its folder to --input"
                 )
-            named.add(path)
-            entry.labels = {name: _number(row[name]) for name in self._label_names(row)}
-            if self.split_column is not None and row[self.split_column]:
-                value = {"val": "validation", "valid": "validation", "dev": "validation"}.get(
-                    row[self.split_column], row[self.split_column]
+            if path in lines:
+                raise UserError(
+                    f"{self.path}, line {line}: it names the same file as line {lines[path]}; keep one of them"
                 )
-                if value not in pseudonyms.SPLITS:
-                    raise UserError(
-                        f"{self.path}, line {number}: split {value!r} is none of {', '.join(pseudonyms.SPLITS)}"
-                    )
-                entry.split = value
-            if self.modality_column is not None and row[self.modality_column]:
-                modality = row[self.modality_column]
-                if modality not in MODALITIES:
-                    raise UserError(
-                        f"{self.path}, line {number}: modality {modality!r} is none of {', '.join(MODALITIES)}"
-                    )
-                if entry.kind in ("volume", "image"):
-                    entry.facts["modality"] = modality
-            if self.patient_column is not None and row[self.patient_column]:
-                entry.patient = pseudonyms.digest(key, "patient", row[self.patient_column])
+            lines[path] = line
+            named.append((by_path[path], row, line))
+        columns = {name: _typed([row[name] for _, row, _ in named]) for name in self._label_names(rows)}
+        for number, (entry, row, line) in enumerate(named):
+            entry.labels = {name: values[number] for name, values in columns.items()}
+            modality = row[self.modality_column] if self.modality_column is not None else ""
+            if modality and modality not in MODALITIES:
+                raise UserError(f"{self.path}, line {line}: modality {modality!r} is none of {', '.join(MODALITIES)}")
+            if modality and entry.kind in ("volume", "image"):
+                entry.facts["modality"] = modality
+        self._patients(entries, named, key)
+        self._splits(entries, named)
         for path, entry in by_path.items():
-            if path not in named and not entry.fate:
+            if path not in lines and not entry.fate:
                 entry.fate, entry.reason = "excluded", "not in the label table"
 
-    def _label_names(self, row: Mapping[str, str]) -> tuple[str, ...]:
-        special = {"file", self.split_column, self.patient_column, self.modality_column}
-        return self.columns if self.columns is not None else tuple(name for name in row if name not in special)
+    def _patients(
+        self, entries: Sequence[Entry], named: Sequence[tuple[Entry, dict[str, str], int]], key: bytes
+    ) -> None:
+        if self.patient_column is None:
+            return
+        by_series: dict[str, tuple[str, int]] = {}
+        by_patient: dict[str, set[str]] = {}
+        for entry, row, line in named:
+            value = row[self.patient_column]
+            if not value or not entry.series:
+                continue
+            before, first = by_series.setdefault(entry.series, (value, line))
+            if before != value:
+                raise UserError(
+                    f"{self.path}, lines {first} and {line}: two patients in column {self.patient_column} for files of one series; correct one of them"
+                )
+            by_patient.setdefault(entry.patient, set()).add(value)
+        for entry in entries:
+            values = {by_series[entry.series][0]} if entry.series in by_series else by_patient.get(entry.patient, set())
+            if len(values) == 1:
+                entry.patient = pseudonyms.digest(key, "patient", next(iter(values)))
 
-    def _rows(self) -> Iterator[dict[str, str]]:
+    def _splits(self, entries: Sequence[Entry], named: Sequence[tuple[Entry, dict[str, str], int]]) -> None:
+        if self.split_column is None:
+            return
+        by_patient: dict[str, tuple[str, int]] = {}
+        for entry, row, line in named:
+            value = {"val": "validation", "valid": "validation", "dev": "validation"}.get(
+                row[self.split_column], row[self.split_column]
+            )
+            if not value or not entry.patient:
+                continue
+            if value not in pseudonyms.SPLITS:
+                raise UserError(f"{self.path}, line {line}: split {value!r} is none of {', '.join(pseudonyms.SPLITS)}")
+            before, first = by_patient.setdefault(entry.patient, (value, line))
+            if before != value:
+                raise UserError(
+                    f"{self.path}: one patient is in {before} (line {first}) and in {value} (line {line}); a patient belongs to one split, so correct column {self.split_column}"
+                )
+        for entry in entries:
+            if entry.patient in by_patient:
+                entry.split = by_patient[entry.patient][0]
+
+    def _label_names(self, rows: Sequence[tuple[int, dict[str, str]]]) -> tuple[str, ...]:
+        special = {"file", self.split_column, self.patient_column, self.modality_column}
+        if self.columns is not None:
+            return self.columns
+        return tuple(name for name in rows[0][1] if name not in special)
+
+    def _rows(self) -> list[tuple[int, dict[str, str]]]:
+        """Line numbers and rows."""
         try:
             with open(self.path, encoding="utf-8-sig", newline="") as file:
                 reader = csv.DictReader(file)
@@ -221,17 +318,35 @@ class LabelTable:
                 missing = [name for name in wanted if name not in have]
                 if missing:
                     raise UserError(
-                        f"{self.path} has no column {', '.join(missing)}; its columns are: {', '.join(have)}"
+                        f"{self.path} has no column {', '.join(missing)}; its columns are: {', '.join(have) or 'none'}"
                     )
-                yield from reader
+                rows = []
+                for row in reader:
+                    if None in row or None in row.values():
+                        cells = len(row.get(None, ())) + sum(value is not None for name, value in row.items() if name)
+                        raise UserError(
+                            f"{self.path}, line {reader.line_num}: {cells} cells under {len(have)} column names; quote cells that hold commas"
+                        )
+                    rows.append((reader.line_num, {name: value.strip() for name, value in row.items()}))
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"cannot read the label table {self.path}: {error}") from error
+        if not rows:
+            raise UserError(f"{self.path} names no file; it has a header and no lines under it")
+        return rows
 
 
-def _number(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+_WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,17})")
+_DECIMAL = re.compile(r"-?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?")
+
+
+def _typed(cells: Sequence[str]) -> list[Any]:
+    """Whole numbers, decimal numbers or text, whichever holds the whole column; empty cells are None. 007 is text."""
+    full = [cell for cell in cells if cell]
+    kind: Callable[[str], Any] = str
+    if all(_WHOLE.fullmatch(cell) for cell in full):
+        kind = int
+    elif all(
+        _WHOLE.fullmatch(cell) or ("." in cell or "e" in cell.lower()) and _DECIMAL.fullmatch(cell) for cell in full
+    ):
+        kind = float
+    return [kind(cell) if cell else None for cell in cells]

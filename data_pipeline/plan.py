@@ -46,20 +46,21 @@ def make(entries: Sequence[Entry], options: Options) -> dict[str, Any]:
       {"hash": …, "conversion": …, "shards": [{"split", "number", "count", "series": [series, …]}, …]}, where a series has
       its pseudonyms, split, facts and files in spatial order, each with the frames that belong to it.
     """
-    seen: dict[str, str] = {}
+    best: dict[str, Entry] = {}
+    for entry in entries:
+        if not entry.fate and entry.patient in options.held_out:
+            entry.fate, entry.reason = "excluded", "patient is held out"
+        instance = entry.facts.get("sop")
+        # Of several copies the largest file is taken: a transfer that broke off left a smaller one.
+        if not entry.fate and instance is not None and (instance not in best or entry.size > best[instance].size):
+            best[instance] = entry
     by_series: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
         if entry.fate:
             continue
-        if entry.patient in options.held_out:
-            entry.fate, entry.reason = "excluded", "patient is held out"
-            continue
-        instance = entry.facts.get("sop")
-        if instance is not None and instance in seen:
+        if best.get(entry.facts.get("sop", ""), entry) is not entry:
             entry.fate, entry.reason = "duplicate", "the same instance was sent twice"
             continue
-        if instance is not None:
-            seen[instance] = entry.path
         by_series[entry.series].append(entry)
 
     series_by_split: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -87,12 +88,12 @@ def make(entries: Sequence[Entry], options: Options) -> dict[str, Any]:
 
 def _series(members: list[Entry], split: str) -> list[dict[str, Any]]:
     """A series, or its parts where it has several orientations."""
-    first = members[0]
-    common = {"series": first.series, "patient": first.patient, "split": split, "kind": first.kind, "part": 0}
-    if first.kind != "dicom":
+    one = members[0]
+    common = {"series": one.series, "patient": one.patient, "split": split, "kind": one.kind, "part": 0}
+    if one.kind != "dicom":
         return [
             common | {"part": n, "plane": "unknown", "spacing": 0.0, "problems": [], "bytes": e.size, "facts": e.facts,
-                      "files": [_file(e, [[0, 0.0]])]}
+                      "files": [_file(e, 0)]}
             for n, e in enumerate(members)
         ]  # fmt: skip
     members.sort(key=lambda e: e.facts["sop"])  # names and the order of arrival do not matter
@@ -100,31 +101,36 @@ def _series(members: list[Entry], split: str) -> list[dict[str, Any]]:
     facts = [entry.facts["geometry"][number] for entry, number in frames]
     parts = geometry.check([f["orientation"] for f in facts], [f["position"] for f in facts])
     result = []
+    first = 0
     for number, part in enumerate(parts):
-        files: list[dict[str, Any]] = []
+        # In spatial order; the frames of one file stay together, so that no file is decoded twice.
+        by_file: dict[str, tuple[Entry, list[Any]]] = {}
         for index, along in zip(part.order, part.positions, strict=True):
             entry, frame = frames[index]
-            if not files or files[-1]["path"] != entry.path:
-                files.append(_file(entry, []))
-            files[-1]["frames"].append([frame, along])
+            by_file.setdefault(entry.path, (entry, []))[1].append([frame, along])
+        files = []
+        for entry, places in by_file.values():
+            files.append(_file(entry, first, places))
+            first += len(places)
         result.append(
             common
             | {
                 "part": number,
                 "plane": part.plane,
-                "spacing": part.spacing or first.facts["thickness"],
+                "spacing": part.spacing or members[0].facts["thickness"],
                 "problems": list(part.problems),
                 "bytes": sum(e.size for e in members) // len(parts),
-                "facts": {k: first.facts[k] for k in ("modality", "body_part", "manufacturer")},
+                "facts": {k: members[0].facts[k] for k in ("modality", "body_part", "manufacturer")},
                 "files": files,
             }  # fmt: skip
         )
     return result
 
 
-def _file(entry: Entry, frames: list[Any]) -> dict[str, Any]:
-    """What the conversion has to know of a file: size and time tell whether it changed under the build."""
+def _file(entry: Entry, first: int, frames: Sequence[Any] = ()) -> dict[str, Any]:
+    """What the conversion has to know of a file: size and time tell whether it changed under the build; `first` is the
+    number within the series of its first slice."""
     return {
-        "path": entry.path, "size": entry.size, "modified_ns": entry.modified_ns, "frames": frames,
+        "path": entry.path, "size": entry.size, "modified_ns": entry.modified_ns, "first": first, "frames": list(frames),
         "lossy": bool(entry.facts.get("lossy")), "labels": entry.labels,
     }  # fmt: skip

@@ -14,6 +14,8 @@ from data_pipeline.errors import UserError
 
 KEY_VARIABLE = "CURIA_KEY"
 SPLITS = ("train", "validation", "test")
+MINIMUM_KEY_BYTES = 16
+_MAKE_A_KEY = "make one with: openssl rand -hex 32"
 
 
 def load_key(key_file: str | None, output: str) -> tuple[bytes, str]:
@@ -23,37 +25,49 @@ def load_key(key_file: str | None, output: str) -> tuple[bytes, str]:
     a random key where it does not exist. The key is never written into the dataset.
 
     Raises:
-      UserError: the file does not exist or is empty, or lies inside the dataset folder.
+      UserError: the file does not exist, lies inside the dataset folder, or a key is too short to be a secret.
     """
     if key_file is not None:
         path = Path(key_file)
-        if not path.is_file() or not path.read_bytes().strip():
-            raise UserError(
-                f"no key in {key_file}; write a long random line into it, for example with: openssl rand -hex 32"
-            )
+        if not path.is_file():
+            raise UserError(f"no key file {key_file}; {_MAKE_A_KEY} > {key_file}")
         if Path(output).resolve() in path.resolve().parents:
             raise UserError(
                 f"the key {key_file} lies inside the dataset {output}; keep it elsewhere, it must not travel with the data"
             )
-        return path.read_bytes().strip(), f"key from {key_file}"
-    if os.environ.get(KEY_VARIABLE):
-        return os.environ[KEY_VARIABLE].encode(), f"key from the variable {KEY_VARIABLE}"
-    path = Path(str(output).rstrip("/") + ".key")
+        return _sound(path.read_bytes(), key_file), f"key from {key_file}"
+    if KEY_VARIABLE in os.environ:
+        name = f"the variable {KEY_VARIABLE}"
+        return _sound(os.environ[KEY_VARIABLE].encode(), name), f"key from {name}"
+    path = Path(output).resolve()
+    path = path.with_name(f"{path.name}.key")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as file:
             file.write(secrets.token_hex(32) + "\n")
         return (
-            path.read_bytes().strip(),
+            _sound(path.read_bytes(), str(path)),
             f"new key in {path}: keep it, pseudonyms and splits depend on it, and keep it apart from the data",
         )
-    return path.read_bytes().strip(), f"key from {path}"
+    return _sound(path.read_bytes(), str(path)), f"key from {path}"
+
+
+def _sound(key: bytes, where: str) -> bytes:
+    key = key.strip()
+    if len(key) < MINIMUM_KEY_BYTES:
+        raise UserError(
+            f"the key in {where} has {len(key)} bytes, wanted are at least {MINIMUM_KEY_BYTES}: short ones can be guessed; {_MAKE_A_KEY}"
+        )
+    return key
 
 
 def digest(key: bytes, kind: str, value: str) -> str:
-    """Pseudonym of a value: 16 hex digits (64 bits) of HMAC-SHA256. `kind` keeps patients, series and splits apart."""
-    return hmac.new(key, f"{kind}:{value}".encode(), hashlib.sha256).hexdigest()[:16]
+    """Pseudonym of a value: 16 hex digits (64 bits) of HMAC-SHA256. `kind` keeps patients, series and splits apart.
+
+    File names that are no UTF-8 are taken byte for byte, as Python hands them over (PEP 383).
+    """
+    return hmac.new(key, f"{kind}:{value}".encode(errors="surrogateescape"), hashlib.sha256).hexdigest()[:16]
 
 
 def split_of(key: bytes, patient: str, validation: float, test: float) -> str:

@@ -101,7 +101,10 @@ class SliceSource:
             raise UserError(
                 f"no shards in {folder}: it has no {SHARDS}; data_pipeline.build writes one when it has finished"
             )
-        table = pq.read_table(table_path)
+        try:
+            table = pq.read_table(table_path)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{table_path} is damaged; build the dataset again or copy it again") from error
         splits = sorted(set(table["split"].to_pylist()))
         for name in split.split("+"):
             if name not in splits:
@@ -152,24 +155,34 @@ class SliceSource:
 
         Raises:
           IndexError: beyond the end.
-          UserError: the shard cannot be read or holds another number of records.
+          UserError: the shard cannot be opened, holds another number of records, or is damaged where the slice lies.
         """
         if not 0 <= number < len(self):
             raise IndexError(f"slice {number} of {len(self)}")
         record = number if self._single else int(np.searchsorted(self._first_slice, number, side="right")) - 1
         shard = int(np.searchsorted(self._first_record, record, side="right")) - 1
-        data = self._reader(shard).read([int(record - self._first_record[shard])])[0]
-        return records.parse_slice(data, 0 if self._single else int(number - self._first_slice[record]))
+        reader, within = self._reader(shard), int(record - self._first_record[shard])
+        try:
+            data = reader.read([within])[0]
+            return records.parse_slice(data, 0 if self._single else int(number - self._first_slice[record]))
+        except Exception as error:  # the reader, protobuf and the codec each raise their own kinds
+            raise UserError(
+                f"shard {self.folder / self._files[shard]} is damaged in record {within}; copy it again or build it again"
+            ) from error
 
     def _reader(self, shard: int) -> Any:
         reader = self._open.get(shard)
         if reader is None:
             with self._lock:
                 path = self.folder / self._files[shard]
-                reader = array_record_module.ArrayRecordReader(str(path), "")
-                if not reader.ok() or reader.num_records() != self._records[shard]:
+                try:
+                    reader = array_record_module.ArrayRecordReader(str(path), "")
+                    found = reader.num_records() if reader.ok() else 0
+                except Exception as error:  # array_record raises a RuntimeError for some kinds of damage
+                    raise UserError(f"shard {path} is damaged; copy it again or build it again") from error
+                if found != self._records[shard]:
                     raise UserError(
-                        f"shard {path} holds {reader.num_records()} readable records, published with {self._records[shard]}; copy it again"
+                        f"shard {path} holds {found} readable records, published with {self._records[shard]}; copy it again or build it again"
                     )
                 self._open[shard] = reader
         return reader

@@ -35,6 +35,11 @@ class Volume:
     is_label_map: bool
 
 
+def is_nifti(path: str) -> bool:
+    """By its name: NIfTI goes to nibabel, everything else to SimpleITK."""
+    return path.lower().endswith((".nii", ".nii.gz"))
+
+
 def read_volume(path: str) -> Volume:
     """Reads a volume and turns it so that slices are seen as usual: axial and coronal with the patient's right on the left
     and front or head up, sagittal with the face to the left.
@@ -42,7 +47,7 @@ def read_volume(path: str) -> Volume:
     Raises:
       ReadError: damaged, or not of two or three dimensions.
     """
-    values, affine = _read_nifti(path) if path.lower().endswith((".nii", ".nii.gz")) else _read_itk(path)
+    values, affine = _read_nifti(path) if is_nifti(path) else _read_itk(path)
     values = np.squeeze(values) if values.ndim > 3 else values
     if values.ndim == 2:
         values = values[:, :, None]
@@ -50,8 +55,7 @@ def read_volume(path: str) -> Volume:
         raise ReadError(f"{values.ndim} dimensions; slices come from volumes of 2 or 3")
     if values.dtype.kind == "c" or values.dtype.names:
         raise ReadError("complex or colour values")
-    if not np.isfinite(values).all():
-        values = np.nan_to_num(values, nan=float(np.nanmin(values)), posinf=0.0, neginf=0.0)
+    values = _finite(values)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     # To axes pointing right, front, up, so that array axes are sagittal, coronal and axial in turn.
     orientation = nibabel.io_orientation(affine)
@@ -66,8 +70,9 @@ def read_volume(path: str) -> Volume:
     # Rows run from the front or the head down, columns from the patient's right or, in sagittal slices, from the face.
     slices = np.moveaxis(values, through, 0)[:, ::-1, ::-1].transpose(0, 2, 1)
     in_plane = [axis for axis in range(3) if axis != through]
+    values = _whole(np.ascontiguousarray(slices))
     return Volume(
-        values=_whole(np.ascontiguousarray(slices)),
+        values=values,
         spacing=(float(spacing[in_plane[1]]), float(spacing[in_plane[0]]), float(spacing[through])),
         plane=plane,
         is_label_map=_is_label_map(values, path),
@@ -105,6 +110,19 @@ def _sound(affine: np.ndarray) -> np.ndarray:
     return affine
 
 
+def _finite(values: np.ndarray) -> np.ndarray:
+    """What is no number, as outside a resampled field of view, becomes the lowest value; infinity the highest."""
+    if values.dtype.kind != "f":
+        return values
+    finite = np.isfinite(values)
+    if finite.all():
+        return values
+    if not finite.any():
+        raise ReadError("none of its values is a finite number")
+    low, high = float(values[finite].min()), float(values[finite].max())
+    return np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+
+
 def _whole(values: np.ndarray) -> np.ndarray:
     """Floats that are all whole numbers as int32; anything else unchanged."""
     if values.dtype.kind in "iu":
@@ -116,9 +134,13 @@ def _whole(values: np.ndarray) -> np.ndarray:
 
 
 def _is_label_map(values: np.ndarray, path: str) -> bool:
-    if values.dtype.kind == "f" and not np.array_equal(values, np.rint(values)):
+    if values.dtype.kind == "f":
         return False
-    distinct = len(np.unique(values))
+    low, high = int(values.min()), int(values.max())
+    if high - low < 1 << 16:  # counting is many times faster than sorting
+        distinct = int(np.count_nonzero(np.bincount((values.ravel() - np.int64(low)).astype(np.int64))))
+    else:
+        distinct = len(np.unique(values))
     return distinct <= FEW_LABEL_VALUES or (
         distinct <= LABEL_VALUES and bool(LABEL_NAMES.search(path.rsplit("/", 1)[-1]))
     )

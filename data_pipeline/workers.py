@@ -4,23 +4,28 @@ A task is a list of items that a worker goes through, saying before each one whi
 stays on one item for too long, or dies on it, is replaced, and its task starts again without that item.
 """
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import UserError, fault
 
-# function(task, skip, touch) -> result; `skip` maps items to the reason why they are left out.
-Work = Callable[[Any, dict[str, str], Callable[[str], None]], Any]
+# Called with an item before it is touched, and with None when no item is in hand any more: what follows has no time limit.
+Touch = Callable[[str | None], None]
+# function(task, skip, touch) -> result; `skip` maps items to the reason why they are left out, and none of them is touched.
+Work = Callable[[Any, Mapping[str, str], Touch], Any]
 
 
 @dataclasses.dataclass
 class Progress:
-    """A worker is about to touch an item."""
+    """A worker is about to touch an item; said once for each, however often its task has to start again."""
 
     item: str
 
@@ -33,6 +38,22 @@ class Done:
     result: Any
 
 
+class TaskError(UserError):
+    """A task failed in a way that the user can mend.
+
+    Attributes:
+      item: what the worker had in hand, or None.
+    """
+
+    def __init__(self, text: str, item: str | None) -> None:
+        super().__init__(text)
+        self.item = item
+
+
+class TaskFault(RuntimeError):
+    """A task raised what no user can mend; the text says where, and quotes no data."""
+
+
 @dataclasses.dataclass
 class _Failure:
     """The task itself raised: not one item's fault."""
@@ -41,17 +62,30 @@ class _Failure:
     user: bool
 
 
+def _die_with(parent: Any) -> None:
+    # A worker that outlives a killed build could publish a shard under the next one.
+    wait([parent.sentinel])
+    os._exit(1)
+
+
 def _serve(function: Work, pipe: Connection) -> None:
     # Decoders in C print to standard error, header values among it. What matters goes through the pipe.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    threading.Thread(target=_die_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+    def touch(item: str | None) -> None:
+        pipe.send(Progress(item))
+
     while (job := pipe.recv()) is not None:
         task, skip = job
         try:
-            message: Any = Done(0, function(task, skip, lambda item: pipe.send(Progress(item))))
-        except (UserError, OSError) as error:
+            message: Any = Done(0, function(task, skip, touch))
+        except UserError as error:
             message = _Failure(str(error), True)
+        except OSError as error:
+            message = _Failure(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), True)
         except Exception as error:  # noqa: BLE001 - it is passed on and raised in the parent
-            message = _Failure(f"{type(error).__name__}: {error}", False)
+            message = _Failure(fault(error), False)
         pipe.send(message)
 
 
@@ -61,7 +95,13 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(function, theirs), daemon=True)
-        self.process.start()
+        # Ctrl-C and a cluster's SIGTERM reach the whole process group. Only the parent answers them and ends its workers;
+        # a worker that died of one would look like a decoder that crashed.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self.task: int | None = None
         self.item: str | None = None
@@ -84,49 +124,88 @@ def run(function: Work, tasks: Sequence[Any], *, workers: int, timeout: float) -
       Progress whenever an item is touched, Done with each result, in the order in which they happen.
 
     Raises:
-      UserError: a task failed in a way the user can mend (a full disk, say).
-      RuntimeError: a task raised anything else.
+      TaskError: a task failed in a way the user can mend (a full disk, say), or a worker died with no item in hand.
+      TaskFault: a task raised anything else.
     """
-    skips: list[dict[str, str]] = [{} for _ in tasks]
-    waiting = list(range(len(tasks)))[::-1]
-    pool: list[_Worker] = []
+    pool = _Pool(function, tasks)
     try:
-        while waiting or any(w.task is not None for w in pool):
-            while waiting and len(pool) < workers:
-                pool.append(_Worker(function))
-            for worker in pool:
-                if worker.task is None and waiting:
-                    worker.task, worker.item, worker.since = waiting.pop(), None, time.monotonic()
-                    worker.pipe.send((tasks[worker.task], skips[worker.task]))
-            for pipe in wait([w.pipe for w in pool if w.task is not None], timeout=0.2):
-                worker = next(w for w in pool if w.pipe is pipe)
+        while pool.waiting or any(w.task is not None for w in pool.workers):
+            pool.give_out(workers)
+            for pipe in wait([w.pipe for w in pool.workers if w.task is not None], timeout=0.2):
+                worker = next(w for w in pool.workers if w.pipe is pipe)
                 try:
                     message = worker.pipe.recv()
-                except (EOFError, ConnectionResetError):
-                    _replace(pool, worker, skips, waiting, "the decoder crashed on it")
+                except (EOFError, OSError):
+                    pool.bury(worker)
                     continue
                 if isinstance(message, Progress):
                     worker.item, worker.since = message.item, time.monotonic()
-                    yield message
+                    if message.item is not None and pool.is_new(worker.task, message.item):
+                        yield message
                 elif isinstance(message, Done):
-                    number, worker.task = worker.task, None
-                    yield Done(number, message.result)
+                    yield Done(pool.finish(worker), message.result)
+                elif message.user:
+                    raise TaskError(message.text, worker.item)
                 else:
-                    raise UserError(message.text) if message.user else RuntimeError(message.text)
-            for worker in list(pool):
+                    raise TaskFault(message.text)
+            for worker in list(pool.workers):
                 if worker.task is not None and worker.item is not None and time.monotonic() - worker.since > timeout:
-                    _replace(pool, worker, skips, waiting, f"reading it took more than {timeout:g} s")
+                    worker.stop()
+                    pool.again_without(worker, f"reading it took more than {timeout:g} s")
     finally:
-        for worker in pool:
+        for worker in pool.workers:
             worker.stop()
 
 
-def _replace(
-    pool: list[_Worker], worker: _Worker, skips: list[dict[str, str]], waiting: list[int], reason: str
-) -> None:
-    worker.stop()
-    pool.remove(worker)
-    if worker.item is None:
-        raise RuntimeError("a worker died before it touched anything; is the machine out of memory?")
-    skips[worker.task][worker.item] = reason
-    waiting.append(worker.task)
+class _Pool:
+    def __init__(self, function: Work, tasks: Sequence[Any]) -> None:
+        self._function, self._tasks = function, tasks
+        self.workers: list[_Worker] = []
+        self.waiting = list(range(len(tasks)))[::-1]
+        self._skips: list[dict[str, str]] = [{} for _ in tasks]
+        self._touched: dict[int, set[str]] = {}  # of the tasks that had to start again
+        self._killed: set[str] = set()
+
+    def give_out(self, count: int) -> None:
+        while self.waiting and len(self.workers) < count:
+            self.workers.append(_Worker(self._function))
+        for worker in self.workers:
+            if worker.task is None and self.waiting:
+                worker.task, worker.item, worker.since = self.waiting.pop(), None, time.monotonic()
+                self._touched.setdefault(worker.task, set())
+                with contextlib.suppress(BrokenPipeError):  # it died while it waited; the next read of the pipe says so
+                    worker.pipe.send((self._tasks[worker.task], self._skips[worker.task]))
+
+    def is_new(self, task: int, item: str) -> bool:
+        before = len(self._touched[task])
+        self._touched[task].add(item)
+        return len(self._touched[task]) > before
+
+    def finish(self, worker: _Worker) -> int:
+        number, worker.task = worker.task, None
+        del self._touched[number]
+        return number
+
+    def bury(self, worker: _Worker) -> None:
+        """Replaces a worker that died."""
+        worker.process.join()
+        code = worker.process.exitcode or 0
+        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        worker.stop()
+        if worker.item is None:
+            raise TaskError(
+                f"a worker process ended ({name}) with no file in hand; the machine may be out of memory: try fewer --workers",
+                None,
+            )
+        if name == "SIGKILL" and worker.item not in self._killed:
+            # Killed from outside, as a rule for want of memory, which need not be this item's fault: one more try.
+            self._killed.add(worker.item)
+            self.workers.remove(worker)
+            self.waiting.append(worker.task)
+        else:
+            self.again_without(worker, f"the decoder crashed on it ({name})")
+
+    def again_without(self, worker: _Worker, reason: str) -> None:
+        self.workers.remove(worker)
+        self._skips[worker.task][worker.item] = reason
+        self.waiting.append(worker.task)

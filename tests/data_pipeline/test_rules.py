@@ -1,0 +1,55 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from data_pipeline import dicom, rules
+
+CT = dicom.Header(
+    path="a", sop_class="1.2.840.10008.5.1.4.1.1.2", sop_uid="1", series_uid="2", study_uid="3", patient_id="P", modality="CT",
+    image_type=("ORIGINAL", "PRIMARY", "AXIAL"), rows=64, columns=64, frames=1, transfer_syntax="1.2.840.10008.1.2.1",
+    photometric="MONOCHROME2", samples_per_pixel=1, bits_stored=12, signed=False, burned_in=False, body_part="", manufacturer="ge",
+    thickness=1.0, lossy=False, has_pixels=True, geometry=(),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({}, None),
+        ({"sop_class": "1.2.840.10008.5.1.4.1.1.4", "modality": "MR", "image_type": ("ORIGINAL", "PRIMARY", "M")}, None),
+        ({"sop_class": "1.2.840.10008.5.1.4.1.1.2.1", "frames": 9}, None),
+        ({"sop_class": "1.2.840.10008.5.1.4.1.1.7"}, "not a CT or MR image object"),
+        ({"has_pixels": False}, "no pixel data"),
+        ({"samples_per_pixel": 3}, "colour image"),
+        ({"photometric": "PALETTE COLOR"}, "colour image"),
+        ({"photometric": "MONOCHROME1"}, None),
+        ({"burned_in": True}, "burned-in annotation"),
+        ({"image_type": ("ORIGINAL", "PRIMARY", "LOCALIZER")}, "localizer or screen"),
+        ({"image_type": ("DERIVED", "SECONDARY", "MPR")}, "projection or reformat"),
+        ({"frames": 2}, "several frames in a single-frame object"),
+        ({"modality": "PT"}, "neither CT nor MR"),
+    ],
+)  # fmt: skip
+def test_header_rules(change: dict, rule: str | None) -> None:
+    assert rules.exclude_header(dataclasses.replace(CT, **change)) == rule
+
+
+def body(low: float, high: float) -> np.ndarray:
+    return np.linspace(low, high, 64 * 64).reshape(64, 64).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("values", "hu", "rule"),
+    [
+        (body(-1000, 800), True, None),
+        (body(0, 254), True, "values are no HU"),  # MR stored as CT
+        (body(-1024, -770), True, "values are no HU"),  # 8-bit values with an intercept of -1024
+        (np.where(np.eye(64) > 0, 40.0, -1000.0), True, "all air"),
+        (body(0, 254), False, None),
+        (body(5, 5), False, "constant"),
+        (body(-1000, 800)[:31], True, "smaller than 32 px"),
+    ],
+)
+def test_pixel_rules(values: np.ndarray, hu: bool, rule: str | None) -> None:
+    assert rules.exclude_pixels(values, hu=hu) == rule

@@ -1,0 +1,161 @@
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK
+
+from data_pipeline import volumes
+from data_pipeline.errors import ReadError
+
+# An asymmetric volume in axes right, front, up: every voxel knows where it is.
+SHAPE = (6, 7, 4)
+TRUTH = np.arange(np.prod(SHAPE)).reshape(SHAPE).astype(np.int16) * 3 - 100
+SPACING = (1.0, 1.5, 4.0)
+
+
+def write_nifti(path: Path, axes: str, values: np.ndarray = TRUTH, spacing=SPACING) -> str:
+    """Stores the same volume with other array axes; the affine says which way they run."""
+    image = nibabel.Nifti1Image(values, np.diag([*spacing, 1.0]))
+    start, end = nibabel.io_orientation(np.eye(4)), nibabel.orientations.axcodes2ornt(axes)
+    image.as_reoriented(nibabel.orientations.ornt_transform(start, end)).to_filename(path)
+    return str(path)
+
+
+def axial(values: np.ndarray) -> np.ndarray:
+    """What a viewer shows: slices from the feet up, the front above, the patient's right on the left of the picture."""
+    return np.stack([values[::-1, ::-1, z].T for z in range(values.shape[2])])
+
+
+# The rows of an axial slice run from front to back and its columns from the patient's right: in axes right, front, up the
+# first pixel is the last voxel of both axes.
+def test_the_convention() -> None:
+    picture = axial(TRUTH)[0]
+    assert picture[0, 0] == TRUTH[-1, -1, 0]
+    assert picture.shape == (SHAPE[1], SHAPE[0])
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "LAS", "RPI", "SRA", "PSR", "AIL", "ILP"])
+def test_a_volume_is_the_same_however_it_is_stored(tmp_path: Path, axes: str) -> None:
+    volume = volumes.read_volume(write_nifti(tmp_path / "v.nii.gz", axes))
+    np.testing.assert_array_equal(volume.values, axial(TRUTH))
+    assert volume.plane == "axial"
+    assert volume.spacing == pytest.approx((1.5, 1.0, 4.0))
+    assert not volume.is_label_map
+
+
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha", ".mhd", ".nii"])
+@pytest.mark.parametrize(
+    "direction", [(1, 0, 0, 0, 1, 0, 0, 0, 1), (-1, 0, 0, 0, -1, 0, 0, 0, 1), (0, 0, 1, 1, 0, 0, 0, 1, 0)]
+)
+def test_itk_formats_agree_with_nifti(tmp_path: Path, suffix: str, direction: tuple[int, ...]) -> None:
+    image = SimpleITK.GetImageFromArray(TRUTH.transpose(2, 1, 0))
+    image.SetSpacing(SPACING)
+    image.SetDirection([float(v) for v in direction])
+    SimpleITK.WriteImage(image, str(tmp_path / f"v{suffix}"))
+    SimpleITK.WriteImage(image, str(tmp_path / "same.nii.gz"))
+    volume, same = (volumes.read_volume(str(tmp_path / name)) for name in (f"v{suffix}", "same.nii.gz"))
+    np.testing.assert_array_equal(volume.values, same.values)
+    assert (volume.plane, volume.spacing) == (same.plane, pytest.approx(same.spacing))
+
+
+def test_itk_axes_point_left_and_back(tmp_path: Path) -> None:
+    # The identity direction of ITK is an axial DICOM series: columns run to the patient's left, rows to the back.
+    image = SimpleITK.GetImageFromArray(TRUTH.transpose(2, 1, 0))
+    image.SetSpacing(SPACING)
+    SimpleITK.WriteImage(image, str(tmp_path / "v.mha"))
+    np.testing.assert_array_equal(volumes.read_volume(str(tmp_path / "v.mha")).values, TRUTH.transpose(2, 1, 0))
+
+
+@pytest.mark.parametrize(
+    ("spacing", "plane", "through"),
+    [((4.0, 1.0, 1.0), "sagittal", 0), ((1.0, 4.0, 1.0), "coronal", 1), ((1.0, 1.0, 4.0), "axial", 2), ((1.0, 1.0, 1.0), "axial", 2)],
+)  # fmt: skip
+def test_slices_lie_in_the_finest_plane(tmp_path: Path, spacing, plane: str, through: int) -> None:
+    volume = volumes.read_volume(write_nifti(tmp_path / "v.nii", "LPS", spacing=spacing))
+    assert volume.plane == plane
+    assert len(volume.values) == SHAPE[through]
+    assert volume.spacing == pytest.approx((1.0, 1.0, spacing[through]))
+    first = np.take(TRUTH, 0, axis=through)
+    assert volume.values[0][0, 0] == first[-1, -1]  # up or front above, the right or the face on the left
+    assert volume.values[0][-1, -1] == first[0, 0]
+
+
+def test_one_slice_and_a_fourth_axis_of_one(tmp_path: Path) -> None:
+    path = write_nifti(tmp_path / "v.nii", "RAS", TRUTH[:, :1, :], spacing=(1.0, 1.0, 1.0))
+    assert volumes.read_volume(path).plane == "coronal"
+    nibabel.Nifti1Image(TRUTH[..., None], np.diag([*SPACING, 1.0])).to_filename(tmp_path / "t.nii")
+    np.testing.assert_array_equal(volumes.read_volume(str(tmp_path / "t.nii")).values, axial(TRUTH))
+
+
+def test_scaled_values_are_real_values(tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(TRUTH, np.diag([*SPACING, 1.0]))
+    image.header.set_slope_inter(2.0, -24.0)
+    image.to_filename(tmp_path / "v.nii")
+    # nibabel resets the scaling of an array image, so set it in the file: floats at 112 and 116 of the header.
+    data = bytearray((tmp_path / "v.nii").read_bytes())
+    data[112:120] = np.array([2.0, -24.0], "<f4").tobytes()
+    (tmp_path / "v.nii").write_bytes(data)
+    volume = volumes.read_volume(str(tmp_path / "v.nii"))
+    np.testing.assert_array_equal(volume.values, axial(TRUTH.astype(int) * 2 - 24))
+    assert volume.values.dtype.kind == "i"  # whole numbers stay whole
+
+
+def test_what_is_no_number_becomes_the_lowest_value(tmp_path: Path) -> None:
+    values = TRUTH.astype(np.float32)
+    values[0, 0, 0], values[1, 0, 0], values[2, 0, 0] = np.nan, -np.inf, np.inf
+    rest = np.delete(TRUTH.ravel(), [0, 28, 56])
+    volume = volumes.read_volume(write_nifti(tmp_path / "v.nii", "RAS", values))
+    assert (volume.values.min(), volume.values.max()) == (rest.min(), rest.max())
+    assert volume.values[0][-1, -1] == rest.min()
+    with pytest.raises(ReadError, match="none of its values is a finite number"):
+        volumes.read_volume(write_nifti(tmp_path / "n.nii", "RAS", np.full(SHAPE, np.nan, np.float32)))
+
+
+@pytest.mark.parametrize(
+    ("name", "distinct", "kind", "expected"),
+    [
+        ("liver.nii", 24, np.uint8, True),
+        ("liver.nii", 25, np.uint8, False),
+        ("liver_seg.nii", 120, np.int16, True),
+        ("Labels.nii", 120, np.float32, True),
+        ("liver_seg.nii", 129, np.int16, False),
+        ("t1.nii", 120, np.int32, False),
+    ],
+)
+def test_label_maps(tmp_path: Path, name: str, distinct: int, kind: type, expected: bool) -> None:
+    values = (np.arange(np.prod(SHAPE)) % distinct).reshape(SHAPE).astype(kind)
+    assert volumes.read_volume(write_nifti(tmp_path / name, "RAS", values)).is_label_map == expected
+
+
+def test_labels_that_lie_far_apart_are_labels_still(tmp_path: Path) -> None:
+    values = np.where(TRUTH > 0, 5, 200_000).astype(np.int32)
+    assert volumes.read_volume(write_nifti(tmp_path / "a.nii", "RAS", values)).is_label_map
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "modality"), [(-1024, 1500, "CT"), (-3024, 900, "CT"), (0, 900, "MR"), (-600, 50, "MR")]
+)
+def test_modality_from_the_range(low: int, high: int, modality: str) -> None:
+    assert volumes.infer_modality(np.array([low, 0, high])) == modality
+
+
+def test_damage_is_a_reason_and_no_exception(tmp_path: Path) -> None:
+    whole = Path(write_nifti(tmp_path / "v.nii.gz", "RAS")).read_bytes()
+    image = SimpleITK.GetImageFromArray(TRUTH)
+    SimpleITK.WriteImage(image, str(tmp_path / "v.nrrd"))
+    cases = {
+        "cut.nii.gz": whole[: len(whole) // 2], "text.nii": b"no volume", "text.nrrd": b"NRRD0004\nno volume", "text.mha": b"x",
+        "cut.nrrd": (tmp_path / "v.nrrd").read_bytes()[:300], "bits.nii.gz": whole[:100] + bytes(50) + whole[150:],
+    }  # fmt: skip
+    for name, data in cases.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ReadError):
+            volumes.read_volume(str(tmp_path / name))
+    nibabel.Nifti1Image(np.zeros((4, 4, 4, 3), np.int16), np.eye(4)).to_filename(tmp_path / "time.nii")
+    with pytest.raises(ReadError, match="4 dimensions"):
+        volumes.read_volume(str(tmp_path / "time.nii"))
+    colour = np.zeros((4, 4, 4), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
+    nibabel.Nifti1Image(colour, np.eye(4)).to_filename(tmp_path / "rgb.nii")
+    with pytest.raises(ReadError, match="colour"):
+        volumes.read_volume(str(tmp_path / "rgb.nii"))
