@@ -392,8 +392,7 @@ def _convert(
 ) -> list[dict[str, Any]]:
     sidecars = private / "shards"
     sidecars.mkdir(exist_ok=True)
-    for leftover in output.glob(".*.tmp"):
-        leftover.unlink()
+    _remove_leftovers(output)
     (private / FAILED_ON).unlink(missing_ok=True)
     reports: dict[int, dict[str, Any]] = {}
     todo = []
@@ -409,16 +408,27 @@ def _convert(
     tasks = [(str(output), args.name, made["conversion"], made["shards"][number]) for number in todo]
     total = sum(len(series["files"]) for number in todo for series in made["shards"][number]["series"])
     if tasks:
-        with _Counter(console, "convert", total) as counter:
-            for message in _run(convert.convert_shard, tasks, args, private):
-                if isinstance(message, workers.Done):
-                    report = message.result
-                    # The sidecar comes last: a shard without one is made again.
-                    _write_private(sidecars / f"{report['file']}.json", json.dumps({"plan": made["hash"], **report}))
-                    reports[todo[message.number]] = report
-                else:
-                    counter.step()
+        try:
+            with _Counter(console, "convert", total) as counter:
+                for message in _run(convert.convert_shard, tasks, args, private):
+                    if isinstance(message, workers.Done):
+                        report = message.result
+                        # The sidecar comes last: a shard without one is made again.
+                        _write_private(
+                            sidecars / f"{report['file']}.json", json.dumps({"plan": made["hash"], **report})
+                        )
+                        reports[todo[message.number]] = report
+                    else:
+                        counter.step()
+        finally:
+            _remove_leftovers(output)
     return [reports[number] for number in sorted(reports)]
+
+
+def _remove_leftovers(output: Path) -> None:
+    """What workers that were killed had half written."""
+    for leftover in output.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def _finished(sidecar: Path, path: Path, plan_hash: str) -> dict[str, Any] | None:
@@ -440,6 +450,12 @@ def _commit(
     index = [row for report in reports for row in report["index"]]
     if not index:
         raise _nothing_left(output, manifest)
+    # A split of which nothing is left would be an empty one to train on or to test with.
+    splits = {row["split"] for row in index}
+    for report in reports:
+        if report["split"] not in splits:
+            (output / report["file"]).unlink(missing_ok=True)
+    reports = [report for report in reports if report["split"] in splits]
     columns = {name: None for row in index for name in row}  # labels may be missing in some rows
     _write_table(output / shards.INDEX, pa.table({name: [row.get(name) for row in index] for name in columns}))
     _write_table(output / MANIFEST, pa.Table.from_pylist(manifest), private=True)

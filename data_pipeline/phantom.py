@@ -8,6 +8,8 @@ region.
 
 The output folder holds dicom/<patient>/<series>/*.dcm, masks/<patient>_<series>.nii.gz (label maps) and labels.csv.
 Everything follows from the seed: the same seed gives the same bytes.
+
+exit codes: 0 done, 2 wrong usage or a folder that cannot be written, 75 stopped by Ctrl-C
 """
 
 import argparse
@@ -16,7 +18,8 @@ import dataclasses
 import gzip
 import hashlib
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,7 @@ SERIES = (("chest", "CT", "CHEST"), ("abdomen", "CT", "ABDOMEN"), ("head", "T1",
 # Field of view across and along the body, mm.
 EXTENT = {"chest": (380.0, 260.0), "abdomen": (380.0, 260.0), "head": (230.0, 170.0)}
 CT_NOISE_HU = 18.0
+EXIT_STOPPED = 75
 SUPERSAMPLING = 2  # per direction within the slice
 
 
@@ -116,12 +120,12 @@ def _torso(canvas: _Canvas, r: np.random.Generator) -> tuple[float, float]:
     """Skin, fat, muscle and spine; returns the half-axes of what lies inside."""
     width, depth = r.uniform(0.78, 0.92), r.uniform(0.5, 0.62)
     fat = r.uniform(0.04, 0.14)
-    canvas.paint("fat", canvas.tube((0, 0), (width, depth)))
+    canvas.paint("fat", canvas.tube((0.0, 0.0), (width, depth)))
     inner = (width - fat, depth - fat)
-    canvas.paint("muscle", canvas.tube((0, 0), inner))
-    canvas.paint("bone", canvas.tube((0, inner[1] - 0.16), (0.1, 0.09)))
-    canvas.paint("bone", canvas.ellipsoid((0, inner[1] - 0.04, 0), (0.035, 0.08, 2)))
-    canvas.paint("fat", canvas.tube((0, inner[1] - 0.06), (0.03, 0.025)))  # spinal canal
+    canvas.paint("muscle", canvas.tube((0.0, 0.0), inner))
+    canvas.paint("bone", canvas.tube((0.0, inner[1] - 0.16), (0.1, 0.09)))
+    canvas.paint("bone", canvas.ellipsoid((0.0, inner[1] - 0.04, 0.0), (0.035, 0.08, 2.0)))
+    canvas.paint("fat", canvas.tube((0.0, inner[1] - 0.06), (0.03, 0.025)))  # spinal canal
     return inner
 
 
@@ -133,10 +137,12 @@ def _chest(canvas: _Canvas, r: np.random.Generator) -> str:
         )
         canvas.paint("lung", lung, only=("muscle",))
         # Ribs: slanted rings in the chest wall.
-        ring = canvas.tube((0, 0), (width * 0.99, depth * 0.99)) & ~canvas.tube((0, 0), (width * 0.93, depth * 0.92))
+        ring = canvas.tube((0.0, 0.0), (width * 0.99, depth * 0.99)) & ~canvas.tube(
+            (0.0, 0.0), (width * 0.93, depth * 0.92)
+        )
         slant = np.sin((canvas.z + 0.35 * canvas.y) * 20) > 0.45
         canvas.paint("bone", ring & slant & (canvas.x * side > 0), only=("muscle",))
-    canvas.paint("muscle", canvas.tube((0, 0.02), (0.13, depth * 0.75)), only=("lung",))  # mediastinum
+    canvas.paint("muscle", canvas.tube((0.0, 0.02), (0.13, depth * 0.75)), only=("lung",))  # mediastinum
     heart = (r.uniform(0.08, 0.16), r.uniform(-0.12, -0.04), r.uniform(-0.55, -0.35))
     canvas.paint(
         "heart",
@@ -156,7 +162,7 @@ def _chest(canvas: _Canvas, r: np.random.Generator) -> str:
 
 def _abdomen(canvas: _Canvas, r: np.random.Generator) -> str:
     width, depth = _torso(canvas, r)
-    canvas.paint("fat", canvas.tube((0, -0.03), (width * 0.88, depth * 0.8)), only=("muscle",))
+    canvas.paint("fat", canvas.tube((0.0, -0.03), (width * 0.88, depth * 0.8)), only=("muscle",))
     canvas.paint("aorta", canvas.tube((0.05, depth - 0.3), (0.045, 0.045)))
     canvas.paint("muscle", canvas.tube((-0.18, depth - 0.2), (0.09, 0.11)), only=("fat",))
     canvas.paint("muscle", canvas.tube((0.18, depth - 0.2), (0.09, 0.11)), only=("fat",))
@@ -189,12 +195,12 @@ def _abdomen(canvas: _Canvas, r: np.random.Generator) -> str:
 
 def _head(canvas: _Canvas, r: np.random.Generator) -> str:
     width, depth, top = r.uniform(0.68, 0.76), r.uniform(0.82, 0.9), r.uniform(0.95, 1.1)
-    canvas.paint("fat", canvas.ellipsoid((0, 0, -0.1), (width, depth, top)))
-    canvas.paint("bone", canvas.ellipsoid((0, 0, -0.1), (width - 0.045, depth - 0.045, top - 0.05)))
+    canvas.paint("fat", canvas.ellipsoid((0.0, 0.0, -0.1), (width, depth, top)))
+    canvas.paint("bone", canvas.ellipsoid((0.0, 0.0, -0.1), (width - 0.045, depth - 0.045, top - 0.05)))
     inside = (width - 0.1, depth - 0.1, top - 0.11)
-    canvas.paint("ventricle", canvas.ellipsoid((0, 0, -0.1), inside))  # cerebrospinal fluid under the skull
+    canvas.paint("ventricle", canvas.ellipsoid((0.0, 0.0, -0.1), inside))  # cerebrospinal fluid under the skull
     brain = tuple(v - r.uniform(0.015, 0.035) for v in inside)
-    canvas.paint("grey matter", canvas.ellipsoid((0, 0, -0.1), brain))
+    canvas.paint("grey matter", canvas.ellipsoid((0.0, 0.0, -0.1), brain))
     angle = np.arctan2(canvas.y, canvas.x)
     fold = 1 + 0.05 * np.sin(11 * angle + 9 * canvas.z + r.uniform(0, 6)) + 0.04 * np.sin(17 * angle - 6 * canvas.z)
     white = tuple(v - 0.09 for v in brain)
@@ -211,7 +217,7 @@ def _head(canvas: _Canvas, r: np.random.Generator) -> str:
             "grey matter", canvas.ellipsoid((side * 0.2, 0.02, -0.05), (0.08, 0.13, 0.14)), only=("white matter",)
         )
     canvas.paint(
-        "ventricle", canvas.ellipsoid((0, 0, 0), (0.012, depth * 0.9, 0.8)), only=("grey matter", "white matter")
+        "ventricle", canvas.ellipsoid((0.0, 0.0, 0.0), (0.012, depth * 0.9, 0.8)), only=("grey matter", "white matter")
     )
     return "white matter"
 
@@ -260,8 +266,7 @@ def make(
         raise UserError(
             f"the phantom has no {contrast} of the {region}; it has {', '.join(f'{b} of the {a}' for a, b, _ in SERIES)}"
         )
-    if size < 32 or slices < 4:
-        raise UserError(f"a series of {slices} slices of {size} px is too small; it takes at least 4 of 32 px")
+    _check_size(size, slices)
     anatomy = _generator(seed, patient, region)
     if lesion is None:
         lesion = bool(anatomy.random() < 0.5)
@@ -286,6 +291,13 @@ def make(
         values=values.astype(np.float32), labels=fields.argmax(axis=0).astype(np.uint8),
         spacing=(along / slices, across / size, across / size), region=region, contrast=contrast, lesion=lesion,
     )  # fmt: skip
+
+
+def _check_size(size: int, slices: int) -> None:
+    if size < 32 or slices < 4:
+        raise UserError(f"a series of {slices} slices of {size} px is too small; it takes at least 4 of 32 px")
+    if size > 2048 or slices > 2048:
+        raise UserError(f"a series of {slices} slices of {size} px is too large; at most 2,048 of either")
 
 
 def _average(fine: Float[np.ndarray, "slices fine_rows fine_columns"]) -> Float[np.ndarray, "slices rows columns"]:
@@ -320,26 +332,37 @@ def _mr(labels: UInt8[np.ndarray, "s r c"], r: np.random.Generator, contrast: st
 # ---- files
 
 
-def write_study(folder: Path, *, patients: int = 12, seed: int = 0, size: int = 128, slices: int = 24) -> Path:
+def write_study(
+    folder: Path,
+    *,
+    patients: int = 12,
+    seed: int = 0,
+    size: int = 128,
+    slices: int = 24,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Path:
     """Writes all series of all patients with masks and labels.
+
+    Args:
+      progress: called with the number of patients that are finished.
 
     Returns:
       Path of labels.csv: file (relative to the table), patient, region, contrast, lesion (1 where the slice shows one),
       lesion_type.
 
     Raises:
-      UserError: fewer than one patient, or what `make` raises.
+      UserError: fewer than one patient or more than 9,999, or what `make` raises.
     """
-    if patients < 1:
-        raise UserError(f"a study of {patients} patients is empty; ask for at least 1")
+    if not 1 <= patients <= 9999:
+        raise UserError(f"--patients is {patients}; a study has 1 to 9,999 patients")
+    _check_size(size, slices)
     (folder / "masks").mkdir(parents=True, exist_ok=True)
     rows = []
     for patient in range(patients):
         for number, (region, contrast, body_part) in enumerate(SERIES):
             volume = make(seed, patient, region, contrast, size=size, slices=slices)
             rows += _write_series(folder, volume, seed, patient, number, body_part)
-        print(f"\rphantom: {patient + 1} of {patients} patients", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+        progress(patient + 1)
     table = folder / "labels.csv"
     with table.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
@@ -435,13 +458,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--slices", type=int, default=24, help="per series (default: %(default)s)")
     args = parser.parse_args(argv)
     folder = Path(args.output)
+    began = time.monotonic()
+    terminal = sys.stderr.isatty()
+    said = began
+
+    def progress(done: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if not terminal and now - said < 10 and done < args.patients:
+            return
+        said = now
+        rate = done / max(now - began, 1e-9)
+        text = f"phantom: {done} of {args.patients} patients, {rate:.1f}/s, {(args.patients - done) / rate:.0f} s left"
+        print(
+            f"\r{text}  " if terminal else text,
+            end="" if terminal and done < args.patients else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
+
     try:
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} is not empty; name a new folder")
-        table = write_study(folder, patients=args.patients, seed=args.seed, size=args.size, slices=args.slices)
+        table = write_study(
+            folder, patients=args.patients, seed=args.seed, size=args.size, slices=args.slices, progress=progress
+        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error.strerror}: {error.filename}; name another --output", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nstopped; {folder} is half written: remove it before you start again", file=sys.stderr)
+        return EXIT_STOPPED
     print(f"{args.patients} patients in {folder / 'dicom'}; masks beside them; labels in {table}", file=sys.stderr)
     return 0
 

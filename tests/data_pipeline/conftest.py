@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from data_pipeline import build, phantom
+from data_pipeline import build, phantom, workers
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "a key that everybody may know"
@@ -66,13 +66,25 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def _inline(function: workers.Work, tasks: list[Any], **unused: Any) -> Iterator[workers.Progress | workers.Done]:
+    for number, task in enumerate(tasks):
+        touched: list[str | None] = []
+        result = function(task, {}, touched.append)
+        yield from (workers.Progress(item) for item in touched if item is not None)
+        yield workers.Done(number, result)
+
+
 @pytest.fixture(scope="session")
 def run_build(key_file: Path) -> Callable[..., Result]:
-    """Builds in this process (workers are processes of their own), with the tests' key unless another one is named."""
+    """Builds in this process, with the tests' key unless another one is named. Without `processes`, the work of the worker
+    processes is done here as well, which spares seconds of starting them."""
 
-    def run(*words: Any, workers: int = 1, key: bool = True) -> Result:
+    def run(*words: Any, processes: int = 0, key: bool = True) -> Result:
         given = ("--key-file", key_file) if key and "--key-file" not in words else ()
-        return _run(build.main, (*words, *given, "--workers", workers))
+        with pytest.MonkeyPatch.context() as patch:
+            if not processes:
+                patch.setattr(build.workers, "run", _inline)
+            return _run(build.main, (*words, *given, "--workers", processes or 1))
 
     return run
 
@@ -95,7 +107,7 @@ def dataset(study: Path, tmp_path_factory: pytest.TempPathFactory, run_build: Ca
     """The phantom, built with all splits and two slices a record. Tests must not change it."""
     folder = tmp_path_factory.mktemp("dataset") / "out"
     result = run_build(
-        "--input", study / "dicom", "--output", folder, "--slices-per-record", 2, "--validation", 0.25, "--test", 0.25, workers=2
+        "--input", study / "dicom", "--output", folder, "--slices-per-record", 2, "--validation", 0.25, "--test", 0.25, processes=2
     )  # fmt: skip
     assert result.code == 0, result.err
     return folder
@@ -210,7 +222,6 @@ if settings:
     def read_stored(path):
         what = trouble.get(os.path.basename(path), trouble.get("*"))
         if what == "crash": os.abort()
-        if what == "kill": os.kill(os.getpid(), 9)
         if what == "hang": time.sleep(1000)
         if what == "bug": raise KeyError(open(path, "rb").read())
         if isinstance(what, float): time.sleep(what)
@@ -221,7 +232,7 @@ if settings:
 
 @pytest.fixture
 def start_build(tmp_path: Path, key_file: Path) -> Any:
-    """Starts a build; `trouble` maps file names, or * for all, to hang, crash, kill, bug or seconds to wait."""
+    """Starts a build; `trouble` maps file names, or * for all, to hang, crash, bug or seconds to wait."""
     running: list[Running] = []
 
     def start(*words: Any, trouble: dict[str, Any] | None = None) -> Running:

@@ -1,0 +1,549 @@
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pydicom
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from data_pipeline import build, geometry, pseudonyms, shards
+
+PNG = np.arange(1600, dtype=np.uint16).reshape(40, 40)
+
+
+def pictures(folder: Path, count: int) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{n}.png" for n in range(count)]
+    for n, path in enumerate(paths):
+        Image.fromarray(PNG + np.uint16(n)).save(path)
+    return paths
+
+
+# ---- a good build
+
+
+def test_a_dataset_is_a_tfds_dataset_and_equal_to_its_source(study: Path, dataset: Path, manifest) -> None:
+    builder = tfds.builder_from_directory(dataset)
+    sources = {}
+    for path, row in manifest(dataset).items():
+        data = pydicom.dcmread(path)
+        assert row["fate"] == "kept"
+        stored = data.pixel_array.astype(int) * int(data.get("RescaleSlope", 1)) + int(data.get("RescaleIntercept", 0))
+        sources[row["stored_sha256"]] = (stored, row)
+    assert len(sources) == 8 * 4 * 5
+    seen = set()
+    for split in pseudonyms.SPLITS:
+        records, slices = builder.as_data_source(split=split), shards.SliceSource(dataset, split)
+        assert len(records) == builder.info.splits[split].num_examples
+        number = 0
+        for record in records:
+            for slot, pixels in enumerate(record["slices"]):
+                mine = slices[number]
+                np.testing.assert_array_equal(mine["pixels"], pixels)
+                source = record["source"][slot].decode()
+                stored, row = sources[source]
+                np.testing.assert_array_equal(pixels * np.float64(record["slope"]) + record["intercept"], stored)
+                assert (record["units"] == b"HU") == (record["modality"] == b"CT") == mine["hu"]
+                assert (row["split"], row["series"]) == (split, record["series"].decode())
+                seen.add(source)
+                number += 1
+        assert number == len(slices)
+    assert seen == set(sources)
+
+
+def test_neither_tensorflow_nor_jax_is_needed(dataset: Path) -> None:
+    code = (
+        "import sys\nimport tensorflow_datasets as tfds\n"
+        f"source = tfds.builder_from_directory({str(dataset)!r}).as_data_source(split='train')\n"
+        "assert source[0]['slices'].dtype == 'uint16'\nimport data_pipeline.build, data_pipeline.phantom\n"
+        "assert not {'jax', 'tensorflow'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_index_manifest_shards_and_card_agree(dataset: Path, manifest) -> None:
+    index, table = pq.read_table(dataset / shards.INDEX).to_pylist(), pq.read_table(dataset / shards.SHARDS).to_pylist()
+    card, rows = json.loads((dataset / build.CARD).read_text()), manifest(dataset)
+    info = json.loads((dataset / "dataset_info.json").read_text())
+    assert card["slices"] == len(index) == sum(shard["slices"] for shard in table) == 160
+    assert card["patients"] == len({row["patient"] for row in index}) == 8
+    assert card["series"] == len({row["series"] for row in index}) == 32
+    assert card["slices_by"]["split"] == dict(Counter(row["split"] for row in index))
+    assert card["slices_by"]["modality"] == {"CT": 80, "MR": 80}
+    assert card["slices_by"]["body_part"] == {"abdomen": 40, "chest": 40, "head": 80}
+    assert card["files"] == {"kept": 160, "excluded": 0, "duplicate": 0, "quarantined": 0}
+    assert sum(card["patients_by_split"].values()) == 8
+    assert [{k: shard[k] for k in ("file", "records", "sha256")} for shard in table] == [
+        {k: shard[k] for k in ("file", "records", "sha256")} for shard in card["shards"]
+    ]
+    for shard in table:
+        path = dataset / shard["file"]
+        assert (shards.sha256(path), path.stat().st_size) == (shard["sha256"], shard["bytes"])
+        mine = [row for row in index if row["shard"] == shard["file"]]
+        assert len(mine) == shard["slices"] and len({row["record"] for row in mine}) == shard["records"]
+        assert {row["split"] for row in mine} <= {shard["split"]}
+    lengths = {split["name"]: [int(n) for n in split["shardLengths"]] for split in info["splits"]}
+    assert lengths == {split: [s["records"] for s in table if s["split"] == split] for split in lengths}
+    assert {row["shard"] for row in rows.values()} == {row["shard"] for row in index}
+    assert {path.name for path in dataset.iterdir() if "array_record" in path.name} == {
+        shard["file"] for shard in table
+    }
+    assert {row["problems"] for row in rows.values()} == {""}
+
+
+def test_no_patient_is_in_two_splits_and_more_exams_move_nobody(
+    study: Path, dataset: Path, tmp_path: Path, run_build
+) -> None:
+    def splits(folder: Path) -> dict[str, str]:
+        found: dict[str, set[str]] = {}
+        for row in pq.read_table(folder / shards.INDEX).to_pylist():
+            found.setdefault(row["patient"], set()).add(row["split"])
+        assert all(len(names) == 1 for names in found.values())
+        return {patient: names.pop() for patient, names in found.items()}
+
+    whole = splits(dataset)
+    assert set(whole.values()) == set(pseudonyms.SPLITS)
+    some = [study / "dicom" / f"PHANTOM-{n:04d}" for n in (1, 4, 6)]
+    result = run_build("--input", *some, "--output", tmp_path / "out", "--validation", 0.25, "--test", 0.25)
+    assert result.code == 0, result.err
+    part = splits(tmp_path / "out")
+    assert len(part) == 3 and part == {patient: whole[patient] for patient in part}
+
+
+def test_the_same_build_elsewhere_and_with_other_processes_gives_the_same_bytes(
+    study: Path, dataset: Path, tmp_path: Path, run_build, contents
+) -> None:
+    words = ("--input", study / "dicom", "--slices-per-record", 2, "--validation", 0.25, "--test", 0.25)
+    assert run_build(*words, "--output", tmp_path / "out").code == 0
+    assert contents(tmp_path / "out") == contents(dataset)
+
+
+def test_a_second_run_of_a_finished_build_changes_nothing(
+    study: Path, dataset: Path, tmp_path: Path, run_build, contents
+) -> None:
+    copy = shutil.copytree(dataset, tmp_path / "out")
+    times = {path.name: path.stat().st_mtime_ns for path in copy.glob("*array_record*")}
+    result = run_build(
+        "--input", study / "dicom", "--output", copy, "--slices-per-record", 2, "--validation", 0.25, "--test", 0.25
+    )
+    assert result.code == 0 and f"{len(times)} of {len(times)} shards are finished already" in result.err
+    assert contents(copy) == contents(dataset)
+    assert times == {path.name: path.stat().st_mtime_ns for path in copy.glob("*array_record*")}
+
+
+def test_what_a_user_sees(tmp_path: Path, run_build, write_series) -> None:
+    write_series(tmp_path / "in", 6)
+    (tmp_path / "in" / "notes.txt").write_text("x")
+    result = run_build(
+        "--input", tmp_path / "in", "--output", tmp_path / "out", "--json", tmp_path / "card.json", processes=1
+    )
+    assert (result.code, result.out) == (0, "")
+    lines = result.err.splitlines()
+    assert lines[0].startswith("7 files; key from ")
+    assert lines[1].startswith("inventory: 7 files in ") and lines[1].endswith("/s")
+    assert lines[2].startswith("convert: 6 files in ")
+    assert lines[3].startswith("6 slices of 1 patients in 1 shards, ")
+    assert lines[3].endswith(f"files: 6 kept, 1 excluded; see {tmp_path / 'out' / 'manifest.parquet'}")
+    assert (
+        lines[4].split()
+        == "1 x excluded: not a medical image (no DICOM, NIfTI, NRRD, MetaImage, PNG, JPEG or TIFF file)".split()
+    )
+    assert (tmp_path / "card.json").read_text() == (tmp_path / "out" / "card.json").read_text()
+    assert stat.S_IMODE((tmp_path / "out" / "manifest.parquet").stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "out" / ".build").stat().st_mode) == 0o700
+    assert stat.S_IMODE((tmp_path / "out" / ".build" / "plan.json").stat().st_mode) == 0o600
+
+
+def test_progress_is_said_every_ten_seconds_with_rate_and_time_left(monkeypatch, capsys) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    console = build.Console(stderr=True, soft_wrap=True, highlight=False)
+    with build._Counter(console, "convert", 1000) as counter:
+        for n in range(250):
+            clock[0] = n / 10
+            counter.step()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "convert: 101 of 1,000 files, 10/s, 1.5 min left"
+    assert len(lines) == 3 and lines[2].startswith("convert: 1,000 files in 24.9 s")
+
+
+def test_help_teaches(run_build) -> None:
+    result = run_build("--help", key=False)
+    assert result.code == 0
+    for words in (
+        "stages:",
+        "exit codes:",
+        "75",
+        "examples:",
+        "--patient-column",
+        "--modality-column",
+        "manifest.parquet",
+    ):
+        assert words in result.out
+
+
+# ---- labels, splits, hold-outs
+
+
+def test_labels_reach_the_index(study: Path, tmp_path: Path, run_build) -> None:
+    result = run_build(
+        "--input", study / "dicom" / "PHANTOM-0001", "--output", tmp_path / "out", "--labels", study / "labels.csv",
+        "--label-columns", "lesion", "region",
+    )  # fmt: skip
+    # The table names patients that are not among the inputs.
+    assert result.code == 2 and "is not among the inputs" in result.error
+    result = run_build(
+        "--input", study, "--output", tmp_path / "out", "--labels", study / "labels.csv",
+        "--label-columns", "lesion", "region", "--patient-column", "patient",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    index = pq.read_table(tmp_path / "out" / shards.INDEX)
+    table = {Path(row["file"]): row for row in __import__("csv").DictReader((study / "labels.csv").open())}
+    assert index.column("label_lesion").type == "int64" and len(index) == len(table)
+    assert sum(index.column("label_lesion").to_pylist()) == sum(int(row["lesion"]) for row in table.values())
+    assert Counter(index.column("label_region").to_pylist()) == Counter(row["region"] for row in table.values())
+    assert not [name for name in index.column_names if "patient" in name and name != "patient"]
+
+
+def test_a_column_with_empty_cells_and_numbers_is_no_trap_at_the_end(tmp_path: Path, run_build) -> None:
+    pictures(tmp_path / "in", 4)
+    (tmp_path / "labels.csv").write_text(
+        "file,grade,split,kind\nin/0.png,1,train,CT\nin/1.png,,val,\nin/2.png,x,test,MR\nin/3.png,2.5,,\n"
+    )
+    result = run_build(
+        "--input", tmp_path / "in", "--output", tmp_path / "out", "--labels", tmp_path / "labels.csv",
+        "--split-column", "split", "--modality-column", "kind", "--modality", "MR", "--validation", 0, "--test", 0,
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    rows = pq.read_table(tmp_path / "out" / shards.INDEX).to_pylist()
+    assert Counter((row["label_grade"], row["split"], row["modality"]) for row in rows) == Counter(
+        [("1", "train", "CT"), (None, "validation", "MR"), ("x", "test", "MR"), ("2.5", "train", "MR")]
+    )
+
+
+def test_a_table_that_puts_a_patient_in_two_splits_is_refused(tmp_path: Path, run_build, write_series) -> None:
+    write_series(tmp_path / "in", 5)
+    (tmp_path / "labels.csv").write_text("file,split\nin/000.dcm,train\nin/001.dcm,test\n")
+    words = ("--input", tmp_path / "in", "--output", tmp_path / "out", "--labels", tmp_path / "labels.csv")
+    result = run_build(*words, "--split-column", "split")
+    assert result.code == 2 and "one patient is in train (line 2) and in test (line 3)" in result.error
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".build"]
+
+
+def test_held_out_patients_stay_out_under_any_name(study: Path, tmp_path: Path, run_build) -> None:
+    inputs = [study / "dicom" / f"PHANTOM-{n:04d}" for n in range(4)]
+    (tmp_path / "holdout.txt").write_text(f"PHANTOM-0001\n\n{inputs[2]}\nPHANTOM-9999\n")
+    rows = ["file,who"] + [
+        f"{os.path.relpath(path, tmp_path)},patient {folder.name[-1]}"
+        for folder in inputs for path in sorted(folder.rglob("*.dcm"))
+    ]  # fmt: skip
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    words = ("--input", *inputs, "--holdout", tmp_path / "holdout.txt")
+    for name, more in (("a", ()), ("b", ("--labels", tmp_path / "labels.csv", "--patient-column", "who"))):
+        result = run_build(*words, *more, "--output", tmp_path / name)
+        assert result.code == 0, result.err
+        assert "held out: 2 of 3 lines name a patient of these inputs" in result.err
+        kept = {
+            r["path"].split("/")[-3]
+            for r in pq.read_table(tmp_path / name / "manifest.parquet").to_pylist()
+            if r["fate"] == "kept"
+        }
+        assert kept == {"PHANTOM-0000", "PHANTOM-0003"}
+
+
+# ---- bad input
+
+
+def test_bad_files_are_counted_and_passed_by(tmp_path: Path, run_build, manifest, write_series) -> None:
+    folder = tmp_path / "in"
+    paths = write_series(folder / "series", 8)
+    paths[2].unlink()  # a missing slice
+    paths[5].write_bytes(paths[5].read_bytes()[:-900])
+    (folder / "report.pdf").write_bytes(b"%PDF-1.7")
+    (folder / "noise.dcm").write_bytes(bytes(range(256)) * 8)
+    (folder / "header only.dcm").write_bytes(bytes(128) + b"DICM")
+    (folder / "broken.nii.gz").write_bytes(b"\x1f\x8b broken")
+    (folder / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (folder / "empty.dcm").write_bytes(b"")
+    latin = os.fsencode(folder) + b"/M\xfcller.nii"  # a file name that is no UTF-8
+    with open(latin, "wb") as file:
+        file.write(b"no volume")
+    result = run_build("--input", folder, "--output", tmp_path / "out", processes=1)
+    assert result.code == 0, result.err
+    assert "6 kept, 2 excluded, 6 quarantined" in result.err
+    rows = {Path(path).name: (row["fate"], row["reason"]) for path, row in manifest(tmp_path / "out").items()}
+    assert len(rows) == 14
+    assert {rows[path.name] for path in paths[:2] + paths[3:5] + paths[6:]} == {("kept", geometry.GAP)}
+    assert rows["005.dcm"] == ("quarantined", "truncated: the pixel data has 2,620 of 3,520 bytes")
+    assert rows["report.pdf"][0] == rows["noise.dcm"][0] == "excluded"
+    assert rows["empty.dcm"] == ("quarantined", "empty file")
+    for name in ("header only.dcm", "broken.nii.gz", "cut.png", "M\\xfcller.nii"):
+        fate, reason = rows[name]
+        assert fate == "quarantined" and reason
+    card = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert sum(sum(reasons.values()) for reasons in card["reasons"].values()) == 14
+
+
+def test_inputs_that_hold_nothing_usable_are_one_clear_line(tmp_path: Path, run_build, manifest) -> None:
+    output = tmp_path / "out"
+    result = run_build("--input", tmp_path / "none", "--output", output)
+    assert (result.code, result.error) == (2, f"error: no such input: {tmp_path / 'none'}")
+    (tmp_path / "empty").mkdir()
+    result = run_build("--input", tmp_path / "empty", "--output", output)
+    assert result.code == 2 and result.error.startswith(f"error: no files in {tmp_path / 'empty'}; name a folder")
+    assert not output.exists() and not (tmp_path / "out.key").exists()
+    for n in range(3):
+        (tmp_path / "empty" / f"{n}.pdf").write_bytes(b"%PDF-1.7")
+    result = run_build("--input", tmp_path / "empty", "--output", output)
+    assert result.code == 2
+    assert result.error == (
+        "error: none of the 3 files is a usable slice: 3 x not a medical image (no DICOM, NIfTI, NRRD, MetaImage, PNG, "
+        f"JPEG or TIFF file); {output / 'manifest.parquet'} says it for each file"
+    )
+    assert {row["fate"] for row in manifest(output).values()} == {"excluded"}
+    # With a better input the same output can be used.
+    pictures(tmp_path / "empty", 2)
+    assert run_build("--input", tmp_path / "empty", "--output", output).code == 0
+
+
+def test_files_of_which_no_slice_is_left_are_one_clear_line(tmp_path: Path, run_build) -> None:
+    Image.fromarray(np.full((40, 40), 7, np.uint8)).save(tmp_path / "flat.png")
+    result = run_build("--input", tmp_path / "flat.png", "--output", tmp_path / "out")
+    assert result.code == 2 and "none of the 1 files is a usable slice: 1 x constant" in result.error
+    assert not (tmp_path / "out" / "dataset_info.json").exists() and not (tmp_path / "out" / shards.SHARDS).exists()
+
+
+def test_a_split_of_which_nothing_is_left_is_no_split(tmp_path: Path, run_build) -> None:
+    pictures(tmp_path / "in", 2)
+    Image.fromarray(np.full((40, 40), 7, np.uint8)).save(tmp_path / "in" / "flat.png")
+    (tmp_path / "labels.csv").write_text("file,split\nin/0.png,train\nin/1.png,train\nin/flat.png,test\n")
+    words = (
+        "--input",
+        tmp_path / "in",
+        "--output",
+        tmp_path / "out",
+        "--labels",
+        tmp_path / "labels.csv",
+        "--split-column",
+        "split",
+    )
+    for _ in range(2):
+        assert run_build(*words).code == 0
+        assert list(tfds.builder_from_directory(tmp_path / "out").info.splits) == ["train"]
+        assert set(pq.read_table(tmp_path / "out" / shards.SHARDS)["split"].to_pylist()) == {"train"}
+        assert not list((tmp_path / "out").glob("*-test.*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--slices-per-record", 0], "--slices-per-record is 0"),
+        (["--shard-mb", 0], "--shard-mb is 0"),
+        (["--timeout", 0], "--timeout is 0.0; it has to be more than 0 seconds"),
+        (["--size", 16], "--size is 16"),
+        (["--validation", 0.6, "--test", 0.4], "together under 1"),
+        (["--validation", "nan"], "--validation nan"),
+        (["--name", "a/b"], "--name is 'a/b'; TFDS takes letters, digits and underscores"),
+        (["--label-columns", "a"], "--label-columns needs --labels=CSV"),
+        (["--modality-column", "a"], "--modality-column needs --labels=CSV"),
+        (["--labels", "none.csv"], "cannot read the label table none.csv"),
+        (["--holdout", "none.txt"], "cannot read --holdout=none.txt"),
+        (["--key-file", "none.key"], "no key file none.key"),
+        (["--json", "none/card.json"], "--json: no folder none"),
+    ],
+)
+def test_wrong_usage_is_one_line(tmp_path: Path, run_build, words: list, text: str) -> None:
+    pictures(tmp_path / "in", 1)
+    result = run_build("--input", tmp_path / "in", "--output", tmp_path / "out", *words)
+    assert result.code == 2 and text in result.error
+    assert not list((tmp_path / "out").glob("[!.]*"))
+
+
+# ---- outputs that are in the way
+
+
+def test_a_foreign_folder_is_left_as_it_is(tmp_path: Path, run_build, contents) -> None:
+    pictures(tmp_path / "in", 1)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("precious")
+    result = run_build("--input", tmp_path / "in", "--output", foreign)
+    assert (result.code, result.error) == (
+        2,
+        f"error: {foreign} is not empty and holds no build; choose an empty or new --output",
+    )
+    assert contents(foreign) == {"thesis.tex": b"precious"}
+    result = run_build("--input", tmp_path / "in", "--output", foreign / "thesis.tex")
+    assert result.code == 2 and "is not empty" in result.error
+    assert contents(foreign) == {"thesis.tex": b"precious"}
+    result = run_build("--input", tmp_path / "in", "--output", foreign / "thesis.tex" / "below")
+    assert result.code == 2 and "Not a directory" in result.error
+
+
+def test_a_finished_dataset_of_other_inputs_or_settings_is_not_touched(tmp_path: Path, run_build, contents) -> None:
+    pictures(tmp_path / "in", 3)
+    words = ("--input", tmp_path / "in", "--output", tmp_path / "out")
+    assert run_build(*words).code == 0
+    before = contents(tmp_path / "out")
+    for more in (("--size", 32), ("--slices-per-record", 4)):
+        result = run_build(*words, *more)
+        assert (
+            result.code == 2
+            and "holds a finished dataset of other inputs, another key or other settings" in result.error
+        )
+    pictures(tmp_path / "in", 4)
+    assert run_build(*words).code == 2
+    assert contents(tmp_path / "out") == before
+
+
+def test_an_unfinished_build_of_other_inputs_is_replaced_whole(
+    tmp_path: Path, run_build, contents, monkeypatch
+) -> None:
+    pictures(tmp_path / "in", 3)
+    words = ("--input", tmp_path / "in", "--output", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "_commit", lambda *unused: (_ for _ in ()).throw(KeyboardInterrupt()))
+        assert run_build(*words).code == build.EXIT_STOPPED
+    assert len(list((tmp_path / "out").glob("*array_record*"))) > 1
+    pictures(tmp_path / "in", 9)
+    assert run_build(*words).code == 0
+    assert run_build("--input", tmp_path / "in", "--output", tmp_path / "fresh").code == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_the_output_inside_the_input_is_no_input(tmp_path: Path, run_build, manifest) -> None:
+    pictures(tmp_path, 2)
+    for _ in range(2):
+        assert run_build("--input", tmp_path, "--output", tmp_path / "out").code == 0
+    assert sorted(manifest(tmp_path / "out")) == [str(tmp_path / "0.png"), str(tmp_path / "1.png")]
+
+
+def test_square_brackets_in_paths_are_just_that(tmp_path: Path, run_build) -> None:
+    pictures(tmp_path / "in", 1)
+    result = run_build("--input", tmp_path / "in", "--output", tmp_path / "[bold]out[/x]")
+    assert result.code == 0 and "[bold]out[/x]/manifest.parquet" in result.err
+
+
+# ---- trouble on the way
+
+
+def test_an_unexpected_fault_is_one_line_without_data(tmp_path: Path, run_build, monkeypatch) -> None:
+    pictures(tmp_path / "in", 1)
+
+    def fail(*unused):
+        raise ValueError("DOE^JOHN")
+
+    monkeypatch.setattr(build.plan, "make", fail)
+    result = run_build("--input", tmp_path / "in", "--output", tmp_path / "out")
+    assert result.code == 1
+    assert result.error.startswith("error: the program is at fault (ValueError at ")
+    assert result.error.endswith("); please report this line")
+    assert "DOE" not in result.err
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, run_build, monkeypatch) -> None:
+    pictures(tmp_path / "in", 1)
+
+    def fail(path, *unused, **more):
+        raise OSError(28, "No space left on device", str(path))
+
+    for where, name in ((build.shards, "write"), (build.pq, "write_table")):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, fail)
+            result = run_build("--input", tmp_path / "in", "--output", tmp_path / "out")
+        assert result.code == 2 and result.error.startswith("error: No space left on device")
+    assert run_build("--input", tmp_path / "in", "--output", tmp_path / "out").code == 0
+
+
+@pytest.fixture
+def exams(tmp_path: Path, write_series) -> Path:
+    """Twelve patients with a series of five slices each: four shards."""
+    for patient in range(12):
+        write_series(
+            tmp_path / "exams" / f"p{patient}", 5, PatientID=f"P{patient}", SeriesInstanceUID=f"2.25.{patient + 1}00"
+        )
+    return tmp_path / "exams"
+
+
+def test_a_decoder_that_hangs_or_crashes_costs_its_file(tmp_path: Path, exams: Path, start_build, manifest) -> None:
+    for name, (patient, number) in {"hang.dcm": (1, 0), "crash.dcm": (2, 3), "bug.dcm": (3, 2)}.items():
+        (exams / f"p{patient}" / f"{number:03d}.dcm").rename(exams / f"p{patient}" / name)
+    running = start_build(
+        "--input", exams, "--output", tmp_path / "out", "--workers", 2, "--timeout", 3,
+        trouble={"hang.dcm": "hang", "crash.dcm": "crash", "bug.dcm": "bug"},
+    )  # fmt: skip
+    out, err = running.process.communicate(timeout=100)
+    assert (running.process.returncode, out) == (0, ""), err
+    assert "57 kept, 3 quarantined" in err and "Traceback" not in err and "P3" not in err
+    rows = {Path(path).name: row for path, row in manifest(tmp_path / "out").items() if row["fate"] == "quarantined"}
+    assert rows["hang.dcm"]["reason"] == "reading it took more than 3 s"
+    assert rows["crash.dcm"]["reason"] == "the decoder crashed on it (SIGABRT)"
+    assert rows["bug.dcm"]["reason"].startswith("the reader failed on it (KeyError at ")
+    assert len(shards.SliceSource(tmp_path / "out", "train")) > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_build_that_is_stopped_goes_on_and_ends_as_if_nothing_had_happened(
+    tmp_path: Path, exams: Path, start_build, run_build, contents, number: int
+) -> None:
+    words = ("--input", exams, "--output", tmp_path / "out", "--validation", 0, "--test", 0)
+    running = start_build(*words, "--workers", 1, trouble={"*": 0.03})
+    finished = running.wait_for_shards(1)
+    code, err = running.stop(number)
+    assert len(finished) < 4
+    if number == signal.SIGKILL:
+        assert code == -signal.SIGKILL
+    else:
+        assert code == build.EXIT_STOPPED
+        assert err.splitlines()[-1].startswith("stopped; finished shards are kept, start the same command again")
+        assert not list((tmp_path / "out").glob(".*.tmp"))
+    assert "Traceback" not in err
+    assert not (tmp_path / "out" / shards.SHARDS).exists() and not (tmp_path / "out" / "dataset_info.json").exists()
+    finished = running.finished_shards()
+    before = {name: (tmp_path / "out" / name).stat() for name in finished}
+    again = run_build(*words)
+    assert again.code == 0 and f"{len(finished)} of 4 shards are finished already" in again.err
+    for name, status in before.items():
+        now = (tmp_path / "out" / name).stat()
+        assert (now.st_ino, now.st_mtime_ns) == (status.st_ino, status.st_mtime_ns)
+    assert run_build("--input", exams, "--output", tmp_path / "fresh", "--validation", 0, "--test", 0).code == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_a_second_build_on_the_same_output_is_refused_and_an_input_that_changes_is_named(
+    tmp_path: Path, exams: Path, start_build, run_build
+) -> None:
+    words = ("--input", exams, "--output", tmp_path / "out", "--validation", 0, "--test", 0)
+    running = start_build(*words, "--workers", 1, trouble={"*": 0.05})
+    finished = running.wait_for_shards(1)
+    result = run_build(*words)
+    assert (result.code, result.error) == (
+        2, f"error: another build is writing {tmp_path / 'out'}; wait for it or choose another --output",
+    )  # fmt: skip
+    # Files of shards that are not finished yet change.
+    plan = json.loads((tmp_path / "out" / ".build" / "plan.json").read_text())
+    last = plan["shards"][-1]["series"][-1]["files"][-1]["path"]
+    assert len(finished) < 4
+    os.utime(last, ns=(1, 1))
+    _, err = running.process.communicate(timeout=60)
+    assert running.process.returncode == 2
+    where = tmp_path / "out" / ".build" / "failed_on.txt"
+    assert (
+        f"error: an input changed while the build ran; start the build again (the path of the file stands in {where})"
+        in err
+    )
+    assert where.read_text() == f"{last}\n" and stat.S_IMODE(where.stat().st_mode) == 0o600
+    assert str(exams) not in err.replace(f"--input {exams}", "")
+    assert run_build(*words).code == 0
+    assert not where.exists()
