@@ -312,7 +312,7 @@ def test_an_input_that_changes_under_the_build_ends_it(tmp_path: Path, write_ser
 
     def change(path: str):
         values = read(path)
-        os.utime(paths[3], ns=(1, 1))
+        os.utime(path, ns=(1, 1))  # the very file that is being read
         return values
 
     if when == "before":
