@@ -48,7 +48,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.augment.crop_ratio = (0.75, 4 / 3)
     config.augment.flip = True
     config.augment.resample = "bicubic"
-    config.augment.std_floor = 0.01
+    config.augment.image_mean = 0.3  # of values between 0 and 1, the edges of the window
+    config.augment.image_std = 0.25
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.base_learning_rate = 1.5e-3  # x batch_size / 256

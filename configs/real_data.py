@@ -14,7 +14,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.batch_size = 32  # global, over all devices
-    config.duration = "125000 examples"  # or "94000 examples", "800 epochs"
+    config.duration = "105000 examples"  # or "94000 examples", "800 epochs"
     config.warmup = "5 %"
     config.save_every = "10 %"
     config.log_every = "20 steps"
@@ -38,7 +38,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.data = ml_collections.ConfigDict()
     config.data.shards = ""
-    config.data.split = "train+validation"
+    config.data.split = "train"
     config.data.canvas = None  # (height, width) in px; None takes the largest slice's
     config.data.threads = 1
     config.data.prefetch = 128
@@ -52,7 +52,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.augment.crop_ratio = (0.75, 4 / 3)
     config.augment.flip = True
     config.augment.resample = "bicubic"
-    config.augment.std_floor = 0.01
+    config.augment.image_mean = 0.3  # of values between 0 and 1, the edges of the window
+    config.augment.image_std = 0.25
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.base_learning_rate = 6e-3  # x batch_size / 256

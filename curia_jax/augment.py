@@ -29,15 +29,15 @@ def evaluation_view(
     """The deterministic view that features are extracted from: the whole slice, resized to `size`, normalised.
 
     HU are clipped to `config.hu_window`, other values to the slice's own 0.5 and 99.5 percentiles; both are scaled to
-    [0, 1], resized (antialiased, `config.resample`) and standardised per image with a standard deviation of at least
-    `config.std_floor`.
+    [0, 1], resized (antialiased, `config.resample`) and normalised with `config.image_mean` and `config.image_std`. The
+    same numbers for every image: what an image's mean and contrast say, HU above all, stays in it.
     """
     count = batch["pixels"].shape[0]
     low = jnp.where(batch["hu"], config.hu_window[0], batch["low"])
     high = jnp.where(batch["hu"], config.hu_window[1], batch["high"])
     box = jnp.concatenate([jnp.zeros((count, 2)), batch["extent"]], axis=1)
     image = resize(_unit_interval(batch, low, high), batch["extent"], box, size, config.resample)
-    return standardise(image, config.std_floor)[..., None]
+    return (image - config.image_mean)[..., None] / config.image_std
 
 
 def training_view(
@@ -69,7 +69,7 @@ def training_view(
     if config.flip:
         mirrored = jax.random.bernoulli(keys[4], shape=(count,))
         image = jnp.where(mirrored[:, None, None], image[:, :, ::-1], image)
-    return standardise(image, config.std_floor)[..., None]
+    return (image - config.image_mean)[..., None] / config.image_std
 
 
 def _random_window(
@@ -147,11 +147,3 @@ def _cubic(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def _triangle(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return 1 - jnp.abs(x)
-
-
-def standardise(image: Float[Array, "batch height width"], std_floor: float) -> Float[Array, "batch height width"]:
-    """Mean 0 and standard deviation 1 per image; the deviation counts as at least `std_floor`, so that an empty image
-    stays flat instead of becoming amplified noise."""
-    mean = jnp.mean(image, axis=(1, 2), keepdims=True)
-    deviation = jnp.std(image, axis=(1, 2), keepdims=True)
-    return (image - mean) / jnp.maximum(deviation, std_floor)

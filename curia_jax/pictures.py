@@ -186,15 +186,9 @@ def real_view(
     """
     low = jnp.where(batch["hu"], settings.hu_window[0], batch["low"])
     high = jnp.where(batch["hu"], settings.hu_window[1], batch["high"])
-    real = batch["pixels"].astype(jnp.float32) * batch["slope"][:, None, None] + batch["intercept"][:, None, None]
-    real = jnp.clip(real, low[:, None, None], high[:, None, None])
-    count = len(batch["pixels"])
-    box = jnp.concatenate([jnp.zeros((count, 2)), batch["extent"]], axis=1)
-    real = augment.resize(real, batch["extent"], box, size, settings.resample)
-    # The deviation's floor is meant for values scaled to [0, 1].
     width = jnp.maximum(high - low, 1e-6)
-    scale = jnp.maximum(real.std(axis=(1, 2)), settings.std_floor * width)
-    return augment.evaluation_view(batch, settings, size), real.mean(axis=(1, 2)), scale
+    view = augment.evaluation_view(batch, settings, size)
+    return view, low + width * settings.image_mean, width * settings.image_std
 
 
 def _window(example: Mapping[str, Any], real: Float[np.ndarray, "height width"]) -> Window:

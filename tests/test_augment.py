@@ -57,13 +57,18 @@ def test_the_evaluation_view_is_the_documented_recipe(settings, hu: bool) -> Non
         low, high = (-1000, 1000) if hu else (50, 1100)
         unit = np.clip((values - low) / (high - low), 0, 1).astype(np.float32)
         small = np.asarray(Image.fromarray(unit).resize(SIZE[::-1], Image.BICUBIC), np.float64)
-        expected = (small - small.mean()) / max(small.std(), settings.std_floor)
+        expected = (small - settings.image_mean) / settings.image_std
         np.testing.assert_allclose(view[i, :, :, 0], expected, atol=2e-4)  # float32 rescaling of 16-bit integers
 
 
-def test_an_empty_slice_stays_flat(settings) -> None:
-    batch = make_batch(2, hu=True) | {"pixels": jnp.zeros((2, 48, 64), jnp.uint16)}
-    np.testing.assert_allclose(augment.evaluation_view(batch, settings, SIZE), 0.0, atol=1e-5)
+def test_the_same_hu_gives_the_same_value_in_every_slice(settings) -> None:
+    batch = make_batch(2, hu=True)
+    flat = jnp.full((48, 64), 1064, jnp.uint16)
+    batch |= {"pixels": jnp.stack([flat, flat.at[:, 40:].set(3000)]), "extent": jnp.array([[48, 64], [48, 64]])}
+    hu = 1064 * float(batch["slope"][0]) + float(batch["intercept"][0])
+    expected = ((hu + 1000) / 2000 - settings.image_mean) / settings.image_std
+    view = augment.evaluation_view(batch, settings, SIZE)
+    np.testing.assert_allclose(view[:, :, 0, 0], expected, atol=1e-4)
 
 
 def test_the_training_view_follows_from_its_key_alone(settings) -> None:

@@ -115,7 +115,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "gelu": card.GELU[encoder.activation],
     }
     header = {
-        **own, "patch_order": card.PATCH_ORDER, "hu_window": steps["hu_window"], "std_floor": steps["std_floor"],
+        **own, "patch_order": card.PATCH_ORDER, "hu_window": steps["hu_window"], "image_mean": steps["image_mean"],
+        "image_std": steps["image_std"],
         "layer_norm_eps": encoder.layer_norm_eps,
     }  # fmt: skip
     with folder.publish(output) as new:

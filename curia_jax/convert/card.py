@@ -22,7 +22,8 @@ def recipe(settings: Mapping[str, Any], config: vit.ViTConfig) -> dict[str, Any]
       UserError: a setting is missing.
     """
     try:
-        window, kernel, floor = settings["hu_window"], settings["resample"], settings["std_floor"]
+        window, kernel = settings["hu_window"], settings["resample"]
+        mean, std = settings["image_mean"], settings["image_std"]
     except (KeyError, TypeError) as error:
         raise UserError(
             f"the checkpoint's config has no augment.{error.args[0]}, which the preprocessing is from"
@@ -36,8 +37,8 @@ def recipe(settings: Mapping[str, Any], config: vit.ViTConfig) -> dict[str, Any]
         "fit": "squash",
         "resample": kernel,
         "antialias": True,
-        "standardise": "per image",
-        "std_floor": float(floor),
+        "image_mean": float(mean),
+        "image_std": float(std),
         "channels": config.channels,
     }
 
@@ -150,7 +151,7 @@ def _input(steps: Mapping[str, Any]) -> str:
     told = (
         f"CT in Hounsfield units, cut to {low:g} … {high:g}; any other modality cut to its own 0.5 and 99.5 percentile. "
         f"Then scaled to [0, 1], the whole slice resized to {height} x {width} ({steps['resample']}, antialiased, "
-        "aspect ratio not kept) and standardised per image:"
+        "aspect ratio not kept) and normalised, every image alike:"
     )
     code = f'''import numpy as np
 import torch
@@ -162,7 +163,7 @@ def prepare(pixels, hu):
     x = np.clip((pixels - low) / max(high - low, 1e-6), 0, 1)
     x = torch.tensor(x, dtype=torch.float32)[None, None]
     x = torch.nn.functional.interpolate(x, ({height}, {width}), mode="{steps["resample"]}", antialias=True)
-    return (x - x.mean()) / max(x.std(correction=0).item(), {steps["std_floor"]})'''
+    return (x - {steps["image_mean"]}) / {steps["image_std"]}'''
     if steps["channels"] != 1:
-        told = told.replace("standardised per image:", f"standardised per image; {steps['channels']} channels, each:")
+        told = told.replace("alike:", f"alike; {steps['channels']} channels, each:")
     return f"{told}\n\n```python\n{code}\n```\n"

@@ -24,7 +24,7 @@ class MAEConfig:
       decoder_width, decoder_depth, decoder_heads, decoder_mlp_width: the decoder's blocks.
       mask_ratio: share of the patches that is hidden.
       norm_pix: predict patches standardised by their own mean and deviation.
-      norm_pix_eps: added to a patch's variance. Pixels have deviation 1 per image, so 1e-6 turns air into noise of
+      norm_pix_eps: added to a patch's variance. Pixels have a deviation of about 1, so 1e-6 turns air into noise of
         full weight, and 1e-2 lets patches count that vary by more than a tenth of the image.
 
     Raises:
