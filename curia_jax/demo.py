@@ -37,6 +37,12 @@ CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.py"
 LAYOUTS = ("vit_mae", "vit", "dinov2", "timm")
 STATE = "demo.json"
 EXIT_STOPPED = 75
+# The demo runs on the CPU, whatever there is. There glibc gives freed memory back to the kernel and gets it zeroed page by
+# page, in every step anew; keeping it, in huge pages, makes a step about a tenth faster. Other C libraries ignore the word.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184",
+}
 # Of each of the phantom's four series.
 SLICES = 16
 LESION = {"0": "no", "1": "yes"}
@@ -313,7 +319,7 @@ class Demo:
         shown = shlex.join(["python", "-m", module, *words])
         self._current["commands"].append(shown)
         self.say(f"$ {shown}")
-        process = subprocess.Popen([sys.executable, "-m", module, *words])
+        process = subprocess.Popen([sys.executable, "-m", module, *words], env={**ENVIRONMENT, **os.environ})
         signalled = False
         with _stoppable(process) as stopped:
             while process.poll() is None:
@@ -464,13 +470,10 @@ def _write_labels(table: Path, phantom: Path, others: Sequence[Path]) -> None:
     from data_pipeline import inventory
 
     with phantom.open(encoding="utf-8", newline="") as file:
-        rows = [
-            {"file": phantom.parent / row["file"], "region": row["region"], "lesion": LESION[row["lesion"]]}
-            for row in csv.DictReader(file)
-        ]
-    rows += [{"file": path, "region": "", "lesion": ""} for path in inventory.find_files([str(p) for p in others])]
+        rows = [{"file": phantom.parent / row["file"], "lesion": LESION[row["lesion"]]} for row in csv.DictReader(file)]
+    rows += [{"file": path, "lesion": ""} for path in inventory.find_files([str(p) for p in others])]
     with table.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, ["file", "region", "lesion"], lineterminator="\n")
+        writer = csv.DictWriter(file, ["file", "lesion"], lineterminator="\n")
         writer.writeheader()
         writer.writerows({**row, "file": os.path.relpath(row["file"], table.parent)} for row in rows)
 

@@ -92,7 +92,7 @@ def stand_ins(tmp_path, monkeypatch) -> Path:
     script = tmp_path / "stand_in.py"
     script.write_text(STAND_IN)
     here = types.SimpleNamespace(
-        Popen=lambda words: subprocess.Popen([sys.executable, str(script), words[2], *words[3:]])
+        Popen=lambda words, env: subprocess.Popen([sys.executable, str(script), words[2], *words[3:]], env=env)
     )
     monkeypatch.setattr(demo, "subprocess", here)
     folder = tmp_path / "here"
@@ -256,7 +256,7 @@ def test_sigterm_is_passed_on_and_the_demo_can_be_started_again(stand_ins) -> No
     script = str(stand_ins.parent / "stand_in.py")
     program = (
         "import subprocess, sys; from curia_jax import demo; real = subprocess.Popen; "
-        f"subprocess.Popen = lambda words: real([sys.executable, {script!r}, words[2], *words[3:]]); "
+        f"subprocess.Popen = lambda words, env: real([sys.executable, {script!r}, words[2], *words[3:]], env=env); "
         "sys.exit(demo.main([]))"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
