@@ -10,7 +10,7 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.batch_size = 64  # global, over all devices
+    config.batch_size = 32  # global, over all devices
     config.duration = "600 steps"  # or "94000 examples", "800 epochs"
     config.warmup = "10 %"
     config.save_every = "25 %"
@@ -26,7 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.decoder_depth = 2
     config.model.decoder_heads = 3
     config.model.mask_ratio = 0.75
-    config.model.norm_pix = True
+    config.model.norm_pix = False  # True predicts patches standardised by themselves, which pays in long runs
     config.model.norm_pix_eps = 1e-6
     config.model.dtype = "float32"  # of matrix products; parameters, norms, softmax and loss are float32 in any case
     config.model.remat = "none"
@@ -44,7 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.augment.hu_window = (-1000.0, 1000.0)
     config.augment.reading_window_probability = 0.5
     config.augment.intensity_jitter = 0.1
-    config.augment.crop_scale = (0.2, 1.0)
+    config.augment.crop_scale = (0.35, 1.0)
     config.augment.crop_ratio = (0.75, 4 / 3)
     config.augment.flip = True
     config.augment.resample = "bicubic"
@@ -52,7 +52,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.augment.image_std = 0.25
 
     config.optimizer = ml_collections.ConfigDict()
-    config.optimizer.base_learning_rate = 1.5e-3  # x batch_size / 256
+    config.optimizer.base_learning_rate = 6e-3  # x batch_size / 256
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.95
     config.optimizer.weight_decay = 0.05
@@ -67,5 +67,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.devices.platform = "cpu"  # "auto" takes the accelerator
     config.devices.cpu_count = 4  # simulated devices; 0 leaves it alone
     config.devices.multihost = False
-    config.devices.compilation_cache = ""
+    # Folder of compiled programs, which make the next start quicker; "" for none. The variable JAX_COMPILATION_CACHE_DIR
+    # goes before it; several simulated devices never use one.
+    config.devices.compilation_cache = "~/.cache/curia_jax/compilations"
     return config

@@ -232,7 +232,7 @@ def _reconstruction_part(images: Mapping[str, str], config: Mapping[str, Any], s
     whose = f"slices of {split} patients, whom no training has seen" if split != "train" else "slices it was trained on"
     text = f"The encoder sees {1 - model['mask_ratio']:.0%} of the patches, chosen at random, and the decoder fills in "
     text += f"the rest. Shown are {whose}."
-    note = "Predictions are shown as they are, in real units."
+    note = "De-normalised for display: predictions are turned back from the normalised scale into real units."
     if model["norm_pix"]:
         note = (
             "De-normalised for display: the model predicts each patch with its mean and contrast taken out (norm_pix), "
