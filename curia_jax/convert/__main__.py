@@ -116,16 +116,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     header = {
         **own, "patch_order": card.PATCH_ORDER, "hu_window": steps["hu_window"], "image_mean": steps["image_mean"],
-        "image_std": steps["image_std"],
-        "layer_norm_eps": encoder.layer_norm_eps,
+        "image_std": steps["image_std"], "layer_norm_eps": encoder.layer_norm_eps,
     }  # fmt: skip
+    content = layout.config(config) | {folder.OWN: own}
+    if not layout.for_transformers:
+        content["pretrained_cfg"] |= card.timm_input(steps)
+        content[folder.OWN] = own | {"preprocessing": steps}
     with folder.publish(output) as new:
         folder.write(
             new,
             tensors=tensors,
             metadata={key: value if isinstance(value, str) else json.dumps(value) for key, value in header.items()},
-            config=layout.config(config)
-            | {folder.OWN: own | ({} if layout.for_transformers else {"preprocessing": steps})},
+            config=content,
             preprocessor=card.preprocessor(steps) if layout.for_transformers else None,
             card=card.text(layout, config, steps, provenance, parameters),
         )
@@ -136,10 +138,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         ]
 
     total = sum(file["bytes"] for file in files)
-    say(
-        f"{output}: {len(tensors)} tensors, {parameters / 1e6:.2f} M parameters, {total / 1e6:.1f} MB, for {layout.target}"
-    )
     say(_summary(held, not_run))
+    say(f"{output}: {parameters / 1e6:.2f} M parameters, {total / 1e6:.1f} MB, for {layout.target}")
     result = {
         "layout": layout.name, "step": loaded.step, "examples_seen": loaded.examples_seen,
         "encoder_sha256": provenance["encoder_sha256"], "image_size": list(encoder.image_size), "files": files,

@@ -57,10 +57,21 @@ def preprocessor(steps: Mapping[str, Any]) -> dict[str, Any]:
         "do_rescale": False,
         "rescale_factor": 1.0,
         "do_normalize": False,
-        "image_mean": [0.0] * steps["channels"],
-        "image_std": [1.0] * steps["channels"],
+        "image_mean": [steps["image_mean"]] * steps["channels"],
+        "image_std": [steps["image_std"]] * steps["channels"],
         "do_convert_rgb": False,
         OWN: dict(steps),
+    }
+
+
+def timm_input(steps: Mapping[str, Any]) -> dict[str, Any]:
+    """What timm's pretrained_cfg can say of the recipe: all that comes after the window has made [0, 1] of a slice."""
+    return {
+        "interpolation": steps["resample"],
+        "crop_pct": 1.0,
+        "crop_mode": "squash",
+        "mean": [steps["image_mean"]] * steps["channels"],
+        "std": [steps["image_std"]] * steps["channels"],
     }
 
 

@@ -211,11 +211,6 @@ def _timm_config(config: mae.MAEConfig) -> dict[str, Any]:
         "pretrained_cfg": {
             "input_size": input_size,
             "fixed_input_size": True,
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
-            "crop_mode": "squash",
-            "mean": [0.0] * encoder.channels,
-            "std": [1.0] * encoder.channels,
             "num_classes": 0,
             "pool_size": None,
             "first_conv": None,  # else older versions take the weights for those of 3 channels

@@ -19,10 +19,13 @@ Tensors = dict[str, np.ndarray]
 Config = dict[str, Any]
 
 
+def _encoder(tensors: Tensors, *endings: str) -> str:
+    """Name of the first tensor of the encoder that ends so."""
+    return min(name for name in tensors if name.endswith(endings) and not name.startswith("decoder."))
+
+
 def _square_weight(tensors: Tensors) -> str:
-    return next(
-        name for name in tensors if name.endswith(("attention.output.dense.weight", "attn.proj.weight")) and "0" in name
-    )
+    return _encoder(tensors, "attention.output.dense.weight", "attn.proj.weight")
 
 
 def one_value(tensors: Tensors, config: Config) -> None:
@@ -36,7 +39,7 @@ def transposed(tensors: Tensors, config: Config) -> None:
 
 def written_in_memory_order(tensors: Tensors, config: Config) -> None:
     """What safetensors makes of a transposed view: the right shape, the values of the kernel in its own order."""
-    name = next(name for name in tensors if name.endswith(("intermediate.dense.weight", "mlp.fc1.weight")))
+    name = _encoder(tensors, "intermediate.dense.weight", "mlp.fc1.weight")
     tensors[name] = np.ascontiguousarray(tensors[name].T).reshape(tensors[name].shape)
 
 
@@ -56,12 +59,12 @@ def blocks_swapped(tensors: Tensors, config: Config) -> None:
 
 
 def patch_rows_and_columns_swapped(tensors: Tensors, config: Config) -> None:
-    name = next(name for name in tensors if name.endswith(("projection.weight", "patch_embed.proj.weight")))
+    name = _encoder(tensors, "projection.weight", "patch_embed.proj.weight")
     tensors[name] = np.ascontiguousarray(tensors[name].transpose(0, 1, 3, 2))
 
 
 def positions_row_first(tensors: Tensors, config: Config) -> None:
-    name = next(name for name in tensors if name.endswith(("position_embeddings", "pos_embed")))
+    name = _encoder(tensors, "position_embeddings", "pos_embed")
     column, row = np.split(tensors[name], 2, axis=-1)
     tensors[name] = np.concatenate([row, column], axis=-1)
 

@@ -187,9 +187,11 @@ def test_the_recipe_is_the_one_of_the_training(converted) -> None:
     processor = json.loads((converted("wide", "vit")[0] / "preprocessor_config.json").read_text())
     assert processor["curia_jax"] == wanted and processor["size"] == {"height": 8, "width": 32}
     assert not any(processor[key] for key in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"))
-    assert (
-        json.loads((converted("wide", "timm")[0] / "config.json").read_text())["curia_jax"]["preprocessing"] == wanted
-    )
+    assert (processor["image_mean"], processor["image_std"], processor["resample"]) == ([0.3], [0.25], 3)
+    content = json.loads((converted("wide", "timm")[0] / "config.json").read_text())
+    assert content["curia_jax"]["preprocessing"] == wanted
+    told = content["pretrained_cfg"]
+    assert (told["mean"], told["std"], told["interpolation"], told["crop_mode"]) == ([0.3], [0.25], "bicubic", "squash")
 
 
 # ---- what fails
