@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     loaded = checkpoint.load(args.checkpoint, args.step)
     config = _model(loaded, args.image_size)
     layout.check(config)
-    steps = card.recipe(loaded.config.get("augment"), config.encoder)
+    steps = card.recipe(loaded.config.get("augment") or {}, config.encoder)
     provenance = {
         "run": _run_name(Path(loaded.path)), "step": loaded.step, "examples_seen": loaded.examples_seen,
         "encoder_sha256": digest(loaded.params["encoder"]),

@@ -24,9 +24,10 @@ def recipe(settings: Mapping[str, Any], config: vit.ViTConfig) -> dict[str, Any]
     try:
         window, kernel = settings["hu_window"], settings["resample"]
         mean, std = settings["image_mean"], settings["image_std"]
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise UserError(
-            f"the checkpoint's config has no augment.{error.args[0]}, which the preprocessing is from"
+            f"the checkpoint's config has no augment.{error.args[0]}, which the preprocessing is from; "
+            "convert it with the version that trained it"
         ) from None
     return {
         "hu_window": [float(edge) for edge in window],

@@ -15,8 +15,10 @@ import safetensors
 
 from curia_jax import augment, checkpoint
 from curia_jax.convert import __main__ as convert
-from curia_jax.convert import checks, layouts
+from curia_jax.convert import card, checks, layouts
 from curia_jax.evaluate.features import digest
+from curia_jax.models import mae
+from data_pipeline.errors import UserError
 from tests.convert.cases import CASES, EXPORTS, HAS_TORCH, live_only
 
 
@@ -276,6 +278,13 @@ def test_a_checkpoint_of_something_else_is_refused(save, tmp_path, capfd) -> Non
     assert (
         "error: the checkpoint does not hold the model of its config: parameters do not fit" in capfd.readouterr().err
     )
+
+
+def test_a_checkpoint_without_a_preprocessing_is_refused() -> None:
+    settings = {"hu_window": (-1000.0, 1000.0), "resample": "bicubic", "std_floor": 0.01}
+    for given, missing in ((settings, "image_mean"), ({}, "hu_window")):
+        with pytest.raises(UserError, match=f"has no augment.{missing}, .* the version that trained it"):
+            card.recipe(given, mae.config(**CASES["square"]).encoder)
 
 
 def test_an_unknown_layout_lists_the_known_ones(runs, tmp_path, capfd) -> None:
