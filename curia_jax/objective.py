@@ -45,11 +45,20 @@ class Objective:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         return jax.jit(self.init, out_shardings=shardings)(jax.random.key(seed))
 
-    def compile(self) -> Any:
-        """The train step for the devices of the mesh; its state argument is donated."""
+    def trace(self) -> Any:
+        """The train step for the devices of the mesh, traced (jax.stages.Traced); its state argument is donated.
+
+        Metrics are on every device, so that every host can read them.
+        """
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-        step = jax.jit(self.step, out_shardings=(shardings, None), donate_argnums=0)
-        return step.lower(self.abstract_state, self.abstract_batch).compile()
+        mesh = shardings["step"].mesh
+        step = jax.jit(self.step, out_shardings=(shardings, NamedSharding(mesh, P())), donate_argnums=0)
+        with jax.set_mesh(mesh):  # from it the model knows that parameters are split
+            return step.trace(self.abstract_state, self.abstract_batch)
+
+    def compile(self) -> Any:
+        """The train step, compiled for the devices of the mesh."""
+        return self.trace().lower().compile()
 
 
 def make(

@@ -1,0 +1,279 @@
+"""Compiles the train step of a config for a topology, and keeps what the compiler said in the user's cache directory."""
+
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import json
+import math
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from curia_jax import config as configs
+from curia_jax import objective, sharding
+from curia_jax.plan import topology as topologies
+from data_pipeline.errors import UserError
+
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler said of one device's program.
+
+    Attributes:
+      text: the scheduled program; empty where it does not fit.
+      memory: bytes per device: arguments, temporaries, outputs (less aliased), code; or only `total` where it does not fit.
+      limit: bytes per device that a program may use.
+      largest: what the compiler lists as the largest allocations of a program that does not fit: (bytes, shape, op_name).
+      seconds: the compilation took. cached: not this time.
+      hash: of program, compiler and topology.
+    """
+
+    text: str
+    memory: dict[str, int]
+    limit: int
+    largest: list[tuple[int, str, str]]
+    seconds: float
+    cached: bool
+    hash: str
+
+    @property
+    def total(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        return bool(self.text) and self.total <= self.limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A config on a topology, traced but not compiled."""
+
+    objective: objective.Objective
+    mesh: jax.sharding.Mesh
+    traced: Any
+    total_steps: int
+    examples: int
+    canvas: tuple[int, int]
+
+
+def job(
+    config: ml_collections.ConfigDict, topology: topologies.Topology, *, examples: int, canvas: tuple[int, int]
+) -> Job:
+    """Traces the step that `pretrain` runs with this config.
+
+    Args:
+      examples: slices in an epoch. canvas: height and width of the pixels in a batch.
+
+    Raises:
+      UserError: the mesh does not fit the topology, or what objective.make raises.
+    """
+    mesh = make_mesh(config, topology)
+    share = {"batch_size": config.batch_size, "examples": examples}
+    total_steps = configs.steps(config.duration, **share)
+    warmup_steps = max(1, configs.steps(config.warmup, **share, total=total_steps))
+    if total_steps < 1:
+        raise UserError(f"duration {config.duration!r} is less than one step of {config.batch_size} examples")
+    made = objective.make(config, mesh, canvas=canvas, warmup_steps=warmup_steps, total_steps=total_steps)
+    return Job(made, mesh, made.trace(), total_steps, examples, canvas)
+
+
+def make_mesh(config: ml_collections.ConfigDict, topology: topologies.Topology) -> jax.sharding.Mesh:
+    """The config's mesh on the topology's devices.
+
+    Raises:
+      UserError: they do not fit; the message has a mesh that does.
+    """
+    devices = topologies.devices(topology)
+    sizes = [config.mesh.replica, config.mesh.data, config.mesh.fsdp]
+    fixed = math.prod(s for s in sizes if s != -1)
+    fits = topology.devices % fixed == 0 if -1 in sizes else fixed == topology.devices
+    if not fits or config.mesh.replica not in (-1, topology.slices):
+        inner = topology.devices // topology.slices
+        fsdp = math.gcd(inner, max(1, config.mesh.fsdp))
+        named = ", ".join(f"{name}={size}" for name, size in zip(sharding.AXES, sizes, strict=True))
+        raise UserError(
+            f"mesh {named} does not fit {topology}, which has {topology.devices} devices in {topology.slices} TPU slice"
+            f"{'s' if topology.slices > 1 else ''}; set --config.mesh.replica={topology.slices} "
+            f"--config.mesh.data={inner // fsdp} --config.mesh.fsdp={fsdp}"
+        )
+    return sharding.make_mesh(**config.mesh, devices=devices)
+
+
+# ---- FLOPs of the traced program
+
+
+def hardware_flops(traced: Any) -> tuple[int, int]:
+    """FLOPs of all matrix products of a traced program, recomputation included, and those of custom kernels among them.
+
+    Over all devices; a multiply-add counts as two, whatever its precision.
+    """
+    return _flops(traced.jaxpr.jaxpr)
+
+
+def _flops(jaxpr: Any) -> tuple[int, int]:
+    total = kernels = 0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[d] for d in contracted)
+            continue
+        if name == "conv_general_dilated":
+            spec = params["dimension_numbers"].rhs_spec
+            kernel = equation.invars[1].aval.shape
+            per_output = math.prod(kernel) // kernel[spec[0]]
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * per_output
+            continue
+        times = 1
+        if name == "scan":
+            times = params["length"]
+        elif name == "pallas_call":
+            times = math.prod(params["grid_mapping"].grid)
+        elif name == "shard_map":
+            times = params["mesh"].size
+        inner = [_flops(sub) for sub in _jaxprs(params)]
+        if name == "cond":
+            inner = [max(inner)] if inner else []
+        for flops, of_kernels in inner:
+            total += times * flops
+            kernels += times * (flops if name == "pallas_call" else of_kernels)
+    return total, kernels
+
+
+def _jaxprs(params: dict[str, Any]) -> list[Any]:
+    found = []
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            item = getattr(item, "jaxpr", item)
+            if hasattr(item, "eqns"):
+                found.append(item)
+    return found
+
+
+# ---- compiling, or remembering
+
+
+def cache_folder() -> Path:
+    """Where results are kept: $XDG_CACHE_HOME/curia_jax/plan or ~/.cache/curia_jax/plan."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "curia_jax" / "plan"
+
+
+def program_hash(lowered: Any, topology: topologies.Topology) -> str:
+    """Hash of the program, the names of its parts, the compiler's version and the topology."""
+    text = lowered.as_text()
+    # Names of parts come from the program's locations, of which file and line do not matter.
+    names = sorted(set(re.findall(r'"(jit\([^"]*)"', lowered.as_text(debug_info=True))))
+    whole = "\0".join([text, *names, topologies.compiler_version(), jax.__version__, str(topology)])
+    return hashlib.sha256(whole.encode()).hexdigest()[:32]
+
+
+def compile(job: Job, topology: topologies.Topology) -> Compiled:
+    """Compiles, unless the same program has been compiled before.
+
+    Raises:
+      UserError: the compiler refuses the program for another reason than its memory.
+    """
+    lowered = job.traced.lower()
+    key = program_hash(lowered, topology)
+    kept = _load(key)
+    if kept is not None:
+        return kept
+    began = time.perf_counter()
+    limit = int(topology.chip.hbm / topology.chip.devices)
+    try:
+        with _without_jax_cache():
+            compiled = lowered.compile()
+    except Exception as error:
+        parsed = out_of_memory(str(error))
+        if parsed is None:
+            raise UserError(f"the TPU compiler refuses the program for {topology}: {str(error)[:400]}") from error
+        used, limit, largest = parsed
+        result = Compiled("", {"total": used}, limit, largest, time.perf_counter() - began, False, key)
+    else:
+        stats = compiled.memory_analysis()
+        memory = {
+            "arguments": stats.argument_size_in_bytes,
+            "temporaries": stats.temp_size_in_bytes,
+            "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+            "code": stats.generated_code_size_in_bytes,
+        }
+        result = Compiled(compiled.as_text(), memory, limit, [], time.perf_counter() - began, False, key)
+    _save(result)
+    return result
+
+
+@contextlib.contextmanager
+def _without_jax_cache() -> Any:
+    """JAX's own compilation cache would keep executables for hardware that is not here."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+
+
+def out_of_memory(message: str) -> tuple[int, int, list[tuple[int, str, str]]] | None:
+    """Bytes used, bytes there are and the largest allocations, from the compiler's refusal; None if it is another one."""
+    match = re.search(r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? hbm", message)
+    if match is None:
+        return None
+    used, limit = (int(float(match[i]) * UNITS[match[i + 1]]) for i in (1, 3))
+    largest = [
+        (int(float(size) * UNITS[unit]), shape, operator)
+        for size, unit, operator, shape in re.findall(
+            r"Size: ([\d.]+)([KMGT]?)\s+(?:Operator: op_name=\"([^\"]*)\"[^\n]*\s+)?Shape: (\S+)", message
+        )
+    ]
+    return used, limit, largest
+
+
+def _load(key: str) -> Compiled | None:
+    file = cache_folder() / f"{key}.json.gz"
+    try:
+        fields = json.loads(gzip.decompress(file.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (OSError, EOFError, ValueError):  # torn by a full disk: compiled again
+        file.unlink(missing_ok=True)
+        return None
+    fields["largest"] = [tuple(row) for row in fields["largest"]]
+    return Compiled(**fields | {"cached": True})
+
+
+def _save(result: Compiled) -> None:
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / f".{result.hash}.{os.getpid()}.tmp"
+    beside.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(result)).encode(), 5))
+    os.replace(beside, folder / f"{result.hash}.json.gz")
+
+
+def last_seconds() -> float | None:
+    """How long the newest result in the cache took to compile: what one more will take, roughly."""
+    files = sorted(cache_folder().glob("*.json.gz"), key=lambda f: f.stat().st_mtime)
+    kept = _load(files[-1].name.split(".")[0]) if files else None
+    return kept.seconds if kept else None
+
+
+def argument_tensors(job: Job) -> list[tuple[str, str, int]]:
+    """Name, shape on one device and bytes of every array that the step takes."""
+    rows = []
+    trees = {"state": job.objective.abstract_state, "batch": job.objective.abstract_batch}
+    for path, leaf in sharding.paths(trees).items():
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        rows.append(
+            (path, f"{np.dtype(leaf.dtype).name}{list(shape)}", math.prod(shape) * np.dtype(leaf.dtype).itemsize)
+        )
+    return rows
