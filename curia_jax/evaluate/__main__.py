@@ -26,6 +26,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   python -m curia_jax.evaluate --checkpoint=demo/run --shards=demo/shards --label=modality,plane --heads=ridge
   python -m curia_jax.evaluate --checkpoint=demo/run --shards=demo/shards --label=lesion --cases=series \\
       --features=cls+mean --layers=6,12 --predictions=predictions.parquet
+  python -m curia_jax.evaluate --checkpoint=demo/run --shards=demo/shards --label=lesion --image-sizes=64,96
 
 rows of --json: task, backbone, head, metric, value, low, high (ends of the 95 % interval; null where undefined), n
   (test cases), and how they came about. A metric *_difference is that of `backbone` minus that of `against`.""",
@@ -43,6 +44,10 @@ rows of --json: task, backbone, head, metric, value, low, high (ends of the 95 %
     parser.add_argument(
         "--layers", default="last", help="last (after the final norm) and numbers of blocks, with commas (%(default)s)"
     )
+    parser.add_argument(
+        "--image-sizes", metavar="N,…", help="sides of the image in px that the encoder sees, with commas: features of "
+        "several sizes are concatenated; the one of the training unless given",
+    )  # fmt: skip
     parser.add_argument(
         "--cases", choices=("slice", "series"), default="slice", help="series: scores are averaged over its slices"
     )
@@ -81,7 +86,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     from data_pipeline.shards import SliceSource
 
     heads, backbones = _choice("head", args.heads, tuple(scoring.HEADS)), _choice("backbone", args.backbones, BACKBONES)
-    layers = _layers(args.layers)
+    layers, sizes = _layers(args.layers), _sizes(args.image_sizes)
     names = [name for name in args.label.split(",") if name]
     if args.task and len(names) != 1:
         raise UserError(f"--task={args.task} names one task, but --label has {len(names)}; leave --task out")
@@ -114,7 +119,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             # Another seed than the checkpoint started from: weights that no training has touched.
             params = mae.init(config, jax.random.key(loaded.config["seed"] + 1))
         views[backbone] = features.encoder_view(
-            config.encoder, params["encoder"], settings, pooling=args.features, layers=layers
+            config.encoder, params["encoder"], settings, pooling=args.features, layers=layers, image_sizes=sizes
         )
     wanted = {
         split: np.unique(np.concatenate([task.splits[split].slices for task in tasks])) for split in labels.SPLITS
@@ -131,7 +136,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     provenance = {
         "step": loaded.step, "examples_seen": loaded.examples_seen,
         "encoder_sha256": features.digest(loaded.params["encoder"]),
-        "image_size": list(config.encoder.image_size),
+        "image_size": list(config.encoder.image_size), "image_sizes": [list(size) for size in sizes],
         "view_sha256": hashlib.sha256(settings.to_json(sort_keys=True).encode()).hexdigest()[:16],
     }  # fmt: skip
     rows, predictions = [], []
@@ -171,6 +176,15 @@ def _choice(what: str, text: str, known: tuple[str, ...]) -> list[str]:
     if not names:
         raise UserError(f"no {what} given; there are: {', '.join(known)}")
     return names
+
+
+def _sizes(text: str | None) -> list[tuple[int, int]]:
+    from data_pipeline.errors import UserError
+
+    words = text.split(",") if text is not None else []
+    if not all(word.isdigit() for word in words):
+        raise UserError(f"--image-sizes={text}: write numbers of px with commas, such as 96,128")
+    return [(int(word), int(word)) for word in words]
 
 
 def _layers(text: str) -> list[int | str]:

@@ -72,6 +72,7 @@ def encoder_view(
     *,
     pooling: str = "mean",
     layers: Sequence[int | str] = (LAST,),
+    image_sizes: Sequence[tuple[int, int]] = (),
 ) -> View:
     """Features of an encoder.
 
@@ -81,9 +82,12 @@ def encoder_view(
       pooling: "cls"; "mean" of the patch tokens; "cls+mean", one after the other.
       layers: outputs that are pooled and concatenated: LAST, the final norm's, or numbers of blocks from 1 to depth,
         whose outputs are taken before any norm.
+      image_sizes: (height, width) in px of the images that the encoder sees; the features of several are concatenated.
+        The encoder's own unless given. Training crops show things larger than the whole slice does at the same size, so
+        that a larger one can serve better (Touvron et al. 2019, arXiv 1906.06423).
 
     Raises:
-      UserError: there is no such pooling or layer.
+      UserError: there is no such pooling or layer, or a size is no multiple of the patch.
     """
     if pooling not in POOLINGS:
         raise UserError(f"no features {pooling!r}; there are: {', '.join(POOLINGS)}")
@@ -96,12 +100,21 @@ def encoder_view(
         parts = {"cls": [tokens[:, 0]], "mean": [tokens[:, 1:].mean(axis=1)]}
         return jnp.concatenate([part for name in pooling.split("+") for part in parts[name]], axis=1)
 
+    try:
+        # No parameter depends on the size: positions are computed.
+        encoders = [dataclasses.replace(config, image_size=size) for size in image_sizes or (config.image_size,)]
+    except ValueError as error:
+        raise UserError(f"--image-sizes: {error}") from error
+
     def of(params: Any, batch: augment.Batch) -> Float[Array, "batch features"]:
-        images = augment.evaluation_view(batch, settings, config.image_size)
-        encoder = vit.bind(config, params)
-        last, hidden = encoder.encode(encoder.embed(images), [block - 1 for block in blocks])
-        outputs = {LAST: last, **dict(zip(blocks, hidden, strict=True))}
-        return jnp.concatenate([pool(outputs[layer]) for layer in layers], axis=1)
+        parts = []
+        for encoder_config in encoders:
+            images = augment.evaluation_view(batch, settings, encoder_config.image_size)
+            encoder = vit.bind(encoder_config, params)
+            last, hidden = encoder.encode(encoder.embed(images), [block - 1 for block in blocks])
+            outputs = {LAST: last, **dict(zip(blocks, hidden, strict=True))}
+            parts += [pool(outputs[layer]) for layer in layers]
+        return jnp.concatenate(parts, axis=1)
 
     return View(of, params)
 

@@ -152,3 +152,20 @@ def test_a_view_keeps_weights_out_of_the_program(model) -> None:
     model_config, params = model
     view = features.encoder_view(model_config.encoder, params["encoder"], SETTINGS)
     assert dataclasses.asdict(view).keys() == {"of", "params"} and view.params is params["encoder"]
+
+
+def test_several_image_sizes_are_concatenated_and_the_own_one_is_the_default(model) -> None:
+    encoder, params = model[0].encoder, model[1]["encoder"]
+    views = {
+        "own": features.encoder_view(encoder, params, SETTINGS, layers=[1, "last"]),
+        "both": features.encoder_view(encoder, params, SETTINGS, layers=[1, "last"], image_sizes=[(16, 16), (24, 24)]),
+        "larger": features.encoder_view(encoder, params, SETTINGS, layers=[1, "last"], image_sizes=[(24, 24)]),
+    }
+    found = features.extract(Slices(3), np.arange(3), views)
+    np.testing.assert_allclose(found["both"], np.concatenate([found["own"], found["larger"]], axis=1), atol=1e-5)
+    assert np.abs(found["own"] - found["larger"]).max() > 1e-3
+
+
+def test_an_image_size_that_is_no_multiple_of_the_patch_is_refused(model) -> None:
+    with pytest.raises(UserError, match=r"--image-sizes: image size \(20, 20\) is no multiple of the patch size"):
+        features.encoder_view(model[0].encoder, model[1]["encoder"], SETTINGS, image_sizes=[(20, 20)])
