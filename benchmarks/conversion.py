@@ -1,7 +1,7 @@
 """Prints the figures of docs/convert.md.
 
-  python -m tests.convert.measure --size=B --image-size=224 --patch-size=16     layouts against the JAX model
-  python -m tests.convert.measure --mistakes --channels=3                       what the check sees of mistakes
+  python -m benchmarks.conversion --size=B --image-size=224 --patch-size=16     layouts against the JAX model
+  python -m benchmarks.conversion --mistakes --channels=3                       what the check sees of mistakes
 
 Weights are random: for the layouts none of them zero or one (as the parity tests draw them), for the mistakes those
 that a run starts with.
