@@ -14,7 +14,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.batch_size = 32  # global, over all devices
-    config.duration = "105000 examples"  # or "94000 examples", "800 epochs"
+    config.duration = "138000 examples"  # or "94000 examples", "800 epochs"
     config.warmup = "5 %"
     config.save_every = "10 %"
     config.log_every = "20 steps"
