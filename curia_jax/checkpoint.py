@@ -18,6 +18,8 @@ from orbax.checkpoint import v1 as ocp
 from data_pipeline.errors import UserError
 
 FOLDER = "checkpoints"
+# Orbax writes it last, on every file system. It takes a folder without it, half copied say, for a checkpoint.
+COMMITTED = "commit_success.txt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Checkpointer:
     """Saves and restores the train state of a work directory.
 
     Args:
-      workdir: folder of the run; local or an object-store URL.
+      workdir: folder of the run.
       keep: newest checkpoints kept.
       keep_every_steps: checkpoints at multiples of this are kept for good; None for none.
     """
@@ -52,10 +54,15 @@ class Checkpointer:
         policies: list[Any] = [ocp.training.preservation_policies.LatestN(keep)]
         if keep_every_steps is not None:
             policies.append(ocp.training.preservation_policies.EveryNSteps(keep_every_steps))
+        # Without this Orbax takes `meta` for a tree of arrays and writes each of its numbers as one.
+        context = ocp.Context()
+        context.checkpointables.registry = ocp.handlers.local_registry()
+        context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
         # Orbax accepts a relative path here and fails at the first save.
         self._folder = epath.Path(workdir).expanduser().absolute() / FOLDER
         self._orbax = ocp.training.Checkpointer(
             self._folder,
+            context=context,
             preservation_policy=ocp.training.preservation_policies.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
         )
@@ -63,13 +70,13 @@ class Checkpointer:
     @property
     def latest_step(self) -> int | None:
         """Newest finished checkpoint."""
-        latest = self._orbax.latest
-        return None if latest is None else int(latest.step)
+        return max(_finished_steps(self._folder), default=None)
 
     def save(self, step: int, state: Any, *, config: Mapping[str, Any], examples_seen: int) -> None:
         """Starts saving in the background; waits first for a save that is still running."""
         meta = {"config": dict(config), "examples_seen": int(examples_seen)}
-        self._orbax.save_checkpointables_async(step, {"state": state, "meta": meta}, force=True)
+        # What may be there already is half written: a finished step is never saved again.
+        self._orbax.save_checkpointables_async(step, {"state": state, "meta": meta}, force=True, overwrite=True)
 
     def wait(self) -> None:
         """Returns when what was saved is on disk."""
@@ -84,13 +91,19 @@ class Checkpointer:
         Raises:
           UserError: the checkpoint holds other tensors than `abstract` (another model size, say).
         """
-        step = self.latest_step
-        _check_shapes(self._folder / str(step), abstract)
-        loaded = self._orbax.load_checkpointables(step, {"state": abstract, "meta": None})
+        folder = self._folder / str(self.latest_step)
+        _check_shapes(folder, abstract)
+        loaded = ocp.load_checkpointables(folder, {"state": abstract, "meta": None})
         return loaded["state"], loaded["meta"]
 
     def close(self) -> None:
         self._orbax.close()
+
+
+def _finished_steps(folder: epath.Path) -> list[int]:
+    if not folder.is_dir():
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / COMMITTED).exists())
 
 
 def _tensors(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -135,17 +148,13 @@ def find(path: str, step: int | None = None) -> epath.Path:
         raise UserError(f"no checkpoint at {path}: there is no such folder")
     if (folder / FOLDER).exists():
         folder /= FOLDER
-    if ocp.is_orbax_checkpoint(folder) and folder.name.isdigit():
+    if folder.name.isdigit() and (folder / COMMITTED).exists():
         if step not in (None, int(folder.name)):
             raise UserError(
                 f"{path} is the checkpoint of step {folder.name}, not of {step}; leave --step out or name the work directory"
             )
         return folder
-    steps = (
-        sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and ocp.is_orbax_checkpoint(p))
-        if folder.is_dir()
-        else []
-    )
+    steps = _finished_steps(folder)
     if not steps:
         raise UserError(
             f"no finished checkpoint in {path}; a work directory of curia_jax.pretrain has some in its folder {FOLDER}/"

@@ -4,8 +4,9 @@ import ast
 import difflib
 import re
 import runpy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 
@@ -67,6 +68,8 @@ def _set(config: ml_collections.ConfigDict, field: str, text: str) -> None:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    if isinstance(old, str) and not isinstance(value, str):
+        value = text  # model.remat=none and data.shards=2024 are words
     if isinstance(old, tuple) and isinstance(value, int | float):
         value = (value,) * len(old)
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
@@ -93,6 +96,13 @@ def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, ob
     return fields
 
 
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Fields that differ between two configs as plain dicts: dotted name -> (old, new); None where there is none."""
+    before, after = (flatten(ml_collections.ConfigDict(plain)) for plain in (old, new))
+    names = dict.fromkeys([*before, *after])
+    return {n: (before.get(n), after.get(n)) for n in names if before.get(n) != after.get(n)}
+
+
 def steps(duration: str, *, batch_size: int, examples: int, total: int | None = None) -> int:
     """Turns a duration into optimizer steps.
 
@@ -105,7 +115,7 @@ def steps(duration: str, *, batch_size: int, examples: int, total: int | None = 
     Raises:
       UserError: the text is none of these forms.
     """
-    match = re.fullmatch(r"\s*([\d_.e+]+)\s*(steps?|examples?|epochs?|%)\s*", duration)
+    match = re.fullmatch(r"\s*(\d+(?:_\d+)*(?:\.\d*)?(?:e\+?\d+)?)\s*(steps?|examples?|epochs?|%)\s*", duration)
     if match is None or (match[2] == "%" and total is None):
         raise UserError(f"cannot read the duration {duration!r}: write '500 steps', '94000 examples' or '800 epochs'")
     number = float(match[1])

@@ -76,9 +76,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def check_batch(batch_size: int, mesh: Mesh) -> None:
     """Raises UserError where the global batch does not divide over the mesh."""
-    if batch_size % mesh.size:
+    if batch_size < 1 or batch_size % mesh.size:
         below, above = batch_size // mesh.size * mesh.size, -(-batch_size // mesh.size) * mesh.size
-        near = " or ".join(str(n) for n in (below, above) if n)
+        near = " or ".join(str(n) for n in (below, above) if n > 0) or str(mesh.size)
         raise UserError(
             f"batch_size {batch_size} does not divide over {mesh.size} devices "
             f"({', '.join(f'{a}={n}' for a, n in mesh.shape.items())}); set --config.batch_size={near}"
@@ -133,7 +133,7 @@ def parameter_shardings(params: Mapping[str, Any], mesh: Mesh, rules: Sequence[t
             if axis is not None and size % mesh.shape[axis]:
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise UserError(
-                    f"{name} has {size} rows, which do not divide over {axis}={mesh.shape[axis]}; choose --config.mesh.{axis} so that it divides {size}"
+                    f"{name} has a side of {size}, which does not divide over {axis}={mesh.shape[axis]}; choose --config.mesh.{axis} so that it divides {size}"
                 )
         return NamedSharding(mesh, spec)
 

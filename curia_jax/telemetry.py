@@ -4,9 +4,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -34,15 +34,16 @@ PEAK_FLOPS = {
 def peak_flops() -> tuple[float, str]:
     """Peak FLOP/s of all devices of the run together, and where the figure comes from.
 
-    A device that PEAK_FLOPS does not list (a CPU, say) is timed on 1024 x 1024 x 1024 float32 matrix products; simulated
-    CPU devices share one machine, so their figure is the machine's.
+    A device that PEAK_FLOPS does not list is timed on products of square matrices: 1024 wide and float32 on a CPU, 4096
+    wide and bfloat16 elsewhere. Simulated CPU devices share one machine, so their figure is the machine's.
     """
     kind = jax.devices()[0].device_kind
     if kind in PEAK_FLOPS:
         return PEAK_FLOPS[kind] * jax.device_count(), f"data sheet of {kind}"
-    n, repeats = 1024, 8
+    cpu = jax.default_backend() == "cpu"
+    n, dtype, repeats = (1024, jnp.float32, 8) if cpu else (4096, jnp.bfloat16, 32)
     product = jax.jit(lambda a: a @ a)
-    a = jax.device_put(jnp.full((n, n), 1 / n, jnp.float32), jax.local_devices()[0])
+    a = jax.device_put(jnp.full((n, n), 1 / n, dtype), jax.local_devices()[0])
     jax.block_until_ready(product(a))
     best = float("inf")
     for _ in range(3):
@@ -51,12 +52,12 @@ def peak_flops() -> tuple[float, str]:
             a = product(a)
         jax.block_until_ready(a)
         best = min(best, (time.perf_counter() - start) / repeats)
-    machines = jax.process_count() if jax.default_backend() == "cpu" else jax.device_count()
-    return 2 * n**3 / best * machines, f"measured float32 matrix product on {kind}"
+    machines = jax.process_count() if cpu else jax.device_count()
+    return 2 * n**3 / best * machines, f"measured {a.dtype} matrix product on {kind}"
 
 
 class Meter:
-    """Throughput between two reports, without start-up and compilation, and the share of it spent waiting for input.
+    """Throughput without start-up and compilation, and the shares of the time spent waiting for input and for saves.
 
     Args:
       flops_per_image: model FLOPs of a training step per image (no credit for rematerialisation).
@@ -65,68 +66,102 @@ class Meter:
 
     def __init__(self, *, flops_per_image: float, peak: float) -> None:
         self._flops, self._peak = flops_per_image, peak
-        self._start: float | None = None
-        self._images = 0
-        self._waited = 0.0
+        self._interval: _Span | None = None
+        self._run: _Span | None = None
 
     def waited(self, seconds: float) -> None:
-        """Adds time in which the devices' queue was not fed because the input was not there."""
-        self._waited += seconds
+        """Adds time in which the devices had nothing to do because the input was not there."""
+        if self._interval is not None:
+            self._interval.waited += seconds
+
+    def saved(self, seconds: float) -> None:
+        """Adds time in which a save kept the loop."""
+        if self._interval is not None:
+            self._interval.saving += seconds
 
     def finished(self, images: int) -> None:
         """Counts a step whose result is known to be there. The first one only starts the clock."""
-        if self._start is None:
-            self._start, self._images, self._waited = time.perf_counter(), 0, 0.0
+        now = time.perf_counter()
+        if self._interval is None:
+            self._interval, self._run = _Span(now), _Span(now)
         else:
-            self._images += images
+            self._interval.images += images
+        self._interval.end = now
 
     def read(self) -> dict[str, float]:
-        """Rates since the last call; empty while there is nothing to divide."""
-        now = time.perf_counter()
-        if self._start is None or not self._images:
+        """images_per_second, data_stall_fraction, save_stall_fraction and mfu of the steps since the last call; empty
+        while there is nothing to divide."""
+        if self._interval is None or not self._interval.images:
             return {}
-        seconds = now - self._start
-        rate = self._images / seconds
-        result = {
+        span = self._interval
+        self._run.add(span)
+        self._interval = _Span(span.end)
+        return self._rates(span)
+
+    def total(self) -> dict[str, float]:
+        """The same of all steps that were read."""
+        return self._rates(self._run) if self._run is not None and self._run.images else {}
+
+    def _rates(self, span: "_Span") -> dict[str, float]:
+        seconds = span.end - span.start
+        rate = span.images / seconds
+        return {
             "images_per_second": rate,
-            "data_stall_fraction": min(1.0, self._waited / seconds),
+            "data_stall_fraction": min(1.0, span.waited / seconds),
+            "save_stall_fraction": min(1.0, span.saving / seconds),
             "mfu": rate * self._flops / self._peak,
         }
-        self._start, self._images, self._waited = now, 0, 0.0
-        return result
+
+
+class _Span:
+    """From the end of one step to the end of a later one."""
+
+    def __init__(self, start: float) -> None:
+        self.start = self.end = start
+        self.images, self.waited, self.saving = 0, 0.0, 0.0
+
+    def add(self, later: "_Span") -> None:
+        self.end = later.end
+        self.images += later.images
+        self.waited += later.waited
+        self.saving += later.saving
+
+
+METRICS, EVENTS, BOARD = "metrics.jsonl", "events.jsonl", "tensorboard"
 
 
 class Log:
     """`metrics.jsonl`, `events.jsonl` and TensorBoard events of a work directory. Only one host of a run has one.
 
-    A run that goes on from step n drops the lines after step n that its killed predecessor had written.
+    A run that goes on from step n drops the lines after step n that its killed predecessor had written, and tells
+    TensorBoard to do so.
+
+    Args:
+      start_step: step of the checkpoint that the run goes on from; 0 for a new run.
     """
 
     def __init__(self, workdir: str, *, start_step: int) -> None:
         # Imported here because a host that writes nothing does not need it.
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        folder = Path(workdir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._metrics_path = folder / "metrics.jsonl"
-        self._drop_after(start_step)
-        self._metrics = self._metrics_path.open("a", encoding="utf-8")
-        self._events = (folder / "events.jsonl").open("a", encoding="utf-8")
-        self._board = EventFileWriter(str(folder / "tensorboard"))
+        self._folder = Path(workdir)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._metrics = self._open(METRICS, lambda line: line["step"] <= start_step)
+        self._events = self._open(EVENTS, lambda line: True)
+        self._board = EventFileWriter(str(self._folder / BOARD))
+        if start_step:
+            again = SessionLog(status=SessionLog.START)
+            self._board.add_event(Event(wall_time=time.time(), step=start_step + 1, session_log=again))
 
-    def _drop_after(self, step: int) -> None:
-        if not self._metrics_path.exists():
-            return
-        kept = []
-        for line in self._metrics_path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except json.JSONDecodeError:
-                break  # the torn last line of a killed run
-        beside = self._metrics_path.with_suffix(".tmp")
-        beside.write_text("".join(kept), encoding="utf-8")
-        os.replace(beside, self._metrics_path)
+    def _open(self, name: str, keep: Callable[[dict[str, Any]], bool]) -> TextIO:
+        """Opens a file of JSON lines for appending, after dropping a torn last line and those that are not to be kept."""
+        path = self._folder / name
+        kept = [line for line in _json_lines(path) if keep(line)] if path.exists() else []
+        beside = path.with_suffix(".tmp")
+        beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(beside, path)
+        return path.open("a", encoding="utf-8")
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line to `metrics.jsonl` and one point per value to TensorBoard."""
@@ -148,6 +183,24 @@ class Log:
         self._metrics.close()
         self._events.close()
         self._board.close()
+
+
+def last_metrics(workdir: str) -> dict[str, Any]:
+    """The last whole line of `metrics.jsonl`; empty where there is none."""
+    path = Path(workdir) / METRICS
+    lines = _json_lines(path) if path.exists() else []
+    return lines[-1] if lines else {}
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file up to a torn one, which a killed run leaves at the end."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
 
 
 class ProgressLine:
@@ -180,8 +233,18 @@ class ProgressLine:
         if now - self._last >= self._every or step == self._total:
             self._last = now
             left = (now - self._first) / max(1, step - self._start_step) * (self._total - step)
-            print(f"step {step}/{self._total}  {text}  {left / 60:.1f} min left", file=sys.stderr, flush=True)
+            print(f"step {step}/{self._total}  {text}  {_duration(left)} left", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )

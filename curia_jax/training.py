@@ -10,6 +10,7 @@ the host reads the figures of the one before.
 
 import contextlib
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,19 +30,27 @@ class NonFinite(Exception):
 
 
 class Stop:
-    """Remembers SIGTERM and SIGINT until the loop gets to it. A second SIGINT interrupts at once."""
+    """Remembers SIGTERM and SIGINT until the loop gets to it. A second SIGINT interrupts at once.
+
+    With several hosts SIGTERM stays with JAX's preemption service, which tells the other hosts; a handler of our own would
+    take it away from the service. SIGINT is passed on to it.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self._requested = False
+        self._alone = jax.process_count() == 1
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["Stop"]:
         def request(number: int, frame: Any) -> None:
-            if self.requested and number == signal.SIGINT:
+            if self._requested and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self.requested = True
+            self._requested = True
+            if not self._alone:
+                os.kill(os.getpid(), signal.SIGTERM)
 
-        previous = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = (signal.SIGINT, signal.SIGTERM) if self._alone else (signal.SIGINT,)
+        previous = {number: signal.signal(number, request) for number in numbers}
         try:
             yield self
         finally:
@@ -50,9 +59,7 @@ class Stop:
 
     def agreed(self, step: int) -> bool:
         """True on every host in the same step, as soon as one host was told to stop."""
-        if jax.process_count() == 1:
-            return self.requested
-        return multihost_utils.reached_preemption_sync_point(step)
+        return self._requested if self._alone else multihost_utils.reached_preemption_sync_point(step)
 
 
 def fit(
@@ -93,8 +100,8 @@ def fit(
     saved_step = start_step if checkpointer.latest_step == start_step else None
     pending: tuple[int, dict[str, jax.Array]] | None = None
 
-    def report() -> None:
-        """Waits for the pending step, checks it and passes its figures on."""
+    def report(last: bool = False) -> None:
+        """Waits for the pending step, checks it and passes its figures on; in any case if it is the last one."""
         nonlocal pending
         if pending is None:
             return
@@ -113,7 +120,7 @@ def fit(
                     f"{name} is {value} at step {step}; {good}. Try a lower learning rate or --config.optimizer.clip_norm=1.0"
                 )
         meter.finished(batch_size)
-        if step % log_every_steps == 0 or step in (start_step + 1, total_steps):
+        if last or step % log_every_steps == 0 or step == start_step + 1:
             values = {"examples_seen": examples_seen + (step - start_step) * batch_size, **metrics, **meter.read()}
             if log is not None:
                 log.metrics(step, values)
@@ -122,28 +129,30 @@ def fit(
 
     with Stop().listening() as stop, jax.transfer_guard("disallow"):
         for step in range(start_step, total_steps + 1):
-            stopping = stop.agreed(step)
-            if step != saved_step and (
-                stopping or step == total_steps or (step > start_step and step % save_every_steps == 0)
-            ):
-                report()
+            done = stop.agreed(step) or step == total_steps
+            if step != saved_step and (done or (step > start_step and step % save_every_steps == 0)):
+                report(last=done)
                 seen = examples_seen + (step - start_step) * batch_size
+                asked = time.perf_counter()
                 with jax.transfer_guard("allow"):  # a save copies the state to the host; that is its purpose
                     checkpointer.save(step, state, config=config, examples_seen=seen)
+                meter.saved(time.perf_counter() - asked)
                 saved_step = step
                 if log is not None:
                     log.event("saved", step=step, examples_seen=seen)
-            if stopping or step == total_steps:
+            if done:
                 break
 
             asked = time.perf_counter()
-            batch = next(batches)
-            meter.waited(time.perf_counter() - asked)
+            with jax.transfer_guard_host_to_device("allow"):  # with several hosts, JAX counts this as a hidden transfer
+                batch = next(batches)
+            # Devices that are still at work did not wait.
+            if pending is None or all(value.is_ready() for value in pending[1].values()):
+                meter.waited(time.perf_counter() - asked)
 
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = train_step(state, batch)
             report()
             pending = step + 1, metrics
-        report()
         checkpointer.wait()
     return state, step == total_steps

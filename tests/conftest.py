@@ -1,7 +1,13 @@
 """Settings of the whole suite: simulated devices, a shared compilation cache, shapes checked at run time."""
 
+import contextlib
+import fcntl
 import os
+import subprocess
+import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,6 +15,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
 # jaxtyping annotations of every public function are checked at each call, so that the documented shapes stay true.
@@ -29,3 +36,42 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data not found at {folder}; set CURIA_DATA to a folder that has it")
     return folder
+
+
+@pytest.fixture(scope="session")
+def uncached() -> Callable[[], AbstractContextManager[None]]:
+    """Context in which programs are neither read from the compilation cache nor written to it.
+
+    For programs with several collectives: read from the cache they deadlock on simulated devices (see pretrain.use_devices).
+    """
+
+    @contextlib.contextmanager
+    def switched_off() -> Iterator[None]:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # JAX looks at the setting once
+        try:
+            yield
+        finally:
+            jax.config.update("jax_enable_compilation_cache", True)
+            compilation_cache.reset_cache()
+
+    return switched_off
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of three phantom patients: 48 slices of 32 px, all for training. Built once for all workers."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    shards, exams = folder / "tiny_shards", folder / "tiny_exams"
+    with (folder / "tiny_shards.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shards / "shards.parquet").exists():
+            for command in (
+                ["data_pipeline.phantom", f"--output={exams}", "--patients=3", "--size=32", "--slices=4"],
+                ["data_pipeline.build", "--input", f"{exams}/dicom", f"--output={shards}", "--validation=0", "--test=0",
+                 "--workers=1"],
+            ):  # fmt: skip
+                subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True, capture_output=True)
+    return shards

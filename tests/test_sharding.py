@@ -92,7 +92,7 @@ def test_a_rule_without_a_parameter_is_an_error() -> None:
 def test_a_dimension_that_does_not_divide_names_parameter_and_axis() -> None:
     mesh = sharding.make_mesh(data=1, fsdp=8)
     rules = ((r"odd", P("fsdp")),)
-    with pytest.raises(UserError, match=r"odd has 12 rows, which do not divide over fsdp=8"):
+    with pytest.raises(UserError, match=r"odd has a side of 12, which does not divide over fsdp=8"):
         sharding.parameter_shardings({"odd": jax.ShapeDtypeStruct((12,), jnp.float32)}, mesh, rules)
 
 
