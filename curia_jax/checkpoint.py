@@ -24,7 +24,7 @@ COMMITTED = "commit_success.txt"
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A checkpoint read without devices.
+    """A checkpoint read without an accelerator.
 
     Attributes:
       params: nested dict of float32 numpy arrays.
@@ -125,10 +125,11 @@ def _check_shapes(folder: epath.Path, abstract: Any) -> None:
     ]
     missing = [f"{name} is not in the checkpoint" for name in wanted if name not in found]
     extra = [f"{name} is in the checkpoint alone" for name in found if name not in wanted]
-    problems = wrong + missing + extra
+    # Moments differ where their parameters do.
+    problems = sorted(wrong + missing + extra, key=lambda problem: not problem.startswith("params/"))
     if problems:
         raise UserError(
-            f"checkpoint {folder} does not fit this config's model ({len(problems)} tensors differ): {'; '.join(problems[:3])}"
+            f"checkpoint {folder} does not fit this config's model (tensors that differ: {len(problems)}): {'; '.join(problems[:3])}"
             f"{'; …' if len(problems) > 3 else ''}. Use the config it was trained with, or another --workdir"
         )
 

@@ -1,0 +1,245 @@
+"""Checkpoints: the same bits back, on any mesh and on none, and a clear line where there are none to be had."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from curia_jax import checkpoint, sharding
+from data_pipeline.errors import UserError
+
+CONFIG = {"seed": 3, "data": {"canvas": None, "split": "train"}, "model": {"size": "Ti", "image_size": [16, 24]}}
+SPECS = {"kernel": P("fsdp", None), "bias": P()}
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def host_state(width: int = 16, step: int = 8) -> Any:
+    """Parameters of random bits that are numbers, among them subnormal ones and -0, with AdamW's moments."""
+    random = np.random.default_rng(step)
+    bits = random.integers(0, 2**32, (8, width), dtype=np.uint32) & 0xBFFFFFFF  # an exponent below that of infinity
+    params = {"layer": {"kernel": bits.view(np.float32), "bias": np.linspace(-0.0, 1e-40, width, dtype=np.float32)}}
+    adam = optax.ScaleByAdamState(
+        np.int32(step),
+        jax.tree.map(lambda x: x * np.float32(0.5), params),
+        jax.tree.map(lambda x: np.abs(x) + 1, params),
+    )
+    return {"step": np.int32(step), "params": params, "opt_state": (adam, optax.EmptyState())}
+
+
+def placed(state: Any, mesh: jax.sharding.Mesh) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.device_put(leaf, NamedSharding(mesh, SPECS.get(getattr(path[-1], "key", ""), P()))),
+        state,
+    )
+
+
+def abstract(state: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+
+
+def assert_same_bits(found: Any, wanted: Any) -> None:
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(found)[0], jax.tree.leaves(wanted), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes()), jax.tree_util.keystr(path)
+
+
+def save(workdir: Path, *steps: int, width: int = 16, mesh: dict[str, int] | None = None, **settings: Any) -> None:
+    checkpointer = checkpoint.Checkpointer(str(workdir), **settings)
+    for step in steps:
+        state = placed(host_state(width, step), sharding.make_mesh(**(mesh or {"data": 2, "fsdp": 4})))
+        checkpointer.save(step, state, config=CONFIG, examples_seen=step * 2**40)
+    checkpointer.close()
+
+
+def restore(workdir: Path, wanted: Any) -> tuple[Any, dict[str, Any]]:
+    checkpointer = checkpoint.Checkpointer(str(workdir))
+    try:
+        return checkpointer.restore(wanted)
+    finally:
+        checkpointer.close()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work directory with the steps 4 and 8, saved from the mesh (data 2, fsdp 4). Not to be written to."""
+    workdir = tmp_path_factory.mktemp("saved")
+    save(workdir, 4, 8)
+    return workdir
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Iterator[Path]:
+    shutil.copytree(saved, tmp_path / "run")
+    yield tmp_path / "run"
+
+
+# ---- the way there and back
+
+
+@pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 4}, {"data": 1, "fsdp": 8}, {"replica": 2, "data": 4}, None])
+def test_every_bit_comes_back_on_any_mesh(saved: Path, mesh: dict[str, int] | None) -> None:
+    devices = jax.devices() if mesh else jax.devices()[:1]
+    wanted = placed(host_state(), sharding.make_mesh(**(mesh or {}), devices=devices))
+    state, meta = restore(saved, abstract(wanted))
+    assert_same_bits(state, wanted)
+    for found, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
+        assert found.sharding == leaf.sharding
+    assert meta == {"config": CONFIG, "examples_seen": 8 * 2**40}
+
+
+def test_what_is_saved_is_the_state_of_that_moment(tmp_path: Path) -> None:
+    """Saving goes on in the background while the next steps overwrite the state's memory."""
+    advance = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    state = {"step": jnp.int32(0), "params": {"kernel": jnp.zeros((1024, 1024), jnp.float32)}}
+    checkpointer = checkpoint.Checkpointer(str(tmp_path))
+    for step in range(1, 41):
+        state = advance(state)
+        if step == 20:
+            checkpointer.save(step, state, config=CONFIG, examples_seen=0)
+    checkpointer.close()
+    kernel = checkpoint.load(str(tmp_path)).params["kernel"]
+    assert kernel.min() == kernel.max() == 20
+
+
+def test_parameters_are_read_without_an_accelerator_and_without_the_mesh_they_came_from(
+    saved: Path, tmp_path: Path
+) -> None:
+    program = """
+import sys
+import jax
+import numpy as np
+from curia_jax import checkpoint
+assert jax.device_count() == 1
+loaded = checkpoint.load(sys.argv[1])
+assert all(type(leaf) is np.ndarray for leaf in loaded.params["layer"].values())
+np.savez(sys.argv[2], **loaded.params["layer"])
+print(loaded.step, loaded.examples_seen, loaded.config["model"]["image_size"], loaded.path)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(saved), str(tmp_path / "params.npz")],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"}, cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[0] == f"8 {8 * 2**40} [16, 24] {saved}/checkpoints/8"
+    with np.load(tmp_path / "params.npz") as found:
+        assert_same_bits(dict(found), host_state()["params"]["layer"])
+
+
+def test_meta_is_json_as_it_was_given(saved: Path) -> None:
+    assert json.loads((saved / "checkpoints/8/meta/data.json").read_text()) == {
+        "config": CONFIG,
+        "examples_seen": 8 * 2**40,
+    }
+
+
+# ---- which ones there are
+
+
+def test_the_newest_ones_and_every_so_many_steps_stay(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2, 3, 4, 5, 6, 7, keep=2, keep_every_steps=3)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["3", "6", "7"]
+
+
+def test_a_checkpoint_is_found_by_any_of_its_folders(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(saved.parent)
+    for path, step, name in [
+        (saved, None, "8"), (saved, 4, "4"), (saved / "checkpoints", None, "8"), (saved / "checkpoints/4", None, "4"),
+        (saved / "checkpoints/4", 4, "4"), (saved.name, 4, "4"),
+    ]:  # fmt: skip
+        assert str(checkpoint.find(str(path), step)) == f"{saved}/checkpoints/{name}"
+    assert checkpoint.load(str(saved), 4).examples_seen == 4 * 2**40
+
+
+@pytest.mark.parametrize(
+    ("path", "step", "message"),
+    [
+        ("nowhere", None, "no checkpoint at .*/nowhere: there is no such folder"),
+        ("", 5, "no checkpoint of step 5 in .*; there are: 4, 8"),
+        ("checkpoints/4", 8, "/4 is the checkpoint of step 4, not of 8; leave --step out or name the work directory"),
+        ("checkpoints/4/state", None, "no finished checkpoint in .*; a work directory of curia_jax.pretrain has some"),
+        ("checkpoints/4/_CHECKPOINT_METADATA", None, "no finished checkpoint in "),
+    ],
+)
+def test_a_checkpoint_that_is_not_there_is_one_clear_line(
+    saved: Path, path: str, step: int | None, message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        checkpoint.find(str(saved / path), step)
+    assert "\n" not in str(error.value)
+
+
+def test_half_written_steps_are_ignored_and_overwritten(copy: Path) -> None:
+    """A killed save leaves its temporary folder, a broken copy a folder without the mark that is written last."""
+    steps = copy / "checkpoints"
+    shutil.copytree(steps / "8", steps / "12")
+    (steps / "12/commit_success.txt").unlink()
+    shutil.copytree(steps / "8", steps / "16.orbax-checkpoint-tmp")
+    assert checkpoint.find(str(copy)).name == "8"
+    with pytest.raises(UserError, match="there are: 4, 8"):
+        checkpoint.find(str(copy), 12)
+    with pytest.raises(UserError, match="no finished checkpoint in"):
+        checkpoint.find(str(steps / "12"))
+    wanted = placed(host_state(), sharding.make_mesh())
+    state, meta = restore(copy, abstract(wanted))
+    assert int(state["step"]) == 8 and meta["examples_seen"] == 8 * 2**40
+    save(copy, 12)
+    assert checkpoint.load(str(copy)).examples_seen == 12 * 2**40
+
+
+def test_a_new_work_directory_has_no_checkpoint(tmp_path: Path) -> None:
+    checkpointer = checkpoint.Checkpointer(str(tmp_path / "new"))
+    assert checkpointer.latest_step is None
+    checkpointer.close()
+    (tmp_path / "new").mkdir(exist_ok=True)
+    with pytest.raises(UserError, match="no finished checkpoint in .*/new; a work directory"):
+        checkpoint.find(str(tmp_path / "new"))
+
+
+# ---- what does not fit
+
+
+def test_another_model_size_is_one_clear_line(saved: Path) -> None:
+    wanted = placed(host_state(width=32), sharding.make_mesh())
+    with pytest.raises(UserError) as error:
+        restore(saved, abstract(wanted))
+    message = str(error.value)
+    assert message.startswith(
+        f"checkpoint {saved}/checkpoints/8 does not fit this config's model (tensors that differ: 6): "
+    )
+    assert "params/layer/kernel is (8, 16) in the checkpoint, (8, 32) in the config" in message
+    assert message.endswith("Use the config it was trained with, or another --workdir")
+    assert "\n" not in message and len(message) < 600
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("bias", "scale", r"\(tensors that differ: 6\): .*params/layer/scale is not in the checkpoint"),
+        ("", "scale", r"\(tensors that differ: 1\): params/layer/scale is not in the checkpoint"),
+        ("bias", "", r"\(tensors that differ: 1\): params/layer/bias is in the checkpoint alone"),
+    ],
+)
+def test_tensors_that_are_missing_or_left_over_are_named(saved: Path, old: str, new: str, message: str) -> None:
+    state = host_state()
+    trees = [state["params"]["layer"]]
+    if old and new:  # another name everywhere
+        trees += [moment["layer"] for moment in (state["opt_state"][0].mu, state["opt_state"][0].nu)]
+    for tree in trees:
+        leaf = tree.pop(old) if old else tree["bias"]
+        if new:
+            tree[new] = leaf
+    with pytest.raises(UserError, match=message):
+        restore(saved, abstract(placed(state, sharding.make_mesh())))
