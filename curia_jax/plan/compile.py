@@ -30,7 +30,8 @@ class Compiled:
 
     Attributes:
       text: the scheduled program; empty where it does not fit.
-      memory: bytes per device: arguments, temporaries, outputs (less aliased), code; or only `total` where it does not fit.
+      memory: bytes per device: arguments, temporaries, outputs (less aliased), code; what is known of them, or only their
+        `total`, where it does not fit.
       limit: bytes per device that a program may use.
       largest: what the compiler lists as the largest allocations of a program that does not fit: (bytes, shape, op_name).
       seconds: the compilation took. cached: not this time.
@@ -178,13 +179,17 @@ def program_hash(lowered: Any, topology: topologies.Topology) -> str:
     return hashlib.sha256(whole.encode()).hexdigest()[:32]
 
 
-def compile(job: Job, topology: topologies.Topology) -> Compiled:
+def compile(traced: Any, topology: topologies.Topology, *, argument_bytes: int) -> Compiled:
     """Compiles, unless the same program has been compiled before.
+
+    Args:
+      traced: a traced program (jax.stages.Traced) whose arguments are on the topology's devices.
+      argument_bytes: of them per device, for a program that does not fit, of which the compiler says little.
 
     Raises:
       UserError: the compiler refuses the program for another reason than its memory.
     """
-    lowered = job.traced.lower()
+    lowered = traced.lower()
     key = program_hash(lowered, topology)
     kept = _load(key)
     if kept is not None:
@@ -198,8 +203,10 @@ def compile(job: Job, topology: topologies.Topology) -> Compiled:
         parsed = out_of_memory(str(error))
         if parsed is None:
             raise UserError(f"the TPU compiler refuses the program for {topology}: {str(error)[:400]}") from error
-        used, limit, largest = parsed
-        result = Compiled("", {"total": used}, limit, largest, time.perf_counter() - began, False, key)
+        memory, limit, largest = parsed
+        if "total" not in memory:
+            memory = {"arguments": argument_bytes, **memory}
+        result = Compiled("", memory, limit, largest, time.perf_counter() - began, False, key)
     else:
         stats = compiled.memory_analysis()
         memory = {
@@ -224,19 +231,29 @@ def _without_jax_cache() -> Any:
         jax.config.update("jax_enable_compilation_cache", before)
 
 
-def out_of_memory(message: str) -> tuple[int, int, list[tuple[int, str, str]]] | None:
-    """Bytes used, bytes there are and the largest allocations, from the compiler's refusal; None if it is another one."""
-    match = re.search(r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? hbm", message)
-    if match is None:
+def out_of_memory(message: str) -> tuple[dict[str, int], int, list[tuple[int, str, str]]] | None:
+    """What a refusal for memory says, None for any other refusal.
+
+    Returns:
+      Bytes per device as `total` or as `temporaries` alone, bytes that there are, and the largest allocations if they are
+      listed.
+    """
+    size = r"([\d.]+)([KMGT]?)i?B?"
+    forms = {
+        "temporaries": rf"required for HLO temporaries \({size}\) exceeds available HBM \({size}\)",
+        "total": rf"[Uu]sed {size} of {size} hbm",
+    }
+    found = {name: match for name, form in forms.items() if (match := re.search(form, message)) is not None}
+    if not found:
         return None
+    name, match = next(iter(found.items()))
     used, limit = (int(float(match[i]) * UNITS[match[i + 1]]) for i in (1, 3))
+    listed = rf"Size: {size}\s+(?:Operator: op_name=\"([^\"]*)\"[^\n]*\s+)?Shape: (\S+)"
     largest = [
-        (int(float(size) * UNITS[unit]), shape, operator)
-        for size, unit, operator, shape in re.findall(
-            r"Size: ([\d.]+)([KMGT]?)\s+(?:Operator: op_name=\"([^\"]*)\"[^\n]*\s+)?Shape: (\S+)", message
-        )
+        (int(float(amount) * UNITS[unit]), shape, operator)
+        for amount, unit, operator, shape in re.findall(listed, message)
     ]
-    return used, limit, largest
+    return {name: used}, limit, largest
 
 
 def _load(key: str) -> Compiled | None:

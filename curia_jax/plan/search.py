@@ -40,11 +40,11 @@ class Planner:
         """
         topology, chip = self.topology, self.topology.chip
         job = compiling.job(config, topology, examples=self.data["examples"], canvas=self.data["canvas"])
+        arguments = sorted(compiling.argument_tensors(job), key=lambda row: -row[2])
         with report.waiting(f"compiling for {topology}", compiling.last_seconds()):
-            compiled = compiling.compile(job, topology)
+            compiled = compiling.compile(job.traced, topology, argument_bytes=sum(row[2] for row in arguments))
         hardware, of_kernels = compiling.hardware_flops(job.traced)
         model_flops = 3 * mae.flops(job.objective.model) * config.batch_size
-        arguments = sorted(compiling.argument_tensors(job), key=lambda row: -row[2])
         result: dict[str, Any] = {
             "topology": str(topology),
             "chips": topology.chips,

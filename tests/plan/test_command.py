@@ -188,14 +188,19 @@ Total hbm usage >= 21.69G:
 
 
 def test_a_refusal_for_memory_is_read():
-    used, limit, largest = compiling.out_of_memory(REFUSAL)
-    assert (used, limit) == (int(21.44 * 2**30), int(15.75 * 2**30))
+    memory, limit, largest = compiling.out_of_memory(REFUSAL)
+    assert (memory, limit) == ({"total": int(21.44 * 2**30)}, int(15.75 * 2**30))
     assert largest[0] == (
         int(6.25 * 2**30),
         "f32[8,256,16,197,197]{4,3,2,1,0:T(8,128)}",
         "jit(step)/jvp(decoder)/while",
     )
     assert largest[1][0] == 108 * 2**20
+    short = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (24.82G) exceeds available HBM (15.75G). HLO module: jit_step."
+    )
+    assert compiling.out_of_memory(short) == ({"temporaries": int(24.82 * 2**30)}, limit, [])
     assert compiling.out_of_memory("INTERNAL: something else") is None
 
 
