@@ -38,15 +38,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import rich.progress
 from rich.console import Console
 
-from data_pipeline import codec, convert, dicom, inventory, plan, pseudonyms, shards, workers
+from data_pipeline import codec, convert, dicom, inventory, plan, progress, pseudonyms, shards, workers
 from data_pipeline.errors import UserError, fault
 
 EXIT_STOPPED = 75
 BUILD_FOLDER = ".build"
-MANIFEST, CARD = "manifest.parquet", "card.json"
 FAILED_ON = "failed_on.txt"  # in the build folder, because paths can hold names
 REASONS_SHOWN = 12
 FATES = ("kept", "excluded", "duplicate", "quarantined")
@@ -172,7 +170,7 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the four stages; returns the dataset card."""
     _check(args)
     began = time.monotonic()
-    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)
+    console = progress.console()
     output = Path(args.output)
     files = inventory.find_files(args.input, leave_out=args.output)
     private = output / BUILD_FOLDER
@@ -212,13 +210,13 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
     console.print(
         f"{card['slices']:,} slices of {card['patients']:,} patients in {len(card['shards'])} shards, "
         f"{card['bytes'] / 1e6:,.1f} MB, in {seconds:.0f} s; files: "
-        + ", ".join(f"{counts[fate]:,} {fate}" for fate in FATES if counts[fate]) + f"; see {output / MANIFEST}"
+        + ", ".join(f"{counts[fate]:,} {fate}" for fate in FATES if counts[fate]) + f"; see {output / shards.MANIFEST}"
     )  # fmt: skip
     reasons = [(n, fate, reason) for fate, found in card["reasons"].items() for reason, n in found.items()]
     for count, fate, reason in sorted(reasons, reverse=True)[:REASONS_SHOWN]:
         console.print(f"  {count:6,} x {fate}: {reason}")
     if len(reasons) > REASONS_SHOWN:
-        console.print(f"  and {len(reasons) - REASONS_SHOWN} rarer reasons, see {output / CARD}")
+        console.print(f"  and {len(reasons) - REASONS_SHOWN} rarer reasons, see {output / shards.CARD}")
     return card
 
 
@@ -287,50 +285,6 @@ def _held_out(path: str | None, entries: Sequence[inventory.Entry], key: bytes, 
     return out
 
 
-def _progress(console: Console, unit: str) -> rich.progress.Progress:
-    p = rich.progress
-    return p.Progress(
-        p.TextColumn("{task.description:<10}"), p.BarColumn(), p.MofNCompleteColumn(), p.TextColumn(f"{unit}  {{task.fields[rate]}}"),
-        p.TimeElapsedColumn(), p.TextColumn("left"), p.TimeRemainingColumn(), console=console, transient=False,
-        disable=not console.is_terminal,
-    )  # fmt: skip
-
-
-class _Counter:
-    """Counts touched files: a bar on a terminal, a line every ten seconds elsewhere."""
-
-    def __init__(self, console: Console, stage: str, total: int) -> None:
-        self._console, self._stage, self._total = console, stage, total
-        self._done, self._began = 0, time.monotonic()
-        self._last = self._began
-        self._bar = _progress(console, "files")
-
-    def __enter__(self) -> "_Counter":
-        self._bar.start()
-        self._task = self._bar.add_task(self._stage, total=self._total, rate="")
-        return self
-
-    def __exit__(self, kind: object, *unused: object) -> None:
-        self._bar.stop()
-        if kind is None and not self._console.is_terminal:
-            seconds = time.monotonic() - self._began
-            self._console.print(
-                f"{self._stage}: {self._total:,} files in {seconds:.1f} s, {self._total / max(seconds, 1e-9):,.0f}/s"
-            )
-
-    def step(self) -> None:
-        self._done += 1
-        now = time.monotonic()
-        rate = self._done / max(now - self._began, 1e-9)
-        self._bar.update(self._task, completed=self._done, rate=f"{rate:,.0f}/s")
-        if not self._console.is_terminal and now - self._last >= 10:
-            self._last = now
-            left = (self._total - self._done) / rate
-            self._console.print(
-                f"{self._stage}: {self._done:,} of {self._total:,} files, {rate:,.0f}/s, {left / 60:.1f} min left"
-            )
-
-
 def _run(
     function: workers.Work, tasks: Sequence[Any], args: argparse.Namespace, private: Path
 ) -> Iterator[workers.Progress | workers.Done]:
@@ -349,7 +303,7 @@ def _inventory(files: Sequence[Path], args: argparse.Namespace, key: bytes, cons
     paths = [str(path) for path in files]
     tasks = [(paths[n : n + inventory.FILES_PER_TASK], options) for n in range(0, len(paths), inventory.FILES_PER_TASK)]
     found: dict[int, list[inventory.Entry]] = {}
-    with _Counter(console, "inventory", len(paths)) as counter:
+    with progress.Counter(console, "inventory", len(paths)) as counter:
         for message in _run(inventory.inspect, tasks, args, Path(args.output) / BUILD_FOLDER):
             if isinstance(message, workers.Done):
                 found[message.number] = message.result
@@ -409,7 +363,7 @@ def _convert(
     total = sum(len(series["files"]) for number in todo for series in made["shards"][number]["series"])
     if tasks:
         try:
-            with _Counter(console, "convert", total) as counter:
+            with progress.Counter(console, "convert", total) as counter:
                 for message in _run(convert.convert_shard, tasks, args, private):
                     if isinstance(message, workers.Done):
                         report = message.result
@@ -458,9 +412,9 @@ def _commit(
     reports = [report for report in reports if report["split"] in splits]
     columns = {name: None for row in index for name in row}  # labels may be missing in some rows
     _write_table(output / shards.INDEX, pa.table({name: [row.get(name) for row in index] for name in columns}))
-    _write_table(output / MANIFEST, pa.Table.from_pylist(manifest), private=True)
+    _write_table(output / shards.MANIFEST, pa.Table.from_pylist(manifest), private=True)
     card = _card(args, manifest, index, reports)
-    (output / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    (output / shards.CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     _tfds_metadata(output, args.name, reports)
     # Last, because it is what makes the folder a dataset.
     _write_table(output / shards.SHARDS, _shard_table(reports))
@@ -482,12 +436,12 @@ def _manifest(entries: Sequence[inventory.Entry], reports: Sequence[dict[str, An
 
 
 def _nothing_left(output: Path, manifest: Sequence[dict[str, Any]]) -> UserError:
-    _write_table(output / MANIFEST, pa.Table.from_pylist(list(manifest)), private=True)
+    _write_table(output / shards.MANIFEST, pa.Table.from_pylist(list(manifest)), private=True)
     reasons = collections.Counter(row["reason"] for row in manifest)
     return UserError(
         f"none of the {len(manifest):,} files is a usable slice: "
         + "; ".join(f"{count:,} x {reason}" for reason, count in reasons.most_common(4))
-        + f"; {output / MANIFEST} says it for each file"
+        + f"; {output / shards.MANIFEST} says it for each file"
     )
 
 

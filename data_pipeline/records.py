@@ -103,6 +103,36 @@ def parse_slice(data: bytes, slot: int) -> dict[str, Any]:
     }
 
 
+def parse(data: bytes) -> dict[str, Any]:
+    """Everything that a record holds, by the names above: one value per TEXT and NUMBERS, lists for the others.
+
+    Returns:
+      "slices": the encoded slices; "body_box": four numbers per slice; VECTORS; one entry per slice for the rest.
+
+    Raises:
+      ValueError: a field is missing or has not as many entries as there are slices.
+    """
+    feature = proto.Example.FromString(data).features.feature
+
+    def values(name: str, kind: str, count: int) -> list[Any]:
+        found = list(getattr(feature[name], f"{kind}_list").value) if name in feature else []
+        if len(found) != count:
+            raise ValueError(f"{name} has {len(found)} values, wanted {count}")
+        return found
+
+    slices = list(feature["slices"].bytes_list.value)
+    count = len(slices)
+    boxes = values(SLICE_BOX, "int64", 4 * count)
+    record: dict[str, Any] = {"slices": slices}
+    record |= {name: values(name, "bytes", 1)[0].decode() for name in TEXT}
+    record |= {name: values(name, "float", 1)[0] for name in NUMBERS}
+    record |= {name: values(name, "float", length) for name, length in VECTORS.items()}
+    record |= {name: values(name, "float", count) for name in SLICE_NUMBERS}
+    record |= {name: values(name, "int64", count) for name in SLICE_INTEGERS}
+    record |= {name: [value.decode() for value in values(name, "bytes", count)] for name in SLICE_TEXT}
+    return record | {SLICE_BOX: [tuple(boxes[n : n + 4]) for n in range(0, 4 * count, 4)]}
+
+
 def slice_statistics(stored: UInt16[np.ndarray, "height width"], slope: float, intercept: float) -> dict[str, Any]:
     """low, high (p0.5, p99.5), mean and std in real values, and the body box of a slice.
 

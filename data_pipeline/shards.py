@@ -6,6 +6,8 @@ A dataset folder holds
   shards.parquet                               per shard: split, records, slices, bytes, sha256, largest height and width
   index.parquet                                per slice: where it is, its facts and its labels
   dataset_info.json, features.json             what TFDS needs
+  card.json                                    counts, and why files were left out
+  manifest.parquet                             every input file and its fate; holds paths, so it stays with the site
 """
 
 import hashlib
@@ -26,7 +28,7 @@ from data_pipeline.errors import UserError
 
 # The codec stands in the record, so the container neither groups nor compresses.
 WRITER_OPTIONS = "group_size:1,uncompressed"
-SHARDS, INDEX = "shards.parquet", "index.parquet"
+SHARDS, INDEX, MANIFEST, CARD = "shards.parquet", "index.parquet", "manifest.parquet", "card.json"
 
 
 def file_name(dataset: str, split: str, number: int, count: int) -> str:
@@ -157,18 +159,28 @@ class SliceSource:
           IndexError: beyond the end.
           UserError: the shard cannot be opened, holds another number of records, or is damaged where the slice lies.
         """
+        data, slot, where = self._read(number)
+        try:
+            return records.parse_slice(data, slot)
+        except Exception as error:  # protobuf and the codec each raise their own kinds
+            raise UserError(f"{where} is damaged; copy it again or build it again") from error
+
+    def read(self, number: int) -> tuple[bytes, int]:
+        """The record that holds slice `number`, and the slice's place in it; raises what reading the slice raises."""
+        return self._read(number)[:2]
+
+    def _read(self, number: int) -> tuple[bytes, int, str]:
         if not 0 <= number < len(self):
             raise IndexError(f"slice {number} of {len(self)}")
         record = number if self._single else int(np.searchsorted(self._first_slice, number, side="right")) - 1
         shard = int(np.searchsorted(self._first_record, record, side="right")) - 1
         reader, within = self._reader(shard), int(record - self._first_record[shard])
+        where = f"shard {self.folder / self._files[shard]}, record {within},"
         try:
             data = reader.read([within])[0]
-            return records.parse_slice(data, 0 if self._single else int(number - self._first_slice[record]))
-        except Exception as error:  # the reader, protobuf and the codec each raise their own kinds
-            raise UserError(
-                f"shard {self.folder / self._files[shard]} is damaged in record {within}; copy it again or build it again"
-            ) from error
+        except Exception as error:  # array_record raises several kinds
+            raise UserError(f"{where} is damaged; copy it again or build it again") from error
+        return data, 0 if self._single else int(number - self._first_slice[record]), where
 
     def _reader(self, shard: int) -> Any:
         reader = self._open.get(shard)

@@ -26,7 +26,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from data_pipeline import build, phantom, workers
+from data_pipeline import build, inspect, phantom, shards, verify, workers
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "a key that everybody may know"
@@ -90,6 +90,24 @@ def run_build(key_file: Path) -> Callable[..., Result]:
 
 
 @pytest.fixture(scope="session")
+def run_verify() -> Callable[..., Result]:
+    """Verifies in this process, like run_build."""
+
+    def run(*words: Any, processes: int = 0) -> Result:
+        with pytest.MonkeyPatch.context() as patch:
+            if not processes:
+                patch.setattr(verify.workers, "run", _inline)
+            return _run(verify.main, (*words, "--workers", processes or 1))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_inspect() -> Callable[..., Result]:
+    return lambda *words: _run(inspect.main, words)
+
+
+@pytest.fixture(scope="session")
 def run_phantom() -> Callable[..., Result]:
     return lambda *words: _run(phantom.main, words)
 
@@ -116,7 +134,7 @@ def dataset(study: Path, tmp_path_factory: pytest.TempPathFactory, run_build: Ca
 @pytest.fixture(scope="session")
 def manifest() -> Callable[[Path], dict[str, dict[str, Any]]]:
     """Rows of a dataset's manifest by path."""
-    return lambda folder: {row["path"]: row for row in pq.read_table(folder / build.MANIFEST).to_pylist()}
+    return lambda folder: {row["path"]: row for row in pq.read_table(folder / shards.MANIFEST).to_pylist()}
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from pydicom.datadict import DicomDictionary, keyword_for_tag
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
-from data_pipeline import build
+from data_pipeline import build, shards
 
 # Long enough for every representation of text, and short and plain enough for a defined term.
 SECRETS = ("Xanthippe", "Quibbleton", "20190827", "Zyzzyva7")
@@ -67,7 +67,7 @@ def everything(folder: Path) -> bytes:
     """All bytes of a dataset, unpacked where they are packed, but for the manifest and the private plan."""
     parts = []
     for path in sorted(folder.iterdir()):
-        if path.is_dir() or path.name == build.MANIFEST:
+        if path.is_dir() or path.name == shards.MANIFEST:
             continue
         parts.append(path.read_bytes())
         if "array_record" in path.name:
@@ -105,7 +105,7 @@ def test_identities_planted_in_every_text_element_go_nowhere(tmp_path: Path, wri
     assert leaks((result.out + result.err).encode(), WORDS) == 0
     assert leaks((tmp_path / "card.json").read_bytes(), WORDS) == 0
     # The manifest has the paths and nothing more; the plan too, and both are the owner's alone.
-    manifest = pq.read_table(output / build.MANIFEST)
+    manifest = pq.read_table(output / shards.MANIFEST)
     assert leaks(json.dumps(manifest.drop_columns("path").to_pydict()).encode(), WORDS) == 0
     assert leaks(json.dumps(manifest.column("path").to_pylist()).encode(), WORDS) == 2
     plan = json.loads((output / ".build" / "plan.json").read_text())
@@ -115,7 +115,7 @@ def test_identities_planted_in_every_text_element_go_nowhere(tmp_path: Path, wri
                 file["path"] = ""
     assert leaks(json.dumps(plan).encode(), WORDS) == 0
     for private in (
-        output / build.MANIFEST,
+        output / shards.MANIFEST,
         *(p for p in (output / ".build").rglob("*") if p.is_file() and p.name != "lock"),
     ):
         assert private.stat().st_mode & 0o077 == 0

@@ -1,0 +1,24 @@
+import time
+
+from data_pipeline import progress
+
+
+def test_progress_is_said_every_ten_seconds_with_rate_and_time_left(monkeypatch, capsys) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with progress.Counter(progress.console(), "convert", 1000) as counter:
+        for n in range(250):
+            clock[0] = n / 10
+            counter.step()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "convert: 101 of 1,000 files, 10/s, 1.5 min left"
+    assert len(lines) == 3 and lines[2].startswith("convert: 1,000 files in 24.9 s")
+
+
+def test_what_is_counted_can_come_in_portions(monkeypatch, capsys) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with progress.Counter(progress.console(), "verify", 4000, "MB") as counter:
+        clock[0] = 20.0
+        counter.step(1000)
+    assert capsys.readouterr().err.splitlines()[0] == "verify: 1,000 of 4,000 MB, 50/s, 1.0 min left"
