@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -59,19 +60,36 @@ def uncached() -> Callable[[], AbstractContextManager[None]]:
 
 
 @pytest.fixture(scope="session")
-def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of three phantom patients: 48 slices of 32 px, all for training. Built once for all workers."""
-    folder = tmp_path_factory.getbasetemp()
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """(name, build) -> the folder that `build` filled, once for all workers of the suite."""
+    base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    shards, exams = folder / "tiny_shards", folder / "tiny_exams"
-    with (folder / "tiny_shards.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (shards / "shards.parquet").exists():
-            for command in (
-                ["data_pipeline.phantom", f"--output={exams}", "--patients=3", "--size=32", "--slices=4"],
-                ["data_pipeline.build", "--input", f"{exams}/dicom", f"--output={shards}", "--validation=0", "--test=0",
-                 "--workers=1"],
-            ):  # fmt: skip
-                subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True, capture_output=True)
-    return shards
+        base = base.parent
+
+    def get(name: str, build: Callable[[Path], None]) -> Path:
+        folder, done = base / name, base / f"{name}.done"
+        with (base / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a build that failed
+                folder.mkdir()
+                build(folder)
+                done.touch()
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """Shards of three phantom patients: 48 slices of 32 px, all for training."""
+
+    def build(folder: Path) -> None:
+        for command in (
+            ["data_pipeline.phantom", f"--output={folder}/exams", "--patients=3", "--size=32", "--slices=4"],
+            ["data_pipeline.build", "--input", f"{folder}/exams/dicom", f"--output={folder}/shards", "--validation=0",
+             "--test=0", "--workers=1"],
+        ):  # fmt: skip
+            subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True, capture_output=True)
+
+    return once("tiny_shards", build) / "shards"

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Key
 
 # Width, depth and heads; Ti, S: Touvron et al. 2021 (DeiT); B, L, H: Dosovitskiy et al. 2021.
@@ -144,7 +145,21 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32))
 
     def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
-        return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+        return _product(x, self.kernel[...]) + self.bias[...].astype(x.dtype)
+
+
+@jax.checkpoint
+def _product(x: Float[Array, "... inputs"], kernel: Float[Array, "inputs outputs"]) -> Float[Array, "... outputs"]:
+    """x kernel, in the type of x. Activations stay where they are; a kernel that is split over devices is gathered.
+
+    Left alone, the partitioner may split the product over the kernel's dimension instead, and move the activations of the
+    whole batch twice a layer. Only x and the split kernel are kept for the backward pass, which gathers again and computes
+    nothing again.
+    """
+    kernel = kernel.astype(x.dtype)  # before it travels
+    if not jax.sharding.get_abstract_mesh().empty:  # jax.set_mesh says that there is something to split
+        kernel = jax.lax.with_sharding_constraint(kernel, PartitionSpec())
+    return x @ kernel
 
 
 class LayerNorm(nnx.Module):
