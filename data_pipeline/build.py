@@ -4,7 +4,7 @@ stages:
   inventory  every file, what it is; headers only
   plan       which series goes to which shard, fixed before a pixel is read
   convert    decode, check, encode; each shard is written beside, verified, then published
-  commit     index, manifest, dataset card and TFDS metadata
+  commit     index, manifest, dataset card (index.html, card.json) and TFDS metadata
 
 A build that was stopped goes on with the same command: finished shards stay as they are. Bad files never stop it; every
 input file stands in manifest.parquet with its fate (kept, excluded, duplicate, quarantined) and the reason.
@@ -40,6 +40,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
+from data_pipeline import card as cards
 from data_pipeline import codec, convert, dicom, inventory, plan, progress, pseudonyms, shards, workers
 from data_pipeline.errors import UserError, fault
 
@@ -47,7 +48,6 @@ EXIT_STOPPED = 75
 BUILD_FOLDER = ".build"
 FAILED_ON = "failed_on.txt"  # in the build folder, because paths can hold names
 REASONS_SHOWN = 12
-FATES = ("kept", "excluded", "duplicate", "quarantined")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -119,6 +119,13 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--holdout", metavar="FILE", help="patients to keep out: one patient id, or one folder of their exams, per line"
+    )
+    p.add_argument(
+        "--examples",
+        type=int,
+        default=24,
+        metavar="N",
+        help="slices to show on the dataset card, none of them a face; 0 for none (default: %(default)s)",
     )
     p.add_argument("--drop-lossy", action="store_true", help="leave out slices that were compressed with loss")
     p.add_argument(
@@ -210,7 +217,7 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
     console.print(
         f"{card['slices']:,} slices of {card['patients']:,} patients in {len(card['shards'])} shards, "
         f"{card['bytes'] / 1e6:,.1f} MB, in {seconds:.0f} s; files: "
-        + ", ".join(f"{counts[fate]:,} {fate}" for fate in FATES if counts[fate]) + f"; see {output / shards.MANIFEST}"
+        + ", ".join(f"{counts[fate]:,} {fate}" for fate in cards.FATES if counts[fate]) + f"; see {output / shards.MANIFEST}"
     )  # fmt: skip
     reasons = [(n, fate, reason) for fate, found in card["reasons"].items() for reason, n in found.items()]
     for count, fate, reason in sorted(reasons, reverse=True)[:REASONS_SHOWN]:
@@ -223,7 +230,7 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
 def _check(args: argparse.Namespace) -> None:
     if not re.fullmatch(r"[a-zA-Z]\w*", args.name, re.ASCII):
         raise UserError(f"--name is {args.name!r}; TFDS takes letters, digits and underscores, a letter first")
-    for name, low in (("workers", 1), ("slices_per_record", 1), ("shard_mb", 1)):
+    for name, low in (("workers", 1), ("slices_per_record", 1), ("shard_mb", 1), ("examples", 0)):
         if getattr(args, name) < low:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it has to be at least {low}")
     if not args.timeout > 0:
@@ -320,6 +327,10 @@ def _fix_plan(private: Path, made: dict[str, Any], output: Path) -> None:
         if before["hash"] == made["hash"]:
             return
         if (output / shards.SHARDS).exists():
+            if before.get("format") != plan.FORMAT:
+                raise UserError(
+                    f"{output} holds a finished dataset of another version of this software (its plan has format {before.get('format', 1)}, this version writes {plan.FORMAT}); choose another --output, or remove it to build it anew"
+                )
             raise UserError(
                 f"{output} holds a finished dataset of other inputs, another key or other settings; choose another --output, or remove it to build it anew"
             )
@@ -329,6 +340,12 @@ def _fix_plan(private: Path, made: dict[str, Any], output: Path) -> None:
             (output / name).unlink(missing_ok=True)
         shutil.rmtree(private / "shards", ignore_errors=True)
     _write_private(path, json.dumps(made, sort_keys=True))
+
+
+def _write_text(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
 
 
 def _write_private(path: Path, text: str) -> None:
@@ -410,11 +427,24 @@ def _commit(
         if report["split"] not in splits:
             (output / report["file"]).unlink(missing_ok=True)
     reports = [report for report in reports if report["split"] in splits]
-    columns = {name: None for row in index for name in row}  # labels may be missing in some rows
-    _write_table(output / shards.INDEX, pa.table({name: [row.get(name) for row in index] for name in columns}))
+    names = {name: None for row in index for name in row}  # labels may be missing in some rows
+    columns = {name: [row.get(name) for row in index] for name in names}
+    _write_table(output / shards.INDEX, pa.table(columns))
     _write_table(output / shards.MANIFEST, pa.Table.from_pylist(manifest), private=True)
-    card = _card(args, manifest, index, reports)
-    (output / shards.CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    files: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for row in manifest:
+        files[row["fate"]][row["reason"]] += 1
+    settings = ("modality", "size", "slices_per_record", "validation", "test")
+    card = cards.make(
+        name=args.name, settings={name: getattr(args, name) for name in settings}, codec=codec.NAMES[codec.DELTA], index=columns,
+        shard_table=reports, files=files,
+        intensity={
+            kind: [sum(bins) for bins in zip(*(report["intensity"][kind] for report in reports), strict=True)]
+            for kind in reports[0]["intensity"]
+        },
+    )  # fmt: skip
+    _write_text(output / shards.CARD, json.dumps(card, indent=2) + "\n")
+    _write_text(output / shards.PAGE, cards.page(card, cards.examples(output, columns, args.examples)))
     _tfds_metadata(output, args.name, reports)
     # Last, because it is what makes the folder a dataset.
     _write_table(output / shards.SHARDS, _shard_table(reports))
@@ -462,34 +492,6 @@ def _write_table(path: Path, table: pa.Table, *, private: bool = False) -> None:
     with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666), "wb") as file:
         pq.write_table(table, file)
     os.replace(beside, path)
-
-
-def _card(
-    args: argparse.Namespace,
-    manifest: Sequence[dict[str, Any]],
-    index: Sequence[dict[str, Any]],
-    reports: Sequence[dict[str, Any]],
-) -> dict[str, Any]:
-    def count(name: str) -> dict[str, int]:
-        return dict(sorted(collections.Counter(str(row[name]) for row in index).items()))
-
-    files = collections.Counter(row["fate"] for row in manifest)
-    return {
-        "name": args.name, "slices": len(index), "series": len({row["series"] for row in index}),
-        "patients": len({row["patient"] for row in index}), "bytes": sum(report["bytes"] for report in reports),
-        "codec": codec.NAMES[codec.DELTA],
-        "slices_by": {name: count(name) for name in ("split", "modality", "units", "plane", "body_part", "manufacturer")},
-        "patients_by_split": {
-            split: len({row["patient"] for row in index if row["split"] == split}) for split in pseudonyms.SPLITS
-        },
-        "files": {fate: files[fate] for fate in FATES},
-        "reasons": {
-            fate: dict(collections.Counter(r["reason"] for r in manifest if r["fate"] == fate and r["reason"]).most_common())
-            for fate in FATES
-        },
-        "settings": {name: getattr(args, name) for name in ("modality", "size", "slices_per_record", "validation", "test")},
-        "shards": [{name: report[name] for name in ("file", "split", "records", "slices", "bytes", "sha256")} for report in reports],
-    }  # fmt: skip
 
 
 def _tfds_metadata(output: Path, name: str, reports: Sequence[dict[str, Any]]) -> None:

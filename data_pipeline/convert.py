@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Shaped, UInt16
 from PIL import Image
 
-from data_pipeline import codec, dicom, geometry, images, records, rules, shards, volumes
+from data_pipeline import card, codec, dicom, geometry, images, records, rules, shards, volumes
 from data_pipeline.errors import ReadError, UserError, fault
 from data_pipeline.workers import Touch
 
@@ -58,7 +58,7 @@ def convert_shard(
 
     Returns:
       {"file", "split", "records", "slices", "bytes", "sha256", "slice_counts", "largest", "index": rows of index.parquet,
-      "files": {path: outcome}}. A shard of which nothing is left is a file with 0 records.
+      "intensity": pixels per bin of the card's histograms, "files": {path: outcome}}. A shard of which nothing is left is a file with 0 records.
 
     Raises:
       UserError: an input changed since the inventory.
@@ -68,6 +68,7 @@ def convert_shard(
     report: dict[str, Any] = {
         "file": shards.file_name(dataset, shard["split"], shard["number"], shard["count"]), "split": shard["split"],
         "slice_counts": [], "largest": [0, 0], "index": [], "files": {},
+        "intensity": {"HU": [0] * (len(card.HU_EDGES) - 1), "relative": [0] * (len(card.RELATIVE_EDGES) - 1)},
     }  # fmt: skip
 
     def items() -> Iterator[bytes]:
@@ -303,6 +304,10 @@ def _pack(
     """Records of up to `per_record` neighbours that share size, slope, intercept and spacing."""
     # Slices of one series rarely differ in slope; where they do, each slope has its own series statistics.
     statistics = {key: records.series_statistics(counts, *key) for key, counts in histograms.items()}
+    kind = "HU" if facts["units"] == "HU" else "relative"
+    for key, counts in histograms.items():
+        pixels = card.intensities(counts, *key, statistics[key]["series_percentiles"], hu=kind == "HU")
+        report["intensity"][kind] = [a + int(b) for a, b in zip(report["intensity"][kind], pixels, strict=True)]
 
     def alike(e: _Encoded) -> tuple[Any, ...]:
         return e.shape, e.origin.slope, e.origin.intercept, e.origin.spacing

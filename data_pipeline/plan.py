@@ -35,6 +35,8 @@ class Options:
     conversion: Mapping[str, Any]
 
 
+# Raised when shards, or what is kept beside them, come out differently from the same plan.
+FORMAT = 2
 # Small datasets get several shards too, so that several processes can write and read them.
 SMALL_SHARDS = 4
 
@@ -43,7 +45,7 @@ def make(entries: Sequence[Entry], options: Options) -> dict[str, Any]:
     """The plan; marks duplicates and held-out patients in `entries`.
 
     Returns:
-      {"hash": …, "conversion": …, "shards": [{"split", "number", "count", "series": [series, …]}, …]}, where a series has
+      {"hash": …, "format": …, "conversion": …, "shards": [{"split", "number", "count", "series": [series, …]}, …]}, where a series has
       its pseudonyms, split, facts and files in spatial order, each with the frames that belong to it.
     """
     best: dict[str, Entry] = {}
@@ -82,7 +84,7 @@ def make(entries: Sequence[Entry], options: Options) -> dict[str, Any]:
         for number in range(count):
             part = items[len(items) * number // count : len(items) * (number + 1) // count]
             shards.append({"split": split, "number": number, "count": count, "series": part})
-    plan = {"conversion": dict(options.conversion), "shards": shards}
+    plan = {"format": FORMAT, "conversion": dict(options.conversion), "shards": shards}
     return {"hash": hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest(), **plan}
 
 

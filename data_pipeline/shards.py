@@ -6,7 +6,7 @@ A dataset folder holds
   shards.parquet                               per shard: split, records, slices, bytes, sha256, largest height and width
   index.parquet                                per slice: where it is, its facts and its labels
   dataset_info.json, features.json             what TFDS needs
-  card.json                                    counts, and why files were left out
+  card.json, index.html                        counts, and why files were left out; examples
   manifest.parquet                             every input file and its fate; holds paths, so it stays with the site
 """
 
@@ -28,7 +28,8 @@ from data_pipeline.errors import UserError
 
 # The codec stands in the record, so the container neither groups nor compresses.
 WRITER_OPTIONS = "group_size:1,uncompressed"
-SHARDS, INDEX, MANIFEST, CARD = "shards.parquet", "index.parquet", "manifest.parquet", "card.json"
+SHARDS, INDEX, MANIFEST = "shards.parquet", "index.parquet", "manifest.parquet"
+CARD, PAGE = "card.json", "index.html"
 
 
 def file_name(dataset: str, split: str, number: int, count: int) -> str:
@@ -75,6 +76,15 @@ def write(path: Path, items: Iterable[bytes]) -> tuple[int, str]:
     finally:
         beside.unlink(missing_ok=True)
     return len(digests), digest
+
+
+def read_slice(path: Path, record: int, slot: int) -> dict[str, Any]:
+    """One slice of a shard; see records.parse_slice. For a few; SliceSource keeps shards open."""
+    reader = array_record_module.ArrayRecordReader(str(path), "")
+    try:
+        return records.parse_slice(reader.read([record])[0], slot)
+    finally:
+        reader.close()
 
 
 class SliceSource:

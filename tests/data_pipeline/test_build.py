@@ -393,6 +393,15 @@ def test_a_finished_dataset_of_other_inputs_or_settings_is_not_touched(tmp_path:
     assert contents(tmp_path / "out") == before
 
 
+def test_a_finished_dataset_of_another_version_is_named_as_that(tmp_path: Path, run_build, monkeypatch) -> None:
+    pictures(tmp_path / "in", 3)
+    words = ("--input", tmp_path / "in", "--output", tmp_path / "out")
+    assert run_build(*words).code == 0
+    monkeypatch.setattr(build.plan, "FORMAT", build.plan.FORMAT + 1)
+    result = run_build(*words)
+    assert result.code == 2 and "a finished dataset of another version of this software" in result.error
+
+
 def test_an_unfinished_build_of_other_inputs_is_replaced_whole(
     tmp_path: Path, run_build, contents, monkeypatch
 ) -> None:
