@@ -20,7 +20,7 @@ INGEST = [
     "scipy>=1.14",
     "SimpleITK>=2.4",
 ]
-EVALUATE = ["matplotlib>=3.9", "scikit-learn>=1.6", "scipy>=1.14"]
+EVALUATE = ["matplotlib>=3.9", "scikit-learn>=1.6", "scipy>=1.14", "threadpoolctl>=3.5"]
 TEST = [
     "beartype>=0.20",
     "hypothesis>=6.100",

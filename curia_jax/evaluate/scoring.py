@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -112,7 +114,9 @@ def score(
         )
         bank = probes.bank(learned, targets, patients, is_held_out, classes=len(task.classes), seed=seed)
         for head in heads:
+            began = time.monotonic()
             prediction = HEADS[head](bank, features[labels.TEST][backbone])
+            print(f"  {backbone}, {head}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
             scores[backbone, head] = cases.mean(prediction.scores)
             kind = {
                 "backbone": backbone, "head": head, "dimension": learned.shape[1], "selection": bank.selection,
