@@ -40,8 +40,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
+from data_pipeline import archives, codec, convert, dicom, inventory, plan, progress, pseudonyms, shards, workers
 from data_pipeline import card as cards
-from data_pipeline import codec, convert, dicom, inventory, plan, progress, pseudonyms, shards, workers
 from data_pipeline.errors import UserError, fault
 
 EXIT_STOPPED = 75
@@ -60,7 +60,11 @@ def parser() -> argparse.ArgumentParser:
       --patient-column patient --modality CT --output labelled/""",
     )  # fmt: skip
     p.add_argument(
-        "--input", nargs="+", required=True, metavar="PATH", help="folders or files; folders are searched whole"
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="folders, files, .zip and .tar archives, a DICOMDIR; folders are searched whole",
     )
     p.add_argument(
         "--output", required=True, metavar="FOLDER", help="dataset folder; an unfinished build in it is gone on with"
@@ -138,6 +142,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="S",
         help="seconds a file may take before it is given up (default: %(default)s)",
     )
+    p.add_argument(
+        "--unpack-gb",
+        type=int,
+        default=100,
+        metavar="GB",
+        help="room for plain copies of compressed tar archives, in OUTPUT until the build is done (default: %(default)s)",
+    )
     p.add_argument("--json", metavar="FILE", help="write the dataset card here too")
     return p
 
@@ -176,6 +187,7 @@ def _stop(number: int, frame: Any) -> None:
 def build(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the four stages; returns the dataset card."""
     _check(args)
+    inventory.refuse_object_storage("--output", args.output)
     began = time.monotonic()
     console = progress.console()
     output = Path(args.output)
@@ -210,6 +222,7 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
         _fix_plan(private, made, output)
         reports = _convert(output, private, args, made, console)
         card = _commit(output, args, entries, reports)
+        shutil.rmtree(archives.folder(output), ignore_errors=True)
     if args.json:
         Path(args.json).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     seconds = time.monotonic() - began
@@ -230,7 +243,7 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
 def _check(args: argparse.Namespace) -> None:
     if not re.fullmatch(r"[a-zA-Z]\w*", args.name, re.ASCII):
         raise UserError(f"--name is {args.name!r}; TFDS takes letters, digits and underscores, a letter first")
-    for name, low in (("workers", 1), ("slices_per_record", 1), ("shard_mb", 1), ("examples", 0)):
+    for name, low in (("workers", 1), ("slices_per_record", 1), ("shard_mb", 1), ("examples", 0), ("unpack_gb", 0)):
         if getattr(args, name) < low:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it has to be at least {low}")
     if not args.timeout > 0:
@@ -306,17 +319,36 @@ def _run(
 
 
 def _inventory(files: Sequence[Path], args: argparse.Namespace, key: bytes, console: Console) -> list[inventory.Entry]:
-    options = inventory.Options(key=key, modality=args.modality, keep_lossy=not args.drop_lossy)
-    paths = [str(path) for path in files]
-    tasks = [(paths[n : n + inventory.FILES_PER_TASK], options) for n in range(0, len(paths), inventory.FILES_PER_TASK)]
+    private = Path(args.output) / BUILD_FOLDER
+    unpacked = archives.folder(args.output)
+    options = inventory.Options(key=key, modality=args.modality, keep_lossy=not args.drop_lossy, unpacked=unpacked)
+    packed = [str(path) for path in files if archives.is_archive(str(path))]
+    listings: dict[int, archives.Listing] = {}
+    if packed:
+        tasks = [(path, unpacked, args.unpack_gb * 1_000_000_000) for path in packed]
+        with progress.Counter(console, "archives", len(packed)) as counter:
+            for message in _run(archives.list_members, tasks, args, private):
+                if isinstance(message, workers.Done):
+                    listings[message.number] = message.result
+                else:
+                    counter.step()
+    sources: list[str | archives.Member] = [str(path) for path in files if not archives.is_archive(str(path))]
+    sources += [member for number in sorted(listings) for member in listings[number].members]
+    size = inventory.FILES_PER_TASK
+    tasks = [(sources[n : n + size], options) for n in range(0, len(sources), size)]
     found: dict[int, list[inventory.Entry]] = {}
-    with progress.Counter(console, "inventory", len(paths)) as counter:
-        for message in _run(inventory.inspect, tasks, args, Path(args.output) / BUILD_FOLDER):
+    with progress.Counter(console, "inventory", len(sources)) as counter:
+        for message in _run(inventory.inspect, tasks, args, private):
             if isinstance(message, workers.Done):
                 found[message.number] = message.result
             else:
                 counter.step()
-    return [entry for number in sorted(found) for entry in found[number]]
+    entries = [entry for number in sorted(found) for entry in found[number]]
+    return entries + [
+        inventory.Entry(one.archive, one.size, one.modified_ns, fate="quarantined", reason=one.problem)
+        for _, one in sorted(listings.items())
+        if one.problem
+    ]
 
 
 def _fix_plan(private: Path, made: dict[str, Any], output: Path) -> None:
@@ -400,6 +432,8 @@ def _remove_leftovers(output: Path) -> None:
     """What workers that were killed had half written."""
     for leftover in output.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
+    for leftover in Path(archives.folder(output)).glob("m*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _finished(sidecar: Path, path: Path, plan_hash: str) -> dict[str, Any] | None:

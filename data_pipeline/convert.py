@@ -3,7 +3,6 @@ shards (local processes, Beam, a Slurm array) gets the same bytes."""
 
 import dataclasses
 import itertools
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 from jaxtyping import Shaped, UInt16
 from PIL import Image
 
-from data_pipeline import card, codec, dicom, geometry, images, records, rules, shards, volumes
+from data_pipeline import archives, card, codec, dicom, geometry, images, records, rules, shards, volumes
 from data_pipeline.errors import ReadError, UserError, fault
 from data_pipeline.workers import Touch
 
@@ -73,7 +72,7 @@ def convert_shard(
 
     def items() -> Iterator[bytes]:
         for series in shard["series"]:
-            yield from _series_records(series, settings, skip, touch, report)
+            yield from _series_records(series, settings, skip, touch, report, archives.folder(folder))
         touch(None)
 
     path = Path(folder, report["file"])
@@ -84,8 +83,9 @@ def convert_shard(
 
 
 def _series_records(
-    series: dict[str, Any], settings: Mapping[str, Any], skip: Mapping[str, str], touch: Touch, report: dict[str, Any]
-) -> Iterator[bytes]:
+    series: dict[str, Any], settings: Mapping[str, Any], skip: Mapping[str, str], touch: Touch, report: dict[str, Any],
+    unpacked: str,
+) -> Iterator[bytes]:  # fmt: skip
     facts = dict(series["facts"])  # readers add what only the pixels tell: units, and plane or modality of a volume
     kept: list[_Encoded] = []
     histograms: dict[tuple[float, float], np.ndarray] = {}
@@ -102,7 +102,10 @@ def _series_records(
             _check_unchanged(file)
             try:
                 # A file is taken whole or not at all.
-                items, counts = _encode(file, series, facts, settings, outcome, seen)
+                with archives.at_hand(file["path"], file.get("member"), unpacked) as path:
+                    items, counts = _encode(file | {"path": path}, series, facts, settings, outcome, seen)
+            except UserError:
+                raise
             except ReadError as error:
                 outcome |= {"fate": "quarantined", "reason": str(error)}
             except OSError as error:
@@ -160,10 +163,10 @@ def merge_outcome(outcomes: dict[str, dict[str, Any]], path: str, outcome: dict[
 def _check_unchanged(file: Mapping[str, Any]) -> None:
     # Paths can hold names, so the texts have none; whoever runs the task knows the file in hand.
     try:
-        status = os.stat(file["path"])
+        unchanged = archives.is_unchanged(file)
     except OSError as error:
         raise UserError("an input can no longer be read; start the build again") from error
-    if (status.st_size, status.st_mtime_ns) != (file["size"], file["modified_ns"]):
+    if not unchanged:
         raise UserError("an input changed while the build ran; start the build again")
 
 

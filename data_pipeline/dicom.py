@@ -5,6 +5,7 @@ Nothing leaves this module but the fields of Header: no names, dates, free text 
 
 import dataclasses
 import hashlib
+import io
 import warnings
 from typing import Any
 
@@ -42,6 +43,7 @@ PLUGINS = {
 LOSSY_SYNTAXES = frozenset(
     f"1.2.840.10008.1.2.4.{end}" for end in ("50", "51", "53", "55", "81", "91", "203")
 )  # .81, .91 and .203 may hold lossless data; the tag LossyImageCompression decides where it is present
+DICOMDIR = "1.2.840.10008.1.3.10"  # Media Storage Directory, the index of a CD
 MAXIMUM_FRAMES = 65_536
 UNCOMPRESSED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
 
@@ -132,24 +134,27 @@ def check_plugins() -> None:
         )
 
 
-def is_dicom(path: str) -> bool:
-    """True for a file with the DICM mark, or one that starts with a plausible data set without it."""
-    with open(path, "rb") as file:
-        start = file.read(132)
+def is_dicom(file: io.BufferedIOBase) -> bool:
+    """True for a file with the DICM mark, or one that starts with a plausible data set without it; reads on from its start."""
+    start = file.read(132)
+    file.seek(0)
     if start[128:132] == b"DICM":
         return True
     # Old files start with a tag of group 0002 or 0008, little- or big-endian.
     return start[:2] in (b"\x08\x00", b"\x02\x00") or start[:4] in (b"\x00\x08\x00\x05", b"\x00\x08\x00\x08")
 
 
-def read_header(path: str) -> Header:
+def read_header(path: str, file: io.BufferedIOBase | None = None) -> Header:
     """Reads the whitelisted fields; no pixels.
+
+    Args:
+      file: the open file, where it lies in an archive.
 
     Raises:
       ReadError: it is not DICOM, or is cut off before the pixels.
     """
-    dataset = _read(path, stop_before_pixels=True, specific_tags=_TAGS)
-    if "SOPClassUID" not in dataset and "Rows" not in dataset:
+    dataset = _read(path if file is None else file, stop_before_pixels=True, specific_tags=_TAGS)
+    if "SOPClassUID" not in dataset and "Rows" not in dataset and not _is_dicomdir(dataset):
         raise ReadError("not a DICOM image: it has neither a SOP class nor rows")
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -160,10 +165,12 @@ def read_header(path: str) -> Header:
         raise ReadError(f"malformed header ({fault(error)})") from error
 
 
-def _read(path: str, **arguments: Any) -> Dataset:
+def _read(source: str | io.BufferedIOBase, **arguments: Any) -> Dataset:
     try:
         with warnings.catch_warnings(action="ignore"):
-            return pydicom.dcmread(path, force=True, **arguments)
+            return pydicom.dcmread(source, force=True, **arguments)
+    except ReadError:  # of a member of an archive
+        raise
     except Exception as error:  # pydicom raises many kinds on damaged files, with header values in their texts
         raise ReadError(f"damaged DICOM file ({type(error).__name__} while reading the header)") from error
 
@@ -181,7 +188,7 @@ def _header(path: str, dataset: Dataset) -> Header:
         raise ReadError(f"the header promises {frames:,} frames; 1 to {MAXIMUM_FRAMES:,} can be real")
     return Header(
         path=path,
-        sop_class=text("SOPClassUID"),
+        sop_class=DICOMDIR if _is_dicomdir(dataset) else text("SOPClassUID"),
         sop_uid=text("SOPInstanceUID"),
         series_uid=text("SeriesInstanceUID"),
         study_uid=text("StudyInstanceUID"),
@@ -204,6 +211,29 @@ def _header(path: str, dataset: Dataset) -> Header:
         has_pixels="BitsAllocated" in dataset and "Rows" in dataset,
         geometry=tuple(_geometry(dataset, frame) for frame in range(frames)),
     )
+
+
+def _is_dicomdir(dataset: Dataset) -> bool:
+    return str(getattr(getattr(dataset, "file_meta", None), "MediaStorageSOPClassUID", "")) == DICOMDIR
+
+
+def read_dicomdir(path: str) -> list[str]:
+    """The files that a DICOMDIR names, each a relative path of plain parts, in its order.
+
+    Raises:
+      ReadError: it is no DICOMDIR, is damaged, or names a file outside its folder.
+    """
+    dataset = _read(path)
+    if not _is_dicomdir(dataset):
+        raise ReadError("not a DICOMDIR")
+    try:
+        records = [record.get("ReferencedFileID") for record in dataset.get("DirectoryRecordSequence") or ()]
+        names = [[str(part) for part in ([name] if isinstance(name, str) else name)] for name in records if name]
+    except Exception as error:  # values are parsed when they are asked for
+        raise ReadError(f"malformed DICOMDIR ({fault(error)})") from error
+    if any(part in ("", ".", "..") or set(part) & set("/\\\0") for parts in names for part in parts):
+        raise ReadError("it names a file outside its folder")
+    return ["/".join(parts) for parts in names]
 
 
 def _body_part(text: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline import dicom, pseudonyms, rules
+from data_pipeline import archives, dicom, pseudonyms, rules
 from data_pipeline.errors import ReadError, UserError, fault
 from data_pipeline.workers import Touch
 
@@ -27,11 +27,13 @@ class Options:
       key: for pseudonyms.
       modality: "auto", "CT" or "MR": of files that do not say.
       keep_lossy: keep slices that were compressed with loss.
+      unpacked: folder of the copies of compressed archives.
     """
 
     key: bytes
     modality: str = "auto"
     keep_lossy: bool = True
+    unpacked: str = ""
 
 
 @dataclasses.dataclass
@@ -45,6 +47,7 @@ class Entry:
       facts: whitelisted header fields, plain JSON values.
       labels: columns of the label table.
       split: set by the label table, else "".
+      member: of a file in an archive, an archives.Member as plain values.
     """
 
     path: str
@@ -58,19 +61,21 @@ class Entry:
     split: str = ""
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     labels: dict[str, Any] = dataclasses.field(default_factory=dict)
+    member: list[Any] | None = None
 
 
 def find_files(inputs: Sequence[str], leave_out: str | None = None) -> list[Path]:
     """Everything under the inputs that is no folder, in the order of the paths, each once.
 
     Links to folders are followed. Hidden files and folders are left out. What turns out not to be readable (broken links,
-    folders that may not be listed) is among the result, so that it is counted.
+    folders that may not be listed) is among the result, so that it is counted. A DICOMDIR that is itself an input stands for the
+    files that it names; one that lies in a folder is a file like others.
 
     Args:
       leave_out: a folder inside an input that is none: the output.
 
     Raises:
-      UserError: an input does not exist, or there is no file in any of them.
+      UserError: an input does not exist or lies in object storage, a DICOMDIR cannot be read, or there is no file in any input.
     """
     found: dict[str, Path] = {}
     # Links can lead back up; each folder is walked once.
@@ -86,10 +91,14 @@ def find_files(inputs: Sequence[str], leave_out: str | None = None) -> list[Path
 
     for text in inputs:
         top = Path(text)
+        refuse_object_storage("--input", text)
         if not top.exists():
             raise UserError(f"no such input: {text}")
         if not top.is_dir():
             add(top)
+            if top.name.upper() == "DICOMDIR":
+                for path in _named_by_dicomdir(top):
+                    add(path)
             continue
         if _identity(text) in walked:
             continue
@@ -112,16 +121,63 @@ def find_files(inputs: Sequence[str], leave_out: str | None = None) -> list[Path
     return sorted(found.values())
 
 
+def read_holdout(path: str) -> list[tuple[int, str]]:
+    """Lines of a hold-out file that are not empty, with their numbers from 1.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read --holdout={path}: {error}") from error
+    return [(number, line) for number, line in enumerate(lines, 1) if line]
+
+
+MOUNTS = {"gs": "gcsfuse --implicit-dirs", "s3": "mount-s3", "az": "blobfuse2", "abfs": "blobfuse2", "http": "rclone mount", "https": "rclone mount"}  # fmt: skip
+
+
+def refuse_object_storage(option: str, text: str) -> None:
+    """Raises UserError for an address, because everything here opens files; names the program that makes files of objects."""
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)
+    if scheme:
+        mount = MOUNTS.get(scheme[1].lower(), "rclone mount")
+        raise UserError(
+            f"{option} {text} is an address, wanted is a path; mount it ({mount} …, see docs/ingest.md) and name the mounted folder"
+        )
+
+
+def _named_by_dicomdir(path: Path) -> list[Path]:
+    """Paths of the files that a DICOMDIR names, found as media write them: in upper or lower case."""
+    try:
+        names = dicom.read_dicomdir(str(path))
+    except ReadError as error:
+        raise UserError(f"{path}: {error}; name its folder instead, which takes every file there") from error
+    listed: dict[Path, dict[str, str]] = {}
+    found = []
+    for name in names:
+        place = path.parent
+        for part in name.split("/"):
+            if place not in listed:
+                listed[place] = {entry.upper(): entry for entry in (os.listdir(place) if place.is_dir() else ())}
+            place = place / listed[place].get(part.upper(), part)
+        found.append(place)  # also where it is missing, so that it is counted
+    return found
+
+
 def _identity(path: str) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_dev, status.st_ino
 
 
-def inspect(task: tuple[list[str], Options], skip: Mapping[str, str], touch: Touch) -> list[Entry]:
-    """Entries of some files; the work of one task of workers.run. Never raises for what a file holds."""
-    paths, options = task
+def inspect(
+    task: tuple[Sequence[str | archives.Member], Options], skip: Mapping[str, str], touch: Touch
+) -> list[Entry]:
+    """Entries of some files and members of archives; the work of one task of workers.run. Never raises for what a file holds."""
+    sources, options = task
     entries = []
-    for path in paths:
+    for source in sources:
+        path = source if isinstance(source, str) else source.path
         entry = Entry(path, 0, 0)
         entries.append(entry)
         if path in skip:
@@ -129,12 +185,17 @@ def inspect(task: tuple[list[str], Options], skip: Mapping[str, str], touch: Tou
             continue
         touch(path)
         try:
-            status = os.stat(path)
-            entry.size, entry.modified_ns = status.st_size, status.st_mtime_ns
-            if stat.S_ISDIR(status.st_mode):
-                raise ReadError("the folder cannot be listed")
-            if not stat.S_ISREG(status.st_mode):
-                raise ReadError("neither a file nor a folder")
+            if isinstance(source, str):
+                status = os.stat(path)
+                entry.size, entry.modified_ns = status.st_size, status.st_mtime_ns
+                if stat.S_ISDIR(status.st_mode):
+                    raise ReadError("the folder cannot be listed")
+                if not stat.S_ISREG(status.st_mode):
+                    raise ReadError("neither a file nor a folder")
+            else:
+                entry.size, entry.modified_ns, entry.member = source.size, source.modified_ns, list(source)
+                if source.problem:
+                    raise ReadError(source.problem)
             _inspect(entry, options)
         except ReadError as error:
             entry.fate, entry.reason = "quarantined", str(error)
@@ -159,32 +220,39 @@ def _inspect(entry: Entry, options: Options) -> None:
         entry.kind = "image"
         _name_by_path(entry, options)
         entry.facts = {"modality": "OT" if options.modality == "auto" else options.modality}
-    elif dicom.is_dicom(entry.path):
-        entry.kind = "dicom"
-        header = dicom.read_header(entry.path)
-        series = header.series_uid or header.sop_uid or entry.path
-        # A patient without an id is told apart by the study, so that one study never falls into two splits.
-        patient = header.patient_id or header.study_uid or series
-        entry.patient = pseudonyms.digest(options.key, "patient", patient)
-        # With the patient, because some anonymisers give many patients the same series UID.
-        entry.series = pseudonyms.digest(options.key, "series", f"{patient}/{series}")
-        rule = rules.exclude_header(header)
-        if rule is None and header.lossy and not options.keep_lossy:
-            rule = "lossy compression"
-        if rule is not None:
-            entry.fate, entry.reason = "excluded", rule
-            return
-        entry.facts = {
-            "sop": pseudonyms.digest(options.key, "instance", header.sop_uid or entry.path),
-            "modality": header.modality, "rows": header.rows, "columns": header.columns, "frames": header.frames,
-            "body_part": header.body_part, "manufacturer": header.manufacturer, "lossy": header.lossy,
-            "thickness": header.thickness, "geometry": [dataclasses.asdict(frame) for frame in header.geometry],
-        }  # fmt: skip
+    elif name.endswith(archives.UNREAD):
+        raise ReadError("an archive of a kind that is not read: unpack it")
     else:
-        entry.fate, entry.reason = (
-            "excluded",
-            "not a medical image (no DICOM, NIfTI, NRRD, MetaImage, PNG, JPEG or TIFF file)",
-        )
+        with archives.stream(entry.path, entry.member, options.unpacked) as file:
+            if dicom.is_dicom(file):
+                _inspect_dicom(entry, dicom.read_header(entry.path, file), options)
+            else:
+                entry.fate, entry.reason = "excluded", NO_IMAGE
+
+
+NO_IMAGE = "not a medical image (no DICOM, NIfTI, NRRD, MetaImage, PNG, JPEG or TIFF file)"
+
+
+def _inspect_dicom(entry: Entry, header: dicom.Header, options: Options) -> None:
+    entry.kind = "dicom"
+    series = header.series_uid or header.sop_uid or entry.path
+    # A patient without an id is told apart by the study, so that one study never falls into two splits.
+    patient = header.patient_id or header.study_uid or series
+    entry.patient = pseudonyms.digest(options.key, "patient", patient)
+    # With the patient, because some anonymisers give many patients the same series UID.
+    entry.series = pseudonyms.digest(options.key, "series", f"{patient}/{series}")
+    rule = "an index of DICOM files (DICOMDIR)" if header.sop_class == dicom.DICOMDIR else rules.exclude_header(header)
+    if rule is None and header.lossy and not options.keep_lossy:
+        rule = "lossy compression"
+    if rule is not None:
+        entry.fate, entry.reason = "excluded", rule
+        return
+    entry.facts = {
+        "sop": pseudonyms.digest(options.key, "instance", header.sop_uid or entry.path),
+        "modality": header.modality, "rows": header.rows, "columns": header.columns, "frames": header.frames,
+        "body_part": header.body_part, "manufacturer": header.manufacturer, "lossy": header.lossy,
+        "thickness": header.thickness, "geometry": [dataclasses.asdict(frame) for frame in header.geometry],
+    }  # fmt: skip
 
 
 # Parts of a BIDS dataset that repeat its subjects.

@@ -131,8 +131,9 @@ def _series(members: list[Entry], split: str) -> list[dict[str, Any]]:
 
 def _file(entry: Entry, first: int, frames: Sequence[Any] = ()) -> dict[str, Any]:
     """What the conversion has to know of a file: size and time tell whether it changed under the build; `first` is the
-    number within the series of its first slice."""
-    return {
+    number within the series of its first slice; `member` is where it lies in an archive."""
+    file = {
         "path": entry.path, "size": entry.size, "modified_ns": entry.modified_ns, "first": first, "frames": list(frames),
         "lossy": bool(entry.facts.get("lossy")), "labels": entry.labels,
     }  # fmt: skip
+    return file | ({"member": entry.member} if entry.member else {})

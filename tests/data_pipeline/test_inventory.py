@@ -107,10 +107,10 @@ def test_an_unexpected_error_costs_its_file_and_quotes_nothing(tmp_path: Path, w
     paths = [write_dicom(tmp_path / "a.dcm"), write_dicom(tmp_path / "b.dcm")]
     read = inventory.dicom.read_header
 
-    def fail(path: str):
+    def fail(path: str, file):
         if path.endswith("a.dcm"):
             raise LookupError("DOE^JOHN")
-        return read(path)
+        return read(path, file)
 
     monkeypatch.setattr(inventory.dicom, "read_header", fail)
     bad, good = inspect(*paths)
