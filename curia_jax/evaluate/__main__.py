@@ -40,7 +40,9 @@ rows of --json: task, backbone, head, metric, value, low, high (ends of the 95 %
     parser.add_argument("--task", help="name of the task in the results; the label unless given")
     parser.add_argument("--heads", default="knn,ridge,logistic", help="probes, with commas (%(default)s)")
     parser.add_argument("--backbones", default=",".join(BACKBONES), help="where features come from (%(default)s)")
-    parser.add_argument("--features", default="mean", help="mean of the patch tokens, cls or cls+mean (%(default)s)")
+    parser.add_argument(
+        "--features", default="mean", help="mean or std of the patch tokens, cls, or several: mean+std (%(default)s)"
+    )
     parser.add_argument(
         "--layers", default="last", help="last (after the final norm) and numbers of blocks, with commas (%(default)s)"
     )

@@ -23,7 +23,7 @@ from curia_jax.models import mae, vit
 from data_pipeline.errors import UserError
 from data_pipeline.shards import SliceSource
 
-POOLINGS = ("mean", "cls", "cls+mean")
+POOLINGS = ("mean", "std", "cls")
 LAST = "last"
 # Side of the pixel baseline's image.
 PIXELS = 32
@@ -79,7 +79,9 @@ def encoder_view(
     Args:
       config, params: the encoder.
       settings: the `augment` part of the run's config; the pixels are prepared as they were for it.
-      pooling: "cls"; "mean" of the patch tokens; "cls+mean", one after the other.
+      pooling: of POOLINGS, several joined by "+": "cls"; the "mean" of the patch tokens; their standard deviation, "std",
+        which says how much of what the mean blurs there is (with the mean: Snyder et al. 2018, doi
+        10.1109/ICASSP.2018.8461375).
       layers: outputs that are pooled and concatenated: LAST, the final norm's, or numbers of blocks from 1 to depth,
         whose outputs are taken before any norm.
       image_sizes: (height, width) in px of the images that the encoder sees; the features of several are concatenated.
@@ -89,16 +91,18 @@ def encoder_view(
     Raises:
       UserError: there is no such pooling or layer, or a size is no multiple of the patch.
     """
-    if pooling not in POOLINGS:
-        raise UserError(f"no features {pooling!r}; there are: {', '.join(POOLINGS)}")
+    statistics = pooling.split("+")
+    if unknown := [name for name in statistics if name not in POOLINGS]:
+        raise UserError(f"no features {unknown[0]!r}; there are: {', '.join(POOLINGS)}, and several joined by +")
     blocks = [layer for layer in layers if isinstance(layer, int)]
     wrong = [block for block in blocks if not 1 <= block <= config.depth]
     if wrong:
         raise UserError(f"no layer {wrong[0]}; this encoder has layers 1 to {config.depth}")
 
     def pool(tokens: Float[Array, "batch tokens width"]) -> Float[Array, "batch features"]:
-        parts = {"cls": [tokens[:, 0]], "mean": [tokens[:, 1:].mean(axis=1)]}
-        return jnp.concatenate([part for name in pooling.split("+") for part in parts[name]], axis=1)
+        patches = tokens[:, 1:]
+        parts = {"cls": tokens[:, 0], "mean": patches.mean(axis=1), "std": patches.std(axis=1)}
+        return jnp.concatenate([parts[name] for name in statistics], axis=1)
 
     try:
         # No parameter depends on the size: positions are computed.

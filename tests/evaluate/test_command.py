@@ -155,7 +155,7 @@ def test_permuted_test_labels_change_the_figures_but_no_prediction(study, tmp_pa
             ["--label=shape", "--backbones=resnet"],
             "error: no backbone 'resnet'; there are: checkpoint, random, pixels\n",
         ),
-        (["--label=shape", "--features=max"], "error: no features 'max'; there are: mean, cls, cls+mean\n"),
+        (["--label=shape", "--features=max"], "error: no features 'max'; there are: mean, std, cls, and several"),
         (["--label=shape", "--layers=9"], "error: no layer 9; this encoder has layers 1 to 2\n"),
         (["--label=shape", "--layers=first"], "error: --layers=first: write last, or numbers of blocks"),
         (["--label=shape", "--draws=0"], "error: --draws=0: a bootstrap needs at least 1 draw\n"),

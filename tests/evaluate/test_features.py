@@ -62,7 +62,7 @@ def test_features_are_those_of_each_slice_whatever_the_batch(model, count: int) 
     model_config, params = model
     views = {
         name: features.encoder_view(model_config.encoder, params["encoder"], SETTINGS, pooling=name)
-        for name in features.POOLINGS
+        for name in (*features.POOLINGS, "cls+mean+std")
     }
     done = []
     found = features.extract(Slices(count), np.arange(count), views, batch_size=3, progress=done.append)
@@ -70,8 +70,10 @@ def test_features_are_those_of_each_slice_whatever_the_batch(model, count: int) 
     # float32 through three blocks, in another batch.
     close = {"rtol": 1e-4, "atol": 1e-5}
     np.testing.assert_allclose(found["mean"], tokens[:, 1:].mean(axis=1), **close)
+    np.testing.assert_allclose(found["std"], tokens[:, 1:].std(axis=1), **close)
     np.testing.assert_allclose(found["cls"], tokens[:, 0], **close)
-    np.testing.assert_array_equal(found["cls+mean"], np.concatenate([found["cls"], found["mean"]], axis=1))
+    joined = np.concatenate([found[name] for name in ("cls", "mean", "std")], axis=1)
+    np.testing.assert_array_equal(found["cls+mean+std"], joined)
     assert found["mean"].dtype == np.float32 and sum(done) == count
 
 
@@ -125,8 +127,8 @@ def test_weights_of_another_size_or_channel_count_are_refused(model) -> None:
 
 def test_unknown_poolings_and_layers_list_what_there_is(model) -> None:
     model_config, params = model
-    with pytest.raises(UserError, match=r"no features 'max'; there are: mean, cls, cls\+mean"):
-        features.encoder_view(model_config.encoder, params["encoder"], SETTINGS, pooling="max")
+    with pytest.raises(UserError, match=r"no features 'max'; there are: mean, std, cls, and several joined by \+"):
+        features.encoder_view(model_config.encoder, params["encoder"], SETTINGS, pooling="mean+max")
     with pytest.raises(UserError, match="no layer 4; this encoder has layers 1 to 3"):
         features.encoder_view(model_config.encoder, params["encoder"], SETTINGS, layers=[4])
 
