@@ -357,7 +357,10 @@ def _starts_a_tar(piece: bytes) -> bool:
 
 
 def _check_room(folder: str, room: int) -> None:
-    used = sum(os.path.getsize(entry) for entry in os.scandir(folder) if entry.name.endswith(".tar"))
+    used = 0
+    for copy in Path(folder).glob("*.tar"):
+        with contextlib.suppress(FileNotFoundError):  # another worker takes away what is no tar
+            used += copy.stat().st_size
     if used > room:
         raise UserError(
             f"unpacked copies of compressed tar archives take more than the {room / 1e9:g} GB of --unpack-gb; raise it, or unpack the archives (plain .tar and .zip need no room)"

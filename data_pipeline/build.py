@@ -143,6 +143,13 @@ def parser() -> argparse.ArgumentParser:
         help="seconds a file may take before it is given up (default: %(default)s)",
     )
     p.add_argument(
+        "--memory-gb",
+        type=float,
+        default=4.0,
+        metavar="GB",
+        help="memory a worker may take; a file that needs more is given up (default: %(default)s)",
+    )
+    p.add_argument(
         "--unpack-gb",
         type=int,
         default=100,
@@ -248,6 +255,8 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it has to be at least {low}")
     if not args.timeout > 0:
         raise UserError(f"--timeout is {args.timeout}; it has to be more than 0 seconds")
+    if args.memory_gb < 1:
+        raise UserError(f"--memory-gb is {args.memory_gb}; a worker needs at least 1")
     if args.size is not None and args.size < 32:
         raise UserError(f"--size is {args.size}; slices under 32 px are left out, so it has to be at least 32")
     if not (args.validation >= 0 and args.test >= 0 and args.validation + args.test < 1):
@@ -309,7 +318,10 @@ def _run(
     function: workers.Work, tasks: Sequence[Any], args: argparse.Namespace, private: Path
 ) -> Iterator[workers.Progress | workers.Done]:
     try:
-        yield from workers.run(function, tasks, workers=min(args.workers, len(tasks)), timeout=args.timeout)
+        memory = int(args.memory_gb * 1e9)
+        yield from workers.run(
+            function, tasks, workers=min(args.workers, len(tasks)), timeout=args.timeout, memory=memory
+        )
     except workers.TaskError as error:
         if error.item is None:
             raise

@@ -3,6 +3,7 @@
 Nothing leaves this module but the fields of Header: no names, dates, free text or private tags.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -15,9 +16,11 @@ import pydicom.config
 import SimpleITK
 from jaxtyping import Float, Integer, Shaped
 from pydicom.dataset import Dataset
+from pydicom.filereader import read_partial
 from pydicom.pixels import get_decoder, pixel_array
+from pydicom.tag import BaseTag, Tag
 
-from data_pipeline.errors import ReadError, UserError, fault
+from data_pipeline.errors import NO_MEMORY, ReadError, UserError, fault
 
 # Messages of the readers quote header values; none of them may reach a log.
 SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
@@ -45,6 +48,7 @@ LOSSY_SYNTAXES = frozenset(
 )  # .81, .91 and .203 may hold lossless data; the tag LossyImageCompression decides where it is present
 DICOMDIR = "1.2.840.10008.1.3.10"  # Media Storage Directory, the index of a CD
 MAXIMUM_FRAMES = 65_536
+MAXIMUM_PIXELS = 1 << 26  # of a frame: 8,192 x 8,192; none has a twentieth
 UNCOMPRESSED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
 
 # The fields below and no others are read from a header.
@@ -55,6 +59,14 @@ _TAGS = [
     "ImagePositionPatient", "RescaleSlope", "RescaleIntercept", "LossyImageCompression", "BitsAllocated", "BitsStored",
     "HighBit", "PixelRepresentation", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
 ]  # fmt: skip
+
+# What decoding needs, and what says how to.
+_PIXEL_TAGS = [
+    "SOPClassUID", "Rows", "Columns", "NumberOfFrames", "PhotometricInterpretation", "SamplesPerPixel", "PlanarConfiguration",
+    "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelData", "ExtendedOffsetTable", "ExtendedOffsetTableLengths",
+]  # fmt: skip
+_PIXEL_DATA, _FLOAT_PIXEL_DATA = 0x7FE00010, 0x7FE00008
+MAXIMUM_ELEMENTS = 50_000  # of a data set; each costs time, and noise can hold millions
 
 # Defined terms of BodyPartExamined (DICOM PS3.16, tables L-1 and L-2), without spaces and underscores. Whatever else
 # somebody typed into the tag, a name for example, is dropped.
@@ -153,7 +165,7 @@ def read_header(path: str, file: io.BufferedIOBase | None = None) -> Header:
     Raises:
       ReadError: it is not DICOM, or is cut off before the pixels.
     """
-    dataset = _read(path if file is None else file, stop_before_pixels=True, specific_tags=_TAGS)
+    dataset = _read(path if file is None else file, _TAGS, stop=_FLOAT_PIXEL_DATA)
     if "SOPClassUID" not in dataset and "Rows" not in dataset and not _is_dicomdir(dataset):
         raise ReadError("not a DICOM image: it has neither a SOP class nor rows")
     try:
@@ -165,13 +177,30 @@ def read_header(path: str, file: io.BufferedIOBase | None = None) -> Header:
         raise ReadError(f"malformed header ({fault(error)})") from error
 
 
-def _read(source: str | io.BufferedIOBase, **arguments: Any) -> Dataset:
+def _read(source: str | io.BufferedIOBase, keywords: list[str], stop: int) -> Dataset:
+    """Elements by keyword, of those before the tag `stop`."""
+    seen = 0
+
+    def ends(tag: BaseTag, representation: str | None, length: int) -> bool:
+        nonlocal seen
+        seen += 1
+        if seen > MAXIMUM_ELEMENTS:
+            raise ReadError(f"damaged DICOM file: more than {MAXIMUM_ELEMENTS:,} elements before the pixels")
+        return tag >= stop or tag == 0  # zeros are padding, or what was never written
+
     try:
-        with warnings.catch_warnings(action="ignore"):
-            return pydicom.dcmread(source, force=True, **arguments)
-    except ReadError:  # of a member of an archive
+        with (
+            warnings.catch_warnings(action="ignore"),
+            open(source, "rb") if isinstance(source, str) else contextlib.nullcontext(source) as file,
+        ):
+            return read_partial(file, stop_when=ends, force=True, specific_tags=[Tag(word) for word in keywords])
+    except ReadError:
         raise
+    except MemoryError as error:
+        raise ReadError(NO_MEMORY) from error
     except Exception as error:  # pydicom raises many kinds on damaged files, with header values in their texts
+        if isinstance(error, OSError) and error.errno:
+            raise
         raise ReadError(f"damaged DICOM file ({type(error).__name__} while reading the header)") from error
 
 
@@ -186,6 +215,9 @@ def _header(path: str, dataset: Dataset) -> Header:
     frames = int(dataset.get("NumberOfFrames") or 1)
     if not 1 <= frames <= MAXIMUM_FRAMES:
         raise ReadError(f"the header promises {frames:,} frames; 1 to {MAXIMUM_FRAMES:,} can be real")
+    rows, columns = int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)
+    if rows * columns > MAXIMUM_PIXELS:
+        raise ReadError(f"the header promises {rows:,} x {columns:,} px; a frame may have {MAXIMUM_PIXELS:,}")
     return Header(
         path=path,
         sop_class=DICOMDIR if _is_dicomdir(dataset) else text("SOPClassUID"),
@@ -195,8 +227,8 @@ def _header(path: str, dataset: Dataset) -> Header:
         patient_id=text("PatientID"),
         modality=text("Modality"),
         image_type=tuple(str(v).upper() for v in ([image_type] if isinstance(image_type, str) else image_type)),
-        rows=int(dataset.get("Rows") or 0),
-        columns=int(dataset.get("Columns") or 0),
+        rows=rows,
+        columns=columns,
         frames=frames,
         transfer_syntax=syntax,
         photometric=text("PhotometricInterpretation"),
@@ -223,7 +255,7 @@ def read_dicomdir(path: str) -> list[str]:
     Raises:
       ReadError: it is no DICOMDIR, is damaged, or names a file outside its folder.
     """
-    dataset = _read(path)
+    dataset = _read(path, ["DirectoryRecordSequence"], stop=_FLOAT_PIXEL_DATA)
     if not _is_dicomdir(dataset):
         raise ReadError("not a DICOMDIR")
     try:
@@ -307,7 +339,7 @@ def read_stored(path: str) -> tuple[Integer[np.ndarray, "frames rows columns"], 
     Raises:
       ReadError: no decoder reads the pixels, they are cut off, or they have several samples each.
     """
-    dataset = _read(path)
+    dataset = _read(path, _PIXEL_TAGS, stop=_PIXEL_DATA + 1)  # padding may follow, and it costs time
     try:
         with warnings.catch_warnings(action="ignore"):
             return _stored(path, dataset)
@@ -336,6 +368,8 @@ def _stored(path: str, dataset: Dataset) -> tuple[np.ndarray, str]:
         plugin = PLUGINS.get(syntax, "")
         values = pixel_array(dataset, raw=True, decoding_plugin=plugin)
         decoder = f"pydicom {pydicom.__version__} {plugin}".strip()
+    except MemoryError as error:
+        raise ReadError(NO_MEMORY) from error
     except Exception as first:  # noqa: BLE001 - each plugin raises its own kinds
         values, decoder = _read_with_itk(path, type(first).__name__)
     if values.ndim == 2:
@@ -374,7 +408,10 @@ def _read_with_itk(path: str, first_failure: str) -> tuple[np.ndarray, str]:
 
 def stored_sha256(stored: Shaped[np.ndarray, "..."]) -> str:
     """First 16 hex digits of the SHA-256 over the stored values as little-endian int64, frames first, in C order."""
-    return hashlib.sha256(np.ascontiguousarray(stored, dtype="<i8").tobytes()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for part in stored if stored.ndim == 3 else [stored]:  # frame by frame: int64 takes four times the memory
+        digest.update(np.ascontiguousarray(part, dtype="<i8"))
+    return digest.hexdigest()[:16]
 
 
 def real_values(

@@ -12,6 +12,9 @@ class ReadError(Exception):
     """A file cannot be read. The reason is for people to read and holds no value of any header."""
 
 
+NO_MEMORY = "it needs more memory than a worker may take; if it is sound, give them more with --memory-gb"
+
+
 def fault(error: BaseException) -> str:
     """Kind and line of an unexpected error, without its text: libraries quote header values in theirs."""
     frames = traceback.extract_tb(error.__traceback__)

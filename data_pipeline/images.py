@@ -6,11 +6,12 @@ import numpy as np
 from jaxtyping import UInt
 from PIL import Image
 
-from data_pipeline.errors import ReadError
+from data_pipeline.errors import NO_MEMORY, ReadError
 
 # JPEG stores grey pictures in three channels with rounding errors of this size.
 GREY_TOLERANCE = 12
-Image.MAX_IMAGE_PIXELS = 2**28
+Image.MAX_IMAGE_PIXELS = None  # asked below, with a reason of its own
+MAXIMUM_PIXELS = 1 << 26  # 8,192 x 8,192; a slice has a twentieth
 
 
 def read_image(path: str) -> UInt[np.ndarray, "rows columns"]:
@@ -21,10 +22,16 @@ def read_image(path: str) -> UInt[np.ndarray, "rows columns"]:
     """
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            if image.width * image.height > MAXIMUM_PIXELS:
+                raise ReadError(f"{image.width:,} x {image.height:,} px; a picture may have {MAXIMUM_PIXELS:,}")
             pages = getattr(image, "n_frames", 1)
             if image.mode in ("P", "LA", "RGBA", "1", "CMYK", "YCbCr"):
                 image = image.convert("RGB" if image.mode != "1" else "L")
             values = np.asarray(image)
+    except ReadError:
+        raise
+    except MemoryError as error:
+        raise ReadError(NO_MEMORY) from error
     except Exception as error:  # Pillow's plugins each raise their own kinds on damaged files
         raise ReadError(f"the picture cannot be read ({type(error).__name__})") from error
     if pages != 1:

@@ -1,13 +1,15 @@
-"""Processes that may hang or die without taking the work with them.
+"""Processes that may hang, die or ask for too much memory without taking the work with them.
 
 A task is a list of items that a worker goes through, saying before each one which it is about to touch. A worker that
-stays on one item for too long, or dies on it, is replaced, and its task starts again without that item.
+stays on one item for too long, or dies on it, is replaced, and its task starts again without that item. What a worker asks
+for beyond its memory is refused to it, so that a damaged header which promises a terabyte fails in the reader at once.
 """
 
 import contextlib
 import dataclasses
 import multiprocessing
 import os
+import resource
 import signal
 import threading
 import time
@@ -68,9 +70,13 @@ def _die_with(parent: Any) -> None:
     os._exit(1)
 
 
-def _serve(function: Work, pipe: Connection) -> None:
+def _serve(function: Work, pipe: Connection, memory: int | None) -> None:
     # Decoders in C print to standard error, header values among it. What matters goes through the pipe.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    if memory is not None:
+        # Heap and anonymous mappings. Systems without this limit say so or ignore it.
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     threading.Thread(target=_die_with, args=(multiprocessing.parent_process(),), daemon=True).start()
 
     def touch(item: str | None) -> None:
@@ -82,6 +88,8 @@ def _serve(function: Work, pipe: Connection) -> None:
             message: Any = Done(0, function(task, skip, touch))
         except UserError as error:
             message = _Failure(str(error), True)
+        except MemoryError:
+            message = _Failure("a worker needs more memory than it may take; give it more with --memory-gb", True)
         except OSError as error:
             message = _Failure(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), True)
         except Exception as error:  # noqa: BLE001 - it is passed on and raised in the parent
@@ -90,11 +98,11 @@ def _serve(function: Work, pipe: Connection) -> None:
 
 
 class _Worker:
-    def __init__(self, function: Work) -> None:
+    def __init__(self, function: Work, memory: int | None) -> None:
         # A fork would copy the parent's locks in whatever state the progress display's thread has them.
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(function, theirs), daemon=True)
+        self.process = context.Process(target=_serve, args=(function, theirs, memory), daemon=True)
         # Ctrl-C and a cluster's SIGTERM reach the whole process group. Only the parent answers them and ends its workers;
         # a worker that died of one would look like a decoder that crashed.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
@@ -113,12 +121,15 @@ class _Worker:
         self.pipe.close()
 
 
-def run(function: Work, tasks: Sequence[Any], *, workers: int, timeout: float) -> Iterator[Progress | Done]:
+def run(
+    function: Work, tasks: Sequence[Any], *, workers: int, timeout: float, memory: int | None = None
+) -> Iterator[Progress | Done]:
     """Runs `function` on every task, `workers` at a time.
 
     Args:
       tasks: anything that can be pickled.
       timeout: seconds an item may take.
+      memory: bytes that a worker may take, its libraries (0.2 GB) included; None for no limit.
 
     Yields:
       Progress whenever an item is touched, Done with each result, in the order in which they happen.
@@ -127,7 +138,7 @@ def run(function: Work, tasks: Sequence[Any], *, workers: int, timeout: float) -
       TaskError: a task failed in a way the user can mend (a full disk, say), or a worker died with no item in hand.
       TaskFault: a task raised anything else.
     """
-    pool = _Pool(function, tasks)
+    pool = _Pool(function, tasks, memory)
     try:
         while pool.waiting or any(w.task is not None for w in pool.workers):
             pool.give_out(workers)
@@ -158,8 +169,8 @@ def run(function: Work, tasks: Sequence[Any], *, workers: int, timeout: float) -
 
 
 class _Pool:
-    def __init__(self, function: Work, tasks: Sequence[Any]) -> None:
-        self._function, self._tasks = function, tasks
+    def __init__(self, function: Work, tasks: Sequence[Any], memory: int | None) -> None:
+        self._function, self._tasks, self._memory = function, tasks, memory
         self.workers: list[_Worker] = []
         self.waiting = list(range(len(tasks)))[::-1]
         self._skips: list[dict[str, str]] = [{} for _ in tasks]
@@ -168,7 +179,7 @@ class _Pool:
 
     def give_out(self, count: int) -> None:
         while self.waiting and len(self.workers) < count:
-            self.workers.append(_Worker(self._function))
+            self.workers.append(_Worker(self._function, self._memory))
         for worker in self.workers:
             if worker.task is None and self.waiting:
                 worker.task, worker.item, worker.since = self.waiting.pop(), None, time.monotonic()

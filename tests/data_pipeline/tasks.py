@@ -51,3 +51,15 @@ def signals(task, skip, touch):
     for number in (signal.SIGTERM, signal.SIGINT):
         os.kill(os.getpid(), number)
     return "alive"
+
+
+def hungry(task, skip, touch):
+    """Asks for a terabyte, then for a tenth of a gigabyte; or raises MemoryError where nobody expects it."""
+    touch("a")
+    try:
+        return bytearray(task)
+    except MemoryError:
+        touch("b")
+        if task > 10**12:
+            raise
+        return len(bytearray(100_000_000))

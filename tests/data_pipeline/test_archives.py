@@ -241,6 +241,10 @@ def test_want_of_room_ends_the_build_with_a_remedy_and_is_no_reason_to_leave_fil
     assert result.code == 2 and "take more than the 0 GB of --unpack-gb; raise it" in result.error
     path = pack(tmp_path / "e.zip", from_folder[0])
     member = listing(path).members[0]
+    # A copy that another worker has just taken away counts nothing.
+    (tmp_path / "u").mkdir()
+    (tmp_path / "u" / "gone.tar").symlink_to(tmp_path / "nowhere")
+    assert listing(tmp_path / "e.tar.gz", folder=tmp_path / "u").problem == ""
     monkeypatch.setattr(archives.tempfile, "mkdtemp", lambda **_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(UserError, match="No space left; make room there"), contextlib.ExitStack() as stack:
         stack.enter_context(archives.at_hand(member.path, list(member), str(tmp_path / "u")))

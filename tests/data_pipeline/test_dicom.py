@@ -1,4 +1,6 @@
+import hashlib
 import io
+import time
 from pathlib import Path
 
 import numpy as np
@@ -203,3 +205,39 @@ def test_a_missing_decoder_is_named_before_the_build_starts(monkeypatch: pytest.
     monkeypatch.setitem(dicom.PLUGINS, "1.2.840.10008.1.2.4.90", "another plugin")
     with pytest.raises(UserError, match=r"no decoder another plugin .*curia-jax\[ingest\]"):
         dicom.check_plugins()
+
+
+def test_zeros_after_the_pixels_are_padding_and_cost_nothing(write_dicom, tmp_path: Path) -> None:
+    path = write_dicom(tmp_path / "a.dcm", PIXELS)
+    path.write_bytes(path.read_bytes() + bytes(4_000_000))
+    began = time.process_time()
+    np.testing.assert_array_equal(dicom.read_stored(str(path))[0][0], PIXELS)
+    assert time.process_time() - began < 0.5  # as empty elements they are half a million
+
+
+def test_absurd_sizes_and_numbers_of_elements_are_refused(write_dicom, tmp_path: Path) -> None:
+    path = edit(write_dicom(tmp_path / "a.dcm"), Rows=65535, Columns=65535)
+    with pytest.raises(ReadError, match="promises 65,535 x 65,535 px; a frame may have 67,108,864"):
+        dicom.read_header(str(path))
+    path = write_dicom(tmp_path / "b.dcm")
+    element = b"\x08\x00\x50\x00SH\x00\x00"
+    at = path.read_bytes().index(b"\x08\x00\x16\x00UI")
+    path.write_bytes(path.read_bytes()[:at] + element * (dicom.MAXIMUM_ELEMENTS + 1) + path.read_bytes()[at:])
+    for function in (dicom.read_header, dicom.read_stored):
+        with pytest.raises(ReadError, match="more than 50,000 elements before the pixels"):
+            function(str(path))
+
+
+def test_want_of_memory_is_a_reason_with_a_remedy(write_dicom, tmp_path: Path, monkeypatch) -> None:
+    path = write_dicom(tmp_path / "a.dcm")
+    for name in ("read_partial", "pixel_array"):
+        with monkeypatch.context() as patch:
+            patch.setattr(dicom, name, lambda *arguments, **more: (_ for _ in ()).throw(MemoryError))
+            with pytest.raises(ReadError, match="more memory than a worker may take.*--memory-gb"):
+                dicom.read_stored(str(path))
+
+
+def test_frames_are_hashed_like_the_whole(write_dicom, tmp_path: Path) -> None:
+    values = np.stack([PIXELS, PIXELS + 1])
+    whole = hashlib.sha256(values.astype("<i8").tobytes()).hexdigest()[:16]
+    assert dicom.stored_sha256(values) == whole == dicom.stored_sha256(np.asfortranarray(values))

@@ -1,3 +1,5 @@
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -67,3 +69,13 @@ def test_what_is_no_grey_picture_is_refused_with_its_reason(tmp_path: Path) -> N
     ):
         (tmp_path / name).write_bytes(data)
         assert "cannot be read" in refused(name)
+
+
+def test_absurd_sizes_are_refused_before_anything_is_decoded(tmp_path: Path) -> None:
+    Image.fromarray(BYTES).save(tmp_path / "a.png")
+    data = bytearray((tmp_path / "a.png").read_bytes())
+    data[16:24] = struct.pack(">II", 2_000_000, 1_000_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(ReadError, match="2,000,000 x 1,000,000 px; a picture may have 67,108,864"):
+        images.read_image(str(tmp_path / "a.png"))

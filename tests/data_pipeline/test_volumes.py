@@ -1,3 +1,4 @@
+import gzip
 from pathlib import Path
 
 import nibabel
@@ -159,3 +160,84 @@ def test_damage_is_a_reason_and_no_exception(tmp_path: Path) -> None:
     nibabel.Nifti1Image(colour, np.eye(4)).to_filename(tmp_path / "rgb.nii")
     with pytest.raises(ReadError, match="colour"):
         volumes.read_volume(str(tmp_path / "rgb.nii"))
+
+
+def test_scaling_that_is_not_whole_gives_real_values_without_doubling_the_memory(tmp_path: Path) -> None:
+    path = write_nifti(tmp_path / "v.nii", "RAS")
+    for slope, inter in ((0.5, -1024.0), (3.0, 0.25), (1e-3, 1e5)):
+        data = bytearray((tmp_path / "v.nii").read_bytes())
+        data[112:120] = np.array([slope, inter], "<f4").tobytes()
+        (tmp_path / "v.nii").write_bytes(data)
+        volume = volumes.read_volume(path)
+        assert volume.values.dtype.itemsize == 4
+        np.testing.assert_allclose(volume.values, axial(TRUTH * np.float32(slope) + inter), rtol=1e-6)
+
+
+# ---- what a header must not do
+
+
+@pytest.mark.parametrize("form", ["nrrd", "mha"])
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("/etc/passwd", "outside its folder"), ("../secret.raw", "outside its folder"), ("sub/../../secret.raw", "outside its folder"),
+        ("link/secret.raw", "outside its folder"), ("LIST", "several data files"), ("%03d.raw 1 9 1", "several data files"),
+        ("gone.raw", "its data file is missing"),
+    ],
+)  # fmt: skip
+def test_a_header_names_no_data_outside_its_folder(tmp_path: Path, form: str, target: str, reason: str) -> None:
+    place = tmp_path / "exams"
+    place.mkdir()
+    (place / "link").symlink_to(tmp_path)
+    (tmp_path / "secret.raw").write_bytes(TRUTH.tobytes())
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(TRUTH), str(place / "whole.mha"))
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(TRUTH), str(place / "whole.nrrd"))
+    data = (place / f"whole.{form}").read_bytes()
+    if form == "mha":
+        # Both ways of writing it that the reader of the format takes.
+        texts = [data.replace(b"= LOCAL", mark + target.encode()) for mark in (b"= ", b":  ")]
+    else:
+        texts = [data.replace(b"\n\n", f"\n{key}: {target}\n\n".encode(), 1) for key in ("data file", "datafile")]
+    for text in texts:
+        (place / f"a.{form}").write_bytes(text)
+        with pytest.raises(ReadError, match=reason):
+            volumes.read_volume(str(place / f"a.{form}"))
+
+
+def test_data_beside_a_header_is_read(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "v.raw").write_bytes(TRUTH.transpose(2, 1, 0).tobytes())
+    sizes = " ".join(map(str, SHAPE))
+    (tmp_path / "v.nhdr").write_text(
+        f"NRRD0004\ntype: short\ndimension: 3\nsizes: {sizes}\nendian: little\nencoding: raw\ndata file: raw/v.raw\n"
+    )
+    (tmp_path / "v.mhd").write_text(
+        f"ObjectType = Image\nNDims = 3\nDimSize = {sizes}\nElementType = MET_SHORT\nElementDataFile = raw/v.raw\n"
+    )
+    for name in ("v.nhdr", "v.mhd"):
+        assert volumes.read_volume(str(tmp_path / name)).values.sum() == TRUTH.sum()
+
+
+def test_the_place_of_the_data_cannot_hide_behind_a_long_header(tmp_path: Path) -> None:
+    comment = "x" * volumes.HEADER_BYTES
+    (tmp_path / "a.mhd").write_text(f"ObjectType = Image\nComment = {comment}\nElementDataFile = /etc/passwd\n")
+    (tmp_path / "a.nhdr").write_text(f"NRRD0004\n# {comment}\ndata file: /etc/passwd\n\n")
+    for name in ("a.mhd", "a.nhdr"):
+        with pytest.raises(ReadError, match="its header does not end within 65,536 bytes"):
+            volumes.read_volume(str(tmp_path / name))
+
+
+def test_a_header_that_promises_more_than_its_file_can_hold_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    data = bytearray(Path(write_nifti(tmp_path / "v.nii", "RAS")).read_bytes())
+    data[42:48] = np.array([32767, 32767, 32767], "<i2").tobytes()
+    (tmp_path / "v.nii").write_bytes(data)
+    (tmp_path / "v.nii.gz").write_bytes(gzip.compress(data))
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(TRUTH), str(tmp_path / "v.mha"))
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(TRUTH), str(tmp_path / "v.nrrd"))
+    for name, old in (("v.mha", b"DimSize = 4 7 6"), ("v.nrrd", b"sizes: 4 7 6")):
+        text = (tmp_path / name).read_bytes()
+        assert old in text
+        (tmp_path / name).write_bytes(text.replace(old, old.replace(b"4 7 6", b"30000 30000 30000")))
+    for name in ("v.nii", "v.nii.gz", "v.mha", "v.nrrd"):
+        with pytest.raises(ReadError, match="its header promises [0-9,]{18} bytes, which the file cannot hold"):
+            volumes.read_volume(str(tmp_path / name))

@@ -119,3 +119,16 @@ def _runs(pid: int) -> bool:
     except OSError:
         return False
     return state != "Z"  # nobody waits for an orphan in a container
+
+
+def test_a_worker_gets_no_more_than_its_memory_and_lives_on(tasks) -> None:
+    def run(size: int):
+        return [
+            m
+            for m in workers.run(tasks.hungry, [size, 1], workers=1, timeout=20.0, memory=1 << 30)
+            if m.__class__ is workers.Done
+        ]
+
+    assert [len(message.result) if message.number else message.result for message in run(10**10)] == [100_000_000, 1]
+    with pytest.raises(UserError, match="more memory than it may take; give it more with --memory-gb"):
+        run(10**12 + 1)
