@@ -1,6 +1,10 @@
+import re
+from pathlib import Path
+
 import pytest
 
 from curia_jax import config as configs
+from curia_jax.models import mae
 from data_pipeline.errors import UserError
 
 
@@ -54,3 +58,24 @@ def test_durations(duration: str, expected: int) -> None:
 def test_an_unreadable_duration_is_an_error(duration: str) -> None:
     with pytest.raises(UserError, match="duration"):
         configs.steps(duration, batch_size=64, examples=2000)
+
+
+@pytest.mark.parametrize("file", sorted(Path("configs").glob("*.py")), ids=lambda file: file.stem)
+def test_every_named_config_makes_a_model_and_has_the_fields_of_the_demo(file: Path, demo: str) -> None:
+    """So that one command line serves them all."""
+    config = configs.load(str(file))
+    mae.config(**config.model)
+    common = {name for name in configs.flatten(configs.load(demo)) if not name.startswith("model.")}
+    assert common <= set(configs.flatten(config))
+    assert "@" not in file.read_text(encoding="utf-8").split('"""')[1]  # nothing left to fill in
+
+
+def test_named_runs_are_what_their_names_say() -> None:
+    for file in Path("configs").glob("pretrain_vit_*.py"):
+        size, pixels = re.fullmatch(r"pretrain_vit_([blh])16_(\d+)", file.stem).groups()
+        config = configs.load(str(file))
+        model = mae.config(**config.model)
+        assert (config.model.size, model.encoder.image_size) == (size.upper(), (int(pixels),) * 2)
+        assert (model.encoder.patch_size, model.encoder.channels) == ((16, 16), 1)
+        assert config.mesh.replica * config.mesh.data * config.mesh.fsdp == 256  # of v5e:16x16
+        assert config.batch_size % 256 == 0 and config.batch_size <= 16_384

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from curia_jax.models import vit
 
@@ -112,15 +113,29 @@ class MAEOutput(NamedTuple):
 
 def random_mask(
     noise: Float[Array, "batch patches"], visible: int
-) -> tuple[Int[Array, "batch visible"], Int[Array, "batch patches"], Float[Array, "batch patches"]]:
-    """The patches with the smallest noise stay visible, in the order of their noise.
+) -> tuple[Int[Array, "batch patches"], Float[Array, "batch patches"]]:
+    """The patches with the smallest noise stay visible, in the order of their noise; of equal ones, the first.
 
     Returns:
-      The visible patches' numbers; for every patch its place in the shuffled order; and 1 where a patch is hidden.
+      For every patch its place in the order of the noise, and 1 where a patch is hidden.
     """
-    shuffled = jnp.argsort(noise, axis=1)
-    restore = jnp.argsort(shuffled, axis=1)
-    return shuffled[:, :visible], restore, (restore >= visible).astype(jnp.float32)
+    # Counted, not sorted: all pairs are few and one pass, which a TPU does in less time than it sorts.
+    number = jnp.arange(noise.shape[1])
+    mine, other = noise[:, :, None], noise[:, None, :]
+    before = (other < mine) | ((other == mine) & (number[None, :] < number[:, None]))
+    place = jnp.sum(before, axis=2, dtype=jnp.int32)
+    return place, (place >= visible).astype(jnp.float32)
+
+
+def selection(
+    place: Int[Array, "batch candidates"], count: int, dtype: DTypeLike
+) -> Shaped[Array, "batch count candidates"]:
+    """One row for each of the places 0 … count - 1, with 1 at the candidate that has it and 0 elsewhere.
+
+    Its product with the candidates selects them, exactly; and the product with its transpose puts them back. Unlike gathers
+    and scatters, both are matrix products, which is what a TPU is quick at.
+    """
+    return (place[:, None, :] == jnp.arange(count)[None, :, None]).astype(dtype)
 
 
 def patch_statistics(
@@ -151,17 +166,18 @@ class Decoder(nnx.Module):
         self.pred = vit.Linear(width, encoder.patch_values, rngs=rngs)
 
     def __call__(
-        self, tokens: Float[Array, "batch visible_and_cls width"], restore: Int[Array, "batch patches"]
+        self, tokens: Float[Array, "batch visible_and_cls width"], place: Int[Array, "batch patches"]
     ) -> Float[Array, "batch patches values"]:
+        """`place` of every patch as `random_mask` says; the first places are those of the visible tokens."""
         config, encoder = self.config, self.config.encoder
         x = self.embed(tokens)
-        batch, patches = restore.shape
-        hidden = jnp.broadcast_to(self.mask_token[...].astype(x.dtype), (batch, patches + 1 - x.shape[1], x.shape[2]))
-        shuffled = jnp.concatenate([x[:, 1:], hidden], axis=1)
-        ordered = jnp.take_along_axis(shuffled, restore[:, :, None], axis=1)
-        x = jnp.concatenate([x[:, :1], ordered], axis=1)
-        x = x + vit.position_table(config.decoder_width, encoder.grid).astype(x.dtype)
-        x, _ = vit.apply_blocks(self.blocks, x, remat=encoder.remat, unroll=min(encoder.unroll, config.decoder_depth))
+        with jax.named_scope("mask"):
+            place = jnp.pad(place + 1, ((0, 0), (1, 0)))  # CLS stays first
+            seen = selection(place, x.shape[1], x.dtype)
+            ordered = jnp.einsum("bvp,bvw->bpw", seen, x, precision=vit.exact(x.dtype))
+            x = jnp.where((place < x.shape[1])[:, :, None], ordered, self.mask_token[...].astype(x.dtype))
+            x = x + vit.position_table(config.decoder_width, encoder.grid).astype(x.dtype)
+        x, _ = vit.apply_blocks(self.blocks, x, encoder, unroll=min(encoder.unroll, config.decoder_depth))
         with jax.named_scope("norm"):
             x = self.norm(x)
         with jax.named_scope("pred"):
@@ -186,13 +202,12 @@ class MAE(nnx.Module):
         """
         config = self.config
         with jax.named_scope("encoder"):
-            x = self.encoder.embed(images)
             with jax.named_scope("mask"):
-                visible, restore, mask = random_mask(noise, config.visible)
-                x = jnp.take_along_axis(x, visible[:, :, None], axis=1)
-            tokens, _ = self.encoder.encode(x)
+                place, mask = random_mask(noise, config.visible)
+                chosen = selection(place, config.visible, vit.DTYPES[config.encoder.dtype])
+            tokens, _ = self.encoder.encode(self.encoder.embed(images, chosen))
         with jax.named_scope("decoder"):
-            prediction = self.decoder(tokens, restore).astype(jnp.float32)
+            prediction = self.decoder(tokens, place).astype(jnp.float32)
         with jax.named_scope("loss"):
             target = vit.patchify(images.astype(jnp.float32), config.encoder.patch_size)
             if config.norm_pix:
@@ -234,6 +249,7 @@ def decoder_flops(config: MAEConfig) -> int:
 def flops(config: MAEConfig) -> int:
     """FLOPs of the matrix products of one forward pass on one image: vit.flops on the visible patches + decoder_flops.
 
-    A training step costs three times that: the backward pass has two products for each of the forward pass.
+    A training step costs three times that: the backward pass has two products for each of the forward pass. Products that
+    only select tokens (`selection`) do not count.
     """
     return vit.flops(config.encoder, config.visible) + decoder_flops(config)

@@ -9,6 +9,8 @@ Blocks are stacked over depth in one set of arrays, so that one tree serves the 
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -17,7 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
+
+from curia_jax.models import attention
 
 # Width, depth and heads; Ti, S: Touvron et al. 2021 (DeiT); B, L, H: Dosovitskiy et al. 2021.
 SIZES = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "H": (1280, 32, 16)}
@@ -29,6 +34,7 @@ REMAT = {
     "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 ACTIVATIONS = {"gelu": False, "gelu_tanh": True}  # value of jax.nn.gelu's `approximate`
+ATTENTION = {"xla": attention.by_compiler, "kernel": attention.by_kernel}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -41,6 +47,7 @@ class ViTConfig:
       mlp_width: hidden width of the MLP.
       activation: "gelu" (exact, erf) or "gelu_tanh".
       dtype: of matrix products and the residual stream; parameters, LayerNorm statistics and softmax are float32.
+      attention: a key of ATTENTION: "xla" for any device, "kernel" for TPUs.
       remat: a key of REMAT.
       unroll: blocks per iteration of the scan over depth; `depth` leaves no loop.
 
@@ -58,6 +65,7 @@ class ViTConfig:
     activation: str = "gelu"
     layer_norm_eps: float = 1e-6
     dtype: str = "bfloat16"
+    attention: str = "xla"
     remat: str = "none"
     unroll: int = 1
 
@@ -76,7 +84,9 @@ class ViTConfig:
                 f"nearest that is: {nearest}"
             )
         check_width("width", self.width, "heads", self.heads)
-        known: dict[str, Collection[str]] = {"activation": ACTIVATIONS, "dtype": DTYPES, "remat": REMAT}
+        known: dict[str, Collection[str]] = {
+            "activation": ACTIVATIONS, "dtype": DTYPES, "attention": ATTENTION, "remat": REMAT
+        }  # fmt: skip
         for name, names in known.items():
             if getattr(self, name) not in names:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it may be {', '.join(names)}")
@@ -134,6 +144,142 @@ def config(
     return ViTConfig(image_size=pair(image_size), patch_size=pair(patch_size), channels=channels, **fields)
 
 
+# ---- arithmetic with derivatives of its own
+#
+# Derived automatically, these keep float32 copies of what they pass through, and the reductions of a backward pass are
+# programs of their own. Each of these keeps its input, in its own type, and computes the rest again.
+# Kernels' gradients are float32 after a sum in float32, rounded once to the type of the product, in which they travel.
+
+
+def _gathered(kernel: Float[Array, "inputs outputs"], dtype: Any) -> Float[Array, "inputs outputs"]:
+    """A kernel in the type of its product, whole on every device, in which form it travels.
+
+    Left alone, the partitioner may split the product over the dimension in which the kernel is split, and move the
+    activations of the whole batch twice a layer.
+    """
+    kernel = kernel.astype(dtype)
+    if jax.sharding.get_abstract_mesh().empty:  # jax.set_mesh says that there is something to split
+        return kernel
+    return jax.lax.with_sharding_constraint(kernel, PartitionSpec())
+
+
+def _sum_rows(x: Float[Array, "*rows width"]) -> Float[Array, " width"]:
+    return jnp.sum(x, axis=tuple(range(x.ndim - 1)), dtype=jnp.float32)
+
+
+def _kernel_gradient(
+    x: Float[Array, "*rows inputs"], g: Float[Array, "*rows outputs"]
+) -> Float[Array, "inputs outputs"]:
+    rows = tuple(range(x.ndim - 1))
+    return jax.lax.dot_general(x, g, ((rows, rows), ((), ()))).astype(jnp.float32)
+
+
+@jax.custom_vjp
+def product(x: Float[Array, "*rows inputs"], kernel: Float[Array, "inputs outputs"]) -> Float[Array, "*rows outputs"]:
+    """x kernel in the type of x. Activations stay where they are; a kernel that is split over devices is gathered, in the
+    backward pass anew."""
+    return x @ _gathered(kernel, x.dtype)
+
+
+def _product_backward(kept: Any, g: Array) -> tuple[Array, Array]:
+    x, kernel = kept
+    return g @ _gathered(kernel, x.dtype).T, _kernel_gradient(x, g)
+
+
+product.defvjp(lambda x, kernel: (product(x, kernel), (x, kernel)), _product_backward)
+
+
+@jax.custom_vjp
+def linear(
+    x: Float[Array, "*rows inputs"], kernel: Float[Array, "inputs outputs"], bias: Float[Array, " outputs"]
+) -> Float[Array, "*rows outputs"]:
+    """x kernel + bias in the type of x; the kernel as in `product`."""
+    return x @ _gathered(kernel, x.dtype) + bias.astype(x.dtype)
+
+
+def _linear_backward(kept: Any, g: Array) -> tuple[Array, Array, Array]:
+    return *_product_backward(kept, g), _sum_rows(g)
+
+
+linear.defvjp(lambda x, kernel, bias: (linear(x, kernel, bias), (x, kernel)), _linear_backward)
+
+
+def gelu(x: Float[Array, "*rows width"], approximate: bool) -> Float[Array, "*rows width"]:
+    """x Phi(x), or with tanh in place of the error function (Hendrycks and Gimpel 2016); computed in float32."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=approximate).astype(x.dtype)
+
+
+def gelu_slope(x: Float[Array, "*rows width"], approximate: bool) -> Float[Array, "*rows width"]:
+    """Derivative of `gelu`, float32."""
+    x = x.astype(jnp.float32)
+    if approximate:
+        scale, cubic = math.sqrt(2 / math.pi), 0.044715
+        square = x * x
+        t = jnp.tanh(scale * x * (1 + cubic * square))
+        return 0.5 * (1 + t) + 0.5 * scale * x * (1 - t * t) * (1 + 3 * cubic * square)
+    return 0.5 * jax.lax.erfc(-x * math.sqrt(0.5)) + x * jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def mlp(
+    x: Float[Array, "*rows inputs"],
+    kernel1: Float[Array, "inputs hidden"],
+    bias1: Float[Array, " hidden"],
+    kernel2: Float[Array, "hidden outputs"],
+    bias2: Float[Array, " outputs"],
+    approximate: bool,
+) -> Float[Array, "*rows outputs"]:
+    """gelu(x kernel1 + bias1) kernel2 + bias2. Kept for the backward pass: x and what goes into the gelu."""
+    return linear(gelu(linear(x, kernel1, bias1), approximate), kernel2, bias2)
+
+
+def _mlp_forward(
+    x: Array, kernel1: Array, bias1: Array, kernel2: Array, bias2: Array, approximate: bool
+) -> tuple[Array, Any]:
+    hidden = linear(x, kernel1, bias1)
+    return linear(gelu(hidden, approximate), kernel2, bias2), (x, kernel1, hidden, kernel2)
+
+
+def _mlp_backward(approximate: bool, kept: Any, g: Array) -> tuple[Array, ...]:
+    x, kernel1, hidden, kernel2 = kept
+    slope = gelu_slope(hidden, approximate)
+    dhidden = ((g @ _gathered(kernel2, x.dtype).T).astype(jnp.float32) * slope).astype(x.dtype)
+    return (
+        dhidden @ _gathered(kernel1, x.dtype).T, _kernel_gradient(x, dhidden), _sum_rows(dhidden),
+        _kernel_gradient(gelu(hidden, approximate), g), _sum_rows(g),
+    )  # fmt: skip
+
+
+mlp.defvjp(_mlp_forward, _mlp_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(
+    x: Float[Array, "*rows width"], scale: Float[Array, " width"], bias: Float[Array, " width"], eps: float
+) -> Float[Array, "*rows width"]:
+    """Statistics in float32, by the two-pass variance; the result has the type of the input."""
+    return _layer_norm_forward(x, scale, bias, eps)[0]
+
+
+def _layer_norm_forward(x: Array, scale: Array, bias: Array, eps: float) -> tuple[Array, Any]:
+    y = x.astype(jnp.float32)
+    mean = jnp.mean(y, axis=-1, keepdims=True)
+    y = y - mean
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    return (y * inverse * scale + bias).astype(x.dtype), (x, scale, mean, inverse)
+
+
+def _layer_norm_backward(eps: float, kept: Any, g: Array) -> tuple[Array, Array, Array]:
+    x, scale, mean, inverse = kept
+    normed, g = (x.astype(jnp.float32) - mean) * inverse, g.astype(jnp.float32)
+    h = g * scale
+    h = h - jnp.mean(h, axis=-1, keepdims=True) - normed * jnp.mean(h * normed, axis=-1, keepdims=True)
+    return (inverse * h).astype(x.dtype), _sum_rows(g * normed), _sum_rows(g)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
 # ---- parameters
 
 
@@ -145,25 +291,11 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32))
 
     def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
-        return _product(x, self.kernel[...]) + self.bias[...].astype(x.dtype)
-
-
-@jax.checkpoint
-def _product(x: Float[Array, "... inputs"], kernel: Float[Array, "inputs outputs"]) -> Float[Array, "... outputs"]:
-    """x kernel, in the type of x. Activations stay where they are; a kernel that is split over devices is gathered.
-
-    Left alone, the partitioner may split the product over the kernel's dimension instead, and move the activations of the
-    whole batch twice a layer. Only x and the split kernel are kept for the backward pass, which gathers again and computes
-    nothing again.
-    """
-    kernel = kernel.astype(x.dtype)  # before it travels
-    if not jax.sharding.get_abstract_mesh().empty:  # jax.set_mesh says that there is something to split
-        kernel = jax.lax.with_sharding_constraint(kernel, PartitionSpec())
-    return x @ kernel
+        return linear(x, self.kernel[...], self.bias[...])
 
 
 class LayerNorm(nnx.Module):
-    """Statistics in float32, by the two-pass variance; the result has the type of the input."""
+    """See `layer_norm`."""
 
     def __init__(self, width: int, eps: float) -> None:
         self.scale = nnx.Param(jnp.ones(width, jnp.float32))
@@ -171,10 +303,7 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
-        y = x.astype(jnp.float32)
-        y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+        return layer_norm(x, self.scale[...], self.bias[...], self.eps)
 
 
 class Attention(nnx.Module):
@@ -189,14 +318,12 @@ class Attention(nnx.Module):
         self.proj = Linear(width, width, rngs=rngs)
         self.heads = heads
 
-    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
-        batch, tokens, width = x.shape
-        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
-        q, k, v = (y.reshape(batch, tokens, self.heads, width // self.heads) for y in (q, k, v))
-        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) * (width // self.heads) ** -0.5
-        weights = jax.nn.softmax(logits.astype(jnp.float32), axis=-1).astype(x.dtype)
-        y = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
-        return self.proj(y.reshape(batch, tokens, width))
+    def __call__(
+        self, x: Float[Array, "batch tokens width"], kind: str = "xla", segments: int = 1
+    ) -> Float[Array, "batch tokens width"]:
+        # Without its bias, which is added, and whose gradient is summed up, where the heads are taken apart.
+        qkv = product(x, self.qkv.kernel[...])
+        return self.proj(ATTENTION[kind](qkv, self.qkv.bias[...], self.heads, segments))
 
 
 class MLP(nnx.Module):
@@ -206,7 +333,8 @@ class MLP(nnx.Module):
         self.approximate = ACTIVATIONS[activation]
 
     def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=self.approximate))
+        fc1, fc2 = self.fc1, self.fc2
+        return mlp(x, fc1.kernel[...], fc1.bias[...], fc2.kernel[...], fc2.bias[...], self.approximate)
 
 
 class Block(nnx.Module):
@@ -216,9 +344,11 @@ class Block(nnx.Module):
         self.norm2 = LayerNorm(width, eps)
         self.mlp = MLP(width, mlp_width, activation, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
+    def __call__(
+        self, x: Float[Array, "batch tokens width"], kind: str = "xla", segments: int = 1
+    ) -> Float[Array, "batch tokens width"]:
         with jax.named_scope("attention"):
-            x = x + self.attn(self.norm1(x))
+            x = x + self.attn(self.norm1(x), kind, segments)
         with jax.named_scope("mlp"):
             return x + self.mlp(self.norm2(x))
 
@@ -237,12 +367,12 @@ def stacked_blocks(
 
 
 def apply_blocks(
-    blocks: Block, x: Float[Array, "batch tokens width"], *, remat: str, unroll: int, keep: Sequence[int] = ()
+    blocks: Block, x: Float[Array, "batch tokens width"], config: ViTConfig, *, unroll: int, keep: Sequence[int] = ()
 ) -> tuple[Float[Array, "batch tokens width"], list[Float[Array, "batch tokens width"]]]:
     """Runs stacked blocks one after the other.
 
     Args:
-      remat: a key of REMAT.
+      config: its `attention` and `remat` apply.
       unroll: blocks per iteration; the whole depth leaves no loop.
       keep: numbers of the blocks (from 0) whose outputs are wanted too.
 
@@ -251,12 +381,15 @@ def apply_blocks(
     """
     graph, stack = nnx.split(blocks)
     depth = jax.tree.leaves(stack)[0].shape[0]
+    shape = x.shape
+    segments = _images_together(shape[0], shape[1]) if config.attention == "kernel" else 1
+    x = x.reshape(shape[0] // segments, segments * shape[1], shape[2])
 
     def run(x: Array, params: Any) -> Array:
-        return nnx.merge(graph, params)(x)
+        return nnx.merge(graph, params)(x, config.attention, segments)
 
-    if REMAT[remat] is not None:
-        run = jax.checkpoint(run, policy=REMAT[remat], prevent_cse=unroll == depth)
+    if REMAT[config.remat] is not None:
+        run = jax.checkpoint(run, policy=REMAT[config.remat], prevent_cse=unroll == depth)
 
     if unroll == depth or keep:
         # lax.split, unlike indexing, has a concatenation as its transpose: gradients are stacked in one pass.
@@ -266,9 +399,21 @@ def apply_blocks(
         for layer in parts:
             x = run(x, jax.tree.unflatten(tree, [leaf[0] for leaf in layer]))
             outputs.append(x)
-        return x, [outputs[number] for number in keep]
+        return x.reshape(shape), [outputs[number].reshape(shape) for number in keep]
     x, _ = jax.lax.scan(lambda x, params: (run(x, params), None), x, stack, unroll=unroll)
-    return x, []
+    return x.reshape(shape), []
+
+
+def _images_together(batch: int, tokens: int) -> int:
+    """Images that go through the blocks as one, so that their tokens fill tiles of 8 rows: 4 of 50 tokens.
+
+    1 where they do not divide a device's share of the batch, or where attention over all of them would cost more than the
+    rows that are saved.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    images = 8 // math.gcd(8, tokens)
+    share = batch // (1 if mesh.empty else mesh.size)
+    return images if images * tokens <= 512 and share % images == 0 else 1
 
 
 def position_table(width: int, grid: tuple[int, int]) -> Float[np.ndarray, "tokens width"]:
@@ -291,6 +436,11 @@ def patchify(
     ph, pw = patch_size
     x = images.reshape(batch, height // ph, ph, width // pw, pw, channels)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, ph * pw * channels)
+
+
+def exact(dtype: DTypeLike) -> jax.lax.Precision | None:
+    """Precision at which a product with ones and zeros only moves values of this type, on any device."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def unpatchify(
@@ -318,14 +468,27 @@ class ViT(nnx.Module):
         )  # fmt: skip
         self.norm = LayerNorm(config.width, config.layer_norm_eps)
 
-    def embed(self, images: Float[Array, "batch rows columns channels"]) -> Float[Array, "batch patches width"]:
-        """Patch embeddings with their positions, without CLS."""
+    def embed(
+        self,
+        images: Float[Array, "batch rows columns channels"],
+        chosen: Float[Array, "batch visible patches"] | None = None,
+    ) -> Float[Array, "batch visible_or_patches width"]:
+        """Patch embeddings with their positions, without CLS.
+
+        Args:
+          chosen: rows of zeros with a single 1, at the patch that is wanted; every patch, in its order, unless given.
+        """
         config = self.config
         if images.shape[1:] != (*config.image_size, config.channels):
             raise ValueError(f"images are {images.shape[1:]}, the model takes {(*config.image_size, config.channels)}")
         with jax.named_scope("patch_embed"):
-            x = self.patch_embed(patchify(images, config.patch_size).astype(DTYPES[config.dtype]))
-            return x + position_table(config.width, config.grid)[1:].astype(x.dtype)
+            dtype = DTYPES[config.dtype]
+            patches = patchify(images, config.patch_size).astype(dtype)
+            positions = position_table(config.width, config.grid)[1:].astype(dtype)
+            if chosen is not None:
+                patches = jnp.einsum("bvp,bpx->bvx", chosen, patches, precision=exact(dtype))
+                positions = jnp.einsum("bvp,pw->bvw", chosen, positions, precision=exact(dtype))
+            return self.patch_embed(patches) + positions
 
     def encode(
         self, x: Float[Array, "batch patches width"], layers: Sequence[int] = ()
@@ -339,7 +502,7 @@ class ViT(nnx.Module):
         cls = jnp.broadcast_to(self.cls_token[...].astype(x.dtype), (x.shape[0], 1, config.width))
         x = jnp.concatenate([cls, x], axis=1)  # the position of CLS is zero
         keep = [range(config.depth)[layer] for layer in layers]
-        x, hidden = apply_blocks(self.blocks, x, remat=config.remat, unroll=config.unroll, keep=keep)
+        x, hidden = apply_blocks(self.blocks, x, config, unroll=config.unroll, keep=keep)
         with jax.named_scope("norm"):
             return self.norm(x), hidden
 
@@ -406,8 +569,8 @@ def flops(config: ViTConfig, patches: int | None = None) -> int:
     """FLOPs of the matrix products of one forward pass on one image; a multiply-add counts as two.
 
     Args:
-      patches: patches that pass the blocks; all of them unless given. The embedding always sees all.
+      patches: patches that are embedded and pass the blocks; all of them unless given.
     """
-    tokens = 1 + (config.patches if patches is None else patches)
-    embed = 2 * config.patches * config.patch_values * config.width
-    return embed + config.depth * block_flops(tokens, config.width, config.mlp_width)
+    patches = config.patches if patches is None else patches
+    embed = 2 * patches * config.patch_values * config.width
+    return embed + config.depth * block_flops(1 + patches, config.width, config.mlp_width)

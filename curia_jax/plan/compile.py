@@ -9,6 +9,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,18 @@ class Job:
 
 
 def job(
-    config: ml_collections.ConfigDict, topology: topologies.Topology, *, examples: int, canvas: tuple[int, int]
+    config: ml_collections.ConfigDict,
+    topology: topologies.Topology,
+    *,
+    examples: int,
+    canvas: tuple[int, int],
+    make: Callable[..., objective.Objective] = objective.make,
 ) -> Job:
     """Traces the step that `pretrain` runs with this config.
 
     Args:
       examples: slices in an epoch. canvas: height and width of the pixels in a batch.
+      make: what makes the step; benchmarks plan others.
 
     Raises:
       UserError: the mesh does not fit the topology, or what objective.make raises.
@@ -84,7 +91,7 @@ def job(
     warmup_steps = max(1, configs.steps(config.warmup, **share, total=total_steps))
     if total_steps < 1:
         raise UserError(f"duration {config.duration!r} is less than one step of {config.batch_size} examples")
-    made = objective.make(config, mesh, canvas=canvas, warmup_steps=warmup_steps, total_steps=total_steps)
+    made = make(config, mesh, canvas=canvas, warmup_steps=warmup_steps, total_steps=total_steps)
     return Job(made, mesh, made.trace(), total_steps, examples, canvas)
 
 

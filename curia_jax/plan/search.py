@@ -3,13 +3,14 @@
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import ml_collections
 
 from curia_jax import config as configs
+from curia_jax import objective
 from curia_jax.models import mae, vit
 from curia_jax.plan import compile as compiling
 from curia_jax.plan import estimate, hlo, report
@@ -26,11 +27,13 @@ class Planner:
     Attributes:
       data: examples, examples_assumed, canvas, bytes_per_image, loader_per_core; see __main__.input_facts.
       prices: see estimate.prices.
+      make: what makes the step: objective.make, unless a benchmark plans another.
     """
 
     topology: topologies.Topology
     data: dict[str, Any]
     prices: dict[str, Any]
+    make: Callable[..., objective.Objective] = objective.make
 
     def plan(self, config: ml_collections.ConfigDict) -> dict[str, Any]:
         """Compiles the config's step and says what a run does; see docs/planner.md for the fields.
@@ -39,7 +42,9 @@ class Planner:
           UserError: the config, its mesh or its batch do not fit the topology.
         """
         topology, chip = self.topology, self.topology.chip
-        job = compiling.job(config, topology, examples=self.data["examples"], canvas=self.data["canvas"])
+        job = compiling.job(
+            config, topology, examples=self.data["examples"], canvas=self.data["canvas"], make=self.make
+        )
         arguments = sorted(compiling.argument_tensors(job), key=lambda row: -row[2])
         with report.waiting(f"compiling for {topology}", compiling.last_seconds()):
             compiled = compiling.compile(job.traced, topology, argument_bytes=sum(row[2] for row in arguments))

@@ -28,20 +28,31 @@ def setup(**fields: Any) -> tuple[mae.MAEConfig, dict[str, Any], jax.Array, jax.
 
 def test_each_sample_hides_its_own_patches_with_the_largest_noise() -> None:
     noise = np.random.RandomState(0).uniform(size=(50, 196)).astype(np.float32)
-    visible, restore, mask = (np.asarray(x) for x in mae.random_mask(jnp.asarray(noise), 49))
+    place, mask = (np.asarray(x) for x in mae.random_mask(jnp.asarray(noise), 49))
     assert (mask.sum(axis=1) == 147).all()
     assert len(np.unique(mask, axis=0)) == 50
     for sample in range(50):
         assert noise[sample, mask[sample] == 0].max() < noise[sample, mask[sample] == 1].min()
-        np.testing.assert_array_equal(np.sort(visible[sample]), np.flatnonzero(mask[sample] == 0))
-        np.testing.assert_array_equal(restore[sample, visible[sample]], np.arange(49))
+        np.testing.assert_array_equal(place[sample], np.argsort(np.argsort(noise[sample])))  # as the reference says it
+        np.testing.assert_array_equal(mask[sample], place[sample] >= 49)
 
 
 def test_equal_noise_keeps_the_order_of_the_patches() -> None:
-    visible, restore, mask = mae.random_mask(jnp.zeros((1, 6)), 2)
-    assert (visible.tolist(), restore.tolist(), mask.tolist()) == (
-        [[0, 1]], [[0, 1, 2, 3, 4, 5]], [[0, 0, 1, 1, 1, 1]],
-    )  # fmt: skip
+    place, mask = mae.random_mask(jnp.zeros((1, 6)), 2)
+    assert (place.tolist(), mask.tolist()) == ([[0, 1, 2, 3, 4, 5]], [[0, 0, 1, 1, 1, 1]])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_selection_moves_tokens_to_their_places_and_back_bit_by_bit(dtype: Any) -> None:
+    random = np.random.RandomState(1)
+    tokens = jnp.asarray(random.standard_normal((3, 12, 5)), dtype)
+    place, _ = mae.random_mask(jnp.asarray(random.uniform(size=(3, 12)), jnp.float32), 4)
+    chosen = mae.selection(place, 4, dtype)
+    moved = jnp.einsum("bvp,bpw->bvw", chosen, tokens, precision=vit.exact(dtype))
+    wanted = np.take_along_axis(np.asarray(tokens), np.argsort(place, axis=1)[:, :4, None], axis=1)
+    np.testing.assert_array_equal(np.asarray(moved), wanted)
+    back = jnp.einsum("bvp,bvw->bpw", chosen, moved, precision=vit.exact(dtype))
+    np.testing.assert_array_equal(np.asarray(back), np.where(np.asarray(place)[..., None] < 4, np.asarray(tokens), 0))
 
 
 @pytest.mark.parametrize(
@@ -172,10 +183,14 @@ def test_flops_are_those_of_the_program() -> None:
     def forward(params: Any, images: jax.Array, noise: jax.Array) -> Any:
         return mae.bind(config, params)(images, noise).loss
 
-    assert matmul_flops(forward, params, images, noise) == 2 * mae.flops(config)
-    # The backward pass has two products for each of the forward pass, but no gradient of the pixels is needed.
-    no_pixel_gradient = 2 * 12 * config.encoder.patch_values * config.encoder.width
-    assert matmul_flops(jax.grad(forward), params, images, noise) == 2 * (3 * mae.flops(config) - no_pixel_gradient)
+    # Products that select tokens are no FLOPs of the model: pixels and positions of 3 of 12 patches, forward alone, and the
+    # decoder's 13 of 4 tokens, there and back.
+    pixels = 2 * 3 * 12 * (config.encoder.patch_values + config.encoder.width)
+    tokens = 2 * 4 * 13 * config.decoder_width
+    assert matmul_flops(forward, params, images, noise) == 2 * (mae.flops(config) + pixels + tokens)
+    # The backward pass has two products for each of the forward pass.
+    found = matmul_flops(jax.grad(forward), params, images, noise)
+    assert found == 2 * (3 * mae.flops(config) + pixels + 2 * tokens)
 
 
 @pytest.mark.parametrize(

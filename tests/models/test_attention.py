@@ -1,0 +1,64 @@
+"""The attention kernel against array operations: forward, gradients, segments; in the interpreter, as no TPU is at hand."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from curia_jax.models import attention, vit
+
+# batch, tokens, width, heads, segments: one head of 128; heads narrower than a tile; segments; more tokens than are taken
+# at a time.
+CASES = [(2, 13, 128, 1, 1), (2, 17, 48, 3, 1), (2, 40, 32, 2, 4), (1, 2 * attention.ROWS + 5, 16, 2, 1)]
+
+
+def inputs(batch: int, tokens: int, width: int, dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array, jax.Array]:
+    random = np.random.RandomState(tokens)
+    qkv, bias, g = (random.standard_normal(s) for s in ((batch, tokens, 3 * width), 3 * width, (batch, tokens, width)))
+    return jnp.asarray(qkv, dtype), jnp.asarray(bias, jnp.float32), jnp.asarray(g, dtype)
+
+
+def both(case: tuple[int, ...], dtype: Any = jnp.float32) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(by the kernel, by array operations in float32) of the result and the gradients of [q | k | v] and bias."""
+    batch, tokens, width, heads, segments = case
+    qkv, bias, g = inputs(batch, tokens, width, dtype)
+    settings = {"heads": heads, "segments": segments}
+    result = attention.kernel_forward(qkv, bias, **settings, interpret=True)
+    gradient, of_bias = attention.kernel_backward(g, qkv, bias, **settings, interpret=True)
+    exact = (x.astype(jnp.float32) for x in (qkv, bias, g))
+    qkv, bias, g = exact
+    wanted, back = jax.vjp(functools.partial(attention.by_compiler, **settings), qkv, bias)
+    pairs = zip((result, gradient, of_bias.sum(axis=(0, 1))), (wanted, *back(g)), strict=True)
+    return [(np.asarray(a, np.float32), np.asarray(b)) for a, b in pairs]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_kernel_computes_what_array_operations_do(case: tuple[int, ...]) -> None:
+    for found, wanted in both(case):
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bfloat16_costs_the_kernel_its_roundings_and_no_more(case: tuple[int, ...]) -> None:
+    """A rounding changes a value by at most 2^-9 of it. On the way to a gradient lie six (the projection with its bias, the
+    weights, the logits' gradient and the result among them); what they do to a sum of many values adds up in square."""
+    for found, wanted in both(case, jnp.bfloat16):
+        error = np.sqrt(np.mean(np.square(found - wanted)) / np.mean(np.square(wanted)))
+        assert error < 6 * 2**-9
+
+
+def test_segments_do_not_see_one_another() -> None:
+    qkv, bias, _ = inputs(1, 40, 32)
+    run = functools.partial(attention.kernel_forward, heads=2, segments=4, interpret=True)
+    changed = qkv.at[:, 30:].add(1.0)
+    np.testing.assert_array_equal(run(qkv, bias)[:, :30], run(changed, bias)[:, :30])
+    assert np.abs(run(qkv, bias)[:, 30:] - run(changed, bias)[:, 30:]).min() > 0
+
+
+def test_images_go_together_where_that_fills_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """50 tokens leave 6 rows of 56 empty, 4 x 50 none; 257 are too many to go together, and 3 images cannot."""
+    together = [vit._images_together(batch, tokens) for batch, tokens in ((64, 50), (64, 257), (3, 50), (6, 16))]
+    assert together == [4, 1, 1, 1]
