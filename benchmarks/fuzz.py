@@ -406,6 +406,7 @@ def run(
     code = build.main([
         "--input", str(folder), "--output", str(output), "--workers", str(workers), "--timeout", str(SECONDS_PER_FILE),
         "--memory-gb", str(memory_gb), "--unpack-gb", "50", "--examples", "0",
+        "--shard-mb", "1",  # a worker that is lost starts its shard again
     ])  # fmt: skip
     rows = pq.read_table(output / "manifest.parquet", columns=["path", "fate", "reason"]).to_pylist()
     seen = {row["path"].split("!/")[0] for row in rows}

@@ -131,6 +131,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="slices to show on the dataset card, none of them a face; 0 for none (default: %(default)s)",
     )
+    p.add_argument(
+        "--drop-faces",
+        action="store_true",
+        help="leave out series of body parts with a face, and those whose body part is not named",
+    )
     p.add_argument("--drop-lossy", action="store_true", help="leave out slices that were compressed with loss")
     p.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: %(default)s)"
@@ -333,7 +338,13 @@ def _run(
 def _inventory(files: Sequence[Path], args: argparse.Namespace, key: bytes, console: Console) -> list[inventory.Entry]:
     private = Path(args.output) / BUILD_FOLDER
     unpacked = archives.folder(args.output)
-    options = inventory.Options(key=key, modality=args.modality, keep_lossy=not args.drop_lossy, unpacked=unpacked)
+    options = inventory.Options(
+        key=key,
+        modality=args.modality,
+        keep_lossy=not args.drop_lossy,
+        keep_faces=not args.drop_faces,
+        unpacked=unpacked,
+    )
     packed = [str(path) for path in files if archives.is_archive(str(path))]
     listings: dict[int, archives.Listing] = {}
     if packed:

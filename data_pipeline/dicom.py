@@ -83,6 +83,12 @@ BODY_PARTS = frozenset(
     ureter urethra uterus vagina vulva wholebody wrist zygoma""".split()
 )
 
+# Those in which a face can be seen, whole or in part.
+FACES = frozenset("brain ear eye eyelid face head headneck jaw mandible maxilla mouth nose orbit orbits scalp sella sinus "
+                  "sinuses skull temporalbone tmj iac circleofwillis cerebellum neck neckchest neckchestabdomen "
+                  "neckchestabdomenpelvis cspine cervicalspine petrousbone nasopharynx pharynx larynx parotid submandibular "
+                  "pituitary thyroid parathyroid tongue carotid wholebody".split())  # fmt: skip
+
 # Classes of manufacturers; the text of the tag itself does not leave this module.
 _MANUFACTURERS = ("siemens", "philips", "toshiba", "canon", "hitachi", "fujifilm", "hyperfine", "ge", "united imaging")
 

@@ -27,12 +27,14 @@ class Options:
       key: for pseudonyms.
       modality: "auto", "CT" or "MR": of files that do not say.
       keep_lossy: keep slices that were compressed with loss.
+      keep_faces: keep series in which a face can be, or of which nobody says that none can.
       unpacked: folder of the copies of compressed archives.
     """
 
     key: bytes
     modality: str = "auto"
     keep_lossy: bool = True
+    keep_faces: bool = True
     unpacked: str = ""
 
 
@@ -215,6 +217,8 @@ def _inspect(entry: Entry, options: Options) -> None:
     if name.endswith(VOLUME_SUFFIXES):
         entry.kind = "volume"
         _name_by_path(entry, options)
+        if not options.keep_faces:
+            entry.fate, entry.reason = "excluded", MAY_BE_A_FACE
         entry.facts = {"modality": options.modality}
     elif name.endswith(IMAGE_SUFFIXES):
         entry.kind = "image"
@@ -230,6 +234,8 @@ def _inspect(entry: Entry, options: Options) -> None:
                 entry.fate, entry.reason = "excluded", NO_IMAGE
 
 
+A_FACE = "a body part with a face"
+MAY_BE_A_FACE = "may show a face: its body part is not named"
 NO_IMAGE = "not a medical image (no DICOM, NIfTI, NRRD, MetaImage, PNG, JPEG or TIFF file)"
 
 
@@ -244,6 +250,8 @@ def _inspect_dicom(entry: Entry, header: dicom.Header, options: Options) -> None
     rule = "an index of DICOM files (DICOMDIR)" if header.sop_class == dicom.DICOMDIR else rules.exclude_header(header)
     if rule is None and header.lossy and not options.keep_lossy:
         rule = "lossy compression"
+    if rule is None and not options.keep_faces:
+        rule = A_FACE if header.body_part in dicom.FACES else MAY_BE_A_FACE if not header.body_part else None
     if rule is not None:
         entry.fate, entry.reason = "excluded", rule
         return

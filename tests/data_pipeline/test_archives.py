@@ -11,50 +11,16 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
-from pydicom.sequence import Sequence
-from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from data_pipeline import archives, build, inventory
 from data_pipeline.errors import ReadError, UserError
+from tests.data_pipeline.packing import compress, pack, write_dicomdir
 
 KINDS = ("zip", "stored.zip", "tar", "tar.gz", "tgz", "tar.zst", "tar.bz2", "tar.xz")
 KEY = b"0123456789abcdef"
-
-
-def pack(path: Path, files: dict[str, bytes]) -> Path:
-    """An archive of the kind that its name says; names are taken as they are."""
-    name = path.name
-    if name.endswith(".zip"):
-        method = zipfile.ZIP_STORED if "stored" in name else zipfile.ZIP_DEFLATED
-        with zipfile.ZipFile(path, "w", method) as file:
-            for member, data in files.items():
-                file.writestr(member, data)
-        return path
-    plain = io.BytesIO()
-    with tarfile.open(fileobj=plain, mode="w") as file:
-        for member, data in files.items():
-            info = tarfile.TarInfo(member)
-            info.size = len(data)
-            file.addfile(info, io.BytesIO(data))
-    return compress(path, plain.getvalue())
-
-
-def compress(path: Path, plain: bytes) -> Path:
-    kind = path.name.rsplit(".", 1)[1]
-    if kind == "tar":
-        path.write_bytes(plain)
-    elif kind == "zst":
-        with pa.CompressedOutputStream(pa.OSFile(str(path), "wb"), "zstd") as file:
-            file.write(plain)
-    else:
-        opener = {"gz": archives.gzip, "tgz": archives.gzip, "bz2": archives.bz2, "xz": archives.lzma}[kind]
-        path.write_bytes(opener.compress(plain))
-    return path
 
 
 def listing(path: Path, room: int = 1 << 30, folder: Path | None = None) -> archives.Listing:
@@ -116,7 +82,7 @@ def test_an_archive_gives_the_slices_of_its_folder(tmp_path: Path, from_folder, 
     assert fates["CT/0.dcm"] == fates["brain.nii.gz"] == ("kept", "")
     assert fates["notes.txt"] == ("excluded", inventory.NO_IMAGE)
     assert fates["brain_seg.nii.gz"] == ("excluded", "label map: few distinct whole numbers")
-    assert sorted(p.name for p in (tmp_path / "out" / ".build").iterdir()) == ["lock", "plan.json", "shards"]
+    assert not Path(archives.folder(tmp_path / "out")).exists()
     assert set(tmp_path.iterdir()) == {path, tmp_path / "out"}
 
 
@@ -431,24 +397,6 @@ def test_a_member_lies_on_the_disk_while_it_is_read_and_no_longer(tmp_path: Path
 
 
 # ---- DICOMDIR and object storage
-
-
-def write_dicomdir(path: Path, names: list[list[str]]) -> Path:
-    meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID = "1.2.840.10008.1.3.10"
-    meta.MediaStorageSOPInstanceUID = generate_uid()
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    data = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
-    records = []
-    for kind, name in [("PATIENT", None), *(("IMAGE", name) for name in names)]:
-        record = Dataset()
-        record.DirectoryRecordType = kind
-        if name:
-            record.ReferencedFileID = name
-        records.append(record)
-    data.FileSetID, data.DirectoryRecordSequence = "CD", Sequence(records)
-    data.save_as(path, enforce_file_format=True)
-    return path
 
 
 def test_a_dicomdir_stands_for_the_files_that_it_names(tmp_path: Path, write_dicom, run_build, manifest) -> None:

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline import inventory, pseudonyms
+from data_pipeline import dicom, inventory, pseudonyms
 from data_pipeline.errors import UserError
 
 KEY = b"0123456789abcdef"
 OPTIONS = inventory.Options(KEY)
+MAY_BE = "may show a face: its body part is not named"
 
 
 def inspect(*paths: Path, options: inventory.Options = OPTIONS, skip: dict | None = None) -> list[inventory.Entry]:
@@ -157,6 +158,24 @@ def test_the_files_of_a_bids_subject_are_one_patient(tmp_path: Path) -> None:
     patients = [entry.patient for entry in inspect(*(tmp_path / name for name in names))]
     assert len(set(patients[:5])) == 1
     assert len({patients[0], *patients[5:]}) == 4
+
+
+def test_faces_are_left_out_on_demand_and_what_does_not_say_what_it_shows_with_them(
+    tmp_path: Path, write_dicom
+) -> None:
+    parts = {
+        "HEAD": "a body part with a face",
+        "NECK_CHEST": "a body part with a face",
+        "CHEST": "",
+        "Miller": MAY_BE,
+        None: MAY_BE,
+    }
+    paths = [write_dicom(tmp_path / f"{n}.dcm", BodyPartExamined=part) for n, part in enumerate(parts)]
+    (tmp_path / "brain.nii.gz").write_bytes(b"x")
+    entries = inspect(*paths, tmp_path / "brain.nii.gz", options=inventory.Options(KEY, keep_faces=False))
+    assert [entry.reason for entry in entries] == [*parts.values(), MAY_BE]
+    assert {entry.reason for entry in inspect(*paths)} == {""}
+    assert dicom.FACES <= dicom.BODY_PARTS
 
 
 # ---- the label table

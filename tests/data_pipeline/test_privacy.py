@@ -1,19 +1,26 @@
 """What must not leave the inputs does not. No assertion here prints a value of a header."""
 
+import collections
+import gzip
 import json
 import os
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pyarrow.parquet as pq
 import pydicom
 import pytest
+import SimpleITK
 from array_record.python import array_record_module
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from pydicom.datadict import DicomDictionary, keyword_for_tag
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
-from data_pipeline import build, shards
+from data_pipeline import archives, build, shards
+from tests.data_pipeline.packing import pack, write_dicomdir
 
 # Long enough for every representation of text, and short and plain enough for a defined term.
 SECRETS = ("Xanthippe", "Quibbleton", "20190827", "Zyzzyva7")
@@ -147,3 +154,70 @@ def test_error_messages_quote_no_header_and_no_path(tmp_path: Path, write_series
 def test_tables_hold_no_path(dataset: Path, study: Path, name: str) -> None:
     text = json.dumps(pq.read_table(dataset / f"{name}.parquet").to_pydict())
     assert leaks(text.encode(), [str(study), "PHANTOM", ".dcm"]) == 0
+
+
+def test_names_in_volumes_pictures_archives_and_indices_go_nowhere(tmp_path: Path, write_series, run_build) -> None:
+    place = tmp_path / "exams" / SECRETS[0]
+    place.mkdir(parents=True)
+    series = [plant(path) for path in write_series(tmp_path / "series", 6, pixels=None)]
+    members = {f"{SECRETS[0]}/{SECRETS[1]} {n}.dcm": path.read_bytes() for n, path in enumerate(series)}
+    members[f"{SECRETS[1]}.dcm"] = members[next(iter(members))][:2000]
+    pack(place / f"{SECRETS[0]}.zip", dict(list(members.items())[:3]))
+    pack(place / f"{SECRETS[1]}.tar.gz", dict(list(members.items())[3:]))
+    (place / f"cut {SECRETS[1]}.tar.gz").write_bytes((place / f"{SECRETS[1]}.tar.gz").read_bytes()[:900])
+    (place / f"cut {SECRETS[0]}.zip").write_bytes((place / f"{SECRETS[0]}.zip").read_bytes()[:900])
+    write_dicomdir(place / "DICOMDIR", [[SECRETS[0].upper(), SECRETS[1].upper()]])
+
+    values = np.random.default_rng(0).integers(0, 900, (40, 42, 3)).astype(np.int16)
+    image = nibabel.Nifti1Image(values, np.diag([1, 1, 3, 1]))
+    for field in ("descrip", "aux_file", "db_name", "intent_name"):
+        image.header[field] = SECRETS[0]
+    image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", SECRETS[1].encode()))
+    image.to_filename(place / f"{SECRETS[0]}.nii.gz")
+    for ending, old, new in (
+        ("nrrd", b"\n\n", f"\n# {SECRETS[0]}\nPatientName:={SECRETS[1]}\ncontent: {SECRETS[0]}\n\n".encode()),
+        ("mha", b"NDims", f"Comment = {SECRETS[0]}\nPatientName = {SECRETS[1]}\nNDims".encode()),
+    ):
+        path = place / f"{SECRETS[1]}.{ending}"
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(values.transpose(2, 0, 1) + len(ending)), str(path))
+        path.write_bytes(path.read_bytes().replace(old, new, 1))
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 255, (40, 40)).astype(np.uint8))
+    text = PngInfo()
+    text.add_text("Patient", SECRETS[0])
+    text.add_itxt("Comment", SECRETS[1], zip=True)
+    exif = Image.Exif()
+    exif[0x010E], exif[0x013B], exif[0x9C9B] = SECRETS[0], SECRETS[1], SECRETS[0].encode("utf-16le")
+    picture.save(place / f"{SECRETS[0]}.png", pnginfo=text, exif=exif)
+    picture.transpose(Image.Transpose.ROTATE_90).save(place / f"{SECRETS[0]}.jpg", exif=exif, comment=SECRETS[1])
+    picture.transpose(Image.Transpose.ROTATE_180).save(
+        place / f"{SECRETS[0]}.tif", description=SECRETS[1], artist=SECRETS[0]
+    )
+    sound = [path for path in place.iterdir() if path.suffix in (".gz", ".nrrd", ".mha", ".png", ".jpg", ".tif")]
+    assert all(leaks(_raw(path), WORDS) for path in sound if not path.name.startswith("cut"))
+    for path in sound:
+        (place / f"broken {path.name}").write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    output = tmp_path / "out"
+    result = run_build("--input", tmp_path / "exams", "--output", output, processes=1)
+    assert result.code == 0, "the build failed"
+    kept = collections.Counter(row["fate"] for row in pq.read_table(output / shards.MANIFEST).to_pylist())
+    assert kept["kept"] >= 6 + 6 and kept["quarantined"] >= 8
+    assert leaks(everything(output), WORDS) == 0
+    assert leaks((result.out + result.err).encode(), WORDS) == 0
+    manifest = pq.read_table(output / shards.MANIFEST)
+    assert leaks(json.dumps(manifest.drop_columns("path").to_pydict()).encode(), WORDS) == 0
+    assert not Path(archives.folder(output)).exists()  # copies of archives are gone with the build
+
+
+def _raw(path: Path) -> bytes:
+    data = path.read_bytes()
+    return gzip.decompress(data) if path.suffix == ".gz" else data
+
+
+def test_errors_about_archives_and_indices_quote_no_name_from_inside(tmp_path: Path, write_series, run_build) -> None:
+    path = plant(write_series(tmp_path / "series", 1)[0])
+    pack(tmp_path / "a.tar.gz", {f"{SECRETS[0]}/{SECRETS[1]}.dcm": path.read_bytes()})
+    index = write_dicomdir(tmp_path / "DICOMDIR", [["..", SECRETS[0].upper()]])
+    for words in (("--input", tmp_path / "a.tar.gz", "--unpack-gb", 0), ("--input", index)):
+        result = run_build(*words, "--output", tmp_path / "out")
+        assert result.code == 2 and leaks((result.out + result.err).encode(), WORDS) == 0
