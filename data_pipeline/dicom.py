@@ -192,7 +192,8 @@ def _read(source: str | io.BufferedIOBase, keywords: list[str], stop: int) -> Da
         seen += 1
         if seen > MAXIMUM_ELEMENTS:
             raise ReadError(f"damaged DICOM file: more than {MAXIMUM_ELEMENTS:,} elements before the pixels")
-        return tag >= stop or tag == 0  # zeros are padding, or what was never written
+        number = int(tag)  # tags compare slowly
+        return number >= stop or number == 0  # zeros are padding, or what was never written
 
     try:
         with (

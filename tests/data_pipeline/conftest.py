@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,7 @@ def write_dicom() -> Callable[..., Path]:
     ) -> Path:
         if pixels is None:
             # Air, fat and bone, different in every file.
-            pixels = np.random.default_rng(len(str(path)) + hash(path.name) % 997).integers(0, 1900, (40, 44))
+            pixels = np.random.default_rng(zlib.crc32(str(path).encode())).integers(0, 1900, (40, 44))
         pixels = np.asarray(pixels)
         mr = fields.get("Modality") == "MR"
         meta = FileMetaDataset()
