@@ -179,7 +179,7 @@ def archive(ending: str, members: dict[str, bytes]) -> bytes:
     if ending == ".zip":
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
             for name, data in members.items():
-                packed.writestr(name, data)
+                packed.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)  # its date is always the same
         return file.getvalue()
     with tarfile.open(fileobj=file, mode="w") as packed:
         for name, data in members.items():

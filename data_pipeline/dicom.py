@@ -172,10 +172,10 @@ def read_header(path: str, file: io.BufferedIOBase | None = None) -> Header:
       ReadError: it is not DICOM, or is cut off before the pixels.
     """
     dataset = _read(path if file is None else file, _TAGS, stop=_FLOAT_PIXEL_DATA)
-    if "SOPClassUID" not in dataset and "Rows" not in dataset and not _is_dicomdir(dataset):
-        raise ReadError("not a DICOM image: it has neither a SOP class nor rows")
     try:
         with warnings.catch_warnings(action="ignore"):
+            if "SOPClassUID" not in dataset and "Rows" not in dataset and not _is_dicomdir(dataset):
+                raise ReadError("not a DICOM image: it has neither a SOP class nor rows")
             return _header(path, dataset)
     except ReadError:
         raise

@@ -198,7 +198,10 @@ def test_a_signal_finishes_the_step_saves_and_says_so(number: int) -> None:
     assert signal.getsignal(number) is before
 
 
-def test_a_second_ctrl_c_interrupts_at_once() -> None:
+def test_a_second_ctrl_c_interrupts_at_once(request: pytest.FixtureRequest) -> None:
+    # A shell's background jobs ignore SIGINT, and so may this process.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     loop = Loop()
     loop.on_pull = lambda batch: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)] if batch == 2 else None
     with pytest.raises(KeyboardInterrupt):

@@ -150,14 +150,17 @@ def config(
 # programs of their own. Each of these keeps its input, in its own type, and computes the rest again.
 # Kernels' gradients are float32 after a sum in float32, rounded once to the type of the product, in which they travel.
 
+# Of the host too: a checkpoint comes in NumPy arrays.
+Weights = Array | np.ndarray
 
-def _gathered(kernel: Float[Array, "inputs outputs"], dtype: Any) -> Float[Array, "inputs outputs"]:
+
+def _gathered(kernel: Float[Weights, "inputs outputs"], dtype: Any) -> Float[Array, "inputs outputs"]:
     """A kernel in the type of its product, whole on every device, in which form it travels.
 
     Left alone, the partitioner may split the product over the dimension in which the kernel is split, and move the
     activations of the whole batch twice a layer.
     """
-    kernel = kernel.astype(dtype)
+    kernel = jnp.asarray(kernel, dtype)
     if jax.sharding.get_abstract_mesh().empty:  # jax.set_mesh says that there is something to split
         return kernel
     return jax.lax.with_sharding_constraint(kernel, PartitionSpec())
@@ -175,7 +178,7 @@ def _kernel_gradient(
 
 
 @jax.custom_vjp
-def product(x: Float[Array, "*rows inputs"], kernel: Float[Array, "inputs outputs"]) -> Float[Array, "*rows outputs"]:
+def product(x: Float[Array, "*rows inputs"], kernel: Float[Weights, "inputs outputs"]) -> Float[Array, "*rows outputs"]:
     """x kernel in the type of x. Activations stay where they are; a kernel that is split over devices is gathered, in the
     backward pass anew."""
     return x @ _gathered(kernel, x.dtype)
@@ -191,7 +194,7 @@ product.defvjp(lambda x, kernel: (product(x, kernel), (x, kernel)), _product_bac
 
 @jax.custom_vjp
 def linear(
-    x: Float[Array, "*rows inputs"], kernel: Float[Array, "inputs outputs"], bias: Float[Array, " outputs"]
+    x: Float[Array, "*rows inputs"], kernel: Float[Weights, "inputs outputs"], bias: Float[Weights, " outputs"]
 ) -> Float[Array, "*rows outputs"]:
     """x kernel + bias in the type of x; the kernel as in `product`."""
     return x @ _gathered(kernel, x.dtype) + bias.astype(x.dtype)
@@ -223,10 +226,10 @@ def gelu_slope(x: Float[Array, "*rows width"], approximate: bool) -> Float[Array
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def mlp(
     x: Float[Array, "*rows inputs"],
-    kernel1: Float[Array, "inputs hidden"],
-    bias1: Float[Array, " hidden"],
-    kernel2: Float[Array, "hidden outputs"],
-    bias2: Float[Array, " outputs"],
+    kernel1: Float[Weights, "inputs hidden"],
+    bias1: Float[Weights, " hidden"],
+    kernel2: Float[Weights, "hidden outputs"],
+    bias2: Float[Weights, " outputs"],
     approximate: bool,
 ) -> Float[Array, "*rows outputs"]:
     """gelu(x kernel1 + bias1) kernel2 + bias2. Kept for the backward pass: x and what goes into the gelu."""
@@ -234,7 +237,7 @@ def mlp(
 
 
 def _mlp_forward(
-    x: Array, kernel1: Array, bias1: Array, kernel2: Array, bias2: Array, approximate: bool
+    x: Array, kernel1: Weights, bias1: Weights, kernel2: Weights, bias2: Weights, approximate: bool
 ) -> tuple[Array, Any]:
     hidden = linear(x, kernel1, bias1)
     return linear(gelu(hidden, approximate), kernel2, bias2), (x, kernel1, hidden, kernel2)
@@ -255,13 +258,13 @@ mlp.defvjp(_mlp_forward, _mlp_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(
-    x: Float[Array, "*rows width"], scale: Float[Array, " width"], bias: Float[Array, " width"], eps: float
+    x: Float[Array, "*rows width"], scale: Float[Weights, " width"], bias: Float[Weights, " width"], eps: float
 ) -> Float[Array, "*rows width"]:
     """Statistics in float32, by the two-pass variance; the result has the type of the input."""
     return _layer_norm_forward(x, scale, bias, eps)[0]
 
 
-def _layer_norm_forward(x: Array, scale: Array, bias: Array, eps: float) -> tuple[Array, Any]:
+def _layer_norm_forward(x: Array, scale: Weights, bias: Weights, eps: float) -> tuple[Array, Any]:
     y = x.astype(jnp.float32)
     mean = jnp.mean(y, axis=-1, keepdims=True)
     y = y - mean

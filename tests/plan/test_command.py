@@ -49,7 +49,7 @@ def test_a_plan_has_what_scripts_rely_on_and_is_remembered(tmp_path: Path):
         first["model_flops_per_step"] / first["estimated_step_seconds"] / (4 * 197e12)
     )
     assert first["images_per_second_per_chip"] == pytest.approx(16 / first["estimated_step_seconds"] / 4)
-    assert 0 <= first["exposed_collective_fraction"] < 1 and 0 < first["unestimated_fraction"] < 0.1
+    assert 0 <= first["exposed_collective_fraction"] < 1 and 0 <= first["unestimated_fraction"] < 0.1
     assert {"encoder attention", "decoder mlp", "optimizer", "augment", "loss"} <= {p["part"] for p in first["parts"]}
     assert {c["axis"] for c in first["collectives"]} >= {"fsdp"}
     assert any(c["kind"] == "all-gather" for c in first["collectives"])  # kernels are gathered where they are used
