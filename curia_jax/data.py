@@ -5,7 +5,9 @@ number of hosts: epochs follow one another, each a new shuffle of all slices. Ba
 k*B … k*B + B - 1 after the start; host p of n reads the p-th of n equal parts of them and nothing else.
 """
 
-import functools
+import collections
+import math
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Protocol, runtime_checkable
 
@@ -14,7 +16,7 @@ import jax
 import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding
-from jaxtyping import Shaped
+from jaxtyping import Shaped, UInt16
 
 from data_pipeline.errors import UserError
 
@@ -84,7 +86,7 @@ def training_batches(
       source: slices of the training split.
       batch_size: global; must divide by `process_count`.
       canvas: height and width of the pixel canvas.
-      threads, prefetch: reading threads and examples read ahead, per worker.
+      threads, prefetch: reading threads and examples read ahead, per worker; at least a batch per thread is.
       workers: reading processes; 0 reads in this process.
 
     Yields:
@@ -99,10 +101,12 @@ def training_batches(
             f"batch_size {batch_size} does not divide over {process_count} hosts; choose a multiple of {process_count}"
         )
     part = batch_size // process_count
-    load = _Load(source, slice_order(len(source), seed), examples_seen, batch_size, part, process_index * part)
-    # 2**62 local examples stand for "without end": a Grain range needs a stop.
-    dataset = grain.MapDataset.range(2**62).map(load).batch(part, batch_fn=functools.partial(_stack, canvas=canvas))
-    batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
+    load = _Load(source, slice_order(len(source), seed), examples_seen + process_index * part, batch_size, part, canvas)
+    # 2**32 batches stand for "without end": a Grain range needs a stop. A whole batch is one of Grain's elements, because
+    # what Grain does per element would cost more than a small slice's decoding.
+    dataset = grain.MapDataset.range(2**32).map(load)
+    ahead = max(threads, -(-prefetch // part))
+    batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
     if workers:
         # Grain's workers read absl flags, which only programs started through absl have parsed.
         if not flags.FLAGS.is_parsed():
@@ -112,40 +116,74 @@ def training_batches(
 
 
 class _Load:
-    """Local example number of a host -> slice. A class, because Grain sends it to worker processes."""
+    """Batch number -> this host's part of it. A class, because Grain sends it to worker processes."""
 
     def __init__(
-        self, source: Slices, order: grain.MapDataset, examples_seen: int, batch_size: int, part: int, offset: int
+        self, source: Slices, order: grain.MapDataset, first: int, batch_size: int, part: int, canvas: tuple[int, int]
     ) -> None:
         self._source, self._order = source, order
-        self._start, self._batch_size, self._part = examples_seen + offset, batch_size, part
+        self._first, self._batch_size, self._part = first, batch_size, part
+        self._canvases = _Canvases((part, *canvas))
 
-    def __call__(self, local: int) -> dict[str, object]:
-        batch, row = divmod(local, self._part)
-        number = int(self._order[self._start + batch * self._batch_size + row])
-        return {"slice": number, **self._source[number]}
+    def __call__(self, batch: int) -> HostBatch:
+        first = self._first + batch * self._batch_size
+        numbers = [int(self._order[number]) for number in range(first, first + self._part)]
+        return _stack(self._source, numbers, self._canvases.take())
+
+
+class _Canvases:
+    """Memory for the pixels of batches: that of a batch which nobody holds any more goes to the next one.
+
+    New memory costs as much as decoding does, in pages that the kernel has to zero. It starts at a multiple of 64 bytes,
+    which lets a CPU "device" use it where it is, without a copy (XLA's alignment).
+    """
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        self._shape = shape
+        self._free: collections.deque[np.ndarray] = collections.deque()
+
+    def take(self) -> UInt16[np.ndarray, "batch height width"]:
+        """Pixels of any value."""
+        size = 2 * math.prod(self._shape)
+        try:
+            memory = self._free.pop()
+        except IndexError:
+            memory = np.empty(size + 64, np.uint8)
+            start = -memory.ctypes.data % 64
+            memory = memory[start : start + size]
+        # Through a memoryview, so that this very array is the `base` of every view of it, JAX's included: it dies with the
+        # last of them. numpy would name the array that owns the memory instead.
+        pixels = np.frombuffer(memoryview(memory), np.uint16)
+        weakref.finalize(pixels, self._free.append, memory).atexit = False
+        return pixels.reshape(self._shape)
 
 
 def evaluation_batches(
     source: Slices, slices: Shaped[np.ndarray, " slices"], *, batch_size: int, canvas: tuple[int, int]
 ) -> Iterator[HostBatch]:
     """Batches of the given slice numbers, in order. The last one is padded by repetition; `valid` is False there."""
+    canvases = _Canvases((batch_size, *canvas))
     for start in range(0, len(slices), batch_size):
         numbers = np.asarray(slices[start : start + batch_size])
         valid = np.arange(batch_size) < len(numbers)
         numbers = np.pad(numbers, (0, batch_size - len(numbers)), mode="edge")
-        yield _stack([{"slice": int(n), **source[int(n)]} for n in numbers], canvas) | {"valid": valid}
+        yield _stack(source, numbers.tolist(), canvases.take()) | {"valid": valid}
 
 
-def _stack(rows: list[Mapping[str, object]], canvas: tuple[int, int]) -> HostBatch:
-    batch: HostBatch = {"slice": np.array([row["slice"] for row in rows], np.int64)}
-    pixels = np.zeros((len(rows), *canvas), np.uint16)
-    extent = np.zeros((len(rows), 2), np.int32)
-    for i, row in enumerate(rows):
-        height, width = row["pixels"].shape
-        pixels[i, :height, :width] = row["pixels"]
+def _stack(source: Slices, numbers: list[int], pixels: UInt16[np.ndarray, "batch height width"]) -> HostBatch:
+    """The batch of these slices, its pixels written to `pixels`."""
+    extent = np.empty((len(numbers), 2), np.int32)
+    rows = []
+    for i, number in enumerate(numbers):
+        row = dict(source[number])
+        decoded = row.pop("pixels")  # freed before the next is decoded
+        height, width = decoded.shape
+        pixels[i, :height, :width] = decoded
+        pixels[i, height:] = 0
+        pixels[i, :height, width:] = 0
         extent[i] = height, width
-    batch |= {"pixels": pixels, "extent": extent}
+        rows.append(row)
+    batch: HostBatch = {"slice": np.array(numbers, np.int64), "pixels": pixels, "extent": extent}
     for name, dtype in DEVICE_FIELDS.items():
         if name not in batch:
             batch[name] = np.array([row[name] for row in rows], dtype)

@@ -18,6 +18,8 @@ from jaxtyping import UInt16
 RAW, DELTA = 0, 1
 NAMES = {RAW: "raw", DELTA: "row delta + zigzag + blosc2 zstd-3"}
 
+_BAND = 16  # rows
+
 _HEADER = struct.Struct("<BHH")
 _CHUNK = struct.Struct("<4sIII")  # blosc2: versions and flags, bytes unpacked, bytes of a block, bytes packed
 _COMPRESSION = {
@@ -69,14 +71,33 @@ def decode(data: bytes) -> UInt16[np.ndarray, "height width"]:
         # Asked first, because blosc2 writes past the end of a target that is too small and leaves the end of a larger one.
         if len(body) < _CHUNK.size or _CHUNK.unpack_from(body)[1:4:2] != (2 * height * width, len(body)):
             raise ValueError(f"a slice of {height}x{width} px with {len(body)} bytes is damaged or cut off")
-        zigzag = np.empty(height * width, np.uint16)
-        blosc2.decompress2(body, dst=zigzag)
-        pixels = (zigzag >> 1) ^ -(zigzag & 1)
+        pixels = np.empty(height * width, np.uint16)
+        blosc2.decompress2(body, dst=pixels)
+        # In place: a new array costs as much as the arithmetic, in pages that the kernel has to zero.
+        sign = pixels & 1
+        np.negative(sign, out=sign)
+        pixels >>= 1
+        pixels ^= sign
     else:
         raise ValueError(f"unknown codec {codec}; this version reads {NAMES}")
     pixels = pixels.reshape(height, width)
     if codec == DELTA:
-        # Row by row: each addition is contiguous, which np.add.accumulate over axis 0 is not (2.5 x slower).
-        for above, row in zip(pixels, pixels[1:], strict=False):
-            row += above
+        _add_rows(pixels)
     return pixels
+
+
+def _add_rows(pixels: UInt16[np.ndarray, "height width"]) -> None:
+    """Turns every row into the sum of itself and the rows above, modulo 65536, in place.
+
+    Bands of 16 rows first, all bands in one operation, then band after band: a tenth of the operations of going row by
+    row, which is what a small slice spends its time on. np.add.accumulate over axis 0 takes four times as long.
+    """
+    height, width = pixels.shape
+    whole = height - height % _BAND
+    bands = pixels[:whole].reshape(-1, _BAND, width)
+    for row in range(1, _BAND):
+        bands[:, row] += bands[:, row - 1]
+    for above, band in zip(bands, bands[1:], strict=False):
+        band += above[-1]
+    for row in range(max(whole, 1), height):
+        pixels[row] += pixels[row - 1]

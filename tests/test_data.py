@@ -108,3 +108,29 @@ def test_a_canvas_that_is_too_small_says_what_to_do() -> None:
 def test_a_batch_that_does_not_divide_over_the_hosts_is_an_error() -> None:
     with pytest.raises(UserError, match="batch_size 9 does not divide over 2 hosts"):
         data.training_batches(Slices(9), batch_size=9, canvas=(4, 6), seed=0, process_count=2)
+
+
+def test_memory_of_a_batch_is_used_again_once_nobody_holds_it_and_never_before() -> None:
+    canvases = data._Canvases((2, 3, 5))
+    held = canvases.take()
+    assert held.ctypes.data % 64 == 0
+    place = held.ctypes.data
+    view = held[1:]
+    del held
+    assert canvases.take().ctypes.data != place  # a view still reads it
+    del view
+    places = {array.ctypes.data for array in [canvases.take(), canvases.take()]}
+    assert place in places
+
+
+def test_batches_on_a_device_keep_their_pixels_while_later_ones_are_read() -> None:
+    """On a CPU device a batch is used where it lies: its memory must not go to another while it is held."""
+    split = sharding.batch_sharding(sharding.make_mesh(devices=jax.devices()[:1]))
+    stream = data.training_batches(Slices(40), batch_size=4, canvas=(8, 8), seed=0, threads=2, prefetch=8)
+    held = []
+    for batch, _ in zip(stream, range(30), strict=False):
+        held.append((batch["slice"], data.to_devices(batch, split)["pixels"]))
+    for numbers, pixels in held:
+        found = np.asarray(pixels)
+        assert (found[:, :4, :6] == numbers[:, None, None]).all()
+        assert found[:, 4:].sum() == found[:, :, 6:].sum() == 0
