@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import os
 import warnings
 from typing import Any
 
@@ -66,6 +67,7 @@ _PIXEL_TAGS = [
     "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelData", "ExtendedOffsetTable", "ExtendedOffsetTableLengths",
 ]  # fmt: skip
 _PIXEL_DATA, _FLOAT_PIXEL_DATA = 0x7FE00010, 0x7FE00008
+LONGEST_TAIL = 1 << 16  # bytes after the pixels; GDCM takes seconds for a megabyte of zeros
 MAXIMUM_ELEMENTS = 50_000  # of a data set; each costs time, and noise can hold millions
 
 # Defined terms of BodyPartExamined (DICOM PS3.16, tables L-1 and L-2), without spaces and underscores. Whatever else
@@ -211,6 +213,14 @@ def _read(source: str | io.BufferedIOBase, keywords: list[str], stop: int) -> Da
         raise ReadError(f"damaged DICOM file ({type(error).__name__} while reading the header)") from error
 
 
+def _whole(dataset: Dataset, name: str, default: int) -> int:
+    try:
+        value = dataset.get(name)
+        return default if value in (None, "") else int(value)
+    except Exception as error:  # values are parsed when they are asked for, and each parser raises its own kinds
+        raise ReadError(f"malformed header: {name} is no whole number") from error
+
+
 def _header(path: str, dataset: Dataset) -> Header:
     def text(name: str) -> str:
         value = dataset.get(name)
@@ -219,10 +229,10 @@ def _header(path: str, dataset: Dataset) -> Header:
     syntax = str(getattr(dataset.file_meta, "TransferSyntaxUID", "")) if hasattr(dataset, "file_meta") else ""
     image_type = dataset.get("ImageType") or ()
     lossy = text("LossyImageCompression")
-    frames = int(dataset.get("NumberOfFrames") or 1)
+    frames = _whole(dataset, "NumberOfFrames", 1)
     if not 1 <= frames <= MAXIMUM_FRAMES:
         raise ReadError(f"the header promises {frames:,} frames; 1 to {MAXIMUM_FRAMES:,} can be real")
-    rows, columns = int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)
+    rows, columns = _whole(dataset, "Rows", 0), _whole(dataset, "Columns", 0)
     if rows * columns > MAXIMUM_PIXELS:
         raise ReadError(f"the header promises {rows:,} x {columns:,} px; a frame may have {MAXIMUM_PIXELS:,}")
     return Header(
@@ -239,16 +249,16 @@ def _header(path: str, dataset: Dataset) -> Header:
         frames=frames,
         transfer_syntax=syntax,
         photometric=text("PhotometricInterpretation"),
-        samples_per_pixel=int(dataset.get("SamplesPerPixel") or 1),
-        bits_stored=int(dataset.get("BitsStored") or 16),
-        signed=int(dataset.get("PixelRepresentation") or 0) == 1,
+        samples_per_pixel=_whole(dataset, "SamplesPerPixel", 1),
+        bits_stored=_whole(dataset, "BitsStored", 16),
+        signed=_whole(dataset, "PixelRepresentation", 0) == 1,
         burned_in=text("BurnedInAnnotation").upper() == "YES",
         body_part=_body_part(text("BodyPartExamined")),
         manufacturer=next((m for m in _MANUFACTURERS if m in text("Manufacturer").lower()), "unknown"),
         thickness=_thickness(dataset),
         lossy=lossy == "01" if lossy in ("00", "01") else syntax in LOSSY_SYNTAXES,
         has_pixels="BitsAllocated" in dataset and "Rows" in dataset,
-        geometry=tuple(_geometry(dataset, frame) for frame in range(frames)),
+        geometry=_geometries(dataset, frames),
     )
 
 
@@ -295,6 +305,13 @@ def _floats(value: Any, count: int, default: Any = None) -> Any:
     return tuple(values) if len(values) == count and all(np.isfinite(values)) else default
 
 
+def _geometries(dataset: Dataset, frames: int) -> tuple[FrameGeometry, ...]:
+    """One per frame; those that have no item of their own share one, however many a header promises."""
+    own = min(frames, len(dataset.get("PerFrameFunctionalGroupsSequence") or ()))
+    found = [_geometry(dataset, frame) for frame in range(own)]
+    return tuple(found + [_geometry(dataset, own)] * (frames - own) if own < frames else found)
+
+
 def _geometry(dataset: Dataset, frame: int) -> FrameGeometry:
     places = [dataset]
     for name in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
@@ -314,13 +331,19 @@ def _geometry(dataset: Dataset, frame: int) -> FrameGeometry:
     def find(name: str, count: int, default: Any = None) -> Any:
         for place in reversed(places):
             if name in place:
-                return _floats(place.get(name), count, default)
+                return number(place, name, count, default)
         return default
+
+    def number(place: Dataset, name: str, count: int, default: Any = None) -> Any:
+        try:
+            return _floats(place.get(name), count, default)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise ReadError(f"malformed header: {name} is no number") from error
 
     def rescale(name: str, default: float) -> float:
         for place in reversed(places):
             if place.get(name) not in (None, ""):
-                values = _floats(place.get(name), 1)
+                values = number(place, name, 1)
                 if values is None:
                     raise ReadError(f"{name} is no finite number: what the stored values mean is unknown")
                 return values[0]
@@ -377,7 +400,9 @@ def _stored(path: str, dataset: Dataset) -> tuple[np.ndarray, str]:
         decoder = f"pydicom {pydicom.__version__} {plugin}".strip()
     except MemoryError as error:
         raise ReadError(NO_MEMORY) from error
-    except Exception as first:  # noqa: BLE001 - each plugin raises its own kinds
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as first:  # noqa: BLE001 - each plugin raises its own kinds, and those in Rust no Exception
         values, decoder = _read_with_itk(path, type(first).__name__)
     if values.ndim == 2:
         values = values[None]
@@ -388,7 +413,22 @@ def _stored(path: str, dataset: Dataset) -> tuple[np.ndarray, str]:
     return values, decoder
 
 
+def _end_of_pixels(path: str) -> int:
+    with warnings.catch_warnings(action="ignore"), open(path, "rb") as file:
+        stop = _PIXEL_DATA + 1
+        read_partial(
+            file, stop_when=lambda tag, *_: int(tag) >= stop or int(tag) == 0, force=True, specific_tags=[Tag(0)]
+        )
+        return file.tell()
+
+
 def _read_with_itk(path: str, first_failure: str) -> tuple[np.ndarray, str]:
+    tail = os.path.getsize(path) - _end_of_pixels(path)
+    if tail > LONGEST_TAIL:
+        raise ReadError(
+            f"the pixels cannot be decoded (pydicom: {first_failure}; SimpleITK is not asked, because it reads what follows "
+            f"the pixels too, {tail:,} bytes)"
+        )
     reader = SimpleITK.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(path)

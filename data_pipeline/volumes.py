@@ -69,6 +69,8 @@ def _volume(path: str, values: np.ndarray, affine: np.ndarray) -> Volume:
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     # To axes pointing right, front, up, so that array axes are sagittal, coronal and axial in turn.
     orientation = nibabel.io_orientation(affine)
+    if np.isnan(orientation).any():
+        raise ReadError("its affine is singular: where the voxels lie is unknown")
     values = nibabel.apply_orientation(values, orientation)
     spacing = spacing[np.argsort(orientation[:, 0])]
     through = 2
@@ -143,6 +145,8 @@ def _data_file(path: str) -> str:
     name = os.fsdecode(found[1].strip()) if found else ""
     if name in ("", "LOCAL"):
         return path
+    if "\0" in name:
+        raise ReadError("damaged volume: zeros in its header")
     if name.split()[0] == "LIST" or "%" in name:
         raise ReadError("a header with several data files, which are not read: write the volume to one file")
     folder = os.path.dirname(os.path.abspath(path))

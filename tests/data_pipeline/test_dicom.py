@@ -141,6 +141,10 @@ def test_rescale_values_that_mean_nothing_are_not_replaced_by_a_guess(write_dico
     path.write_bytes(path.read_bytes().replace(b"-1024", b"nan  "))
     with pytest.raises(ReadError, match="RescaleIntercept is no finite number"):
         dicom.read_header(str(path))
+    path = edit(write_dicom(tmp_path / "e.dcm"), NumberOfFrames=77)
+    path.write_bytes(path.read_bytes().replace(b"IS\x02\x0077", b"IS\x02\x00x7"))
+    with pytest.raises(ReadError, match="malformed header: NumberOfFrames is no whole number"):
+        dicom.read_header(str(path))
     # A thickness that is no number is a description that is missing, and no more.
     path = write_dicom(tmp_path / "c.dcm", SliceThickness="2.75")
     path.write_bytes(path.read_bytes().replace(b"2.75", b"thin"))
@@ -150,6 +154,58 @@ def test_rescale_values_that_mean_nothing_are_not_replaced_by_a_guess(write_dico
 def test_a_promise_of_very_many_frames_is_refused_at_once(write_dicom, tmp_path: Path) -> None:
     path = edit(write_dicom(tmp_path / "a.dcm"), NumberOfFrames=2_000_000_000)
     with pytest.raises(ReadError, match="2,000,000,000 frames"):
+        dicom.read_header(str(path))
+
+
+def test_frames_without_items_of_their_own_share_one_geometry_and_cost_nothing(write_dicom, tmp_path: Path) -> None:
+    path = edit(write_dicom(tmp_path / "a.dcm"), NumberOfFrames=65536)
+    began = time.process_time()
+    places = dicom.read_header(str(path)).geometry
+    assert len(places) == 65536 and len(set(map(id, places))) == 1
+    assert time.process_time() - began < 0.5
+    path = edit(enhanced(write_dicom(tmp_path / "e.dcm", PIXELS), [2.0, 3.0]), NumberOfFrames=4)
+    assert [place.slope for place in dicom.read_header(str(path)).geometry] == [2.0, 3.0, 1.0, 1.0]
+
+
+def test_the_second_decoder_is_not_asked_to_read_what_follows_the_pixels(
+    write_dicom, tmp_path: Path, monkeypatch
+) -> None:
+    path = write_dicom(tmp_path / "a.dcm", PIXELS)
+    monkeypatch.setattr(dicom, "pixel_array", lambda *arguments, **more: (_ for _ in ()).throw(RuntimeError))
+    path.write_bytes(path.read_bytes() + bytes(1000))
+    np.testing.assert_array_equal(dicom.read_stored(str(path))[0][0], PIXELS)
+    path.write_bytes(path.read_bytes() + bytes(2_000_000))
+    began = time.process_time()
+    with pytest.raises(ReadError, match="it reads what follows the pixels too, 2,001,000 bytes"):
+        dicom.read_stored(str(path))
+    assert time.process_time() - began < 0.5
+
+
+def test_a_decoder_that_panics_costs_its_file_and_not_the_worker(write_dicom, tmp_path: Path, monkeypatch) -> None:
+    class Panic(BaseException):
+        """As Rust's panics arrive in Python."""
+
+    path = write_dicom(tmp_path / "a.dcm", PIXELS)
+
+    def panic(error: BaseException) -> None:
+        raise error
+
+    monkeypatch.setattr(dicom, "pixel_array", lambda *arguments, **more: panic(Panic()))
+    assert dicom.read_stored(str(path))[1].startswith("SimpleITK")
+    monkeypatch.setattr(dicom, "pixel_array", lambda *arguments, **more: panic(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        dicom.read_stored(str(path))
+
+
+def test_damage_in_the_file_meta_information_is_a_reason(write_dicom, tmp_path: Path) -> None:
+    path = write_dicom(tmp_path / "a.dcm")
+    data = path.read_bytes()
+    # The SOP class of the meta information gets a representation that does not exist, and that of the data set vanishes.
+    data = data.replace(b"\x02\x00\x02\x00UI", b"\x02\x00\x02\x00ZZ").replace(
+        b"\x08\x00\x16\x00UI", b"\x08\x00\x17\x00UI"
+    )
+    path.write_bytes(data.replace(b"\x28\x00\x10\x00US", b"\x28\x00\x12\x00US"))
+    with pytest.raises(ReadError):
         dicom.read_header(str(path))
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pyarrow.parquet as pq
 import pydicom
@@ -16,7 +17,7 @@ from array_record.python import array_record_module
 from data_pipeline import dicom, geometry, pseudonyms, records, rules, shards
 from data_pipeline.errors import ReadError
 
-FOLDERS = ("dicom", "nifti", "labelled/ct_luad_contrast")
+FOLDERS = ("dicom", "nifti", "registration", "labelled/ct_luad_contrast")
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +207,44 @@ def test_odd_and_broken_files_each_have_a_fate(rows, golden) -> None:
         assert odd[f"dicom/odd/{name}"]["fate"] == fate, name
 
 
+def test_every_reason_is_one_that_a_person_understands(rows) -> None:
+    assert rows["dicom/odd/badVR.dcm"]["reason"] == "malformed header: NumberOfFrames is no whole number"
+    quarantined = {path: row["reason"] for path, row in rows.items() if row["fate"] == "quarantined"}
+    assert len(quarantined) >= 10
+    for path, reason in quarantined.items():
+        # No exception's name, no place in the code, no abbreviation.
+        assert re.search(r"Error|Exception|\.py|\bNone\b", reason) is None, (path, reason)
+        assert len(reason.split()) >= 3, path
+
+
+def test_images_to_register_are_kept_and_their_labels_left_out(rows) -> None:
+    label = "label map: few distinct whole numbers"
+    fates = {
+        folder: Counter((row["fate"], row["reason"]) for row in under(rows, f"registration/{folder}"))
+        for folder in (
+            "mr_hippocampus_msd/images",
+            "mr_hippocampus_msd/labels",
+            "mr_oasis_trt_2d",
+            "mr_lung_lobes",
+            "ct_lung_elastix",
+        )
+    }
+    kept = ("kept", "")
+    assert fates == {
+        "mr_hippocampus_msd/images": {kept: 59, ("excluded", "smaller than 32 px"): 1},
+        "mr_hippocampus_msd/labels": {("excluded", label): 60},
+        "mr_oasis_trt_2d": {kept: 14, ("excluded", label): 14},
+        "mr_lung_lobes": {kept: 3, ("excluded", label): 6},
+        "ct_lung_elastix": {
+            kept: 2, ("excluded", label): 1,
+            ("excluded", "not a medical image (no DICOM, NIfTI, NRRD, MetaImage, PNG, JPEG or TIFF file)"): 1,
+        },
+    }  # fmt: skip
+    pairs = Counter(row["fate"] for row in under(rows, "registration/prostate_mr_us"))
+    # Ten label files have a fourth axis, one label each.
+    assert pairs == {"kept": 16, "excluded": 6, "quarantined": 10}
+
+
 def test_label_maps_are_left_out_and_images_kept_with_their_modality(built, rows) -> None:
     index = pq.read_table(built[0] / shards.INDEX).to_pylist()
     modality = {row["series"]: row["modality"] for row in index}
@@ -282,8 +321,18 @@ IDENTIFYING = (
 )  # fmt: skip
 
 
-def test_no_identifying_value_of_any_header_is_in_the_dataset(built, golden, real_data: Path) -> None:
+def test_no_identifying_value_of_any_header_is_in_the_dataset(built, golden, rows, real_data: Path) -> None:
     values: set[str] = set()
+    texts_of_volumes = 0
+    for path in sorted((real_data / "nifti").rglob("*.nii.gz")) + sorted((real_data / "registration").rglob("*.nii*")):
+        header = nibabel.load(path).header
+        found = [header[name].tobytes().rstrip(b"\0").decode("latin-1") for name in ("descrip", "aux_file", "db_name")]
+        found += [extension.get_content() for extension in header.extensions]
+        values.update(value for value in map(str, found) if len(value) >= 8)
+        texts_of_volumes += any(found)
+    assert texts_of_volumes > 10
+    for path in rows:
+        values.update(part for part in path.split("/") if len(part) >= 8)  # names of files and folders
     for path in [real_data / row["file"] for row in golden] + sorted((real_data / FOLDERS[2]).glob("*.dcm")):
         try:
             data = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(IDENTIFYING), force=True)

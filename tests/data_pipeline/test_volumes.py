@@ -204,6 +204,25 @@ def test_a_header_names_no_data_outside_its_folder(tmp_path: Path, form: str, ta
             volumes.read_volume(str(place / f"a.{form}"))
 
 
+def test_zeros_in_a_header_and_a_flat_affine_are_reasons(tmp_path: Path) -> None:
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(TRUTH), str(tmp_path / "a.mha"))
+    data = (tmp_path / "a.mha").read_bytes()
+    (tmp_path / "a.mha").write_bytes(data.replace(b"= LOCAL", b"= LO\0AL"))
+    with pytest.raises(ReadError, match="damaged volume: zeros in its header"):
+        volumes.read_volume(str(tmp_path / "a.mha"))
+    data = bytearray(Path(write_nifti(tmp_path / "a.nii", "RAS")).read_bytes())
+    for affine in (
+        np.diag([1e-7, 1, 1, 1]),
+        np.array([[1, 1, 0, 0], [1, 1 + 1e-8, 0, 0], [0, 0, 1e7, 0], [0, 0, 0, 1]]),
+    ):
+        data[280:328] = affine[:3].astype("<f4").tobytes()
+        (tmp_path / "a.nii").write_bytes(data)
+        try:
+            volumes.read_volume(str(tmp_path / "a.nii"))
+        except ReadError as error:
+            assert "its affine is singular" in str(error)
+
+
 def test_data_beside_a_header_is_read(tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "v.raw").write_bytes(TRUTH.transpose(2, 1, 0).tobytes())
