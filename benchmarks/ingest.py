@@ -1,0 +1,327 @@
+"""Speed of the ingest beside its bounds, memory, the codec, and what 130 TB cost. Prints the tables of docs/ingest.md.
+
+  python -m benchmarks.ingest                           all of it, some minutes
+  python -m benchmarks.ingest --only syntaxes codec     some of it: syntaxes, png, scaling, memory, codec
+
+Rates count CPU seconds, not those of the clock, so that a machine shared with others gives the same ratios; each rate is
+the median of several rounds in which everything that is compared takes its turn. Slices are 512 x 512 px of 16 bit.
+"""
+
+import argparse
+import io
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pydicom
+import SimpleITK
+from PIL import Image
+from pydicom.pixels import apply_rescale, pixel_array
+
+from data_pipeline import codec, convert, dicom, inventory, plan, workers
+
+KEY = b"a key that everybody may know"
+ONE_CT = "dicom/transfer_syntaxes/ct_hispeed_13ts"
+CONTRAST = "labelled/ct_luad_contrast"
+ROUNDS = 5
+COPIES = 12
+TOTAL_BYTES = 130e12
+# n2d-standard-8 (8 vCPU of AMD EPYC, 32 GB), us-central1, on demand: $0.338 an hour. List price as remembered in November
+# 2026, not looked up; give yours with --price.
+PRICE = 0.338 / 8
+SYNTAXES = {
+    "1.2.840.10008.1.2": "implicit VR", "1.2.840.10008.1.2.1": "explicit VR", "1.2.840.10008.1.2.2": "big endian",
+    "1.2.840.10008.1.2.1.99": "deflated", "1.2.840.10008.1.2.5": "RLE", "1.2.840.10008.1.2.4.57": "JPEG lossless .57",
+    "1.2.840.10008.1.2.4.70": "JPEG lossless .70", "1.2.840.10008.1.2.4.80": "JPEG-LS", "1.2.840.10008.1.2.4.90": "JPEG 2000",
+    "1.2.840.10008.1.2.4.201": "HTJ2K",
+}  # fmt: skip
+
+
+def rates(functions: dict[str, Callable[[], object]], slices: int, rounds: int = ROUNDS) -> dict[str, float]:
+    """Slices per CPU second of each, the median of rounds in which all of them take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    for _ in range(rounds):
+        for name, function in functions.items():
+            began = time.process_time()
+            function()
+            seconds[name].append(time.process_time() - began)
+    return {name: slices / statistics.median(values) for name, values in seconds.items()}
+
+
+def copies(source: Path, folder: Path, count: int = COPIES) -> list[Path]:
+    """Copies of a file that differ in their UIDs, each a series of its own, because equal slices of one are dropped."""
+    folder.mkdir(parents=True)
+    image = pydicom.dcmread(source)
+    paths = []
+    for n in range(count):
+        image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = f"2.25.1{n:05d}"
+        image.SeriesInstanceUID = f"2.25.2{n:05d}"
+        paths.append(folder / f"{n:04d}.dcm")
+        image.save_as(paths[-1])
+    return paths
+
+
+def task(paths: Sequence[Path], folder: Path, number: int = 0) -> tuple[Any, ...]:
+    """What convert.convert_shard takes, for one shard of these files."""
+    entries = inventory.inspect(([str(path) for path in paths], inventory.Options(KEY)), {}, lambda item: None)
+    conversion = {"size": None, "slices_per_record": 16, "codec": codec.DELTA, "name": "x"}
+    made = plan.make(entries, plan.Options(KEY, 0.0, 0.0, 10**12, frozenset(), conversion))
+    series = [one for shard in made["shards"] for one in shard["series"]]
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder), "x", made["conversion"], {"split": "train", "number": number, "count": 99, "series": series}
+
+
+def converter(paths: Sequence[Path], folder: Path) -> Callable[[], object]:
+    one = task(paths, folder)
+
+    def run() -> None:
+        report = convert.convert_shard(one, {}, lambda item: None)
+        assert report["slices"] == len(paths), report["files"]
+
+    return run
+
+
+def bound(paths: Sequence[Path]) -> Callable[[], object]:
+    """The bare decoding and encoding of the same bytes, from memory; what the fallback decodes, from the file."""
+    contents = [path.read_bytes() for path in paths]
+    syntax = str(pydicom.dcmread(paths[0], stop_before_pixels=True).file_meta.TransferSyntaxUID)
+    plugin = dicom.PLUGINS.get(syntax, "")
+
+    def run() -> None:
+        for path, data in zip(paths, contents, strict=True):
+            try:
+                values = pixel_array(pydicom.dcmread(io.BytesIO(data)), raw=True, decoding_plugin=plugin)
+            except Exception:  # noqa: BLE001 - as in the pipeline: the second decoder
+                values = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))[0]
+            codec.encode(values.astype(np.uint16, copy=False))
+
+    return run
+
+
+# ---- tables
+
+
+def syntaxes(data: Path, place: Path) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    print(
+        "| Transfer syntax | Bytes a slice | Bound, slices/s | With the hash of the manifest | Pipeline, slices/s | Share of the bound |"
+    )
+    print("|---|---|---|---|---|---|")
+    sources = {}
+    for path in sorted((data / ONE_CT).iterdir()):
+        sources[str(pydicom.dcmread(path, stop_before_pixels=True).file_meta.TransferSyntaxUID)] = path
+    for syntax, name in SYNTAXES.items():
+        if syntax not in sources:
+            continue
+        paths = copies(sources[syntax], place / syntax)
+        stored = dicom.read_stored(str(paths[0]))[0]
+        bare = bound(paths)
+
+        def hashed(bare: Callable[[], object] = bare, stored: np.ndarray = stored) -> None:
+            bare()
+            for _ in range(COPIES):
+                dicom.stored_sha256(stored)
+
+        measured = rates({"bound": bare, "hashed": hashed, "pipeline": converter(paths, place / "out")}, len(paths))
+        size = sources[syntax].stat().st_size
+        found[name] = measured | {"bytes": size}
+        print(
+            f"| {name} | {size:,} | {measured['bound']:,.0f} | {measured['hashed']:,.0f} | {measured['pipeline']:,.0f} | "
+            f"{measured['pipeline'] / measured['bound']:.0%} |",
+            flush=True,
+        )
+    return found
+
+
+def png(data: Path, place: Path) -> None:
+    paths = sorted((data / CONTRAST).glob("*.dcm"))[:16]
+
+    def script() -> None:
+        for path in paths:
+            image = pydicom.dcmread(path)
+            hu = apply_rescale(image.pixel_array, image)
+            pixels = np.clip(hu + 1024, 0, 65535).astype(np.uint16)
+            Image.fromarray(pixels).save(place / "slice.png")
+
+    entries = task(paths, place / "png")
+    measured = rates(
+        {"script": script, "pipeline": lambda: convert.convert_shard(entries, {}, lambda item: None)}, len(paths), 3
+    )
+    print(f"pydicom to 16-bit PNG: {measured['script']:,.0f} slices/s; the pipeline: {measured['pipeline']:,.0f}, "
+          f"{measured['pipeline'] / measured['script']:.1f} x", flush=True)  # fmt: skip
+
+
+def scaling(data: Path, place: Path) -> None:
+    source = next(path for path in sorted((data / ONE_CT).iterdir()) if "LittleEndianExplicit" in path.name)
+    paths = copies(source, place / "scaling", 240)
+    tasks = [task(paths[n::12], place / "scaled", n) for n in range(12)]
+    clock: dict[int, list[float]] = {1: [], 2: []}
+    cpu: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(3):
+        for count in (1, 2):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            began = None
+            for message in workers.run(convert.convert_shard, tasks, workers=count, timeout=600.0):
+                # From the first file on: starting a process takes seconds, whatever there is to do.
+                began = began or time.perf_counter()
+                del message
+            clock[count].append(time.perf_counter() - began)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            cpu[count].append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    one, two = (statistics.median(clock[count]) for count in (1, 2))
+    start = cpu_of_a_start()
+    share = (statistics.median(cpu[1]) - start) / (statistics.median(cpu[2]) - 2 * start)
+    print(f"2 workers: {one / two:.2f} x one by the clock ({240 / one:,.0f} and {240 / two:,.0f} slices/s, of a machine that others use too); "
+          f"{2 * share:.2f} x by CPU seconds per slice, which is what two free cores give", flush=True)  # fmt: skip
+
+
+def cpu_of_a_start() -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    list(workers.run(inventory.inspect, [([], inventory.Options(KEY))], workers=1, timeout=600.0))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def memory(data: Path, place: Path, counts: Sequence[int]) -> None:
+    for frames in (False, True):
+        for count in counts:
+            words = [sys.executable, "-m", "benchmarks.ingest", "--one-series", str(count), "--data", str(data)]
+            out = subprocess.run(
+                [*words, *(["--frames"] if frames else [])], check=True, capture_output=True, text=True
+            ).stdout
+            found = json.loads(out.splitlines()[-1])
+            what = "one file of many frames" if frames else "a file a slice"
+            print(
+                f"a series of {count:,} slices, {what}: {found['slices']:,} converted, at most {found['mb']:,.0f} MB",
+                flush=True,
+            )
+
+
+def one_series(data: Path, count: int, frames: bool) -> None:
+    """Converts one long series in this process and prints the most memory it had."""
+    source = next(path for path in sorted((data / ONE_CT).iterdir()) if "LittleEndianExplicit" in path.name)
+    image = pydicom.dcmread(source)
+    pixels = image.pixel_array
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place, "in")
+        folder.mkdir()
+        if frames:
+            _multiframe(image, pixels, count, folder / "a.dcm")
+        for n in range(0 if frames else count):
+            pixels[0, 0], pixels[0, 1] = n % 1000, n // 1000
+            image.PixelData, image.ImagePositionPatient = pixels.tobytes(), [0, 0, n]
+            image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = f"2.25.{n + 1}"
+            image.save_as(folder / f"{n:05d}.dcm")
+        del image, pixels
+        report = convert.convert_shard(task(sorted(folder.iterdir()), Path(place, "out")), {}, lambda item: None)
+    print(json.dumps({"slices": report["slices"], "mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+
+
+def _multiframe(image: pydicom.FileDataset, pixels: np.ndarray, count: int, path: Path) -> None:
+    image.SOPClassUID = image.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.2.1"
+    items = []
+    for n in range(count):
+        item, spot = pydicom.Dataset(), pydicom.Dataset()
+        spot.ImagePositionPatient = [0, 0, n]
+        item.PlanePositionSequence = pydicom.Sequence([spot])
+        items.append(item)
+    image.PerFrameFunctionalGroupsSequence, image.NumberOfFrames = pydicom.Sequence(items), count
+    del image.PixelData
+    image.save_as(path)
+    with path.open("ab") as file:  # piece by piece, so that the writing is not what is measured
+        file.write(b"\xe0\x7f\x10\x00OW\0\0" + (pixels.nbytes * count).to_bytes(4, "little"))
+        for n in range(count):
+            pixels[0, 0], pixels[0, 1] = n % 1000, n // 1000
+            file.write(pixels.tobytes())
+
+
+def codecs(data: Path) -> float:
+    """Prints ratio and rates; returns bytes a slice of the default."""
+    slices = []
+    for path in sorted((data / CONTRAST).glob("*.dcm"))[:24]:
+        image = pydicom.dcmread(path)
+        slices.append(np.clip(apply_rescale(image.pixel_array, image) + 1024, 0, 65535).astype(np.uint16))
+    raw = sum(one.nbytes for one in slices)
+
+    def to_png(one: np.ndarray) -> bytes:
+        file = io.BytesIO()
+        Image.fromarray(one).save(file, "PNG")
+        return file.getvalue()
+
+    kinds: dict[str, tuple[Callable[[Any], bytes], Callable[[bytes], Any]]] = {
+        f"{codec.NAMES[codec.DELTA]} (default)": (codec.encode, codec.decode),
+        "raw": (lambda one: codec.encode(one, codec.RAW), codec.decode),
+        "zstd-3": (lambda one: pa.Codec("zstd", 3).compress(one.tobytes(), asbytes=True),
+                   lambda data: np.frombuffer(pa.Codec("zstd").decompress(data, 512 * 512 * 2, asbytes=True), np.uint16)),
+        "PNG, 16 bit (Pillow)": (to_png, lambda data: np.asarray(Image.open(io.BytesIO(data)))),
+    }  # fmt: skip
+    slices = [one for one in slices if one.shape == (512, 512)]
+    raw = sum(one.nbytes for one in slices)
+    packed = {name: [encode(one) for one in slices] for name, (encode, _) in kinds.items()}
+    reading = rates({name: (lambda n=name: [kinds[n][1](d) for d in packed[n]]) for name in kinds}, len(slices), 3)
+    writing = rates({name: (lambda n=name: [kinds[n][0](s) for s in slices]) for name in kinds}, len(slices), 1)
+    print("| Codec | Ratio | Decode, slices/s | Encode, slices/s |\n|---|---|---|---|")
+    for name in kinds:
+        ratio = raw / sum(map(len, packed[name]))
+        print(f"| {name} | {ratio:.2f} | {reading[name]:,.0f} | {writing[name]:,.0f} |", flush=True)
+    return sum(map(len, next(iter(packed.values())))) / len(slices)
+
+
+def cost(measured: dict[str, dict[str, float]], out_bytes: float, price: float) -> None:
+    print(f"\n130 TB at ${price:.4f} per vCPU-hour:\n")
+    print(
+        "| All of it in | Slices, M | vCPU-hours | Hours on 1,000 vCPU | Compute | Shards, TB |\n|---|---|---|---|---|---|"
+    )
+    for name, one in measured.items():
+        slices = TOTAL_BYTES / one["bytes"]
+        hours = slices / one["pipeline"] / 3600
+        print(f"| {name} | {slices / 1e6:,.0f} | {hours:,.0f} | {hours / 1000:.1f} | ${hours * price:,.0f} | {slices * out_bytes / 1e12:,.0f} |")  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument(
+        "--only", nargs="+", choices=("syntaxes", "png", "scaling", "memory", "codec"), help="default: all"
+    )
+    parser.add_argument("--long", type=int, nargs="+", default=[300, 3000], help="slices of the series for memory")
+    parser.add_argument("--price", type=float, default=PRICE, help="dollars per vCPU-hour")
+    parser.add_argument("--one-series", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--frames", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one_series:
+        one_series(args.data, args.one_series, args.frames)
+        return 0
+    if not (args.data / ONE_CT).is_dir():
+        print(f"error: no {args.data / ONE_CT}; name the real data with --data", file=sys.stderr)
+        return 2
+    wanted = args.only or ("syntaxes", "png", "scaling", "memory", "codec")
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        measured = syntaxes(args.data, place) if "syntaxes" in wanted else {}
+        if "png" in wanted:
+            png(args.data, place)
+        if "scaling" in wanted:
+            scaling(args.data, place)
+        if "memory" in wanted:
+            memory(args.data, place, args.long)
+        if "codec" in wanted:
+            out_bytes = codecs(args.data)
+            if measured:
+                cost(measured, out_bytes, args.price)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
