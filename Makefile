@@ -7,13 +7,14 @@ TORCH ?= yes
 WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-slow fuzz lint lock clean help
+.PHONY: demo test test-slow golden fuzz lint lock clean help
 
 help:
 	@echo "make demo [DATA=folder] [OUT=folder]  exams -> shards -> pretraining -> weights -> scores -> report.html"
 	@echo "make test [TORCH=no]                  the test suite; TORCH=no leaves PyTorch out and compares with frozen references"
 	@echo "make test-slow                        the tests that take minutes (the full demo among them)"
 	@echo "make fuzz                             10,000 damaged and malicious files through the ingest"
+	@echo "make golden                           plan the named runs with the TPU compiler and compare with tests/golden (minutes)"
 	@echo "make lint                             ruff"
 	@echo "make lock                             renew requirements/*.txt from setup.py"
 	@echo "make clean                            remove .venv and demo/"
@@ -49,6 +50,9 @@ test-slow: $(TEST_READY)
 
 fuzz: $(VENV)/.test-installed
 	$(VENV)/bin/python -m benchmarks.fuzz
+
+golden: $(VENV)/.test-installed
+	$(VENV)/bin/python -m pytest -m slow --numprocesses=0 tests/plan/test_golden.py
 
 lint: $(VENV)/.test-installed
 	$(VENV)/bin/ruff check .

@@ -149,7 +149,7 @@ def objective_of(config: Any, mesh: Any, *, canvas: tuple[int, int], warmup_step
         }
         return {"step": state["step"] + 1, "params": params, "opt_state": opt_state}, metrics
 
-    return dataclasses.replace(made, step=step)
+    return dataclasses.replace(made, step=step, compiler_options={})
 
 
 def plain(config: Any, topology: topologies.Topology) -> Any:

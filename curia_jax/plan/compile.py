@@ -9,7 +9,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -177,27 +177,40 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "curia_jax" / "plan"
 
 
-def program_hash(lowered: Any, topology: topologies.Topology) -> str:
-    """Hash of the program, the names of its parts, the compiler's version and the topology."""
+def program_hash(lowered: Any, topology: topologies.Topology, options: Mapping[str, str]) -> str:
+    """Hash of the program, the names of its parts, the compiler's version and options, and the topology."""
     text = lowered.as_text()
     # Names of parts come from the program's locations, of which file and line do not matter.
     names = sorted(set(re.findall(r'"(jit\([^"]*)"', lowered.as_text(debug_info=True))))
-    whole = "\0".join([text, *names, topologies.compiler_version(), jax.__version__, str(topology)])
+    whole = "\0".join(
+        [
+            text,
+            *names,
+            topologies.compiler_version(),
+            jax.__version__,
+            str(topology),
+            *map(str, sorted(options.items())),
+        ]
+    )
     return hashlib.sha256(whole.encode()).hexdigest()[:32]
 
 
-def compile(traced: Any, topology: topologies.Topology, *, argument_bytes: int) -> Compiled:
+def compile(
+    traced: Any, topology: topologies.Topology, *, argument_bytes: int, options: Mapping[str, str] | None = None
+) -> Compiled:
     """Compiles, unless the same program has been compiled before.
 
     Args:
       traced: a traced program (jax.stages.Traced) whose arguments are on the topology's devices.
+      options: of the compiler.
       argument_bytes: of them per device, for a program that does not fit, of which the compiler says little.
 
     Raises:
       UserError: the compiler refuses the program for another reason than its memory.
     """
     lowered = traced.lower()
-    key = program_hash(lowered, topology)
+    options = dict(options or {})
+    key = program_hash(lowered, topology, options)
     kept = _load(key)
     if kept is not None:
         return kept
@@ -205,7 +218,7 @@ def compile(traced: Any, topology: topologies.Topology, *, argument_bytes: int) 
     limit = int(topology.chip.hbm / topology.chip.devices)
     try:
         with _without_jax_cache():
-            compiled = lowered.compile()
+            compiled = lowered.compile(compiler_options=options)
     except Exception as error:
         parsed = out_of_memory(str(error))
         if parsed is None:

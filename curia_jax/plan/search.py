@@ -47,7 +47,12 @@ class Planner:
         )
         arguments = sorted(compiling.argument_tensors(job), key=lambda row: -row[2])
         with report.waiting(f"compiling for {topology}", compiling.last_seconds()):
-            compiled = compiling.compile(job.traced, topology, argument_bytes=sum(row[2] for row in arguments))
+            compiled = compiling.compile(
+                job.traced,
+                topology,
+                argument_bytes=sum(row[2] for row in arguments),
+                options=job.objective.compiler_options,
+            )
         hardware, of_kernels = compiling.hardware_flops(job.traced)
         model_flops = 3 * mae.flops(job.objective.model) * config.batch_size
         result: dict[str, Any] = {
