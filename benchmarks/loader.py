@@ -20,6 +20,7 @@ Exit codes: 0 done, 1 memory grew beyond --allow in a soak, 2 wrong usage or inp
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -168,11 +169,10 @@ def _on_device(batches: Iterator[dict[str, Any]]) -> Iterator[int]:
 def _torch_loader(dataset: Any, workers: int, batch: int) -> Iterator[dict[str, Any]]:
     from torch.utils.data import DataLoader
 
+    more = {"persistent_workers": True, "prefetch_factor": 2, "multiprocessing_context": "spawn"} if workers else {}
+    batches = DataLoader(dataset, batch_size=batch, shuffle=True, num_workers=workers, drop_last=True, **more)
     while True:
-        yield from DataLoader(
-            dataset, batch_size=batch, shuffle=True, num_workers=workers, drop_last=True,
-            **({"persistent_workers": True, "prefetch_factor": 2, "multiprocessing_context": "spawn"} if workers else {}),
-        )  # fmt: skip
+        yield from batches
 
 
 def _plain_loop(dataset: Any, batch: int) -> Iterator[dict[str, Any]]:
@@ -247,14 +247,12 @@ def _serve(name: str, place: dict[str, Any], workers: int, batch: int, pipe: Any
 
 
 def _cpu_seconds() -> float:
-    """Of this process and its children."""
-    total = 0.0
-    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-        try:
-            times = process.cpu_times()
-        except psutil.NoSuchProcess:
-            continue
-        total += times.user + times.system
+    """Of this process and its children, those that have ended too."""
+    own = psutil.Process()
+    total = sum(own.cpu_times()[:4])  # user, system, and those of ended children
+    for process in own.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += sum(process.cpu_times()[:4])
     return total
 
 
@@ -293,10 +291,8 @@ class Contender:
             family = psutil.Process(process.pid).children(recursive=True) if process.is_alive() else []
             process.kill()
             for child in family:
-                try:
+                with contextlib.suppress(psutil.NoSuchProcess):
                     child.kill()
-                except psutil.NoSuchProcess:
-                    pass
             process.join()
 
 

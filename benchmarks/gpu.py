@@ -1,0 +1,224 @@
+"""This project's MAE step on an NVIDIA GPU, against PyTorch on the same card in one run.
+
+  python -m benchmarks.gpu                                     B/16 and L/16 at 224 and 512 px
+  python -m benchmarks.gpu --config=configs/pretrain_vit_b16_224.py
+  python -m benchmarks.gpu --platform=cpu --tiny               shows that it runs, on any machine; its figures mean nothing
+
+Forward, backward and AdamW, products in bfloat16, of the named configs' models: jax, this project; transformers, its ViTMAE
+with SDPA; timm, a MAE of timm's blocks with SDPA; both of these with torch.compile and fused AdamW. Every measurement has its
+own process and the card to itself. First each side's batch is doubled until memory is full, and its fastest one taken; then the
+sides take turns at their best batches, and the ratio is that to the faster PyTorch side, the median over the rounds.
+
+MFU counts the matrix products of the model, three forward passes a step, over the card's bf16 peak.
+Exit codes: 0 done, 2 no GPU, wrong usage, or torch is missing.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from benchmarks.mae_step import Side, Spec
+from curia_jax import config as configs
+from curia_jax import telemetry
+from curia_jax.models import mae
+from data_pipeline.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMED = [f"configs/pretrain_vit_{size}16_{px}.py" for px in (224, 512) for size in "bl"]
+SIDES = ("jax", "transformers", "timm")
+TINY = {
+    "width": 16, "depth": 1, "heads": 2, "mlp_width": 32, "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2,
+    "image_size": (32, 32), "unroll": 1,
+}  # fmt: skip
+
+
+def check_gpu() -> str:
+    """Name of the card.
+
+    Raises:
+      UserError: there is none, or JAX or torch cannot use it.
+    """
+    if not shutil.which("nvidia-smi"):
+        raise UserError(
+            "no NVIDIA GPU found (there is no nvidia-smi); run this where one is, or with --platform=cpu --tiny"
+        )
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    found = subprocess.run(query, capture_output=True, text=True)
+    if found.returncode or not found.stdout.strip():
+        raise UserError(f"no NVIDIA GPU found: {(found.stderr or found.stdout).strip() or 'nvidia-smi names none'}")
+    # In processes of their own: a library that has seen the card keeps some of its memory.
+    for code, remedy in (
+        ("import jax; assert jax.default_backend() == 'gpu'", "JAX does not see it; pip install 'curia-jax[cuda]'"),
+        ("import torch; assert torch.cuda.is_available()", "PyTorch does not see it; install torch with CUDA"),
+    ):
+        if subprocess.run([sys.executable, "-c", code], capture_output=True).returncode:
+            raise UserError(f"there is a {found.stdout.splitlines()[0]}, but {remedy}")
+    return found.stdout.splitlines()[0]
+
+
+def measure(spec: Spec, seconds: float) -> dict[str, Any] | None:
+    """Images/s over at least so many seconds in a new process, with the facts of the side; None if memory is too small."""
+    environment = {**os.environ, "JAX_PLATFORMS": spec.platform}
+    # Where an allocation fails nothing is to be hoped from a slower way, and all of the card may be used.
+    environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    side = Side(spec, environment)
+    try:
+        if "error" in side.facts:
+            return None
+        steps = 1
+        while True:
+            took = side.run(steps)
+            if "error" in took:
+                return None
+            if took["seconds"] >= seconds:
+                return side.facts | {"images_per_second": steps * spec.batch / took["seconds"]}
+            steps = max(2 * steps, min(10 * steps, int(1.2 * seconds / took["seconds"] * steps)))
+    finally:
+        side.close()
+
+
+def best_batch(make: Any, *, first: int, most: int, seconds: float) -> tuple[int, dict[str, Any]]:
+    """Doubles the batch until memory is full or the rate has fallen by a tenth.
+
+    Args:
+      make: batch -> Spec.
+
+    Raises:
+      UserError: not even the first fits.
+    """
+    found: dict[int, dict[str, Any]] = {}
+    batch = first
+    while batch <= most:
+        result = measure(make(batch), seconds)
+        if result is None:
+            break
+        found[batch] = result
+        print(
+            f"  {make(batch).side}: batch {batch}, {result['images_per_second']:,.0f} images/s",
+            file=sys.stderr,
+            flush=True,
+        )
+        if result["images_per_second"] < 0.9 * max(r["images_per_second"] for r in found.values()):
+            break
+        batch *= 2
+    if not found:
+        raise UserError(f"{make(first).side} does not fit with a batch of {first}; choose a smaller --first-batch")
+    best = max(found, key=lambda b: found[b]["images_per_second"])
+    return best, found[best]
+
+
+def compare(name: str, model: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row per side for one model."""
+    sides = [side for side in SIDES if side in args.sides]
+
+    def spec(side: str, batch: int) -> Spec:
+        platform = args.platform if side != "jax" or args.platform == "cpu" else "cuda"
+        return Spec(side, "train", model, batch, platform=platform, compiled=args.compile and side != "jax")
+
+    best: dict[str, tuple[int, dict[str, Any]]] = {}
+    for side in sides:
+        best[side] = best_batch(
+            lambda batch, side=side: spec(side, batch), first=args.first_batch, most=args.most, seconds=args.seconds
+        )
+    rates: dict[str, list[float]] = {side: [] for side in sides}
+    for number in range(args.rounds):
+        for side in sides if number % 2 == 0 else sides[::-1]:
+            result = measure(spec(side, best[side][0]), args.seconds)
+            if result is None:
+                raise UserError(
+                    f"{side} ran out of memory with batch {best[side][0]}, which fitted before; is the card shared?"
+                )
+            rates[side].append(result["images_per_second"])
+    parameters = {side: best[side][1]["parameters"] for side in sides}
+    if len(set(parameters.values())) > 1:
+        raise UserError(f"the sides have different models: {parameters} parameters")
+    flops = 3 * mae.flops(mae.config(**model))
+    medians = {side: statistics.median(values) for side, values in rates.items()}
+    torch_sides = [side for side in sides if side != "jax"]
+    rival = max(torch_sides, key=lambda side: medians[side], default=None)
+    rows = []
+    for side in sides:
+        facts = best[side][1]
+        peak = telemetry.PEAK_FLOPS.get(facts["device"])
+        rows.append({
+            "config": name, "side": side, "version": facts["version"], "device": facts["device"], "batch": best[side][0],
+            "parameters": parameters[side], "images_per_second": medians[side],
+            "mfu": medians[side] * flops / peak if peak else None,
+            "ratio_to_torch": statistics.median(a / b for a, b in zip(rates[side], rates[rival], strict=True))
+            if rival else None,
+        })  # fmt: skip
+    return rows
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config", action="append", metavar="FILE", help="may be repeated; B/16, L/16 at 224, 512 px if absent"
+    )
+    parser.add_argument("--platform", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="a model of two small blocks, batches of at most 2")
+    parser.add_argument("--sides", default=",".join(SIDES), metavar="NAME,…")
+    parser.add_argument("--first-batch", type=int, default=32)
+    parser.add_argument("--most", type=int, default=4096, help="largest batch tried (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of a measurement, at least (%(default)s)")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="PyTorch without torch.compile")
+    parser.add_argument("--json", metavar="FILE", help="write the figures here")
+    args = parser.parse_args(argv)
+    args.sides = args.sides.split(",")
+    if unknown := [side for side in args.sides if side not in SIDES]:
+        parser.error(f"no side {unknown[0]!r}; there are {', '.join(SIDES)}")
+    if args.platform == "cpu" and not args.tiny:
+        parser.error("--platform=cpu goes with --tiny; benchmarks.cpu compares on CPUs")
+    if args.tiny:
+        args.first_batch, args.most, args.rounds, args.seconds = 1, 2, 1, 0.01
+        args.config = args.config or NAMED[:1]
+    if args.platform == "cpu":
+        args.compile = False
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    rows: list[dict[str, Any]] = []
+    try:
+        if args.platform == "cuda":
+            check_gpu()
+        if any(side != "jax" for side in args.sides) and not (find_spec("torch") and find_spec("transformers")):
+            raise UserError(
+                "there is nothing to compare with: torch or transformers is not installed; pip install 'curia-jax[torch]'"
+            )
+        print("| config | side | batch | images/s | MFU | times the faster PyTorch | card |")
+        print("|---|---|---|---|---|---|---|", flush=True)
+        for file in args.config or NAMED:
+            model = json.loads(configs.load(str(ROOT / file)).model.to_json())
+            if args.tiny:
+                model |= TINY
+            for row in compare(Path(file).stem, model, args):
+                rows.append(row)
+                mfu = f"{row['mfu']:.3f}" if row["mfu"] is not None else "peak unknown"
+                ratio = f"{row['ratio_to_torch']:.2f}" if row["ratio_to_torch"] is not None else "-"
+                print(
+                    f"| {row['config']} | {row['side']} ({row['version']}) | {row['batch']} | {row['images_per_second']:,.0f} | "
+                    f"{mfu} | {ratio} | {row['device']} |",
+                    flush=True,
+                )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""The GPU's benchmark where there is none: it runs at a tiny size on a CPU, and says so where a card is missing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import gpu
+from benchmarks.mae_step import Spec
+
+
+def test_it_runs_on_a_cpu(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    out = tmp_path / "figures.json"
+    assert gpu.main(["--platform=cpu", "--tiny", "--sides=jax,timm", f"--json={out}"]) == 0
+    rows = {row["side"]: row for row in json.loads(out.read_text())}
+    assert set(rows) == {"jax", "timm"}
+    assert rows["timm"]["ratio_to_torch"] == 1
+    assert rows["jax"]["ratio_to_torch"] > 0
+    assert len({row["parameters"] for row in rows.values()}) == 1
+    assert rows["jax"]["mfu"] is None  # no data sheet lists this CPU
+
+
+def test_the_batch_is_doubled_until_memory_is_full_and_the_fastest_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {8: 100.0, 16: 180.0, 32: 175.0}
+    monkeypatch.setattr(
+        gpu, "measure", lambda spec, seconds: {"images_per_second": rates[spec.batch]} if spec.batch in rates else None
+    )
+
+    def make(batch: int) -> Spec:
+        return Spec("jax", "train", {}, batch)
+
+    wanted: tuple[int, dict[str, Any]] = (16, {"images_per_second": 180.0})
+    assert gpu.best_batch(make, first=8, most=1024, seconds=1) == wanted
+    with pytest.raises(gpu.UserError, match="jax does not fit with a batch of 64; choose a smaller --first-batch"):
+        gpu.best_batch(make, first=64, most=1024, seconds=1)
+
+
+def test_without_a_card_it_says_so_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    assert gpu.main([]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: no NVIDIA GPU found")
