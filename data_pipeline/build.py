@@ -9,6 +9,10 @@ stages:
 A build that was stopped goes on with the same command: finished shards stay as they are. Bad files never stop it; every
 input file stands in manifest.parquet with its fate (kept, excluded, duplicate, quarantined) and the reason.
 
+Further exams are added by building into the same output again, with the new inputs alone or together with the old ones:
+they become further shards, and those that are there stay as they are, byte for byte. Patients keep their split, what is in
+already is not taken twice, and until the addition is finished the folder is the dataset that it was.
+
 Patients never share a split. DICOM names them; volumes and pictures are told apart by their BIDS subject (sub-01) or, where
 there is none, file by file: if several files show one patient, say so with --labels and --patient-column.
 
@@ -23,7 +27,6 @@ exit codes:
 """
 
 import argparse
-import collections
 import fcntl
 import json
 import os
@@ -36,16 +39,27 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.console import Console
 
-from data_pipeline import archives, codec, convert, dicom, inventory, plan, progress, pseudonyms, shards, workers
+from data_pipeline import (
+    archives,
+    codec,
+    commit,
+    convert,
+    dicom,
+    files,
+    inventory,
+    plan,
+    progress,
+    pseudonyms,
+    reformat,
+    shards,
+    workers,
+)
 from data_pipeline import card as cards
 from data_pipeline.errors import UserError, fault
 
 EXIT_STOPPED = 75
-BUILD_FOLDER = ".build"
 FAILED_ON = "failed_on.txt"  # in the build folder, because paths can hold names
 REASONS_SHOWN = 12
 
@@ -67,7 +81,10 @@ def parser() -> argparse.ArgumentParser:
         help="folders, files, .zip and .tar archives, a DICOMDIR; folders are searched whole",
     )
     p.add_argument(
-        "--output", required=True, metavar="FOLDER", help="dataset folder; an unfinished build in it is gone on with"
+        "--output",
+        required=True,
+        metavar="FOLDER",
+        help="dataset folder; an unfinished build in it is gone on with, a finished one added to",
     )
     p.add_argument("--name", default="slices", help="dataset name, the start of the shard names (default: %(default)s)")
     p.add_argument(
@@ -83,6 +100,13 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--size", type=int, metavar="PX", help="reduce slices whose longer side is larger (default: native size)"
+    )
+    p.add_argument(
+        "--planes",
+        type=lambda text: tuple(text.split(",")),
+        default=(),
+        metavar="PLANE,…",
+        help="reformat regular series into axial, coronal, sagittal too, at isotropic spacing (default: slices as acquired)",
     )
     p.add_argument(
         "--slices-per-record",
@@ -203,8 +227,8 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
     began = time.monotonic()
     console = progress.console()
     output = Path(args.output)
-    files = inventory.find_files(args.input, leave_out=args.output)
-    private = output / BUILD_FOLDER
+    found = inventory.find_files(args.input, leave_out=args.output)
+    private = output / commit.BUILD_FOLDER
     if not private.is_dir():
         if output.exists() and (not output.is_dir() or any(not p.name.startswith(".") for p in output.iterdir())):
             raise UserError(f"{output} is not empty and holds no build; choose an empty or new --output")
@@ -212,28 +236,58 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
     private.chmod(0o700)
     with _only_build(private, output):
         key, origin = pseudonyms.load_key(args.key_file, args.output)
-        console.print(f"{len(files):,} files; {origin}")
-        entries = _inventory(files, args, key, console)
-        held_out = _held_out(args.holdout, entries, key, console)
-        patients = [entry.patient for entry in entries]
-        if args.labels:
-            columns = tuple(args.label_columns) if args.label_columns else None
-            inventory.LabelTable(
-                args.labels, columns, args.split_column, args.patient_column, args.modality_column
-            ).apply(entries, key)
+        known = commit.known(output, private)
+        conversion = {
+            "size": args.size, "slices_per_record": args.slices_per_record, "codec": codec.DELTA, "name": args.name,
+            "planes": list(args.planes),
+        }  # fmt: skip
+        _check_settings(known, plan.settings(key, args.validation, args.test, conversion), output)
+        console.print(f"{len(found):,} files; {origin}")
+        entries = _inventory(found, args, key, console, known)
+        held_out, holdout = _held_out(args, private, entries, known, key, console)
+        named = [entry.patient for entry in entries]
+        _label(args, entries, known, key)
         # Whoever is held out stays out under the name that the table gives him.
-        held_out |= {entry.patient for entry, before in zip(entries, patients, strict=True) if before in held_out}
+        held_out |= {entry.patient for entry, before in zip(entries, named, strict=True) if before in held_out}
+        _check_held_out(output, known, held_out)
         options = plan.Options(
             key=key, validation=args.validation, test=args.test, shard_bytes=args.shard_mb * 1_000_000,
-            held_out=frozenset(held_out),
-            conversion={"size": args.size, "slices_per_record": args.slices_per_record, "codec": codec.DELTA, "name": args.name},
+            held_out=frozenset(held_out), conversion=conversion, first=known.first_numbers(), instances=known.instances,
+            splits=known.splits, continued=known.slices_of(output, {entry.series for entry in entries if not entry.fate}),
         )  # fmt: skip
         made = plan.make(entries, options)
-        if not made["shards"]:
-            raise _nothing_left(output, _manifest(entries, []))
-        _fix_plan(private, made, output)
-        reports = _convert(output, private, args, made, console)
-        card = _commit(output, args, entries, reports)
+        settings = {
+            name: getattr(args, name) for name in ("modality", "size", "slices_per_record", "validation", "test")
+        }
+        settings["planes"] = ", ".join(args.planes) or None
+        request = commit.Request(
+            output,
+            private,
+            args.name,
+            settings,
+            args.examples,
+            known,
+            made,
+            entries,
+            named,
+            frozenset(held_out),
+            holdout,
+        )
+        if holdout is not None:
+            holdout["files"] = sum(entry.reason == plan.HELD_OUT for entry in entries) + known.held_out_files()
+        if known.additions and not entries:
+            console.print(f"nothing new: all {len(found):,} files are in the manifest of {output} already")
+            if _clear_unfinished(private, known.additions, output):
+                card = commit.publish(request, known.shards, {}, {}, known.additions)
+            else:
+                card = json.loads((output / shards.CARD).read_text(encoding="utf-8"))
+        else:
+            if not made["shards"] and not known.additions:
+                raise commit.nothing_left(output, commit.file_rows(request, {}, {}))
+            _fix_plan(private, known.additions, made, output)
+            _convert(output, private, args, made, known.additions, console)
+            card = commit.commit(request)
+        files.write_text(private / commit.HELD_OUT, json.dumps(sorted(held_out)), private=True)
         shutil.rmtree(archives.folder(output), ignore_errors=True)
     if args.json:
         Path(args.json).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
@@ -262,6 +316,11 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--timeout is {args.timeout}; it has to be more than 0 seconds")
     if args.memory_gb < 1:
         raise UserError(f"--memory-gb is {args.memory_gb}; a worker needs at least 1")
+    strange = [plane for plane in args.planes if plane not in reformat.PLANES]
+    if strange:
+        raise UserError(
+            f"--planes names {strange[0]!r}; there are {', '.join(reformat.PLANES)}, with commas between them"
+        )
     if args.size is not None and args.size < 32:
         raise UserError(f"--size is {args.size}; slices under 32 px are left out, so it has to be at least 32")
     if not (args.validation >= 0 and args.test >= 0 and args.validation + args.test < 1):
@@ -296,27 +355,82 @@ class _only_build:
         self._file.close()
 
 
-def _held_out(path: str | None, entries: Sequence[inventory.Entry], key: bytes, console: Console) -> set[str]:
-    """Pseudonyms of the patients to keep out."""
-    if path is None:
-        return set()
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --holdout={path}: {error}") from error
-    lines = [line for line in lines if line]
-    here = {entry.patient for entry in entries}
-    out: set[str] = set()
-    matched = 0
-    for line in lines:
+def _held_out(
+    args: argparse.Namespace, private: Path, entries: Sequence[inventory.Entry], known: commit.Known, key: bytes, console: Console,
+) -> tuple[set[str], dict[str, Any] | None]:  # fmt: skip
+    """Pseudonyms of the patients to keep out, of earlier additions too, and what the card says of --holdout."""
+    before = private / commit.HELD_OUT
+    out: set[str] = set(json.loads(before.read_text(encoding="utf-8"))) if before.exists() else set()
+    if args.holdout is None:
+        return out, None
+    lines = inventory.read_holdout(args.holdout)
+    places = [(os.path.abspath(entry.path), entry.patient) for entry in entries if entry.patient]
+    places += [(os.path.abspath(path), row["named"]) for path, row in known.files.items() if row["named"]]
+    here = {patient for _, patient in places} | {row["patient"] for row in known.files.values()}
+    unmatched = []
+    for number, line in lines:
         patients = {pseudonyms.digest(key, "patient", line)}
         if os.path.isdir(line):
             top = os.path.abspath(line) + os.sep
-            patients |= {e.patient for e in entries if e.patient and os.path.abspath(e.path).startswith(top)}
-        matched += not patients.isdisjoint(here)
+            patients |= {patient for path, patient in places if path.startswith(top)}
+        if patients.isdisjoint(here):
+            unmatched.append(number)
         out |= patients
-    console.print(f"held out: {matched:,} of {len(lines):,} lines name a patient of these inputs")
-    return out
+    console.print(f"held out: {len(lines) - len(unmatched):,} of {len(lines):,} lines name a patient of these inputs")
+    if unmatched:
+        # The lines themselves are identities.
+        shown = ", ".join(str(number) for number in unmatched[:20]) + (" …" if len(unmatched) > 20 else "")
+        console.print(f"held out: nothing matches line{'s' if len(unmatched) > 1 else ''} {shown} of {args.holdout}")
+    return out, {"lines": len(lines), "matched": len(lines) - len(unmatched), "unmatched_lines": unmatched}
+
+
+def _check_held_out(output: Path, known: commit.Known, held_out: set[str]) -> None:
+    inside = [row for row in known.files.values() if row["fate"] == "kept" and row["patient"] in held_out]
+    if inside:
+        patients = len({row["patient"] for row in inside})
+        raise UserError(
+            f"{patients:,} held-out patients with {len(inside):,} files are in {output} already; shards are never changed, so choose another --output and build it anew"
+        )
+
+
+def _label(args: argparse.Namespace, entries: list[inventory.Entry], known: commit.Known, key: bytes) -> None:
+    if not args.labels:
+        return
+    columns = tuple(args.label_columns) if args.label_columns else None
+    table = inventory.LabelTable(args.labels, columns, args.split_column, args.patient_column, args.modality_column)
+    # The table may name files that are in the dataset already; what it says of those must not have changed.
+    here = {entry.path for entry in entries}
+    old = [
+        inventory.Entry(path, row["size"], row["modified_ns"], fate="known", series=row["series"], patient=row["named"])
+        for path, row in known.files.items()
+        if path not in here
+    ]
+    table.apply([*entries, *old], key)
+    for entry in old:
+        row = known.files[entry.path]
+        told = (entry.patient, entry.split or row["split"], json.dumps(entry.labels, sort_keys=True))
+        if entry.labels and row["fate"] == "kept" and told != (row["patient"], row["split"], row["labels"]):
+            raise UserError(
+                f"{args.labels} gives another patient, split or label than before to a file that is in the dataset already; shards are never changed, so choose another --output and build it anew"
+            )
+
+
+def _check_settings(known: commit.Known, settings: dict[str, Any], output: Path) -> None:
+    if known.settings is None or known.settings == settings:
+        return
+    if known.settings["format"] != settings["format"]:
+        raise UserError(
+            f"{output} holds a finished dataset of another version of this software (its plan has format {known.settings['format']}, this version writes {settings['format']}); choose another --output, or remove it to build it anew"
+        )
+    if known.settings["key"] != settings["key"]:
+        raise UserError(
+            f"{output} was built with another key; name that one with --key-file, or choose another --output"
+        )
+    changed = [name for name in settings if settings[name] != known.settings.get(name)]
+    texts = [f"--{name.replace('_', '-')} was {known.settings.get(name)} and is {settings[name]}" for name in changed]
+    raise UserError(
+        f"{output} holds a finished dataset of other settings: {'; '.join(texts)}; exams are added with the same ones, or choose another --output"
+    )
 
 
 def _run(
@@ -331,12 +445,15 @@ def _run(
         if error.item is None:
             raise
         path = private / FAILED_ON
-        _write_private(path, ascii(error.item)[1:-1] + "\n")
+        files.write_text(path, ascii(error.item)[1:-1] + "\n", private=True)
         raise UserError(f"{error} (the path of the file stands in {path})") from error
 
 
-def _inventory(files: Sequence[Path], args: argparse.Namespace, key: bytes, console: Console) -> list[inventory.Entry]:
-    private = Path(args.output) / BUILD_FOLDER
+def _inventory(
+    files: Sequence[Path], args: argparse.Namespace, key: bytes, console: Console, known: commit.Known
+) -> list[inventory.Entry]:
+    """What is new among the inputs."""
+    private = Path(args.output) / commit.BUILD_FOLDER
     unpacked = archives.folder(args.output)
     options = inventory.Options(
         key=key,
@@ -357,6 +474,7 @@ def _inventory(files: Sequence[Path], args: argparse.Namespace, key: bytes, cons
                     counter.step()
     sources: list[str | archives.Member] = [str(path) for path in files if not archives.is_archive(str(path))]
     sources += [member for number in sorted(listings) for member in listings[number].members]
+    sources = [source for source in sources if _is_new(source, known)]
     size = inventory.FILES_PER_TASK
     tasks = [(sources[n : n + size], options) for n in range(0, len(sources), size)]
     found: dict[int, list[inventory.Entry]] = {}
@@ -370,213 +488,92 @@ def _inventory(files: Sequence[Path], args: argparse.Namespace, key: bytes, cons
     return entries + [
         inventory.Entry(one.archive, one.size, one.modified_ns, fate="quarantined", reason=one.problem)
         for _, one in sorted(listings.items())
-        if one.problem
+        if one.problem and one.archive not in known.files
     ]
 
 
-def _fix_plan(private: Path, made: dict[str, Any], output: Path) -> None:
-    """Keeps the plan of an unfinished build; refuses another plan on top of a finished one."""
-    path = private / "plan.json"
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if before["hash"] == made["hash"]:
-            return
-        if (output / shards.SHARDS).exists():
-            if before.get("format") != plan.FORMAT:
-                raise UserError(
-                    f"{output} holds a finished dataset of another version of this software (its plan has format {before.get('format', 1)}, this version writes {plan.FORMAT}); choose another --output, or remove it to build it anew"
-                )
-            raise UserError(
-                f"{output} holds a finished dataset of other inputs, another key or other settings; choose another --output, or remove it to build it anew"
-            )
-        # Half a dataset of another plan: its shards would lie about under names that nobody knows.
-        for shard in before["shards"]:
-            name = shards.file_name(before["conversion"]["name"], shard["split"], shard["number"], shard["count"])
-            (output / name).unlink(missing_ok=True)
-        shutil.rmtree(private / "shards", ignore_errors=True)
-    _write_private(path, json.dumps(made, sort_keys=True))
+def _is_new(source: str | archives.Member, known: commit.Known) -> bool:
+    """Whether a file is to be looked at; not if it was before and is as it was."""
+    row = known.files.get(source if isinstance(source, str) else source.path)
+    if row is None:
+        return True
+    try:
+        status = os.stat(source) if isinstance(source, str) else None
+    except OSError:
+        return False
+    now = (status.st_size, status.st_mtime_ns) if status else (source.size, source.modified_ns)
+    if now == (row["size"], row["modified_ns"]):
+        return False
+    if row["fate"] == "kept":
+        raise UserError(
+            "a file that is in the dataset already has changed since; shards are never changed, so choose another --output and build it anew"
+        )
+    return True
 
 
-def _write_text(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+def _fix_plan(private: Path, addition: int, made: dict[str, Any], output: Path) -> None:
+    """Keeps the plan of an unfinished addition, or puts another one in its place."""
+    own = commit.folder_of(private, addition)
+    path = own / commit.PLAN
+    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["hash"] == made["hash"]:
+        return
+    _clear_unfinished(private, addition, output)
+    own.mkdir()
+    files.write_text(path, json.dumps(made, sort_keys=True), private=True)
 
 
-def _write_private(path: Path, text: str) -> None:
-    beside = path.with_suffix(".tmp")
-    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+def _clear_unfinished(private: Path, addition: int, output: Path) -> bool:
+    """Removes what an addition that was never finished has left; its shards would lie about under names that nobody knows."""
+    own = commit.folder_of(private, addition)
+    if not own.exists():
+        return False
+    path = own / commit.PLAN
+    made = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"shards": []}
+    for shard in made["shards"]:
+        name = shards.file_name(made["conversion"]["name"], shard["split"], shard["number"])
+        (output / name).unlink(missing_ok=True)
+    shutil.rmtree(own)
+    return True
 
 
 def _convert(
-    output: Path, private: Path, args: argparse.Namespace, made: dict[str, Any], console: Console
-) -> list[dict[str, Any]]:
-    sidecars = private / "shards"
+    output: Path, private: Path, args: argparse.Namespace, made: dict[str, Any], addition: int, console: Console
+) -> None:
+    sidecars = commit.folder_of(private, addition) / "shards"
     sidecars.mkdir(exist_ok=True)
     _remove_leftovers(output)
     (private / FAILED_ON).unlink(missing_ok=True)
-    reports: dict[int, dict[str, Any]] = {}
-    todo = []
-    for number, shard in enumerate(made["shards"]):
-        name = shards.file_name(args.name, shard["split"], shard["number"], shard["count"])
-        report = _finished(sidecars / f"{name}.json", output / name, made["hash"])
-        if report is None:
-            todo.append(number)
-        else:
-            reports[number] = report
-    if reports:
-        console.print(f"{len(reports)} of {len(made['shards'])} shards are finished already")
-    tasks = [(str(output), args.name, made["conversion"], made["shards"][number]) for number in todo]
-    total = sum(len(series["files"]) for number in todo for series in made["shards"][number]["series"])
-    if tasks:
-        try:
-            with progress.Counter(console, "convert", total) as counter:
-                for message in _run(convert.convert_shard, tasks, args, private):
-                    if isinstance(message, workers.Done):
-                        report = message.result
-                        # The sidecar comes last: a shard without one is made again.
-                        _write_private(
-                            sidecars / f"{report['file']}.json", json.dumps({"plan": made["hash"], **report})
-                        )
-                        reports[todo[message.number]] = report
-                    else:
-                        counter.step()
-        finally:
-            _remove_leftovers(output)
-    return [reports[number] for number in sorted(reports)]
+    todo = [
+        shard
+        for shard in made["shards"]
+        if not commit.is_finished(
+            sidecars, output / shards.file_name(args.name, shard["split"], shard["number"]), made["hash"]
+        )
+    ]
+    if len(todo) < len(made["shards"]):
+        console.print(f"{len(made['shards']) - len(todo)} of {len(made['shards'])} shards are finished already")
+    if not todo:
+        return
+    common = {
+        "output": str(output), "sidecars": str(sidecars), "plan": made["hash"], "name": args.name, "conversion": made["conversion"],
+    }  # fmt: skip
+    tasks = [common | {"shard": shard} for shard in todo]
+    total = sum(len(series["files"]) for shard in todo for series in shard["series"])
+    try:
+        with progress.Counter(console, "convert", total) as counter:
+            for message in _run(convert.publish, tasks, args, private):
+                if isinstance(message, workers.Progress):
+                    counter.step()
+    finally:
+        _remove_leftovers(output)
 
 
 def _remove_leftovers(output: Path) -> None:
     """What workers that were killed had half written."""
-    for leftover in output.glob(".*.tmp"):
+    for leftover in (*output.glob(".*.tmp"), *(output / commit.BUILD_FOLDER).glob("addition-*/shards/.*.tmp")):
         leftover.unlink(missing_ok=True)
     for leftover in Path(archives.folder(output)).glob("m*"):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _finished(sidecar: Path, path: Path, plan_hash: str) -> dict[str, Any] | None:
-    if not sidecar.exists() or not path.exists():
-        return None
-    try:
-        report = json.loads(sidecar.read_text(encoding="utf-8"))
-    except ValueError:
-        return None  # made again
-    if report.pop("plan") != plan_hash or path.stat().st_size != report["bytes"]:
-        return None
-    return report
-
-
-def _commit(
-    output: Path, args: argparse.Namespace, entries: Sequence[inventory.Entry], reports: list[dict[str, Any]]
-) -> dict[str, Any]:
-    manifest = _manifest(entries, reports)
-    index = [row for report in reports for row in report["index"]]
-    if not index:
-        raise _nothing_left(output, manifest)
-    # A split of which nothing is left would be an empty one to train on or to test with.
-    splits = {row["split"] for row in index}
-    for report in reports:
-        if report["split"] not in splits:
-            (output / report["file"]).unlink(missing_ok=True)
-    reports = [report for report in reports if report["split"] in splits]
-    names = {name: None for row in index for name in row}  # labels may be missing in some rows
-    columns = {name: [row.get(name) for row in index] for name in names}
-    _write_table(output / shards.INDEX, pa.table(columns))
-    _write_table(output / shards.MANIFEST, pa.Table.from_pylist(manifest), private=True)
-    files: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    for row in manifest:
-        files[row["fate"]][row["reason"]] += 1
-    settings = ("modality", "size", "slices_per_record", "validation", "test")
-    card = cards.make(
-        name=args.name, settings={name: getattr(args, name) for name in settings}, codec=codec.NAMES[codec.DELTA], index=columns,
-        shard_table=reports, files=files,
-        intensity={
-            kind: [sum(bins) for bins in zip(*(report["intensity"][kind] for report in reports), strict=True)]
-            for kind in reports[0]["intensity"]
-        },
-    )  # fmt: skip
-    _write_text(output / shards.CARD, json.dumps(card, indent=2) + "\n")
-    _write_text(output / shards.PAGE, cards.page(card, cards.examples(output, columns, args.examples)))
-    _tfds_metadata(output, args.name, reports)
-    # Last, because it is what makes the folder a dataset.
-    _write_table(output / shards.SHARDS, _shard_table(reports))
-    return card
-
-
-def _manifest(entries: Sequence[inventory.Entry], reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    outcomes: dict[str, dict[str, Any]] = {}
-    for report in reports:
-        for path, outcome in report["files"].items():
-            convert.merge_outcome(outcomes, path, outcome)
-    rows = []
-    for entry in entries:
-        path = os.fsencode(entry.path).decode("utf-8", "backslashreplace")
-        row = {"path": path, "fate": entry.fate, "reason": entry.reason, "series": entry.series, "split": entry.split}
-        row |= {"problems": "", "stored_sha256": "", "shard": "", "decoder": ""}
-        rows.append(row | outcomes.get(entry.path, {}))
-    return rows
-
-
-def _nothing_left(output: Path, manifest: Sequence[dict[str, Any]]) -> UserError:
-    _write_table(output / shards.MANIFEST, pa.Table.from_pylist(list(manifest)), private=True)
-    reasons = collections.Counter(row["reason"] for row in manifest)
-    return UserError(
-        f"none of the {len(manifest):,} files is a usable slice: "
-        + "; ".join(f"{count:,} x {reason}" for reason, count in reasons.most_common(4))
-        + f"; {output / shards.MANIFEST} says it for each file"
-    )
-
-
-def _shard_table(reports: Sequence[dict[str, Any]]) -> pa.Table:
-    names = ("file", "split", "records", "slices", "bytes", "sha256")
-    table = {name: [report[name] for report in reports] for name in names}
-    table["largest_height"] = [report["largest"][0] for report in reports]
-    table["largest_width"] = [report["largest"][1] for report in reports]
-    counts = [None if set(report["slice_counts"]) <= {1} else report["slice_counts"] for report in reports]
-    table["slice_counts"] = pa.array(counts, pa.list_(pa.int32()))
-    return pa.table(table)
-
-
-def _write_table(path: Path, table: pa.Table, *, private: bool = False) -> None:
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.unlink(missing_ok=True)
-    # Paths can hold names.
-    with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666), "wb") as file:
-        pq.write_table(table, file)
-    os.replace(beside, path)
-
-
-def _tfds_metadata(output: Path, name: str, reports: Sequence[dict[str, Any]]) -> None:
-    # Imported here: the other stages and the workers do not need it.
-    import tensorflow_datasets as tfds
-
-    from data_pipeline import features
-
-    infos = []
-    for split in pseudonyms.SPLITS:
-        part = [report for report in reports if report["split"] == split]
-        if part:
-            infos.append(
-                tfds.core.SplitInfo(
-                    name=split, shard_lengths=[report["records"] for report in part], num_bytes=sum(report["bytes"] for report in part),
-                    filename_template=tfds.core.ShardedFileTemplate(
-                        dataset_name=name, data_dir=output, split=split, filetype_suffix="array_record",
-                        template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-                    ),
-                )
-            )  # fmt: skip
-    tfds.folder_dataset.write_metadata(
-        data_dir=output,
-        features=features.features(),
-        split_infos=infos,
-        check_data=False,
-        description="CT and MR slices, see card.json",
-    )
 
 
 if __name__ == "__main__":

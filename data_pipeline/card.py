@@ -9,15 +9,16 @@ import collections
 import hashlib
 import html
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Int
 from PIL import Image
 
-from data_pipeline import pseudonyms, shards, sheets
+from data_pipeline import pseudonyms, records, shards, sheets
 
 COUNTED = ("split", "modality", "units", "plane", "body_part", "manufacturer")
 FATES = ("kept", "excluded", "duplicate", "quarantined")
@@ -50,100 +51,165 @@ def intensities(
     return np.bincount(bins, weights=histogram[stored], minlength=len(edges) - 1).astype(np.int64)
 
 
+class Counts:
+    """What the rows of an index add up to, and the slices to show of it; takes the index part by part.
+
+    Args:
+      examples: how many slices to show.
+      held_out: pseudonyms of patients of whom there must be none.
+
+    Attributes:
+      slices, held_out: rows in all, and of patients that are held out.
+      by: rows by value, for each column of COUNTED.
+      patients: pseudonyms by split.
+      series: pseudonyms.
+      near: series that look like another one.
+      near_patients: those of them that look like one of another patient; near_splits: of another split.
+    """
+
+    def __init__(self, examples: int, held_out: frozenset[str] = frozenset()) -> None:
+        self.slices = self.held_out = 0
+        self.by: dict[str, collections.Counter[str]] = {name: collections.Counter() for name in COUNTED}
+        self.patients: dict[str, set[str]] = {split: set() for split in pseudonyms.SPLITS}
+        self.series: dict[str, tuple[str, str]] = {}
+        self.near: dict[str, str] = {}
+        self.spacing: dict[str, collections.Counter[str]] = {
+            "within a slice": collections.Counter(), "between slices": collections.Counter(),
+        }  # fmt: skip
+        self.sides: collections.Counter[str] = collections.Counter()
+        self._count, self._held_out = examples, held_out
+        self._groups: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = collections.defaultdict(dict)
+
+    def add(self, rows: pa.Table) -> None:
+        """Counts rows of index.parquet."""
+        if not len(rows):
+            return
+        self.slices += len(rows)
+        for name, counts in self.by.items():
+            counts.update({str(v["values"]): v["counts"] for v in rows[name].value_counts().to_pylist()})
+        who = rows.select(["patient", "split", "series", "near_duplicate_of"]).group_by(
+            ["patient", "split", "series", "near_duplicate_of"]
+        )
+        for row in who.aggregate([([], "count_all")]).to_pylist():
+            self.patients[row["split"]].add(row["patient"])
+            self.series[row["series"]] = (row["patient"], row["split"])
+            if row["near_duplicate_of"]:
+                self.near[row["series"]] = row["near_duplicate_of"]
+            if row["patient"] in self._held_out:
+                self.held_out += row["count_all"]
+        within = np.maximum(rows["spacing_rows"].to_numpy(), rows["spacing_columns"].to_numpy())
+        self.spacing["within a slice"].update(_binned(within, SPACING_EDGES))
+        self.spacing["between slices"].update(_binned(rows["spacing_slices"].to_numpy(), SPACING_EDGES))
+        self.sides.update(_binned(np.maximum(rows["height"].to_numpy(), rows["width"].to_numpy()), SIDE_EDGES))
+        if self._count:
+            self._gather(rows)
+
+    def _gather(self, rows: pa.Table) -> None:
+        columns = ("modality", "plane", "body_part", "series")
+        places: dict[tuple[str, ...], list[int]] = collections.defaultdict(list)
+        for number, key in enumerate(zip(*(rows[name].to_pylist() for name in columns), strict=True)):
+            places[key].append(number)
+        for (modality, plane, part, series), numbers in places.items():
+            if plane != "axial" and (not part or part in FACES):
+                continue
+            group = self._groups[modality, plane, part]
+            if series not in group:
+                (row,) = (
+                    rows.select(["shard", "record", "slot", "body_part"]).take([numbers[len(numbers) // 2]]).to_pylist()
+                )
+                group[series] = row
+            # Pseudonyms are keyed hashes: their order is random and always the same.
+            for other in sorted(group)[self._count :]:
+                del group[other]
+
+    def examples(self) -> list[dict[str, Any]]:
+        """Where the slices to show are: one modality, plane and body part after the other, from the middles of series.
+
+        The choice follows from the rows alone; no slice is chosen on which a face could be seen.
+        """
+        queues = [[row for _, row in sorted(self._groups[group].items())] for group in sorted(self._groups)]
+        chosen: list[dict[str, Any]] = []
+        for turn in range(max((len(queue) for queue in queues), default=0)):
+            chosen += [queue[turn] for queue in queues if turn < len(queue)]
+        return chosen[: self._count]
+
+    def near_duplicates(self) -> dict[str, int]:
+        """How many series look like another one, and how many of those are of another patient or in another split."""
+        pairs = [(self.series[a], self.series[b]) for a, b in self.near.items() if b in self.series]
+        return {
+            "series": len(self.near), "of another patient": sum(a[0] != b[0] for a, b in pairs),
+            "in another split": sum(a[1] != b[1] for a, b in pairs),
+        }  # fmt: skip
+
+
 def make(
-    *, name: str, settings: Mapping[str, Any], codec: str, index: Mapping[str, Sequence[Any]],
-    shard_table: Sequence[Mapping[str, Any]], files: Mapping[str, Mapping[str, int]], intensity: Mapping[str, Sequence[int]],
+    *, name: str, settings: Mapping[str, Any], codec: str, counts: Counts, shard_table: Sequence[Mapping[str, Any]],
+    files: Mapping[str, Mapping[str, int]], intensity: Mapping[str, Sequence[int]], left_out: Mapping[str, int],
+    held_out: Mapping[str, Any] | None, additions: int,
 ) -> dict[str, Any]:  # fmt: skip
     """The card as plain JSON values.
 
     Args:
-      index: columns of index.parquet.
       files: number of files by fate and reason.
       intensity: pixels per bin, of "HU" and "relative".
+      left_out: slices of readable files by the rule that left them out.
+      held_out: what became of --holdout, or None.
     """
-    patients = collections.defaultdict(set)
-    for patient, split in zip(index["patient"], index["split"], strict=True):
-        patients[split].add(patient)
-
-    def count(column: str) -> dict[str, int]:
-        return dict(sorted(collections.Counter(str(value) for value in index[column]).items()))
-
     edges = {"HU": HU_EDGES, "relative": RELATIVE_EDGES}
-    return {
-        "name": name, "slices": len(index["split"]), "series": len(set(index["series"])),
-        "patients": len(set(index["patient"])), "bytes": sum(shard["bytes"] for shard in shard_table), "codec": codec,
-        "slices_by": {column: count(column) for column in COUNTED},
-        "patients_by_split": {split: len(patients[split]) for split in pseudonyms.SPLITS},
-        "spacing_mm": {
-            "within a slice": _binned(map(max, index["spacing_rows"], index["spacing_columns"]), SPACING_EDGES),
-            "between slices": _binned(index["spacing_slices"], SPACING_EDGES),
-        },
-        "longer_side_px": _binned(map(max, index["height"], index["width"]), SIDE_EDGES),
+    card: dict[str, Any] = {
+        "name": name, "slices": counts.slices, "series": len(counts.series),
+        "patients": len(set().union(*counts.patients.values())), "bytes": sum(shard["bytes"] for shard in shard_table),
+        "codec": codec, "additions": additions,
+        "slices_by": {column: dict(sorted(found.items())) for column, found in counts.by.items()},
+        "patients_by_split": {split: len(found) for split, found in counts.patients.items()},
+        "spacing_mm": {where: _in_order(found, SPACING_EDGES) for where, found in counts.spacing.items()},
+        "longer_side_px": _in_order(counts.sides, SIDE_EDGES),
         "intensity": {
-            kind: {"edges": edges[kind].tolist(), "pixels": list(counts)} for kind, counts in intensity.items() if any(counts)
+            kind: {"edges": edges[kind].tolist(), "pixels": list(bins)} for kind, bins in intensity.items() if any(bins)
         },
         "files": {fate: sum(files.get(fate, {}).values()) for fate in FATES},
         "reasons": {
             fate: {reason: n for reason, n in sorted(files.get(fate, {}).items(), key=lambda item: (-item[1], item[0])) if reason}
             for fate in FATES
         },
+        "slices_left_out": dict(sorted(left_out.items(), key=lambda item: (-item[1], item[0]))),
+        "near_duplicates": counts.near_duplicates(),
         "settings": dict(settings),
         "shards": [
             {key: shard[key] for key in ("file", "split", "records", "slices", "bytes", "sha256")} for shard in shard_table
         ],
     }  # fmt: skip
+    if held_out is not None:
+        card["held_out"] = dict(held_out) | {"slices_found": counts.held_out}
+    return card
 
 
-def _binned(values: Iterable[float], edges: Sequence[float]) -> dict[str, int]:
+def _binned(values: np.ndarray, edges: Sequence[float]) -> dict[str, int]:
     """Counts by bin, named by its edges; 0 is what the source does not say."""
-    array = np.asarray(list(values), np.float64)
-    unknown = int((array <= 0).sum())
-    counts = np.bincount(np.searchsorted(edges, array[array > 0], side="left"), minlength=len(edges) + 1)
-    names = [f"{low:g} to {high:g}" for low, high in zip(edges, edges[1:], strict=False)] + [f"over {edges[-1]:g}"]
-    found = {name: int(n) for name, n in zip(names, counts[1:], strict=True) if n}
-    return found | ({"unknown": unknown} if unknown else {})
+    known = values[values > 0]
+    counts = np.bincount(np.searchsorted(edges, known, side="left"), minlength=len(edges) + 1)
+    found = {name: int(n) for name, n in zip(_names(edges), counts[1:], strict=True) if n}
+    return found | ({"unknown": len(values) - len(known)} if len(known) < len(values) else {})
 
 
-# ---- examples
+def _names(edges: Sequence[float]) -> list[str]:
+    return [f"{low:g} to {high:g}" for low, high in zip(edges, edges[1:], strict=False)] + [f"over {edges[-1]:g}"]
 
 
-def choose_examples(index: Mapping[str, Sequence[Any]], count: int) -> list[int]:
-    """Rows of the index to show: one modality, plane and body part after the other, from the middles of series.
-
-    The choice follows from the rows alone; no slice is chosen on which a face could be seen.
-    """
-    groups: dict[tuple[str, str, str], dict[str, list[int]]] = collections.defaultdict(
-        lambda: collections.defaultdict(list)
-    )
-    columns = (index["modality"], index["plane"], index["body_part"], index["series"])
-    for row, (modality, plane, part, series) in enumerate(zip(*columns, strict=True)):
-        if plane == "axial" or (part and part not in FACES):
-            groups[modality, plane, part][series].append(row)
-    queues = []
-    for group in sorted(groups):
-        # Pseudonyms are keyed hashes: their order is random and always the same.
-        middles = [rows[len(rows) // 2] for _, rows in sorted(groups[group].items())]
-        queues.append(middles)
-    chosen: list[int] = []
-    for turn in range(max((len(queue) for queue in queues), default=0)):
-        chosen += [queue[turn] for queue in queues if turn < len(queue)]
-        if len(chosen) >= count:
-            break
-    return chosen[:count]
+def _in_order(counts: Mapping[str, int], edges: Sequence[float]) -> dict[str, int]:
+    return {name: counts[name] for name in (*_names(edges), "unknown") if counts.get(name)}
 
 
-def examples(folder: Path, index: Mapping[str, Sequence[Any]], count: int) -> list[tuple[bytes, str]]:
-    """JPEG tiles and captions of slices chosen by `choose_examples`."""
+def examples(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[tuple[bytes, str]]:
+    """JPEG tiles and captions of slices that Counts.examples chose."""
     found = []
-    for row in choose_examples(index, count):
-        part = index["body_part"][row]
-        one = shards.read_slice(folder / index["shard"][row], index["record"][row], index["slot"][row]) | {
-            "body_part": part
-        }
+    for row in rows:
+        data = shards.read_record(folder / row["shard"], row["record"])
+        one = records.parse_slice(data, row["slot"]) | {"body_part": row["body_part"]}
         view = sheets.window(one)
         file = io.BytesIO()
         Image.fromarray(sheets.tile(one, view, TILE)).save(file, "JPEG", quality=85)
-        what = " ".join(text for text in (one["modality"], one["plane"], part) if text)
+        what = " ".join(text for text in (one["modality"], one["plane"], row["body_part"]) if text)
         found.append((file.getvalue(), f"{what}, {view.text}"))
     return found
 
@@ -287,9 +353,14 @@ def _files_part(card: Mapping[str, Any]) -> str:
     total = sum(card["files"].values())
     rows = [(fate, _text(reason), f"{n:,}") for fate in FATES for reason, n in card["reasons"][fate].items()]
     counts = ", ".join(f"{n:,} {fate}" for fate, n in card["files"].items() if n)
+    slices = [(_text(rule), f"{n:,}") for rule, n in card["slices_left_out"].items()]
+    near = card["near_duplicates"]
     return (
         f"<h2>Files</h2><p>{total:,} input files: {counts}. A kept file with a reason is flagged and in the dataset.</p>"
         + (_table("", ("fate", "rule or reason"), ("files",), rows) if rows else "")
+        + (_table("Slices left out of files that could be read", ("rule",), ("slices",), slices) if slices else "")
+        + f"<p>Series that look like another one (reported, kept): {near['series']:,}, of which {near['of another patient']:,} like "
+        f"one of another patient and {near['in another split']:,} like one in another split.</p>"
     )
 
 
@@ -297,10 +368,14 @@ def _holdout_part(card: Mapping[str, Any]) -> str:
     held = card.get("held_out")
     if not held:
         return ""
+    unmatched = ", ".join(str(n) for n in held["unmatched_lines"][:20]) + (
+        " …" if len(held["unmatched_lines"]) > 20 else ""
+    )
     return (
         f"<h2>Held out</h2><p>{held['lines']:,} lines name patients or folders to keep out; {held['matched']:,} of them match "
-        f"these inputs, {held['files']:,} files were left out for it. Slices of held-out patients in the dataset: "
-        f"{held['slices_found']:,}.</p>"
+        f"these inputs, {held['files']:,} files were left out for it."
+        + (f" Lines that match nothing: {unmatched}." if unmatched else "")
+        + f" Slices of held-out patients in the dataset: {held['slices_found']:,}.</p>"
     )
 
 

@@ -1,23 +1,44 @@
 """Third stage: one shard of the plan to one ArrayRecord file. Idempotent, and free of any engine: whoever maps it over the
 shards (local processes, Beam, a Slurm array) gets the same bytes."""
 
+import collections
 import dataclasses
 import itertools
+import json
+import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Shaped, UInt16
 from PIL import Image
 
-from data_pipeline import archives, card, codec, dicom, geometry, images, records, rules, shards, volumes
+from data_pipeline import (
+    archives,
+    card,
+    codec,
+    dicom,
+    files,
+    geometry,
+    images,
+    likeness,
+    records,
+    reformat,
+    rules,
+    shards,
+    volumes,
+)
 from data_pipeline.errors import ReadError, UserError, fault
 from data_pipeline.workers import Touch
 
 AIR_HU = -1024
 LEVELS = 1 << 16
 SAME_PIXELS = "the same pixels as another slice of the series"
+SPOOL_BYTES = 128_000_000
+PATH = "_path"  # column of the sidecars alone: paths stay out of index.parquet
 
 
 @dataclasses.dataclass
@@ -35,14 +56,65 @@ class _Slice:
 
 @dataclasses.dataclass
 class _Encoded:
-    """What is kept of a slice once it is encoded: a series of any length fits into memory."""
+    """What is kept of a slice once it is encoded; its bytes wait in the spool."""
 
-    data: bytes
+    place: tuple[int, int]
     shape: tuple[int, int]
     index: int
     labels: dict[str, Any]
     origin: _Slice
     statistics: dict[str, Any]
+    path: str
+    plane: str = ""  # of a reformat; else the series says it
+    step: float = 0.0  # mm between slices of a reformat
+
+
+class _Spool:
+    """Encoded slices of the series in hand: in memory while they are few, then in a file without a name, because the
+    statistics of a series stand in each of its records and are known only after its last slice."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file = tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=folder)  # noqa: SIM115 - closed by __exit__
+        self.end = 0
+
+    def __enter__(self) -> "_Spool":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._file.close()
+
+    def add(self, data: bytes) -> tuple[int, int]:
+        self._file.seek(self.end)
+        self._file.write(data)
+        place = (self.end, len(data))
+        self.end += len(data)
+        return place
+
+    def read(self, place: tuple[int, int]) -> bytes:
+        self._file.seek(place[0])
+        return self._file.read(place[1])
+
+
+def publish(task: Mapping[str, Any], skip: Mapping[str, str], touch: Touch) -> str:
+    """Converts one shard and keeps its report beside it; the work of one task, wherever it runs.
+
+    Args:
+      task: "output", "sidecars" (folders), "plan" (its hash), and what convert_shard takes: "name", "conversion", "shard".
+
+    Returns:
+      The shard's file name. `sidecars` then holds <name>.parquet (its rows of the index, with the path of each slice's file)
+      and, written last, <name>.json (the rest of the report).
+    """
+    report = convert_shard((task["output"], task["name"], task["conversion"], task["shard"]), skip, touch)
+    index = report.pop("index")
+    path = Path(task["sidecars"], report["file"])
+    names = {name: None for row in index for name in row}  # labels may be missing in some rows
+    table = pa.table({name: [row.get(name) for row in index] for name in names})
+    files.write_table(path.with_name(f"{path.name}.parquet"), table, private=True)
+    report = {"plan": task["plan"], "rows": len(index), **report}
+    files.write_text(path.with_name(f"{path.name}.json"), json.dumps(report), private=True)
+    return report["file"]
 
 
 def convert_shard(
@@ -56,8 +128,10 @@ def convert_shard(
       touch: called with each path before it is read, and with None after the last.
 
     Returns:
-      {"file", "split", "records", "slices", "bytes", "sha256", "slice_counts", "largest", "index": rows of index.parquet,
-      "intensity": pixels per bin of the card's histograms, "files": {path: outcome}}. A shard of which nothing is left is a file with 0 records.
+      {"file", "split", "records", "slices", "bytes", "sha256", "slice_counts", "largest", "index": rows of index.parquet, each
+      with the path it comes from, "intensity": pixels per bin of the card's histograms, "series": what likeness.groups
+      compares, "left_out": slices by rule, "files": {path: outcome}}. A shard of which nothing is left is a file with 0
+      records.
 
     Raises:
       UserError: an input changed since the inventory.
@@ -65,14 +139,15 @@ def convert_shard(
     """
     folder, dataset, settings, shard = task
     report: dict[str, Any] = {
-        "file": shards.file_name(dataset, shard["split"], shard["number"], shard["count"]), "split": shard["split"],
-        "slice_counts": [], "largest": [0, 0], "index": [], "files": {},
+        "file": shards.file_name(dataset, shard["split"], shard["number"]), "split": shard["split"],
+        "slice_counts": [], "largest": [0, 0], "index": [], "files": {}, "series": [], "left_out": collections.Counter(),
         "intensity": {"HU": [0] * (len(card.HU_EDGES) - 1), "relative": [0] * (len(card.RELATIVE_EDGES) - 1)},
     }  # fmt: skip
 
     def items() -> Iterator[bytes]:
         for series in shard["series"]:
-            yield from _series_records(series, settings, skip, touch, report, archives.folder(folder))
+            with _Spool(Path(folder)) as spool:
+                yield from _series_records(series, settings, skip, touch, report, archives.folder(folder), spool)
         touch(None)
 
     path = Path(folder, report["file"])
@@ -84,12 +159,12 @@ def convert_shard(
 
 def _series_records(
     series: dict[str, Any], settings: Mapping[str, Any], skip: Mapping[str, str], touch: Touch, report: dict[str, Any],
-    unpacked: str,
+    unpacked: str, spool: _Spool,
 ) -> Iterator[bytes]:  # fmt: skip
     facts = dict(series["facts"])  # readers add what only the pixels tell: units, and plane or modality of a volume
     kept: list[_Encoded] = []
-    histograms: dict[tuple[float, float], np.ndarray] = {}
-    seen: set[str] = set()
+    outcomes: dict[str, dict[str, Any]] = {}
+    read = _Read()
     for file in series["files"]:
         outcome = {
             "fate": "excluded", "reason": "", "problems": "; ".join(series["problems"]), "stored_sha256": "", "decoder": "",
@@ -103,7 +178,7 @@ def _series_records(
             try:
                 # A file is taken whole or not at all.
                 with archives.at_hand(file["path"], file.get("member"), unpacked) as path:
-                    items, counts = _encode(file | {"path": path}, series, facts, settings, outcome, seen)
+                    items, found = _encode(file, path, series, facts, settings, outcome, read.sources, spool)
             except UserError:
                 raise
             except ReadError as error:
@@ -114,39 +189,143 @@ def _series_records(
                 outcome |= {"fate": "quarantined", "reason": f"the reader failed on it ({fault(error)})"}
             else:
                 kept += items
-                seen.update(item.origin.source for item in items)
-                for key, histogram in counts.items():
-                    histograms[key] = histograms.get(key, 0) + histogram
+                read.add(found)
                 if items:
                     outcome |= {"fate": "kept", "reason": outcome["problems"]}  # kept and flagged
             _check_unchanged(file)
-        merge_outcome(report["files"], file["path"], outcome)
+        outcomes[file["path"]] = outcome
+    reason = _exclude_series(series, facts, read)
+    if reason is not None:
+        read.left_out[reason] += len(kept)
+        for outcome in outcomes.values():
+            if outcome["fate"] == "kept":
+                outcome |= {"fate": "excluded", "reason": reason}
+        kept = []
+    elif kept:
+        facts["signature"] = likeness.signature(read.thumbnails)
+        if settings.get("planes"):
+            kept += _reformats(series, facts, kept, settings, spool, read)
+    for path, outcome in outcomes.items():
+        merge_outcome(report["files"], path, outcome)
+    report["left_out"].update(read.left_out)
     if kept:
-        yield from _pack(series, facts, kept, histograms, settings["slices_per_record"], report)
+        one = {name: series[name] for name in ("series", "part", "patient", "split")}
+        one |= {
+            "modality": facts["modality"],
+            "plane": series["plane"],
+            "signature": facts["signature"].ravel().tolist(),
+        }
+        report["series"].append(one)
+        yield from _pack(series, facts, kept, read.histograms, settings["slices_per_record"], report, spool)
+
+
+@dataclasses.dataclass
+class _Read:
+    """What is known of the slices read so far, of a file or a series.
+
+    Attributes:
+      histograms: of the pixels, by slope and intercept; as long as their highest value needs.
+      sources: hashes of the slices that are kept.
+      left_out: slices by rule.
+    """
+
+    histograms: dict[tuple[float, float], np.ndarray] = dataclasses.field(default_factory=dict)
+    sources: set[str] = dataclasses.field(default_factory=set)
+    thumbnails: list[np.ndarray] = dataclasses.field(default_factory=list)
+    left_out: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+    def count(self, key: tuple[float, float], histogram: np.ndarray) -> None:
+        before = self.histograms.get(key)
+        if before is None:
+            self.histograms[key] = histogram
+            return
+        long, short = (before, histogram) if len(before) >= len(histogram) else (histogram, before)
+        long[: len(short)] += short
+        self.histograms[key] = long
+
+    def add(self, other: "_Read") -> None:
+        for key, histogram in other.histograms.items():
+            self.count(key, histogram)
+        self.sources |= other.sources
+        self.thumbnails += other.thumbnails
+        self.left_out.update(other.left_out)
+
+
+def _exclude_series(series: Mapping[str, Any], facts: Mapping[str, Any], read: _Read) -> str | None:
+    """The rule that leaves a whole series out, or None."""
+    told = facts["modality"] in ("CT", "MR") and series["facts"]["modality"] != "auto"
+    if not told or series["kind"] == "image" or not read.histograms:
+        return None
+    stored = [np.flatnonzero(histogram) for histogram in read.histograms.values()]
+    values = [places * slope + intercept for places, (slope, intercept) in zip(stored, read.histograms, strict=True)]
+    counts = [histogram[places] for places, histogram in zip(stored, read.histograms.values(), strict=True)]
+    return rules.exclude_series(np.concatenate(values), np.concatenate(counts), facts["modality"])
 
 
 def _encode(
-    file: dict[str, Any], series: dict[str, Any], facts: dict[str, Any], settings: Mapping[str, Any],
-    outcome: dict[str, Any], seen: set[str],
-) -> tuple[list[_Encoded], dict[tuple[float, float], np.ndarray]]:  # fmt: skip
-    """The slices of a file that are kept, and their histograms by slope and intercept; says in `outcome` why others are not."""
+    file: dict[str, Any], path: str, series: dict[str, Any], facts: dict[str, Any], settings: Mapping[str, Any],
+    outcome: dict[str, Any], seen: set[str], spool: _Spool,
+) -> tuple[list[_Encoded], _Read]:  # fmt: skip
+    """The slices of a file that are kept, and what was seen of them; says in `outcome` why others are not."""
     kept: list[_Encoded] = []
-    histograms: dict[tuple[float, float], np.ndarray] = {}
-    new: set[str] = set()
-    for number, item in enumerate(_READERS[series["kind"]](file, series, facts, outcome)):
+    read = _Read()
+    for number, item in enumerate(_READERS[series["kind"]](file | {"path": path}, series, facts, outcome)):
         item = _shrink(item, settings["size"])
-        reason = _exclude(item, facts) or (SAME_PIXELS if item.source in seen | new else None)
+        reason = _exclude(item, facts) or (SAME_PIXELS if item.source in seen or item.source in read.sources else None)
         if reason is not None:
             outcome |= {"fate": "duplicate" if reason == SAME_PIXELS else "excluded", "reason": reason}
+            read.left_out[reason] += 1
             continue
-        new.add(item.source)
-        key = (item.slope, item.intercept)
-        histograms[key] = histograms.get(key, 0) + np.bincount(item.pixels.ravel(), minlength=LEVELS)
-        statistics = records.slice_statistics(item.pixels, item.slope, item.intercept)
-        data, shape = codec.encode(item.pixels), item.pixels.shape
-        item.pixels = item.pixels[:0]
-        kept.append(_Encoded(data, shape, file["first"] + number, file["labels"], item, statistics))
-    return kept, histograms
+        read.sources.add(item.source)
+        read.count((item.slope, item.intercept), np.bincount(item.pixels.ravel()))
+        read.thumbnails.append(likeness.thumbnail(item.pixels))
+        kept.append(_keep(item, file["first"] + number, file["labels"], file["path"], spool))
+    return kept, read
+
+
+def _keep(item: _Slice, index: int, labels: dict[str, Any], path: str, spool: _Spool) -> _Encoded:
+    statistics = records.slice_statistics(item.pixels, item.slope, item.intercept)
+    place, shape = spool.add(codec.encode(item.pixels)), item.pixels.shape
+    item.pixels = item.pixels[:0]
+    return _Encoded(place, shape, index, labels, item, statistics, path)
+
+
+def _reformats(
+    series: Mapping[str, Any], facts: Mapping[str, Any], kept: list[_Encoded], settings: Mapping[str, Any], spool: _Spool,
+    read: _Read,
+) -> list[_Encoded]:  # fmt: skip
+    """Slices of the other planes that were asked for; none where the kept slices form no regular volume."""
+    one = kept[0]
+    along = series.get("along") or facts.get("along")
+    positions = np.diff([e.origin.position for e in kept])
+    spacing = (float(np.median(positions)) if len(positions) else 0.0, *one.origin.spacing)
+    alike = {(e.shape, e.origin.slope, e.origin.intercept, e.origin.spacing) for e in kept}
+    regular = (
+        not series["problems"] and along is not None and len(alike) == 1 and len(kept) >= geometry.MINIMUM_SLICES
+        and series["plane"] in reformat.PLANES and min(spacing) > 0
+        and float(np.abs(positions - spacing[0]).max()) <= geometry.SPACING_TOLERANCE * spacing[0]
+    )  # fmt: skip
+    if not regular:
+        return []
+    labels = one.labels if all(e.labels == one.labels for e in kept) else {}
+    flags = records.REFORMATTED | (one.origin.flags & (records.LOSSY | records.MODALITY_INFERRED))
+    found = []
+    with reformat.Stack(Path(spool.folder), spacing, tuple(tuple(a) for a in along)) as stack:
+        for e in kept:
+            stack.add(codec.decode(spool.read(e.place)))
+        for cut in stack.planes(tuple(p for p in settings["planes"] if p != series["plane"])):
+            item = _Slice(
+                cut.pixels, one.origin.slope, one.origin.intercept, cut.position, flags, dicom.stored_sha256(cut.pixels),
+                (stack.spacing, stack.spacing),
+            )  # fmt: skip
+            item = _shrink(item, settings["size"])
+            reason = _exclude(item, facts)
+            if reason is not None:
+                read.left_out[f"{reason} (reformatted)"] += 1
+                continue
+            encoded = _keep(item, cut.number, labels, "", spool)
+            found.append(dataclasses.replace(encoded, plane=cut.plane, step=stack.spacing))
+    return found
 
 
 # Of several outcomes for one file, whose frames went to several parts of a series, the best stands in the manifest.
@@ -189,6 +368,7 @@ def _read_dicom(
     flags = (records.IRREGULAR if set(series["problems"]) - {geometry.FEW} else 0) | (
         records.LOSSY if file["lossy"] else 0
     )
+    whole = outcome["stored_sha256"]
     if len(stored) != header.frames:
         raise ReadError(f"the header promises {header.frames} frames, the file holds {len(stored)}")
     for frame, along in file["frames"]:
@@ -199,7 +379,7 @@ def _read_dicom(
             values = (-1 if header.signed else (1 << header.bits_stored) - 1) - values.astype(np.int64)
         pixels, slope, intercept, clipped = to_uint16(values, place.slope, place.intercept, hu=facts["units"] == "HU")
         spacing = place.spacing or (0.0, 0.0)
-        source = dicom.stored_sha256(stored[frame])
+        source = whole if len(stored) == 1 else dicom.stored_sha256(stored[frame])
         yield _Slice(pixels, slope, intercept, along, flags | clipped, source, (spacing[0], spacing[1]))
 
 
@@ -217,6 +397,7 @@ def _read_volume(
         facts["modality"], flags = volumes.infer_modality(volume.values), records.MODALITY_INFERRED
     facts |= {"units": "HU" if facts["modality"] == "CT" else "arbitrary", "body_part": "", "manufacturer": "unknown"}
     series |= {"plane": volume.plane, "spacing": volume.spacing[2]}
+    facts["along"] = reformat.VOLUMES[volume.plane]
     values, slope, intercept = _quantise(volume.values)
     for number, plane in enumerate(values):
         pixels, s, i, clipped = to_uint16(plane, slope, intercept, hu=facts["units"] == "HU", low=int(values.min()))
@@ -305,7 +486,7 @@ def _shrink(item: _Slice, size: int | None) -> _Slice:
 
 def _pack(
     series: Mapping[str, Any], facts: Mapping[str, Any], kept: list[_Encoded],
-    histograms: Mapping[tuple[float, float], np.ndarray], per_record: int, report: dict[str, Any],
+    histograms: Mapping[tuple[float, float], np.ndarray], per_record: int, report: dict[str, Any], spool: _Spool,
 ) -> Iterator[bytes]:  # fmt: skip
     """Records of up to `per_record` neighbours that share size, slope, intercept and spacing."""
     # Slices of one series rarely differ in slope; where they do, each slope has its own series statistics.
@@ -316,7 +497,7 @@ def _pack(
         report["intensity"][kind] = [a + int(b) for a, b in zip(report["intensity"][kind], pixels, strict=True)]
 
     def alike(e: _Encoded) -> tuple[Any, ...]:
-        return e.shape, e.origin.slope, e.origin.intercept, e.origin.spacing
+        return e.plane, e.shape, e.origin.slope, e.origin.intercept, e.origin.spacing
 
     for _, group in itertools.groupby(kept, key=alike):
         members = list(group)
@@ -325,8 +506,9 @@ def _pack(
             origin = part[0].origin
             record = {
                 "series": series["series"], "patient": series["patient"], "modality": facts["modality"], "units": facts["units"],
-                "plane": series["plane"], "body_part": facts["body_part"], "manufacturer": facts["manufacturer"],
-                "slope": origin.slope, "intercept": origin.intercept, "spacing": (*origin.spacing, series["spacing"]),
+                "plane": part[0].plane or series["plane"], "body_part": facts["body_part"], "manufacturer": facts["manufacturer"],
+                "slope": origin.slope, "intercept": origin.intercept,
+                "spacing": (*origin.spacing, part[0].step or series["spacing"]),
                 **statistics[origin.slope, origin.intercept],
             }  # fmt: skip
             per_slice = {
@@ -340,7 +522,7 @@ def _pack(
                 report["index"].append(_index_row(report, record, per_slice, slot, e))
             report["slice_counts"].append(len(part))
             report["largest"] = [max(a, b) for a, b in zip(report["largest"], part[0].shape, strict=True)]
-            yield records.serialize([e.data for e in part], record, per_slice)
+            yield records.serialize([spool.read(e.place) for e in part], record, per_slice)
 
 
 def _index_row(
@@ -356,4 +538,4 @@ def _index_row(
     }
     row |= {"height": e.shape[0], "width": e.shape[1]}
     row |= {f"label_{name}": value for name, value in e.labels.items()}
-    return row
+    return row | {PATH: os.fsencode(e.path)}

@@ -26,7 +26,7 @@ KEY = ("series", "plane", "index")  # what a slice is called in every dataset of
 PLACE = ("shard", "record", "slot")  # where it lies, which is no property of it
 FLAGS = {
     records.IRREGULAR: "irregular", records.LOSSY: "lossy", records.CLIPPED: "clipped", records.RESIZED: "resized",
-    records.MODALITY_INFERRED: "modality inferred",
+    records.MODALITY_INFERRED: "modality inferred", records.REFORMATTED: "reformatted",
 }  # fmt: skip
 
 

@@ -11,8 +11,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_pipeline import geometry, pseudonyms
+from data_pipeline import geometry, pseudonyms, reformat
+from data_pipeline.errors import UserError
 from data_pipeline.inventory import Entry
+from data_pipeline.shards import MOST_SHARDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,10 @@ class Options:
       shard_bytes: input bytes that one shard is meant to hold.
       held_out: pseudonyms of patients that must not be in the dataset.
       conversion: settings of the conversion stage; they are part of the plan's hash.
+      first: by split, the number of its first shard; 0 unless the dataset has shards already.
+      instances: pseudonyms of the DICOM instances that the dataset has already.
+      splits: of the patients that the dataset has already.
+      continued: of series that the dataset has already, the number of the next slice.
     """
 
     key: bytes
@@ -33,26 +39,43 @@ class Options:
     shard_bytes: int
     held_out: frozenset[str]
     conversion: Mapping[str, Any]
+    first: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    instances: frozenset[str] = frozenset()
+    splits: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    continued: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 # Raised when shards, or what is kept beside them, come out differently from the same plan.
-FORMAT = 2
+FORMAT = 3
+HELD_OUT = "patient is held out"
+CONTINUED = "other slices of the series were added before"
 # Small datasets get several shards too, so that several processes can write and read them.
 SMALL_SHARDS = 4
+
+
+def settings(key: bytes, validation: float, test: float, conversion: Mapping[str, Any]) -> dict[str, Any]:
+    """What all additions to a dataset have in common; it tells keys apart and gives none away."""
+    name = pseudonyms.digest(key, "key", "")
+    return {"key": name, "validation": validation, "test": test, "format": FORMAT, **conversion}
 
 
 def make(entries: Sequence[Entry], options: Options) -> dict[str, Any]:
     """The plan; marks duplicates and held-out patients in `entries`.
 
     Returns:
-      {"hash": …, "format": …, "conversion": …, "shards": [{"split", "number", "count", "series": [series, …]}, …]}, where a series has
-      its pseudonyms, split, facts and files in spatial order, each with the frames that belong to it.
+      {"hash", "format", "settings", "conversion", "shards": [{"split", "number", "series": [series, …]}, …]}, where a series
+      has its pseudonyms, split, facts and files in spatial order, each with the frames that belong to it.
+
+    Raises:
+      UserError: a patient of the dataset is to be in another split now, or there are more shards than TFDS can name.
     """
     best: dict[str, Entry] = {}
     for entry in entries:
         if not entry.fate and entry.patient in options.held_out:
-            entry.fate, entry.reason = "excluded", "patient is held out"
+            entry.fate, entry.reason = "excluded", HELD_OUT
         instance = entry.facts.get("sop")
+        if not entry.fate and instance in options.instances:
+            entry.fate, entry.reason = "duplicate", "the same instance is in the dataset already"
         # Of several copies the largest file is taken: a transfer that broke off left a smaller one.
         if not entry.fate and instance is not None and (instance not in best or entry.size > best[instance].size):
             best[instance] = entry
@@ -67,12 +90,18 @@ def make(entries: Sequence[Entry], options: Options) -> dict[str, Any]:
 
     series_by_split: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for members in by_series.values():
-        split = members[0].split or pseudonyms.split_of(
-            options.key, members[0].patient, options.validation, options.test
+        patient = members[0].patient
+        before = options.splits.get(patient, "")
+        if before and members[0].split not in ("", before):
+            raise UserError(
+                f"the label table puts a patient into {members[0].split} who is in {before} in the dataset already; correct the table or build into a new --output"
+            )
+        split = (
+            members[0].split or before or pseudonyms.split_of(options.key, patient, options.validation, options.test)
         )
         for entry in members:
             entry.split = split
-        series_by_split[split].extend(_series(members, split))
+        series_by_split[split].extend(_series(members, split, options.continued.get(members[0].series, 0)))
 
     shards = []
     for split in pseudonyms.SPLITS:
@@ -81,15 +110,21 @@ def make(entries: Sequence[Entry], options: Options) -> dict[str, Any]:
         items.sort(key=lambda s: (pseudonyms.digest(options.key, "order", s["series"]), s["part"]))
         total = sum(s["bytes"] for s in items)
         count = min(len(items), max(SMALL_SHARDS, -(-total // options.shard_bytes)))
+        first = options.first.get(split, 0)
+        if first + count > MOST_SHARDS:
+            raise UserError(
+                f"{split} would have {first + count:,} shards, TFDS names {MOST_SHARDS:,} at most; raise --shard-mb"
+            )
         for number in range(count):
             part = items[len(items) * number // count : len(items) * (number + 1) // count]
-            shards.append({"split": split, "number": number, "count": count, "series": part})
-    plan = {"format": FORMAT, "conversion": dict(options.conversion), "shards": shards}
+            shards.append({"split": split, "number": first + number, "series": part})
+    common = settings(options.key, options.validation, options.test, options.conversion)
+    plan = {"format": FORMAT, "settings": common, "conversion": dict(options.conversion), "shards": shards}
     return {"hash": hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest(), **plan}
 
 
-def _series(members: list[Entry], split: str) -> list[dict[str, Any]]:
-    """A series, or its parts where it has several orientations."""
+def _series(members: list[Entry], split: str, start: int) -> list[dict[str, Any]]:
+    """A series, or its parts where it has several orientations; its slices are numbered from `start`."""
     one = members[0]
     common = {"series": one.series, "patient": one.patient, "split": split, "kind": one.kind, "part": 0}
     if one.kind != "dicom":
@@ -103,7 +138,7 @@ def _series(members: list[Entry], split: str) -> list[dict[str, Any]]:
     facts = [entry.facts["geometry"][number] for entry, number in frames]
     parts = geometry.check([f["orientation"] for f in facts], [f["position"] for f in facts])
     result = []
-    first = 0
+    first = start
     for number, part in enumerate(parts):
         # In spatial order; the frames of one file stay together, so that no file is decoded twice.
         by_file: dict[str, tuple[Entry, list[Any]]] = {}
@@ -120,13 +155,19 @@ def _series(members: list[Entry], split: str) -> list[dict[str, Any]]:
                 "part": number,
                 "plane": part.plane,
                 "spacing": part.spacing or members[0].facts["thickness"],
-                "problems": list(part.problems),
+                "along": _along(facts[part.order[0]]["orientation"]),
+                "problems": [*part.problems, *((CONTINUED,) if start else ())],
                 "bytes": sum(e.size for e in members) // len(parts),
                 "facts": {k: members[0].facts[k] for k in ("modality", "body_part", "manufacturer")},
                 "files": files,
             }  # fmt: skip
         )
     return result
+
+
+def _along(orientation: Any) -> Any:
+    found = reformat.directions(tuple(orientation)) if orientation is not None else None
+    return [list(one) for one in found] if found else None
 
 
 def _file(entry: Entry, first: int, frames: Sequence[Any] = ()) -> dict[str, Any]:

@@ -4,7 +4,7 @@ A record is a tf.Example, so that the folder is a valid TFDS dataset; it is writ
 serialised deterministically, so that the same slices always give the same bytes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ LOSSY = 2  # the source was compressed with loss
 CLIPPED = 4  # values below -1024 HU (padding) were raised to it
 RESIZED = 8  # smaller than the source's matrix
 MODALITY_INFERRED = 16  # the source does not name its modality; the range of its values did
+REFORMATTED = 32  # cut out of a regular series in another plane, at isotropic spacing
 
 
 def serialize(slices: Sequence[bytes], record: Mapping[str, Any], per_slice: Mapping[str, Sequence[Any]]) -> bytes:
@@ -131,6 +132,22 @@ def parse(data: bytes) -> dict[str, Any]:
     record |= {name: values(name, "int64", count) for name in SLICE_INTEGERS}
     record |= {name: [value.decode() for value in values(name, "bytes", count)] for name in SLICE_TEXT}
     return record | {SLICE_BOX: [tuple(boxes[n : n + 4]) for n in range(0, 4 * count, 4)]}
+
+
+def count(data: bytes) -> int:
+    """Number of slices in a record."""
+    return len(proto.Example.FromString(data).features.feature["slices"].bytes_list.value)
+
+
+def without(data: bytes, slots: Collection[int]) -> bytes | None:
+    """A record without some of its slices; None where none is left."""
+    record = parse(data)
+    kept = [slot for slot in range(len(record["slices"])) if slot not in slots]
+    if not kept:
+        return None
+    names = (*SLICE_NUMBERS, *SLICE_INTEGERS, *SLICE_TEXT, SLICE_BOX)
+    per_slice = {name: [record[name][slot] for slot in kept] for name in names}
+    return serialize([record["slices"][slot] for slot in kept], record, per_slice)
 
 
 def slice_statistics(stored: UInt16[np.ndarray, "height width"], slope: float, intercept: float) -> dict[str, Any]:

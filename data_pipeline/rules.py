@@ -20,9 +20,14 @@ MULTIFRAME_CLASSES = frozenset(
     if c.count(".") == 10 and c not in ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.4")
 )
 LOCALIZER_TYPES = frozenset(
-    {"LOCALIZER", "SCREEN SAVE", "PATIENT_INFO", "REF_SURVIEW", "SCOUT", "DOSE_INFO", "CSA REPORT"}
-)
-PROJECTION_TYPES = frozenset({"PROJECTION IMAGE", "MIP", "MINIP", "MPR", "VRT", "SSD", "MAX_IP", "MIN_IP"})
+    {"LOCALIZER", "SCREEN SAVE", "SCREENSAVE", "PATIENT_INFO", "REF_SURVIEW", "SURVIEW", "SCOUT", "SCANOGRAM", "TOPOGRAM",
+     "DOSE_INFO", "DOSE", "CSA REPORT"}
+)  # fmt: skip
+# Maximum and minimum intensity projections, renderings, and planes cut out of other series by a console.
+PROJECTION_TYPES = frozenset(
+    {"PROJECTION IMAGE", "MIP", "MINIP", "MPR", "VRT", "SSD", "MAX_IP", "MIN_IP", "MAXIP", "MINIMUM", "MAXIMUM", "RADIAL_MIP",
+     "VOLREN", "RENDERED", "VOLUME RENDERING", "REFORMATTED", "CSA MPR", "CSA MIP", "CSA RESAMPLED", "CURVED MPR"}
+)  # fmt: skip
 
 # The first that holds names the reason.
 HEADER_RULES: tuple[tuple[str, Callable[[Header], bool]], ...] = (
@@ -36,6 +41,8 @@ HEADER_RULES: tuple[tuple[str, Callable[[Header], bool]], ...] = (
     ("neither CT nor MR", lambda h: h.modality not in ("CT", "MR")),
 )
 
+NO_HU = "values are no HU"
+HU_IN_MR = "values are HU though the modality is MR"
 MINIMUM_SIDE = 32  # px
 AIR_HU = -900.0
 AIR_SHARE = 0.98
@@ -54,13 +61,31 @@ def exclude_pixels(values: Shaped[np.ndarray, "rows columns"], *, hu: bool) -> s
     """
     if min(values.shape) < MINIMUM_SIDE:
         return f"smaller than {MINIMUM_SIDE} px"
-    low, high = float(values.min()), float(values.max())
-    if low == high:
+    if values.min() == values.max():
         return "constant"
-    if hu:
-        # A CT slice has air or fat somewhere, and something denser than lung. MR stored as CT has neither.
-        if high < -500 or low >= 0:
-            return "values are no HU"
-        if float(np.mean(values < AIR_HU)) > AIR_SHARE:
-            return "all air"
+    if hu and float(np.mean(values < AIR_HU)) > AIR_SHARE:
+        return "all air"
+    return None
+
+
+def exclude_series(
+    values: Shaped[np.ndarray, " values"], counts: Shaped[np.ndarray, " values"], modality: str
+) -> str | None:
+    """Name of the rule that leaves a whole series out because its pixels contradict its modality, or None.
+
+    One slice can lie in bone or in air alone; a whole series cannot.
+
+    Args:
+      values, counts: the distinct real values of all its slices, rescaled as the header says, and how many pixels have them.
+    """
+    if modality == "CT":
+        # A CT has air or fat somewhere, and something denser than lung. MR or 8-bit pictures stored as CT have not.
+        low, high = float(values.min()), float(values.max())
+        return NO_HU if high < -500 or low >= 0 else None
+    if modality == "MR":
+        # Air and soft tissue each within a hundred HU of where CT has them. Phase images spread over the same range evenly.
+        total = float(counts.sum())
+        air = float(counts[(values >= -1050) & (values <= -950)].sum()) / total
+        tissue = float(counts[(values >= -150) & (values <= 150)].sum()) / total
+        return HU_IN_MR if air > 0.1 and tissue > 0.1 and float(values.min()) > -4096 else None
     return None

@@ -2,18 +2,22 @@
 
 A dataset folder holds
 
-  <name>-<split>.array_record-00000-of-00008   records, see records.py
-  shards.parquet                               per shard: split, records, slices, bytes, sha256, largest height and width
-  index.parquet                                per slice: where it is, its facts and its labels
-  dataset_info.json, features.json             what TFDS needs
-  card.json, index.html                        counts, and why files were left out; examples
-  manifest.parquet                             every input file and its fate; holds paths, so it stays with the site
+  <name>-<split>.array_record-00000   records, see records.py
+  shards.parquet                      per shard: split, records, slices, bytes, sha256, largest height and width, addition
+  index.parquet                       per slice: where it is, its facts and its labels
+  dataset_info.json, features.json    what TFDS needs
+  card.json, index.html               counts, and why files were left out; examples
+  manifest.parquet                    every input file and its fate; holds paths, so it stays with the site
+
+Shards are numbered per split and their names hold no total: exams that are added later become further shards, and those
+that are there keep their names and bytes. dataset_info.json says the same with the file name template
+{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}. A file belongs to the dataset once shards.parquet lists it.
 """
 
 import hashlib
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +36,13 @@ SHARDS, INDEX, MANIFEST = "shards.parquet", "index.parquet", "manifest.parquet"
 CARD, PAGE = "card.json", "index.html"
 
 
-def file_name(dataset: str, split: str, number: int, count: int) -> str:
-    """TFDS's name of a shard."""
-    return f"{dataset}-{split}.array_record-{number:05d}-of-{count:05d}"
+FILE_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
+MOST_SHARDS = 99_999  # per split; with more TFDS writes all numbers with six digits
+
+
+def file_name(dataset: str, split: str, number: int) -> str:
+    """TFDS's name of a shard under FILE_TEMPLATE."""
+    return f"{dataset}-{split}.array_record-{number:05d}"
 
 
 def sha256(path: Path) -> str:
@@ -78,11 +86,42 @@ def write(path: Path, items: Iterable[bytes]) -> tuple[int, str]:
     return len(digests), digest
 
 
-def read_slice(path: Path, record: int, slot: int) -> dict[str, Any]:
-    """One slice of a shard; see records.parse_slice. For a few; SliceSource keeps shards open."""
+def thin(path: Path, target: Path, drop: Collection[tuple[int, int]]) -> tuple[int, str, list[int]]:
+    """A shard without some of its slices; the slices themselves are copied as they are.
+
+    Args:
+      path, target: read and written; they may be the same.
+      drop: record and slot of what is left out.
+
+    Returns:
+      Number of records, the file's SHA-256, slices per record.
+    """
+    counts: list[int] = []
+
+    def items(reader: Any) -> Iterator[bytes]:
+        gone: dict[int, set[int]] = {}
+        for record, slot in drop:
+            gone.setdefault(record, set()).add(slot)
+        for number in range(reader.num_records()):
+            data = reader.read([number])[0]
+            kept = records.without(data, gone[number]) if number in gone else data
+            if kept is not None:
+                counts.append(records.count(kept))
+                yield kept
+
     reader = array_record_module.ArrayRecordReader(str(path), "")
     try:
-        return records.parse_slice(reader.read([record])[0], slot)
+        written, digest = write(target, items(reader))
+    finally:
+        reader.close()
+    return written, digest, counts
+
+
+def read_record(path: Path, number: int) -> bytes:
+    """One record of a shard. For a few; SliceSource keeps shards open."""
+    reader = array_record_module.ArrayRecordReader(str(path), "")
+    try:
+        return reader.read([number])[0]
     finally:
         reader.close()
 
@@ -158,7 +197,9 @@ class SliceSource:
     def index(self) -> pa.Table:
         """One row per slice of this split: the columns of index.parquet. Read at the first use."""
         if self._index is None:
+            # While exams are added the index may name shards that are not part of this dataset yet.
             table = pq.read_table(self.folder / INDEX, filters=[("split", "in", self._splits)])
+            table = table.filter(pc.field("shard").isin(self._files))
             self._index = table.sort_by([("shard", "ascending"), ("record", "ascending"), ("slot", "ascending")])
         return self._index
 

@@ -6,6 +6,8 @@ what is checked:
   TFDS        dataset_info.json and features.json describe these shards
   card        card.json counts what is there; so does manifest.parquet, if it was not left out
 
+  hold-out    with --holdout and the key: none of its patients is in the index
+
 Each problem is one line on standard output. Nothing is changed or repaired: copy or build damaged shards again.
 
 exit codes: 0 sound, 1 damaged, 2 wrong usage or no dataset, 75 stopped by Ctrl-C
@@ -17,7 +19,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +28,38 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from array_record.python import array_record_module
 
-from data_pipeline import codec, progress, pseudonyms, records, shards, workers
+from data_pipeline import codec, commit, inventory, progress, pseudonyms, records, shards, workers
 from data_pipeline.errors import UserError, fault
 from data_pipeline.workers import Touch
 
 EXIT_STOPPED = 75
 DAMAGED_SHOWN = 3  # records per shard
+UNFINISHED = "an addition is not finished: its shards do not count yet; start its build again"
+HELD_OUT = "held out: {lines:,} lines of {file} stand for {patients:,} patients; slices of theirs in the index: {slices_found:,}"
 COLUMNS = ("file", "split", "records", "slices", "bytes", "sha256", "largest_height", "largest_width", "slice_counts")
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m data_pipeline.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python -m data_pipeline.verify shards/ --json=verified.json",
+        epilog="""examples:
+  python -m data_pipeline.verify shards/ --json=verified.json
+  python -m data_pipeline.verify shards/ --holdout=test_patients.txt --key-file ~/curia.key""",
     )  # fmt: skip
     p.add_argument("folder", metavar="SHARDS", help="dataset folder that data_pipeline.build wrote")
     p.add_argument("--json", metavar="FILE", help="write counts and problems here too")
     p.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: %(default)s)"
+    )
+    p.add_argument(
+        "--holdout",
+        metavar="FILE",
+        help="prove that nobody is in the dataset of whom this file of data_pipeline.build has the id, or a folder of DICOM files",
+    )
+    p.add_argument(
+        "--key-file",
+        metavar="FILE",
+        help=f"secret of the pseudonyms, for --holdout; else the variable {pseudonyms.KEY_VARIABLE}, else SHARDS.key",
     )
     return p
 
@@ -55,7 +71,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--workers is {args.workers}; it has to be at least 1")
         if args.json and not Path(args.json).absolute().parent.is_dir():
             raise UserError(f"--json: no folder {Path(args.json).parent}; make it first")
+        if args.key_file and not args.holdout:
+            raise UserError("--key-file is for --holdout=FILE; name that too")
         report = verify(Path(args.folder), workers_count=args.workers)
+        if args.holdout:
+            report["held_out"] = held_out(Path(args.folder), args.holdout, args.key_file)
+            if report["held_out"]["slices_found"]:
+                report["sound"] = False
+                report["problems"].append(
+                    f"{report['held_out']['slices_found']:,} slices are of {report['held_out']['patients_found']:,} patients of {args.holdout}"
+                )
         if args.json:
             Path(args.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     except UserError as error:
@@ -69,6 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_STOPPED
     for problem in report["problems"]:
         print(problem)
+    if "held_out" in report:
+        print(HELD_OUT.format(**report["held_out"], file=args.holdout), file=sys.stderr)
+    if report["unfinished"]:
+        print(UNFINISHED, file=sys.stderr)
     counts = f"{report['slices']:,} slices in {report['records']:,} records of {report['shards']:,} shards, {report['bytes'] / 1e6:,.1f} MB"
     if report["problems"]:
         print(f"damaged: {len(report['problems']):,} problems; {counts} could be read", file=sys.stderr)
@@ -81,7 +110,8 @@ def verify(folder: Path, *, workers_count: int = 1) -> dict[str, Any]:
     """Checks a dataset.
 
     Returns:
-      {"folder", "sound", "shards", "records", "slices", "bytes", "problems": one line each}; counts are of what was read.
+      {"folder", "sound", "shards", "records", "slices", "bytes", "problems": one line each, "unfinished": shards of an
+      addition that is not finished}; counts are of what was read.
 
     Raises:
       UserError: there is no dataset in the folder.
@@ -91,11 +121,13 @@ def verify(folder: Path, *, workers_count: int = 1) -> dict[str, Any]:
             f"no dataset in {folder}: it has no {shards.SHARDS}; data_pipeline.build writes it when it has finished"
         )
     report: dict[str, Any] = {"folder": str(folder), "sound": False, "shards": 0, "records": 0, "slices": 0, "bytes": 0}
+    report["unfinished"] = []
     problems: list[str] = []
     report["problems"] = problems
     table = _shard_table(folder, problems)
     if table is None:
         return report
+    report["unfinished"] = sorted(pending(folder, {row["file"] for row in table}))
     problems += _index_problems(folder, table) + _tfds_problems(folder, table)
     problems += _card_problems(folder, table) + _stray_problems(folder, table)
     tasks = [(str(folder), row) for row in table]
@@ -118,6 +150,47 @@ def verify(folder: Path, *, workers_count: int = 1) -> dict[str, Any]:
             report[name] += result[name]
     report["sound"] = not problems
     return report
+
+
+def held_out(folder: Path, path: str, key_file: str | None) -> dict[str, int]:
+    """Looks for the patients of a hold-out file in the index.
+
+    Returns:
+      {"lines", "patients", "patients_found", "slices_found"}.
+
+    Raises:
+      UserError: the file or the key cannot be read, or the key is not the one of the dataset.
+    """
+    default = Path(folder).resolve()
+    if (
+        key_file is None
+        and pseudonyms.KEY_VARIABLE not in os.environ
+        and not default.with_name(f"{default.name}.key").exists()
+    ):
+        raise UserError(
+            "--holdout needs the key of the dataset: patients are pseudonyms under it; name it with --key-file"
+        )
+    key, _ = pseudonyms.load_key(key_file, str(folder))
+    made = commit.folder_of(folder / commit.BUILD_FOLDER, 0) / commit.PLAN
+    if made.exists():
+        named = json.loads(made.read_text(encoding="utf-8"))["settings"]["key"]
+        if named != pseudonyms.digest(key, "key", ""):
+            raise UserError(f"the key is not the one that {folder} was built with, and would find nobody")
+    lines = inventory.read_holdout(path)
+    patients = {pseudonyms.digest(key, "patient", line) for _, line in lines}
+    for number, line in lines:
+        if os.path.isdir(line):
+            files = [str(one) for one in inventory.find_files([line])]
+            entries = inventory.inspect((files, inventory.Options(key)), {}, lambda item: None)
+            found = {entry.patient for entry in entries if entry.patient}
+            if not found:
+                raise UserError(f"line {number} of {path} names a folder in which no file says whose it is")
+            patients |= found
+    index = pq.read_table(folder / shards.INDEX, columns=["patient"])["patient"].value_counts().to_pylist()
+    inside = {row["values"]: row["counts"] for row in index if row["values"] in patients}
+    return {
+        "lines": len(lines), "patients": len(patients), "patients_found": len(inside), "slices_found": sum(inside.values()),
+    }  # fmt: skip
 
 
 def _shard_table(folder: Path, problems: list[str]) -> list[dict[str, Any]] | None:
@@ -148,8 +221,22 @@ def _shard_table(folder: Path, problems: list[str]) -> list[dict[str, Any]] | No
 
 def _stray_problems(folder: Path, table: Sequence[Mapping[str, Any]]) -> list[str]:
     known = {row["file"] for row in table}
-    strays = sorted(path.name for path in folder.glob("*.array_record*") if path.name not in known)
+    known |= pending(folder, known)
+    strays = sorted(path.name for path in folder.glob("[!.]*.array_record*") if path.name not in known)
     return [f"{name} is not in {shards.SHARDS}" for name in strays]
+
+
+def pending(folder: Path, known: Collection[str]) -> set[str]:
+    """Shards in the folder that an unfinished addition has planned; only the site that adds can tell."""
+    found: set[str] = set()
+    for path in folder.glob(f"{commit.BUILD_FOLDER}/addition-*/{commit.PLAN}"):
+        try:
+            made = json.loads(path.read_text(encoding="utf-8"))
+            names = {shards.file_name(made["conversion"]["name"], s["split"], s["number"]) for s in made["shards"]}
+        except (OSError, ValueError, KeyError):
+            continue
+        found |= {name for name in names if name not in known and (folder / name).exists()}
+    return found
 
 
 def _index_problems(folder: Path, table: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -158,7 +158,8 @@ def write_dicom() -> Callable[..., Path]:
     ) -> Path:
         if pixels is None:
             # Air, fat and bone, different in every file.
-            pixels = np.random.default_rng(zlib.crc32(str(path).encode())).integers(0, 1900, (40, 44))
+            seed = zlib.crc32(os.fsencode(os.path.join(*path.parts[-2:])))
+            pixels = np.random.default_rng(seed).integers(0, 1900, (40, 44))
         pixels = np.asarray(pixels)
         mr = fields.get("Modality") == "MR"
         meta = FileMetaDataset()
@@ -213,7 +214,10 @@ class Running:
     output: Path
 
     def finished_shards(self) -> list[str]:
-        return sorted(path.name.removesuffix(".json") for path in (self.output / ".build" / "shards").glob("*.json"))
+        return sorted(
+            path.name.removesuffix(".json")
+            for path in self.output.glob(".build/addition-*/shards/*.array_record-?????.json")
+        )
 
     def wait_for_shards(self, count: int) -> list[str]:
         """Waits until so many shards are published."""

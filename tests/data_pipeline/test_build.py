@@ -136,7 +136,7 @@ def test_a_second_run_of_a_finished_build_changes_nothing(
     result = run_build(
         "--input", study / "dicom", "--output", copy, "--slices-per-record", 2, "--validation", 0.25, "--test", 0.25
     )
-    assert result.code == 0 and f"{len(times)} of {len(times)} shards are finished already" in result.err
+    assert result.code == 0 and f"nothing new: all 160 files are in the manifest of {copy} already" in result.err
     assert contents(copy) == contents(dataset)
     assert times == {path.name: path.stat().st_mtime_ns for path in copy.glob("*array_record*")}
 
@@ -161,7 +161,7 @@ def test_what_a_user_sees(tmp_path: Path, run_build, write_series) -> None:
     assert (tmp_path / "card.json").read_text() == (tmp_path / "out" / "card.json").read_text()
     assert stat.S_IMODE((tmp_path / "out" / "manifest.parquet").stat().st_mode) == 0o600
     assert stat.S_IMODE((tmp_path / "out" / ".build").stat().st_mode) == 0o700
-    assert stat.S_IMODE((tmp_path / "out" / ".build" / "plan.json").stat().st_mode) == 0o600
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in (tmp_path / "out" / ".build").rglob("*.*"))
 
 
 def test_help_teaches(run_build) -> None:
@@ -240,6 +240,12 @@ def test_held_out_patients_stay_out_under_any_name(study: Path, tmp_path: Path, 
         result = run_build(*words, *more, "--output", tmp_path / name)
         assert result.code == 0, result.err
         assert "held out: 2 of 3 lines name a patient of these inputs" in result.err
+        assert (
+            f"held out: nothing matches line 4 of {tmp_path / 'holdout.txt'}" in result.err and "9999" not in result.err
+        )
+        held = json.loads((tmp_path / name / "card.json").read_text())["held_out"]
+        assert held == {"lines": 3, "matched": 2, "unmatched_lines": [4], "files": 40, "slices_found": 0}
+        assert "Slices of held-out patients in the dataset: 0" in (tmp_path / name / shards.PAGE).read_text()
         kept = {
             r["path"].split("/")[-3]
             for r in pq.read_table(tmp_path / name / "manifest.parquet").to_pylist()
@@ -377,29 +383,36 @@ def test_a_foreign_folder_is_left_as_it_is(tmp_path: Path, run_build, contents) 
     assert result.code == 2 and "Not a directory" in result.error
 
 
-def test_a_finished_dataset_of_other_inputs_or_settings_is_not_touched(tmp_path: Path, run_build, contents) -> None:
+def test_a_finished_dataset_of_other_settings_is_not_touched(tmp_path: Path, run_build, contents, monkeypatch) -> None:
     pictures(tmp_path / "in", 3)
     words = ("--input", tmp_path / "in", "--output", tmp_path / "out")
     assert run_build(*words).code == 0
     before = contents(tmp_path / "out")
-    for more in (("--size", 32), ("--slices-per-record", 4)):
-        result = run_build(*words, *more)
-        assert (
-            result.code == 2
-            and "holds a finished dataset of other inputs, another key or other settings" in result.error
-        )
     pictures(tmp_path / "in", 4)
-    assert run_build(*words).code == 2
-    assert contents(tmp_path / "out") == before
-
-
-def test_a_finished_dataset_of_another_version_is_named_as_that(tmp_path: Path, run_build, monkeypatch) -> None:
-    pictures(tmp_path / "in", 3)
-    words = ("--input", tmp_path / "in", "--output", tmp_path / "out")
-    assert run_build(*words).code == 0
+    (tmp_path / "other.key").write_text("another key that everybody may know")
+    for more, text in (
+        (("--size", 32), "of other settings: --size was None and is 32; exams are added with the same ones"),
+        (("--slices-per-record", 4, "--test", 0.5), "--test was 0.05 and is 0.5; --slices-per-record was 1 and is 4"),
+        (("--key-file", tmp_path / "other.key"), "was built with another key; name that one with --key-file"),
+    ):
+        result = run_build(*words, *more)
+        assert result.code == 2 and text in result.error
     monkeypatch.setattr(build.plan, "FORMAT", build.plan.FORMAT + 1)
     result = run_build(*words)
     assert result.code == 2 and "a finished dataset of another version of this software" in result.error
+    assert contents(tmp_path / "out") == before
+
+
+def test_datasets_of_versions_without_additions_are_named_as_that(tmp_path: Path, run_build) -> None:
+    pictures(tmp_path / "in", 3)
+    words = ("--input", tmp_path / "in", "--output", tmp_path / "out")
+    assert run_build(*words).code == 0
+    table = pq.read_table(tmp_path / "out" / shards.SHARDS)
+    pq.write_table(table.replace_schema_metadata(None), tmp_path / "out" / shards.SHARDS)
+    assert "of another version of this software, which had no additions" in run_build(*words).error
+    (tmp_path / "out" / shards.SHARDS).unlink()
+    (tmp_path / "out" / ".build" / "plan.json").write_text("{}")
+    assert "an unfinished build of another version" in run_build(*words).error
 
 
 def test_an_unfinished_build_of_other_inputs_is_replaced_whole(
@@ -408,7 +421,7 @@ def test_an_unfinished_build_of_other_inputs_is_replaced_whole(
     pictures(tmp_path / "in", 3)
     words = ("--input", tmp_path / "in", "--output", tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(build, "_commit", lambda *unused: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(build.commit, "commit", lambda *unused: (_ for _ in ()).throw(KeyboardInterrupt()))
         assert run_build(*words).code == build.EXIT_STOPPED
     assert len(list((tmp_path / "out").glob("*array_record*"))) > 1
     pictures(tmp_path / "in", 9)
@@ -453,7 +466,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, run_build, monkeypatch) -> None
     def fail(path, *unused, **more):
         raise OSError(28, "No space left on device", str(path))
 
-    for where, name in ((build.shards, "write"), (build.pq, "write_table")):
+    for where, name in ((build.shards, "write"), (build.files, "write_table")):
         with monkeypatch.context() as patch:
             patch.setattr(where, name, fail)
             result = run_build("--input", tmp_path / "in", "--output", tmp_path / "out")
@@ -527,7 +540,7 @@ def test_a_second_build_on_the_same_output_is_refused_and_an_input_that_changes_
         2, f"error: another build is writing {tmp_path / 'out'}; wait for it or choose another --output",
     )  # fmt: skip
     # Files of shards that are not finished yet change.
-    plan = json.loads((tmp_path / "out" / ".build" / "plan.json").read_text())
+    plan = json.loads((tmp_path / "out" / ".build" / "addition-00000" / "plan.json").read_text())
     last = plan["shards"][-1]["series"][-1]["files"][-1]["path"]
     assert len(finished) < 4
     os.utime(last, ns=(1, 1))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -85,30 +86,60 @@ def test_what_lies_outside_counts_for_the_outermost_bins() -> None:
     assert (bins[0], bins[-1], bins.sum()) == (2, 4, 6)
 
 
+def rows(*given: tuple[str, str, str, str], **changes: Any) -> pa.Table:
+    """Rows of an index: modality, plane, body part, series."""
+    columns = {name: [row[n] for row in given] for n, name in enumerate(("modality", "plane", "body_part", "series"))}
+    constant = {
+        "split": "train", "units": "HU", "manufacturer": "ge", "patient": "p", "near_duplicate_of": "", "spacing_rows": 0.7,
+        "spacing_columns": 0.7, "spacing_slices": 1.0, "height": 40, "width": 50, "shard": "x", "slot": 0,
+    }  # fmt: skip
+    columns |= {name: [value] * len(given) for name, value in constant.items()} | {"record": list(range(len(given)))}
+    return pa.table(columns | changes)
+
+
 def test_spacing_that_is_not_known_is_called_so() -> None:
-    assert card._binned([0.0, 0.7, 0.75, 0.76, 40.0], card.SPACING_EDGES) == {
+    counts = card.Counts(0)
+    counts.add(rows(*[("CT", "axial", "", "a")] * 5, spacing_slices=[0.0, 0.7, 0.75, 0.76, 40.0]))
+    assert card._in_order(counts.spacing["between slices"], card.SPACING_EDGES) == {
         "0.5 to 0.75": 2, "0.75 to 1": 1, "over 10": 1, "unknown": 1,
     }  # fmt: skip
+
+
+def test_counts_do_not_depend_on_how_the_index_comes() -> None:
+    given = [("CT", "axial", part, series) for part in ("chest", "") for series in "abc" for _ in range(4)]
+    table = rows(
+        *given, patient=[row[3] for row in given], near_duplicate_of=["a" if row[3] == "b" else "" for row in given]
+    )
+    whole, parts = card.Counts(5, frozenset("c")), card.Counts(5, frozenset("c"))
+    whole.add(table)
+    for start in range(0, len(table), 4):  # a series of a body part at a time, as shards hold them
+        parts.add(table.slice(start, 4))
+    assert whole.examples() == parts.examples() and len(whole.examples()) == 5
+    for counts in (whole, parts):
+        assert (counts.slices, counts.held_out, counts.by["body_part"]) == (24, 8, {"chest": 12, "": 12})
+        assert counts.near_duplicates() == {"series": 1, "of another patient": 1, "in another split": 0}
 
 
 # ---- examples
 
 
-def index_of(*rows: tuple[str, str, str, str]) -> dict[str, list[str]]:
-    return {name: [row[n] for row in rows] for n, name in enumerate(("modality", "plane", "body_part", "series"))}
+def chosen(count: int, *given: tuple[str, str, str, str]) -> list[int]:
+    counts = card.Counts(count)
+    counts.add(rows(*given))
+    return [row["record"] for row in counts.examples()]
 
 
 def test_examples_come_from_the_middles_of_series_and_show_every_kind_first() -> None:
-    rows = [("CT", "axial", "chest", series) for series in "aabbb"] + [("MR", "sagittal", "knee", "c")] * 5
-    assert card.choose_examples(index_of(*rows), 24) == [1, 7, 3]
-    assert card.choose_examples(index_of(*rows), 2) == [1, 7]
-    assert card.choose_examples(index_of(*rows), 0) == []
+    given = [("CT", "axial", "chest", series) for series in "aabbb"] + [("MR", "sagittal", "knee", "c")] * 5
+    assert chosen(24, *given) == [1, 7, 3]
+    assert chosen(2, *given) == [1, 7]
+    assert chosen(0, *given) == []
 
 
 @pytest.mark.parametrize("part", ["head", "brain", "orbit", "neck", "wholebody", ""])
 @pytest.mark.parametrize("plane", ["sagittal", "coronal", "oblique", "unknown"])
 def test_no_example_could_show_a_face(part: str, plane: str) -> None:
-    assert card.choose_examples(index_of(("MR", plane, part, "a"), ("MR", "axial", part, "b")), 24) == [1]
+    assert chosen(24, ("MR", plane, part, "a"), ("MR", "axial", part, "b")) == [1]
 
 
 def test_examples_are_pictures_with_the_window_that_suits_them(dataset: Path) -> None:
@@ -117,9 +148,9 @@ def test_examples_are_pictures_with_the_window_that_suits_them(dataset: Path) ->
     assert 4 <= len(captions) <= 24
     assert any("CT axial abdomen, soft tissue 40/400 HU" in caption for caption in captions)
     assert any("p0.5 to p99.5" in caption for caption in captions)
-    index = pq.read_table(dataset / shards.INDEX).to_pydict()
-    tiles = card.examples(dataset, index, 3)
-    for data, _ in tiles:
+    counts = card.Counts(3)
+    counts.add(pq.read_table(dataset / shards.INDEX))
+    for data, _ in card.examples(dataset, counts.examples()):
         picture = Image.open(io.BytesIO(data))
         assert picture.size == (card.TILE, card.TILE) and np.asarray(picture).std() > 10
 
@@ -148,6 +179,7 @@ def test_what_is_odd_in_a_card_is_shown_as_text() -> None:
         "slices_by": {name: {"": 1} for name in card.COUNTED} | {"split": {"train": 1}},
         "patients_by_split": {"train": 1, "validation": 0, "test": 0}, "spacing_mm": {}, "longer_side_px": {"0 to 64": 1},
         "intensity": {}, "files": dict.fromkeys(card.FATES, 0), "reasons": {fate: {} for fate in card.FATES},
+        "slices_left_out": {"<i>": 1}, "near_duplicates": {"series": 0, "of another patient": 0, "in another split": 0},
         "settings": {"size": None}, "shards": [{"file": "x", "split": "train", "slices": 1, "bytes": 5, "sha256": "0" * 64}],
     }  # fmt: skip
     page = ElementTree.fromstring(card.page(made, []).removeprefix("<!DOCTYPE html>\n"))

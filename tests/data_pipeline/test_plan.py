@@ -78,7 +78,6 @@ def test_new_exams_move_nobody_to_another_split() -> None:
 
 def test_shards_are_many_enough_and_mix_the_patients() -> None:
     made = plan.make([entry(n, n // 20) for n in range(400)], options(validation=0.0, test=0.0, shard_bytes=50_000))
-    assert [shard["count"] for shard in made["shards"]] == [8] * 8
     assert [shard["number"] for shard in made["shards"]] == list(range(8))
     # 20 patients of 20 pictures each: a shard of 50 in the order of arrival would hold 3 of them.
     assert min(len({series["patient"] for series in shard["series"]}) for shard in made["shards"]) > 12

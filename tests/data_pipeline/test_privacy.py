@@ -115,7 +115,7 @@ def test_identities_planted_in_every_text_element_go_nowhere(tmp_path: Path, wri
     manifest = pq.read_table(output / shards.MANIFEST)
     assert leaks(json.dumps(manifest.drop_columns("path").to_pydict()).encode(), WORDS) == 0
     assert leaks(json.dumps(manifest.column("path").to_pylist()).encode(), WORDS) == 2
-    plan = json.loads((output / ".build" / "plan.json").read_text())
+    plan = json.loads((output / ".build" / "addition-00000" / "plan.json").read_text())
     for shard in plan["shards"]:
         for series in shard["series"]:
             for file in series["files"]:

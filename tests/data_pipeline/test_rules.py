@@ -27,6 +27,10 @@ CT = dicom.Header(
         ({"burned_in": True}, "burned-in annotation"),
         ({"image_type": ("ORIGINAL", "PRIMARY", "LOCALIZER")}, "localizer or screen"),
         ({"image_type": ("DERIVED", "SECONDARY", "MPR")}, "projection or reformat"),
+        ({"image_type": ("DERIVED", "SECONDARY", "REFORMATTED", "AVERAGE")}, "projection or reformat"),
+        ({"image_type": ("DERIVED", "PRIMARY", "MPR", "CSA RESAMPLED")}, "projection or reformat"),
+        ({"image_type": ("ORIGINAL", "PRIMARY", "SCOUT")}, "localizer or screen"),
+        ({"image_type": ("DERIVED", "PRIMARY", "DIFFUSION", "ADC")}, None),
         ({"frames": 2}, "several frames in a single-frame object"),
         ({"modality": "PT"}, "neither CT nor MR"),
     ],
@@ -43,8 +47,7 @@ def body(low: float, high: float) -> np.ndarray:
     ("values", "hu", "rule"),
     [
         (body(-1000, 800), True, None),
-        (body(0, 254), True, "values are no HU"),  # MR stored as CT
-        (body(-1024, -770), True, "values are no HU"),  # 8-bit values with an intercept of -1024
+        (body(30, 254), True, None),  # one slice may lie in bone; see series rules
         (np.where(np.eye(64) > 0, 40.0, -1000.0), True, "all air"),
         (body(0, 254), False, None),
         (body(5, 5), False, "constant"),
@@ -53,3 +56,18 @@ def body(low: float, high: float) -> np.ndarray:
 )
 def test_pixel_rules(values: np.ndarray, hu: bool, rule: str | None) -> None:
     assert rules.exclude_pixels(values, hu=hu) == rule
+
+
+@pytest.mark.parametrize(
+    ("values", "modality", "rule"),
+    [
+        (np.arange(-1000, 800), "CT", None),
+        (np.arange(0, 255), "CT", rules.NO_HU),  # MR stored as CT
+        (np.arange(-1024, -769), "CT", rules.NO_HU),  # 8-bit values with an intercept of -1024
+        (np.arange(0, 255), "MR", None),
+        (np.arange(-4096, 4095), "MR", None),  # phase
+        (np.concatenate([np.arange(-1030, -970), np.arange(0, 80)]), "MR", rules.HU_IN_MR),
+    ],
+)  # fmt: skip
+def test_series_rules(values: np.ndarray, modality: str, rule: str | None) -> None:
+    assert rules.exclude_series(values.astype(np.float64), np.ones(len(values), np.int64), modality) == rule
