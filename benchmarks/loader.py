@@ -448,7 +448,7 @@ def _run(args: argparse.Namespace, folder: Path) -> tuple[list[dict[str, Any]], 
         place = args.shards or phantom(folder, int(args.sizes.split(",")[0]), args.patients, args.slices)
         row = soak(place, args.split, minutes=args.soak, workers=args.workers, batch=args.batch)
         print(
-            f"{row['minutes']:.0f} minutes, {row['batches']:,} batches of {args.batch}, {args.workers} workers: "
+            f"{row['minutes']:.1f} minutes, {row['batches']:,} batches of {args.batch}, {args.workers} workers: "
             f"{row['warm_mb']:,.1f} MB after the warm-up, {row['end_mb']:,.1f} MB at the end ({row['grown_mb']:+.1f} MB), "
             f"at most {row['most_mb']:,.1f} MB"
         )
