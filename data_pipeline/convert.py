@@ -286,7 +286,7 @@ def _encode(
 def _keep(item: _Slice, index: int, labels: dict[str, Any], path: str, spool: _Spool) -> _Encoded:
     statistics = records.slice_statistics(item.pixels, item.slope, item.intercept)
     place, shape = spool.add(codec.encode(item.pixels)), item.pixels.shape
-    item.pixels = item.pixels[:0]
+    item.pixels = np.empty((0, 0), np.uint16)  # a view would keep the whole slice in memory
     return _Encoded(place, shape, index, labels, item, statistics, path)
 
 

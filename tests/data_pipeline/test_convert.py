@@ -1,4 +1,5 @@
 import os
+import tracemalloc
 from pathlib import Path
 
 import nibabel
@@ -335,3 +336,36 @@ def test_the_same_work_gives_the_same_bytes(tmp_path: Path, write_series) -> Non
     first, second = (Converted(tmp_path / name, paths, slices_per_record=4) for name in ("a", "b"))
     assert first.path.read_bytes() == second.path.read_bytes()
     assert first.report == second.report
+
+
+# ---- memory
+
+
+def test_memory_does_not_grow_with_the_series(tmp_path: Path, write_series, monkeypatch) -> None:
+    monkeypatch.setattr(convert, "SPOOL_BYTES", 1)
+    rng = np.random.default_rng(1)
+
+    def peak(count: int) -> int:
+        paths = []
+        for n in range(count):
+            pixels, place = rng.integers(0, 1900, (256, 256)), [0, 0, 2.0 * n]
+            paths += write_series(
+                tmp_path / f"{count}" / f"{n}", positions=[2.0 * n], pixels=pixels, ImagePositionPatient=place
+            )
+        Converted(tmp_path / f"out{count}", paths)
+        return peaks[-1]
+
+    work, peaks = convert.convert_shard, []
+
+    def traced(*arguments):
+        tracemalloc.start()
+        try:
+            return work(*arguments)
+        finally:
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+
+    monkeypatch.setattr(convert, "convert_shard", traced)
+    peak(6)  # what is loaded at the first use
+    # A slice has 131,072 bytes of pixels.
+    assert peak(46) - peak(6) < 40 * 131_072 / 4
