@@ -122,14 +122,17 @@ class _Worker:
 
 
 def run(
-    function: Work, tasks: Sequence[Any], *, workers: int, timeout: float, memory: int | None = None
-) -> Iterator[Progress | Done]:
+    function: Work, tasks: Sequence[Any], *, workers: int, timeout: float, memory: int | None = None,
+    idle: list[Any] | None = None,
+) -> Iterator[Progress | Done]:  # fmt: skip
     """Runs `function` on every task, `workers` at a time.
 
     Args:
       tasks: anything that can be pickled.
       timeout: seconds an item may take.
       memory: bytes that a worker may take, its libraries (0.2 GB) included; None for no limit.
+      idle: workers of an earlier call with the same function and memory, which are used again; when all went well it holds
+        those of this call, and whoever gave it stops them. For callers that get their tasks one at a time.
 
     Yields:
       Progress whenever an item is touched, Done with each result, in the order in which they happen.
@@ -139,6 +142,8 @@ def run(
       TaskFault: a task raised anything else.
     """
     pool = _Pool(function, tasks, memory)
+    if idle:
+        pool.workers, idle[:] = list(idle), []
     try:
         while pool.waiting or any(w.task is not None for w in pool.workers):
             pool.give_out(workers)
@@ -163,6 +168,8 @@ def run(
                 if worker.task is not None and worker.item is not None and time.monotonic() - worker.since > timeout:
                     worker.stop()
                     pool.again_without(worker, f"reading it took more than {timeout:g} s")
+        if idle is not None:
+            idle[:], pool.workers = pool.workers, []
     finally:
         for worker in pool.workers:
             worker.stop()

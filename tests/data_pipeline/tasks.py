@@ -63,3 +63,11 @@ def hungry(task, skip, touch):
         if task > 10**12:
             raise
         return len(bytearray(100_000_000))
+
+
+def pid(task, skip, touch):
+    touch(task)
+    if task == "bug":
+        raise ValueError
+    touch(None)
+    return os.getpid()

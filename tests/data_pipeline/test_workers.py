@@ -52,6 +52,25 @@ def test_a_crash_or_a_hang_costs_that_item_alone_and_nothing_is_counted_twice(ta
     assert sorted(touched) == ["a", "b", "c", "crash", "d", "hang"]
 
 
+def test_idle_workers_are_used_again_and_those_of_a_failed_call_are_not(tasks) -> None:
+    idle: list = []
+
+    def one(task):
+        found = workers.run(tasks.pid, [task], workers=1, timeout=20.0, idle=idle)
+        return [message.result for message in found if isinstance(message, workers.Done)][0]
+
+    try:
+        first = one("a")
+        assert one("b") == first and len(idle) == 1
+        with pytest.raises(workers.TaskFault):
+            one("bug")
+        assert idle == []
+        assert one("c") != first
+    finally:
+        for worker in idle:
+            worker.stop()
+
+
 def test_a_worker_killed_from_outside_gets_a_second_try_on_its_item_but_no_third(tasks, tmp_path: Path) -> None:
     once = f"killed once:{tmp_path / 'mark'}"
     results, touched = run(tasks.work, [["a", once, "killed always", "b"]], count=1)
