@@ -435,10 +435,10 @@ def stream(path: str, member: Sequence[Any] | None, folder: str) -> Iterator[io.
 
 
 @contextlib.contextmanager
-def at_hand(path: str, member: Sequence[Any] | None, folder: str) -> Iterator[str]:
+def at_hand(path: str, member: Sequence[Any] | None, folder: str, scratch: str) -> Iterator[str]:
     """The path under which an input can be opened, as readers written in C demand.
 
-    A member lies there for as long as the context lasts, in a private folder, with a plain form of its name.
+    A member lies there for as long as the context lasts, in a private folder within `scratch`, with a plain form of its name.
 
     Raises:
       ReadError: the member is damaged.
@@ -449,10 +449,10 @@ def at_hand(path: str, member: Sequence[Any] | None, folder: str) -> Iterator[st
         return
     member = Member(*member)
     try:
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        place = tempfile.mkdtemp(prefix="m", dir=folder)
+        os.makedirs(scratch, mode=0o700, exist_ok=True)
+        place = tempfile.mkdtemp(prefix="m", dir=scratch)
     except OSError as error:
-        raise UserError(_NO_ROOM.format(folder=folder, error=error.strerror)) from error
+        raise UserError(_NO_ROOM.format(folder=scratch, error=error.strerror)) from error
     try:
         # Readers go by the ending, and label maps are known by their names.
         target = os.path.join(place, re.sub(r"[^A-Za-z0-9._-]", "_", os.path.basename(member.name))[-80:])
@@ -461,7 +461,7 @@ def at_hand(path: str, member: Sequence[Any] | None, folder: str) -> Iterator[st
                 try:
                     file.write(piece)
                 except OSError as error:
-                    raise UserError(_NO_ROOM.format(folder=folder, error=error.strerror)) from error
+                    raise UserError(_NO_ROOM.format(folder=scratch, error=error.strerror)) from error
         yield target
     finally:
         shutil.rmtree(place, ignore_errors=True)

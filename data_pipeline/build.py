@@ -284,7 +284,7 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
         else:
             if not made["shards"] and not known.additions:
                 raise commit.nothing_left(output, commit.file_rows(request, {}, {}))
-            _fix_plan(private, known.additions, made, output)
+            made = request.made = _fix_plan(private, known.additions, made, output)
             _convert(output, private, args, made, known.additions, console)
             card = commit.commit(request)
         files.write_text(private / commit.HELD_OUT, json.dumps(sorted(held_out)), private=True)
@@ -511,15 +511,15 @@ def _is_new(source: str | archives.Member, known: commit.Known) -> bool:
     return True
 
 
-def _fix_plan(private: Path, addition: int, made: dict[str, Any], output: Path) -> None:
-    """Keeps the plan of an unfinished addition, or puts another one in its place."""
+def _fix_plan(private: Path, addition: int, made: dict[str, Any], output: Path) -> dict[str, Any]:
+    """Keeps the plan of an unfinished addition, or puts another one in its place; returns what plan.write does."""
     own = commit.folder_of(private, addition)
-    path = own / commit.PLAN
-    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["hash"] == made["hash"]:
-        return
+    before = plan.read(own)
+    if before is not None and before["hash"] == made["hash"] and plan.lines_of(own, made["hash"]).exists():
+        return before
     _clear_unfinished(private, addition, output)
     own.mkdir()
-    files.write_text(path, json.dumps(made, sort_keys=True), private=True)
+    return plan.write(own, made)
 
 
 def _clear_unfinished(private: Path, addition: int, output: Path) -> bool:
@@ -527,8 +527,7 @@ def _clear_unfinished(private: Path, addition: int, output: Path) -> bool:
     own = commit.folder_of(private, addition)
     if not own.exists():
         return False
-    path = own / commit.PLAN
-    made = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"shards": []}
+    made = plan.read(own) or {"shards": []}
     for shard in made["shards"]:
         name = shards.file_name(made["conversion"]["name"], shard["split"], shard["number"])
         (output / name).unlink(missing_ok=True)
@@ -539,7 +538,8 @@ def _clear_unfinished(private: Path, addition: int, output: Path) -> bool:
 def _convert(
     output: Path, private: Path, args: argparse.Namespace, made: dict[str, Any], addition: int, console: Console
 ) -> None:
-    sidecars = commit.folder_of(private, addition) / "shards"
+    own = commit.folder_of(private, addition)
+    sidecars = own / "shards"
     sidecars.mkdir(exist_ok=True)
     _remove_leftovers(output)
     (private / FAILED_ON).unlink(missing_ok=True)
@@ -555,10 +555,11 @@ def _convert(
     if not todo:
         return
     common = {
-        "output": str(output), "sidecars": str(sidecars), "plan": made["hash"], "name": args.name, "conversion": made["conversion"],
+        "output": str(output), "sidecars": str(sidecars), "scratch": None, "plan": made["hash"],
+        "lines": str(plan.lines_of(own, made["hash"])), "name": args.name, "conversion": made["conversion"],
     }  # fmt: skip
-    tasks = [common | {"shard": shard} for shard in todo]
-    total = sum(len(series["files"]) for shard in todo for series in shard["series"])
+    tasks = [common | {"at": shard["at"]} for shard in todo]
+    total = sum(shard["files"] for shard in todo)
     try:
         with progress.Counter(console, "convert", total) as counter:
             for message in _run(convert.publish, tasks, args, private):
@@ -570,7 +571,8 @@ def _convert(
 
 def _remove_leftovers(output: Path) -> None:
     """What workers that were killed had half written."""
-    for leftover in (*output.glob(".*.tmp"), *(output / commit.BUILD_FOLDER).glob("addition-*/shards/.*.tmp")):
+    private = output / commit.BUILD_FOLDER
+    for leftover in (*output.glob(".*.tmp"), *private.glob(".*.tmp"), *private.glob("addition-*/**/.*.tmp")):
         leftover.unlink(missing_ok=True)
     for leftover in Path(archives.folder(output)).glob("m*"):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -26,7 +26,7 @@ from data_pipeline.errors import UserError
 
 BUILD_FOLDER = ".build"
 ADDITIONS = b"additions"  # in the metadata of shards.parquet: how many are finished
-FILES, SERIES, SUMMARY, PLAN, HELD_OUT = "files.parquet", "series.parquet", "summary.json", "plan.json", "held_out.json"
+FILES, SERIES, SUMMARY, HELD_OUT = "files.parquet", "series.parquet", "summary.json", "held_out.json"
 MANIFEST_COLUMNS = ("path", "fate", "reason", "series", "split", "problems", "stored_sha256", "shard", "decoder")
 NEAR_COLUMN = "near_duplicate_of"
 NEAR = "looks like another series"
@@ -117,7 +117,7 @@ class Known:
 def known(output: Path, private: Path) -> Known:
     """What finished additions brought."""
     count = finished_additions(output)
-    if not count and (private / PLAN).exists():
+    if not count and (private / plan.PLAN).exists():
         raise UserError(
             f"{output} holds an unfinished build of another version of this software; remove it to build it anew"
         )
@@ -129,10 +129,12 @@ def known(output: Path, private: Path) -> Known:
         for row in table.to_pylist():
             found[os.fsdecode(row["raw"])] = row
     kept = [row for row in found.values() if row["fate"] == "kept"]
-    settings = json.loads((folder_of(private, 0) / PLAN).read_text(encoding="utf-8"))["settings"]
+    first = plan.read(folder_of(private, 0))
+    if first is None:
+        raise UserError(f"{folder_of(private, 0) / plan.PLAN} is missing or damaged; without it no exams can be added")
     return Known(
         count, found, frozenset(row["instance"] for row in kept if row["instance"]), {row["patient"]: row["split"] for row in kept},
-        pq.read_table(output / shards.SHARDS).to_pylist(), settings,
+        pq.read_table(output / shards.SHARDS).to_pylist(), first["settings"],
     )  # fmt: skip
 
 

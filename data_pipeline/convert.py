@@ -2,7 +2,9 @@
 shards (local processes, Beam, a Slurm array) gets the same bytes."""
 
 import collections
+import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -25,6 +27,7 @@ from data_pipeline import (
     geometry,
     images,
     likeness,
+    plan,
     records,
     reformat,
     rules,
@@ -100,13 +103,23 @@ def publish(task: Mapping[str, Any], skip: Mapping[str, str], touch: Touch) -> s
     """Converts one shard and keeps its report beside it; the work of one task, wherever it runs.
 
     Args:
-      task: "output", "sidecars" (folders), "plan" (its hash), and what convert_shard takes: "name", "conversion", "shard".
+      task: "output", "sidecars" (folders), "scratch" (folder or None), "plan" (its hash), "lines" (file of the plan's shards),
+        "at" (place of the shard in it), and what convert_shard takes: "name", "conversion".
 
     Returns:
       The shard's file name. `sidecars` then holds <name>.parquet (its rows of the index, with the path of each slice's file)
       and, written last, <name>.json (the rest of the report).
     """
-    report = convert_shard((task["output"], task["name"], task["conversion"], task["shard"]), skip, touch)
+    shard = plan.read_shard(task["lines"], task["at"])
+
+    def touch_while_planned(item: str | None) -> None:
+        touch(item)
+        if item is None and not os.path.exists(task["lines"]):  # on a far machine, after the build was started anew
+            raise UserError(plan.REPLACED)
+
+    arguments = (task["output"], task["name"], task["conversion"], shard)
+    with _scratch(task) as scratch:
+        report = convert_shard(arguments, skip, touch_while_planned, scratch=scratch)
     index = report.pop("index")
     path = Path(task["sidecars"], report["file"])
     names = {name: None for row in index for name in row}  # labels may be missing in some rows
@@ -117,15 +130,32 @@ def publish(task: Mapping[str, Any], skip: Mapping[str, str], touch: Touch) -> s
     return report["file"]
 
 
+@contextlib.contextmanager
+def _scratch(task: Mapping[str, Any]) -> Iterator[str | None]:
+    """A folder of its own for what is in hand, where the output is on no local disk."""
+    if task["scratch"] is None:
+        yield None
+        return
+    os.makedirs(scratch_folder(task["scratch"], task["output"]), mode=0o700, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=scratch_folder(task["scratch"], task["output"])) as folder:
+        yield folder
+
+
+def scratch_folder(scratch: str, output: str) -> str:
+    """Where the builds of one output have what is in hand."""
+    return os.path.join(scratch, f"curia-{hashlib.sha256(os.fsencode(os.path.abspath(output))).hexdigest()[:16]}")
+
+
 def convert_shard(
-    task: tuple[str, str, dict[str, Any], dict[str, Any]], skip: Mapping[str, str], touch: Touch
-) -> dict[str, Any]:
+    task: tuple[str, str, dict[str, Any], dict[str, Any]], skip: Mapping[str, str], touch: Touch, *, scratch: str | None = None
+) -> dict[str, Any]:  # fmt: skip
     """Writes the shard and reports on it; the work of one task of workers.run.
 
     Args:
       task: output folder, dataset name, the plan's "conversion" settings (size, slices_per_record), the plan's shard.
       skip: files that must not be opened again, with the reason.
       touch: called with each path before it is read, and with None after the last.
+      scratch: a folder on a local disk for what is in hand; None takes the output folder.
 
     Returns:
       {"file", "split", "records", "slices", "bytes", "sha256", "slice_counts", "largest", "index": rows of index.parquet, each
@@ -146,12 +176,14 @@ def convert_shard(
 
     def items() -> Iterator[bytes]:
         for series in shard["series"]:
-            with _Spool(Path(folder)) as spool:
-                yield from _series_records(series, settings, skip, touch, report, archives.folder(folder), spool)
+            with _Spool(Path(scratch or folder)) as spool:
+                yield from _series_records(
+                    series, settings, skip, touch, report, archives.folder(folder), spool, scratch
+                )
         touch(None)
 
     path = Path(folder, report["file"])
-    report["records"], report["sha256"] = shards.write(path, items())
+    report["records"], report["sha256"] = shards.write(path, items(), Path(scratch) if scratch else None)
     report["slices"] = sum(report["slice_counts"])
     report["bytes"] = path.stat().st_size
     return report
@@ -159,7 +191,7 @@ def convert_shard(
 
 def _series_records(
     series: dict[str, Any], settings: Mapping[str, Any], skip: Mapping[str, str], touch: Touch, report: dict[str, Any],
-    unpacked: str, spool: _Spool,
+    unpacked: str, spool: _Spool, scratch: str | None,
 ) -> Iterator[bytes]:  # fmt: skip
     facts = dict(series["facts"])  # readers add what only the pixels tell: units, and plane or modality of a volume
     kept: list[_Encoded] = []
@@ -177,7 +209,7 @@ def _series_records(
             _check_unchanged(file)
             try:
                 # A file is taken whole or not at all.
-                with archives.at_hand(file["path"], file.get("member"), unpacked) as path:
+                with archives.at_hand(file["path"], file.get("member"), unpacked, scratch or unpacked) as path:
                     items, found = _encode(file, path, series, facts, settings, outcome, read.sources, spool)
             except UserError:
                 raise

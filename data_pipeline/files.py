@@ -1,8 +1,11 @@
 """Small files, written beside and then given their names: a reader sees the old one or the new one, never half of it."""
 
+import contextlib
 import os
-from collections.abc import Iterable
+import secrets
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,27 +19,22 @@ def write_text(path: Path, text: str, *, private: bool = False) -> None:
     Raises:
       OSError: the disk is full or the file cannot be written; what was there before stays.
     """
-    beside = _beside(path)
-    with open(_create(beside, private), "w", encoding="utf-8") as file:
-        file.write(text)
+    with written(path, private) as file:
+        file.write(text.encode("utf-8"))
         file.flush()
         os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def write_table(path: Path, table: pa.Table, *, private: bool = False) -> None:
     """Parquet; see write_text."""
-    beside = _beside(path)
-    with open(_create(beside, private), "wb") as file:
+    with written(path, private) as file:
         pq.write_table(table, file)
-    os.replace(beside, path)
 
 
 def write_tables(path: Path, schema: pa.Schema, tables: Iterable[pa.Table], *, private: bool = False) -> int:
     """Parquet out of tables of one schema, a few of which are in memory at a time; returns the number of rows."""
-    beside = _beside(path)
     rows = 0
-    with open(_create(beside, private), "wb") as file, pq.ParquetWriter(file, schema) as writer:
+    with written(path, private) as file, pq.ParquetWriter(file, schema) as writer:
         waiting: list[pa.Table] = []
         for table in tables:
             waiting.append(table)
@@ -46,14 +44,21 @@ def write_tables(path: Path, schema: pa.Schema, tables: Iterable[pa.Table], *, p
                 waiting = []
         if waiting:
             writer.write_table(pa.concat_tables(waiting), row_group_size=ROWS_TOGETHER)
-    os.replace(beside, path)
     return rows
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def beside(path: Path) -> Path:
+    """A name for what is to become `path`; no other process takes it, on whatever machine."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
-def _create(path: Path, private: bool) -> int:
-    path.unlink(missing_ok=True)
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
+@contextlib.contextmanager
+def written(path: Path, private: bool) -> Iterator[Any]:
+    """A binary file that gets its name at the end, and is removed if something went wrong."""
+    name = beside(path)
+    try:
+        with open(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666), "wb") as file:
+            yield file
+        os.replace(name, path)
+    finally:
+        name.unlink(missing_ok=True)

@@ -1,17 +1,20 @@
 """Second stage: which series goes to which shard. The plan is written once and never changed; its hash names it.
 
 A plan holds pseudonyms, technical facts and paths; paths make it private to the site, so it stays in the hidden folder
-`.build` of the output, readable by its owner alone.
+`.build` of the output, readable by its owner alone. It is kept as a file with a line for each shard, of which whoever converts
+a shard reads that line alone, and plan.json, which says where the lines are.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from data_pipeline import geometry, pseudonyms, reformat
+from data_pipeline import files, geometry, pseudonyms, reformat
 from data_pipeline.errors import UserError
 from data_pipeline.inventory import Entry
 from data_pipeline.shards import MOST_SHARDS
@@ -119,8 +122,71 @@ def make(entries: Sequence[Entry], options: Options) -> dict[str, Any]:
             part = items[len(items) * number // count : len(items) * (number + 1) // count]
             shards.append({"split": split, "number": first + number, "series": part})
     common = settings(options.key, options.validation, options.test, options.conversion)
-    plan = {"format": FORMAT, "settings": common, "conversion": dict(options.conversion), "shards": shards}
-    return {"hash": hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest(), **plan}
+    plan = {"format": FORMAT, "settings": common, "conversion": dict(options.conversion)}
+    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode())
+    for shard in shards:
+        digest.update(_line(shard))
+    return {"hash": digest.hexdigest(), **plan, "shards": shards}
+
+
+# ---- on the disk
+
+PLAN = "plan.json"
+
+
+def _line(shard: Mapping[str, Any]) -> bytes:
+    return json.dumps(shard, sort_keys=True).encode() + b"\n"
+
+
+def lines_of(folder: Path, name: str) -> Path:
+    """The file with a line for each shard of the plan with this hash. The name tells a worker that another plan took its place."""
+    return folder / f"plan-{name[:16]}.jsonl"
+
+
+def write(folder: Path, made: Mapping[str, Any]) -> dict[str, Any]:
+    """Keeps a plan and returns what plan.json has of it: of each shard split, number, how many files it has, and its place.
+
+    Raises:
+      OSError: the disk is full.
+    """
+    places, end = [], 0
+    with files.written(lines_of(folder, made["hash"]), private=True) as file:
+        for shard in made["shards"]:
+            line = _line(shard)
+            count = sum(len(series["files"]) for series in shard["series"])
+            places.append({"split": shard["split"], "number": shard["number"], "files": count, "at": [end, len(line)]})
+            file.write(line)
+            end += len(line)
+    short = {**made, "shards": places}
+    files.write_text(folder / PLAN, json.dumps(short, sort_keys=True), private=True)
+    return short
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """What plan.json says, or None where there is no plan."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    return None
+
+
+def read_shard(lines: str | Path, at: Sequence[int]) -> dict[str, Any]:
+    """One shard of a plan.
+
+    Args:
+      at: where its line begins, and how long it is.
+
+    Raises:
+      UserError: the plan is there no more.
+    """
+    try:
+        with open(lines, "rb") as file:
+            file.seek(at[0])
+            return json.loads(file.read(at[1]))
+    except FileNotFoundError as error:
+        raise UserError(REPLACED) from error
+
+
+REPLACED = "the plan of this build is gone: another build has taken its place; start this one again"
 
 
 def _series(members: list[Entry], split: str, start: int) -> list[dict[str, Any]]:

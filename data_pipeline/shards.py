@@ -16,6 +16,7 @@ that are there keep their names and bytes. dataset_info.json says the same with 
 
 import hashlib
 import os
+import shutil
 import threading
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from array_record.python import array_record_module
 
-from data_pipeline import records
+from data_pipeline import files, records
 from data_pipeline.errors import UserError
 
 # The codec stands in the record, so the container neither groups nor compresses.
@@ -51,8 +52,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write(path: Path, items: Iterable[bytes]) -> tuple[int, str]:
+def write(path: Path, items: Iterable[bytes], scratch: Path | None = None) -> tuple[int, str]:
     """Writes records beside `path`, opens the file again, verifies it and only then gives it its name.
+
+    Args:
+      scratch: a folder on a local disk to write and verify in, where that of `path` is none; the finished shard is then copied
+        beside `path`, read again and compared.
 
     Returns:
       Number of records and the file's SHA-256.
@@ -60,15 +65,17 @@ def write(path: Path, items: Iterable[bytes]) -> tuple[int, str]:
     Raises:
       OSError: the disk is full or the file cannot be written; nothing is left behind.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = written = files.beside(path)
+    if scratch is not None:
+        written = scratch / beside.name
     digests = []
     try:
-        writer = array_record_module.ArrayRecordWriter(str(beside), WRITER_OPTIONS)
+        writer = array_record_module.ArrayRecordWriter(str(written), WRITER_OPTIONS)
         for item in items:
             writer.write(item)
             digests.append(hashlib.blake2b(item, digest_size=8).digest())
         writer.close()
-        reader = array_record_module.ArrayRecordReader(str(beside), "")
+        reader = array_record_module.ArrayRecordReader(str(written), "")
         if not reader.ok() or reader.num_records() != len(digests):
             raise OSError(
                 f"{path.name}: wrote {len(digests)} records but {reader.num_records()} can be read; is the disk full?"
@@ -77,12 +84,17 @@ def write(path: Path, items: Iterable[bytes]) -> tuple[int, str]:
             if hashlib.blake2b(reader.read([number])[0], digest_size=8).digest() != digest:
                 raise OSError(f"{path.name}: record {number} reads back changed; is the disk failing?")
         reader.close()
-        digest = sha256(beside)
+        digest = sha256(written)
+        if written != beside:
+            shutil.copyfile(written, beside)
         with beside.open("rb") as file:
             os.fsync(file.fileno())
+        if written != beside and sha256(beside) != digest:
+            raise OSError(f"{path.name}: its copy reads back changed; is the disk failing?")
         os.replace(beside, path)
     finally:
-        beside.unlink(missing_ok=True)
+        for leftover in {written, beside}:
+            leftover.unlink(missing_ok=True)
     return len(digests), digest
 
 

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from array_record.python import array_record_module
 
-from data_pipeline import codec, commit, inventory, progress, pseudonyms, records, shards, workers
+from data_pipeline import codec, commit, inventory, plan, progress, pseudonyms, records, shards, workers
 from data_pipeline.errors import UserError, fault
 from data_pipeline.workers import Touch
 
@@ -171,9 +171,9 @@ def held_out(folder: Path, path: str, key_file: str | None) -> dict[str, int]:
             "--holdout needs the key of the dataset: patients are pseudonyms under it; name it with --key-file"
         )
     key, _ = pseudonyms.load_key(key_file, str(folder))
-    made = commit.folder_of(folder / commit.BUILD_FOLDER, 0) / commit.PLAN
-    if made.exists():
-        named = json.loads(made.read_text(encoding="utf-8"))["settings"]["key"]
+    made = plan.read(commit.folder_of(folder / commit.BUILD_FOLDER, 0))
+    if made is not None:
+        named = made["settings"]["key"]
         if named != pseudonyms.digest(key, "key", ""):
             raise UserError(f"the key is not the one that {folder} was built with, and would find nobody")
     lines = inventory.read_holdout(path)
@@ -229,12 +229,9 @@ def _stray_problems(folder: Path, table: Sequence[Mapping[str, Any]]) -> list[st
 def pending(folder: Path, known: Collection[str]) -> set[str]:
     """Shards in the folder that an unfinished addition has planned; only the site that adds can tell."""
     found: set[str] = set()
-    for path in folder.glob(f"{commit.BUILD_FOLDER}/addition-*/{commit.PLAN}"):
-        try:
-            made = json.loads(path.read_text(encoding="utf-8"))
-            names = {shards.file_name(made["conversion"]["name"], s["split"], s["number"]) for s in made["shards"]}
-        except (OSError, ValueError, KeyError):
-            continue
+    for own in folder.glob(f"{commit.BUILD_FOLDER}/addition-*"):
+        made = plan.read(own) or {"shards": []}
+        names = {shards.file_name(made["conversion"]["name"], s["split"], s["number"]) for s in made["shards"]}
         found |= {name for name in names if name not in known and (folder / name).exists()}
     return found
 

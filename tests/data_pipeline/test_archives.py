@@ -36,7 +36,7 @@ def problems(path: Path) -> dict[str, str]:
 
 
 def content(member: archives.Member, folder: Path) -> bytes:
-    with archives.at_hand(member.path, list(member), str(folder)) as path:
+    with archives.at_hand(member.path, list(member), str(folder), str(folder)) as path:
         data = Path(path).read_bytes()
     with archives.stream(member.path, list(member), str(folder)) as file:
         assert file.read() == data
@@ -167,7 +167,7 @@ def test_a_stopped_build_uses_its_copies_again_and_a_changed_archive_is_copied_a
     path = pack(tmp_path / "exams.tar.gz", files)
     words = ("--input", path, "--output", tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(build.convert, "convert_shard", lambda *task: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(build.convert, "convert_shard", lambda *task, **more: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run_build(*words).code == build.EXIT_STOPPED
     (copy,) = (tmp_path / "out" / ".build" / "unpacked").glob("*.tar")
     for private in (copy, copy.with_name(f"{copy.name}.json")):
@@ -213,7 +213,7 @@ def test_want_of_room_ends_the_build_with_a_remedy_and_is_no_reason_to_leave_fil
     assert listing(tmp_path / "e.tar.gz", folder=tmp_path / "u").problem == ""
     monkeypatch.setattr(archives.tempfile, "mkdtemp", lambda **_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(UserError, match="No space left; make room there"), contextlib.ExitStack() as stack:
-        stack.enter_context(archives.at_hand(member.path, list(member), str(tmp_path / "u")))
+        stack.enter_context(archives.at_hand(member.path, list(member), str(tmp_path / "u"), str(tmp_path / "u")))
 
 
 # ---- members
@@ -389,7 +389,7 @@ def test_a_header_is_read_without_unpacking_its_file(tmp_path: Path, write_dicom
 def test_a_member_lies_on_the_disk_while_it_is_read_and_no_longer(tmp_path: Path) -> None:
     path = pack(tmp_path / "a.zip", {"Quibbleton/Xanthippe ä mask.nii.gz": b"abc"})
     (member,) = listing(path).members
-    with archives.at_hand(member.path, list(member), str(tmp_path / "u")) as place:
+    with archives.at_hand(member.path, list(member), str(tmp_path / "u"), str(tmp_path / "u")) as place:
         assert Path(place).name == "Xanthippe___mask.nii.gz"  # endings and words like mask decide how it is read
         assert (Path(place).parent.stat().st_mode & 0o077, Path(place).read_bytes()) == (0, b"abc")
     assert list((tmp_path / "u").iterdir()) == []

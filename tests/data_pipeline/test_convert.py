@@ -1,5 +1,6 @@
 import os
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import nibabel
@@ -9,7 +10,7 @@ import pytest
 from array_record.python import array_record_module
 from PIL import Image
 
-from data_pipeline import convert, geometry, inventory, plan, records
+from data_pipeline import archives, convert, geometry, inventory, plan, records
 from data_pipeline.errors import ReadError, UserError
 
 KEY = b"0123456789abcdef"
@@ -336,6 +337,40 @@ def test_the_same_work_gives_the_same_bytes(tmp_path: Path, write_series) -> Non
     first, second = (Converted(tmp_path / name, paths, slices_per_record=4) for name in ("a", "b"))
     assert first.path.read_bytes() == second.path.read_bytes()
     assert first.report == second.report
+
+
+def test_with_a_scratch_folder_nothing_but_the_finished_shard_and_its_report_touch_the_output(
+    tmp_path: Path, write_series, monkeypatch
+) -> None:
+    with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
+        for path in write_series(tmp_path / "s", 6):
+            archive.write(path, path.name)
+    whole = Converted(tmp_path / "plain", sorted((tmp_path / "s").iterdir()), planes=["coronal"])
+    listing = archives.list_members((str(tmp_path / "s.zip"), str(tmp_path / "unpacked"), 0), {}, lambda item: None)
+    entries = inventory.inspect((listing.members, inventory.Options(KEY)), {}, lambda item: None)
+    settings = {"size": None, "slices_per_record": 1, "planes": ["coronal"]}
+    made = plan.make(entries, plan.Options(KEY, 0.0, 0.0, 10**9, frozenset(), settings))
+    out, scratch = tmp_path / "out", tmp_path / "scratch"
+    (out / "sidecars").mkdir(parents=True)
+    short = plan.write(tmp_path, made)
+    task = {
+        "output": str(out), "sidecars": str(out / "sidecars"), "scratch": str(scratch), "plan": made["hash"],
+        "lines": str(plan.lines_of(tmp_path, made["hash"])), "at": short["shards"][0]["at"], "name": "x",
+        "conversion": made["conversion"],
+    }  # fmt: skip
+    seen: set[Path] = set()
+    convert.publish(task, {}, lambda item: seen.update(out.rglob("*")))
+    assert seen == {out / "sidecars"}
+    name = "x-train.array_record-00000"
+    assert {path.name for path in out.rglob("*")} == {"sidecars", name, f"{name}.json", f"{name}.parquet"}
+    assert (out / name).read_bytes() == whole.path.read_bytes()
+    assert [path for path in scratch.rglob("*") if path.is_file()] == []
+    # A build that took this one's place must not find shards of it.
+    (out / name).unlink()
+    lines = plan.lines_of(tmp_path, made["hash"])
+    with pytest.raises(UserError, match="another build has taken its place"):
+        convert.publish(task, {}, lambda item: lines.unlink(missing_ok=True))
+    assert not (out / name).exists()
 
 
 # ---- memory

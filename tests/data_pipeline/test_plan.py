@@ -7,6 +7,7 @@ import pydicom
 import pytest
 
 from data_pipeline import geometry, inventory, plan, pseudonyms
+from data_pipeline.errors import UserError
 
 KEY = b"0123456789abcdef"
 
@@ -55,6 +56,21 @@ def test_the_plan_follows_from_the_entries_alone() -> None:
     touched = copy.deepcopy(entries)
     touched[7].modified_ns += 1
     assert plan.make(touched, options())["hash"] != first["hash"]
+
+
+def test_a_shard_is_read_from_its_line_alone_and_a_plan_that_was_replaced_is_named(tmp_path: Path) -> None:
+    made = plan.make([entry(n, n // 3) for n in range(60)], options(shard_bytes=4000))
+    short = plan.write(tmp_path, made)
+    assert plan.read(tmp_path) == short
+    assert short["hash"] == made["hash"] and "p1/" not in json.dumps(short)
+    lines = plan.lines_of(tmp_path, made["hash"])
+    assert [plan.read_shard(lines, shard["at"]) for shard in short["shards"]] == made["shards"]
+    assert sum(shard["files"] for shard in short["shards"]) == 60
+    other = plan.make([entry(n, n // 3) for n in range(61)], options(shard_bytes=4000))
+    assert plan.lines_of(tmp_path, other["hash"]) != lines
+    lines.unlink()
+    with pytest.raises(UserError, match="another build has taken its place"):
+        plan.read_shard(lines, short["shards"][0]["at"])
 
 
 def test_every_file_has_one_place_and_no_patient_two_splits() -> None:

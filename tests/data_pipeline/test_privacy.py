@@ -115,8 +115,11 @@ def test_identities_planted_in_every_text_element_go_nowhere(tmp_path: Path, wri
     manifest = pq.read_table(output / shards.MANIFEST)
     assert leaks(json.dumps(manifest.drop_columns("path").to_pydict()).encode(), WORDS) == 0
     assert leaks(json.dumps(manifest.column("path").to_pylist()).encode(), WORDS) == 2
-    plan = json.loads((output / ".build" / "addition-00000" / "plan.json").read_text())
-    for shard in plan["shards"]:
+    addition = output / ".build" / "addition-00000"
+    assert leaks((addition / "plan.json").read_bytes(), WORDS) == 0
+    (lines,) = addition.glob("plan-*.jsonl")
+    plan = [json.loads(line) for line in lines.read_text().splitlines()]
+    for shard in plan:
         for series in shard["series"]:
             for file in series["files"]:
                 file["path"] = ""

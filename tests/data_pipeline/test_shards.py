@@ -52,6 +52,26 @@ def test_a_failure_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_shard_that_is_made_on_another_disk_is_copied_compared_and_leaves_nothing_there(
+    tmp_path: Path, monkeypatch
+) -> None:
+    scratch, out = tmp_path / "scratch", tmp_path / "out"
+    scratch.mkdir()
+    out.mkdir()
+    items = [bytes([n]) * 100 for n in range(7)]
+    assert shards.write(out / "x", items, scratch) == shards.write(tmp_path / "y", items)
+    assert (out / "x").read_bytes() == (tmp_path / "y").read_bytes()
+    assert list(scratch.iterdir()) == []
+
+    def copy_badly(source: Path, target: Path) -> None:
+        target.write_bytes(source.read_bytes()[:-1] + b"?")
+
+    monkeypatch.setattr(shards.shutil, "copyfile", copy_badly)
+    with pytest.raises(OSError, match="its copy reads back changed"):
+        shards.write(out / "z", items, scratch)
+    assert list(scratch.iterdir()) == [] and [path.name for path in out.iterdir()] == ["x"]
+
+
 def test_records_that_read_back_changed_are_never_published(tmp_path: Path, monkeypatch) -> None:
     class Flipping(shards.array_record_module.ArrayRecordWriter):
         def write(self, item: bytes) -> bool:
