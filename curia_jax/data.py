@@ -8,8 +8,8 @@ k*B … k*B + B - 1 after the start; host p of n reads the p-th of n equal parts
 import collections
 import math
 import weakref
-from collections.abc import Iterator, Mapping
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import jax
@@ -25,17 +25,20 @@ HostBatch = dict[str, Shaped[np.ndarray, "..."]]
 
 @runtime_checkable
 class Slices(Protocol):
-    """Random access to decoded slices, as data_pipeline.shards.SliceSource gives it.
+    """Random access to slices, as data_pipeline.shards.SliceSource gives it.
 
-    `source[n]` has `pixels` uint16 (height, width), `slope`, `intercept`, `low`, `high` and `hu` (see augment.py);
-    `source.largest` is the greatest height and width of a slice.
+    `source.largest` is the greatest height and width of a slice; `source.read_into(numbers, images)` writes slices to the
+    top left of images, with zeros around, and returns their sizes and `slope`, `intercept`, `low`, `high` and `hu` of each
+    (see augment.py).
     """
 
     largest: tuple[int, int]
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, number: int) -> Mapping[str, object]: ...
+    def read_into(
+        self, numbers: Sequence[int], images: UInt16[np.ndarray, "batch height width"]
+    ) -> tuple[list[tuple[int, int]], list[dict[str, Any]]]: ...
 
 
 # What travels to the device, with the type it has there.
@@ -43,6 +46,7 @@ DEVICE_FIELDS = {
     "pixels": np.uint16, "extent": np.int32, "slope": np.float32, "intercept": np.float32,
     "low": np.float32, "high": np.float32, "hu": np.bool_,
 }  # fmt: skip
+FACTS = [name for name in DEVICE_FIELDS if name not in ("pixels", "extent")]
 
 
 def canvas_size(source: Slices, canvas: tuple[int, int] | None) -> tuple[int, int]:
@@ -128,7 +132,7 @@ class _Load:
     def __call__(self, batch: int) -> HostBatch:
         first = self._first + batch * self._batch_size
         numbers = [int(self._order[number]) for number in range(first, first + self._part)]
-        return _stack(self._source, numbers, self._canvases.take())
+        return _read(self._source, numbers, self._canvases.take())
 
 
 class _Canvases:
@@ -167,27 +171,15 @@ def evaluation_batches(
         numbers = np.asarray(slices[start : start + batch_size])
         valid = np.arange(batch_size) < len(numbers)
         numbers = np.pad(numbers, (0, batch_size - len(numbers)), mode="edge")
-        yield _stack(source, numbers.tolist(), canvases.take()) | {"valid": valid}
+        yield _read(source, numbers.tolist(), canvases.take()) | {"valid": valid}
 
 
-def _stack(source: Slices, numbers: list[int], pixels: UInt16[np.ndarray, "batch height width"]) -> HostBatch:
+def _read(source: Slices, numbers: list[int], pixels: UInt16[np.ndarray, "batch height width"]) -> HostBatch:
     """The batch of these slices, its pixels written to `pixels`."""
-    extent = np.empty((len(numbers), 2), np.int32)
-    rows = []
-    for i, number in enumerate(numbers):
-        row = dict(source[number])
-        decoded = row.pop("pixels")  # freed before the next is decoded
-        height, width = decoded.shape
-        pixels[i, :height, :width] = decoded
-        pixels[i, height:] = 0
-        pixels[i, :height, width:] = 0
-        extent[i] = height, width
-        rows.append(row)
-    batch: HostBatch = {"slice": np.array(numbers, np.int64), "pixels": pixels, "extent": extent}
-    for name, dtype in DEVICE_FIELDS.items():
-        if name not in batch:
-            batch[name] = np.array([row[name] for row in rows], dtype)
-    return batch
+    sizes, facts = source.read_into(numbers, pixels)
+    batch = {"pixels": pixels, "extent": sizes} | {name: [one[name] for one in facts] for name in FACTS}
+    batch = {name: np.asarray(batch[name], dtype) for name, dtype in DEVICE_FIELDS.items()}
+    return batch | {"slice": np.array(numbers, np.int64)}
 
 
 def to_devices(batch: HostBatch, sharding: NamedSharding) -> dict[str, jax.Array]:

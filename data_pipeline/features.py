@@ -28,7 +28,11 @@ class Slices(tfds.features.FeatureConnector):
 
     def decode_example_np(self, example_data: Any) -> np.ndarray:
         data = [example_data] if isinstance(example_data, bytes) else example_data
-        return np.stack([codec.decode(item) for item in data])
+        first = codec.decode(data[0])
+        pixels = np.empty((len(data), *first.shape), np.uint16)
+        pixels[0] = first
+        codec.decode_into(data[1:], pixels[1:])
+        return pixels
 
     def to_json_content(self) -> dict[str, Any]:
         return {}

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt16
+from jaxtyping import Int, UInt16
 from tensorflow_datasets.proto import tf_example_generated_pb2 as proto
 
 from data_pipeline import codec
@@ -72,7 +72,7 @@ def serialize(slices: Sequence[bytes], record: Mapping[str, Any], per_slice: Map
 
 
 def parse_slice(data: bytes, slot: int) -> dict[str, Any]:
-    """Slice number `slot` of a record, decoded, with what training needs of its facts.
+    """Slice number `slot` of a record, decoded, with its facts.
 
     Returns:
       pixels uint16 (height, width); slope, intercept, low, high, mean, std; hu (bool); body_box int32 (4,);
@@ -83,24 +83,33 @@ def parse_slice(data: bytes, slot: int) -> dict[str, Any]:
     def text(name: str) -> str:
         return feature[name].bytes_list.value[0].decode()
 
-    def number(name: str, at: int = 0) -> float:
-        return feature[name].float_list.value[at]
-
     return {
         "pixels": codec.decode(feature["slices"].bytes_list.value[slot]),
-        "slope": number("slope"),
-        "intercept": number("intercept"),
-        "low": number("low", slot),
-        "high": number("high", slot),
-        "mean": number("mean", slot),
-        "std": number("std", slot),
-        "hu": text("units") == "HU",
+        **_training_facts(feature, slot),
+        "mean": feature["mean"].float_list.value[slot],
+        "std": feature["std"].float_list.value[slot],
         "body_box": np.array(feature[SLICE_BOX].int64_list.value[4 * slot : 4 * slot + 4], np.int32),
         "spacing": np.array(feature["spacing"].float_list.value, np.float32),
         "modality": text("modality"),
         "plane": text("plane"),
         "series": text("series"),
         "patient": text("patient"),
+    }
+
+
+def training_slice(data: bytes, slot: int) -> tuple[bytes, dict[str, Any]]:
+    """Slice number `slot` of a record, encoded, and the facts that training needs: slope, intercept, low, high; hu (bool)."""
+    feature = proto.Example.FromString(data).features.feature
+    return feature["slices"].bytes_list.value[slot], _training_facts(feature, slot)
+
+
+def _training_facts(feature: Mapping[str, Any], slot: int) -> dict[str, Any]:
+    return {
+        "slope": feature["slope"].float_list.value[0],
+        "intercept": feature["intercept"].float_list.value[0],
+        "low": feature["low"].float_list.value[slot],
+        "high": feature["high"].float_list.value[slot],
+        "hu": feature["units"].bytes_list.value[0] == b"HU",
     }
 
 
@@ -150,23 +159,31 @@ def without(data: bytes, slots: Collection[int]) -> bytes | None:
     return serialize([record["slices"][slot] for slot in kept], record, per_slice)
 
 
-def slice_statistics(stored: UInt16[np.ndarray, "height width"], slope: float, intercept: float) -> dict[str, Any]:
+def slice_statistics(
+    stored: UInt16[np.ndarray, "height width"], slope: float, intercept: float,
+    counts: Int[np.ndarray, " levels"] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """low, high (p0.5, p99.5), mean and std in real values, and the body box of a slice.
 
     Percentiles come from the histogram of the stored values: exact for integers and several times faster than sorting.
     The body box is the bounding box of what lies above -500 HU-like air, taken as the middle between p0.5 and the mean.
+
+    Args:
+      counts: how many pixels have the stored value 0, 1, 2, …, up to the highest; counted unless given.
     """
-    counts = np.bincount(stored.ravel())
-    low, high = (value * slope + intercept for value in _percentiles(counts, (0.005, 0.995)))
+    if counts is None:
+        counts = np.bincount(stored.ravel())
+    low, high = _percentiles(counts, (0.005, 0.995))
     values, total = np.arange(len(counts)), stored.size
     mean = int(counts @ values) / total  # whole numbers: exact, and a few thousand of them instead of all pixels
     std = (float(counts @ np.square(values - mean)) / total) ** 0.5 * slope
-    lowest = _percentiles(counts, (0.005,))[0]
-    inside = stored > (lowest + mean) / 2
+    # A whole number is above a threshold if it is above the whole number below: 16 bits are compared four times faster.
+    inside = stored > np.uint16((low + mean) // 2)
     rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
     box = (rows[0], columns[0], rows[-1] + 1, columns[-1] + 1) if len(rows) else (0, 0, *stored.shape)
     return {
-        "low": low, "high": high, "mean": mean * slope + intercept, "std": std, "body_box": tuple(int(v) for v in box),
+        "low": low * slope + intercept, "high": high * slope + intercept, "mean": mean * slope + intercept, "std": std,
+        "body_box": tuple(int(v) for v in box),
     }  # fmt: skip
 
 

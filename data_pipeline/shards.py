@@ -18,7 +18,7 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from array_record.python import array_record_module
+from jaxtyping import UInt16
 
-from data_pipeline import files, records
+from data_pipeline import codec, files, records
 from data_pipeline.errors import UserError
 
 # The codec stands in the record, so the container neither groups nor compresses.
@@ -225,6 +226,38 @@ class SliceSource:
         data, slot, where = self._read(number)
         try:
             return records.parse_slice(data, slot)
+        except Exception as error:  # protobuf and the codec each raise their own kinds
+            raise UserError(f"{where} is damaged; copy it again or build it again") from error
+
+    def read_into(
+        self, numbers: Sequence[int], images: UInt16[np.ndarray, "batch height width"]
+    ) -> tuple[list[tuple[int, int]], list[dict[str, Any]]]:
+        """Decodes slices to the top left of images, one each, with zeros right of them and below.
+
+        Returns:
+          Height and width of every slice, and its facts as records.training_slice gives them.
+
+        Raises:
+          ValueError: the images are smaller than the largest slice.
+          IndexError, UserError: as reading a slice.
+        """
+        if images.shape[1] < self.largest[0] or images.shape[2] < self.largest[1]:
+            raise ValueError(f"slices of up to {self.largest} px do not fit into images of {images.shape[1:]}")
+        facts: list[dict[str, Any]] = []
+        where = ""
+
+        def encoded() -> Iterator[bytes]:
+            nonlocal where
+            for number in numbers:
+                data, slot, where = self._read(number)
+                one, known = records.training_slice(data, slot)
+                facts.append(known)
+                yield one
+
+        try:
+            return codec.decode_into(encoded(), images), facts
+        except (UserError, IndexError):
+            raise
         except Exception as error:  # protobuf and the codec each raise their own kinds
             raise UserError(f"{where} is damaged; copy it again or build it again") from error
 

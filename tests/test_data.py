@@ -6,14 +6,15 @@ import pytest
 
 from curia_jax import data, sharding
 from data_pipeline.errors import UserError
+from tests.slices import FakeSlices
 
 
-class Slices:
-    """Stands for SliceSource: slice n is filled with the number n."""
+class Slices(FakeSlices):
+    """Slice n is filled with the number n."""
 
     def __init__(self, count: int, height: int = 4, width: int = 6) -> None:
         self._count = count
-        self.largest = (height, width)
+        self.split, self.largest = "train", (height, width)
 
     def __len__(self) -> int:
         return self._count

@@ -6,14 +6,14 @@ import pytest
 
 from curia_jax import augment, config, data, pictures
 from curia_jax.models import mae
-from data_pipeline.shards import SliceSource
+from tests.slices import FakeSlices
 
 SETTINGS = config.load("configs/demo.py").augment
 MODEL = {"size": "Ti", "image_size": 16, "patch_size": 8, "width": 16, "depth": 1, "heads": 2,
          "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2, "dtype": "float32"}  # fmt: skip
 
 
-class Slices(SliceSource):
+class Slices(FakeSlices):
     """Slices without files: a disc of 40 HU in air (CT), of 300 in nothing (MR)."""
 
     def __init__(self, rows: list[dict]) -> None:

@@ -39,6 +39,35 @@ def test_exact_on_hard_slices(pixels: np.ndarray) -> None:
     np.testing.assert_array_equal(codec.decode(codec.encode(pixels)), pixels)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 30), st.sampled_from([codec.RAW, codec.DELTA])), max_size=30)
+)
+def test_slices_of_many_sizes_are_decoded_to_the_corners_of_images(kinds: list[tuple[int, int, int]]) -> None:
+    """Those that follow each other in one size and codec are decoded together, the others not: the pixels are the same."""
+    slices = [RANDOM.integers(0, 65536, (height, width)).astype(np.uint16) for height, width, _ in kinds]
+    images = np.full((len(kinds), 40, 30), 9, np.uint16)
+    items = [codec.encode(one, kind) for one, (_, _, kind) in zip(slices, kinds, strict=True)]
+    assert codec.decode_into(iter(items), images) == [one.shape for one in slices]
+    for image, one in zip(images, slices, strict=True):
+        wanted = np.zeros((40, 30), np.uint16)
+        wanted[: one.shape[0], : one.shape[1]] = one
+        np.testing.assert_array_equal(image, wanted)
+
+
+@pytest.mark.parametrize("side", [33, 1500])
+def test_slices_of_one_size_are_decoded_together(side: int) -> None:
+    slices = RANDOM.integers(0, 65536, (21, side, 33)).astype(np.uint16)
+    images = np.empty_like(slices)
+    codec.decode_into([codec.encode(one) for one in slices], images)
+    np.testing.assert_array_equal(images, slices)
+
+
+def test_a_slice_that_is_larger_than_its_image_is_refused() -> None:
+    with pytest.raises(ValueError, match="a slice of 4x6 px does not fit into 8x5"):
+        codec.decode_into([codec.encode(np.zeros((4, 6), np.uint16))], np.empty((1, 8, 5), np.uint16))
+
+
 def test_smooth_slices_shrink() -> None:
     y, x = np.mgrid[:256, :256]
     pixels = (1000 + 300 * np.sin(x / 20) + 200 * np.cos(y / 15) + RANDOM.normal(0, 5, (256, 256))).astype(np.uint16)

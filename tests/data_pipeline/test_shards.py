@@ -100,6 +100,36 @@ def test_slices_are_in_the_order_of_the_index(dataset: Path) -> None:
             source[n]
 
 
+def test_slices_read_together_are_those_read_one_by_one(dataset: Path) -> None:
+    source = shards.SliceSource(dataset, "train")
+    numbers = np.random.default_rng(0).permutation(len(source)).tolist()
+    images = np.full((len(numbers), 44, 50), 9, np.uint16)
+    sizes, facts = source.read_into(numbers, images)
+    for number, image, (height, width), known in zip(numbers, images, sizes, facts, strict=True):
+        one = source[number]
+        np.testing.assert_array_equal(image[:height, :width], one["pixels"])
+        assert not image[height:].any() and not image[:, width:].any()
+        assert known == {name: one[name] for name in ("slope", "intercept", "low", "high", "hu")}
+    with pytest.raises(ValueError, match="do not fit into images of"):
+        source.read_into([0], np.empty((1, 39, 50), np.uint16))
+    with pytest.raises(IndexError):
+        source.read_into([len(source)], images[:1])
+
+
+def test_a_record_that_is_no_slice_is_named_in_a_batch_too(copy: Path) -> None:
+    first = sorted(copy.glob("*-train.array_record-*"))[0]
+    table = pq.read_table(copy / shards.SHARDS).to_pydict()
+    count = dict(zip(table["file"], table["records"], strict=True))[first.name]
+    size = first.stat().st_size
+    shards.write(first, [b"no record"] * count)
+    first.write_bytes(first.read_bytes().ljust(size, b"\0")[:size])
+    source = shards.SliceSource(copy, "train")
+    with pytest.raises(UserError, match=f"{first.name}, record 0, is damaged"):
+        source[0]
+    with pytest.raises(UserError, match=f"{first.name}, record 0, is damaged"):
+        source.read_into([0], np.empty((1, *source.largest), np.uint16))
+
+
 def test_the_largest_size_bounds_every_slice(dataset: Path) -> None:
     assert shards.SliceSource(dataset, "train").largest == (40, 40)
 

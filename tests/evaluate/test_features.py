@@ -10,14 +10,14 @@ from curia_jax import augment, config, data
 from curia_jax.evaluate import features
 from curia_jax.models import mae, vit
 from data_pipeline.errors import UserError
-from data_pipeline.shards import SliceSource
+from tests.slices import FakeSlices
 
 MODEL = {"size": "Ti", "image_size": 16, "patch_size": 8, "width": 16, "depth": 3, "heads": 2,
          "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2, "dtype": "bfloat16"}  # fmt: skip
 SETTINGS = config.load("configs/demo.py").augment
 
 
-class Slices(SliceSource):
+class Slices(FakeSlices):
     """Random slices of two sizes without files, the odd ones in HU."""
 
     def __init__(self, count: int, broken: int | None = None) -> None:
