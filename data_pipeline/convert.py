@@ -34,7 +34,7 @@ from data_pipeline import (
     shards,
     volumes,
 )
-from data_pipeline.errors import ReadError, UserError, fault
+from data_pipeline.errors import NO_ROOM, ReadError, UserError, fault
 from data_pipeline.workers import Touch
 
 AIR_HU = -1024
@@ -46,8 +46,10 @@ PATH = "_path"  # column of the sidecars alone: paths stay out of index.parquet
 
 @dataclasses.dataclass
 class _Slice:
-    """A slice on its way into a record; real value = pixels * slope + intercept."""
+    """A slice on its way into a record; real value = pixels * slope + intercept. `rank`: place in the spatial order of its
+    file, which need not be the order in which the file is read."""
 
+    rank: int
     pixels: UInt16[np.ndarray, "rows columns"]
     slope: float
     intercept: float
@@ -88,15 +90,21 @@ class _Spool:
         self._file.close()
 
     def add(self, data: bytes) -> tuple[int, int]:
-        self._file.seek(self.end)
-        self._file.write(data)
         place = (self.end, len(data))
+        try:
+            self._file.seek(self.end)
+            self._file.write(data)
+        except OSError as error:  # no fault of the input, which would be quarantined for it
+            raise UserError(NO_ROOM.format(error=error.strerror)) from error
         self.end += len(data)
         return place
 
     def read(self, place: tuple[int, int]) -> bytes:
-        self._file.seek(place[0])
-        return self._file.read(place[1])
+        try:
+            self._file.seek(place[0])  # this writes what waits
+            return self._file.read(place[1])
+        except OSError as error:
+            raise UserError(NO_ROOM.format(error=error.strerror)) from error
 
 
 def publish(task: Mapping[str, Any], skip: Mapping[str, str], touch: Touch) -> str:
@@ -234,7 +242,8 @@ def _series_records(
                 outcome |= {"fate": "excluded", "reason": reason}
         kept = []
     elif kept:
-        facts["signature"] = likeness.signature(read.thumbnails)
+        shown = [codec.decode(spool.read(kept[n].place)) for n in likeness.places(len(kept))]
+        facts["signature"] = likeness.signature(shown)
         if settings.get("planes"):
             kept += _reformats(series, facts, kept, settings, spool, read)
     for path, outcome in outcomes.items():
@@ -263,10 +272,10 @@ class _Read:
 
     histograms: dict[tuple[float, float], np.ndarray] = dataclasses.field(default_factory=dict)
     sources: set[str] = dataclasses.field(default_factory=set)
-    thumbnails: list[np.ndarray] = dataclasses.field(default_factory=list)
     left_out: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     def count(self, key: tuple[float, float], histogram: np.ndarray) -> None:
+        """Adds a histogram, which is then this one's to change."""
         before = self.histograms.get(key)
         if before is None:
             self.histograms[key] = histogram
@@ -275,11 +284,16 @@ class _Read:
         long[: len(short)] += short
         self.histograms[key] = long
 
+    def discount(self, key: tuple[float, float], histogram: np.ndarray) -> None:
+        self.histograms[key][: len(histogram)] -= histogram
+        self.histograms[key] = np.trim_zeros(self.histograms[key], "b")
+        if not len(self.histograms[key]):
+            del self.histograms[key]
+
     def add(self, other: "_Read") -> None:
         for key, histogram in other.histograms.items():
             self.count(key, histogram)
         self.sources |= other.sources
-        self.thumbnails += other.thumbnails
         self.left_out.update(other.left_out)
 
 
@@ -299,24 +313,39 @@ def _encode(
     outcome: dict[str, Any], seen: set[str], spool: _Spool,
 ) -> tuple[list[_Encoded], _Read]:  # fmt: skip
     """The slices of a file that are kept, and what was seen of them; says in `outcome` why others are not."""
-    kept: list[_Encoded] = []
     read = _Read()
-    for number, item in enumerate(_READERS[series["kind"]](file | {"path": path}, series, facts, outcome)):
+    found: list[tuple[int, str | None, _Encoded | None]] = []
+    for item in _READERS[series["kind"]](file | {"path": path}, series, facts, outcome, spool):
         item = _shrink(item, settings["size"])
-        reason = _exclude(item, facts) or (SAME_PIXELS if item.source in seen or item.source in read.sources else None)
+        # The only look at all pixels: rules, statistics and the card's intensities follow from how many have which value.
+        counts = np.bincount(item.pixels.ravel())
+        reason = _exclude(item, counts, facts) or (SAME_PIXELS if item.source in seen else None)
+        if reason is None:
+            index = file["first"] + item.rank
+            found.append((item.rank, None, _keep(item, counts, index, file["labels"], file["path"], spool)))
+            read.count((item.slope, item.intercept), counts)
+        else:
+            found.append((item.rank, reason, None))
+    kept: list[_Encoded] = []
+    for _, reason, one in sorted(found, key=lambda entry: entry[0]):
+        if one is not None and one.origin.source in read.sources:
+            # In a file of several frames which of two comes first is known at the end.
+            reason = SAME_PIXELS
+            pixels = codec.decode(spool.read(one.place))
+            read.discount((one.origin.slope, one.origin.intercept), np.bincount(pixels.ravel()))
         if reason is not None:
             outcome |= {"fate": "duplicate" if reason == SAME_PIXELS else "excluded", "reason": reason}
             read.left_out[reason] += 1
             continue
-        read.sources.add(item.source)
-        read.count((item.slope, item.intercept), np.bincount(item.pixels.ravel()))
-        read.thumbnails.append(likeness.thumbnail(item.pixels))
-        kept.append(_keep(item, file["first"] + number, file["labels"], file["path"], spool))
+        read.sources.add(one.origin.source)
+        kept.append(one)
     return kept, read
 
 
-def _keep(item: _Slice, index: int, labels: dict[str, Any], path: str, spool: _Spool) -> _Encoded:
-    statistics = records.slice_statistics(item.pixels, item.slope, item.intercept)
+def _keep(
+    item: _Slice, counts: np.ndarray, index: int, labels: dict[str, Any], path: str, spool: _Spool
+) -> _Encoded:  # fmt: skip
+    statistics = records.slice_statistics(item.pixels, item.slope, item.intercept, counts)
     place, shape = spool.add(codec.encode(item.pixels)), item.pixels.shape
     item.pixels = np.empty((0, 0), np.uint16)  # a view would keep the whole slice in memory
     return _Encoded(place, shape, index, labels, item, statistics, path)
@@ -347,15 +376,16 @@ def _reformats(
             stack.add(codec.decode(spool.read(e.place)))
         for cut in stack.planes(tuple(p for p in settings["planes"] if p != series["plane"])):
             item = _Slice(
-                cut.pixels, one.origin.slope, one.origin.intercept, cut.position, flags, dicom.stored_sha256(cut.pixels),
+                cut.number, cut.pixels, one.origin.slope, one.origin.intercept, cut.position, flags, dicom.stored_sha256(cut.pixels),
                 (stack.spacing, stack.spacing),
             )  # fmt: skip
             item = _shrink(item, settings["size"])
-            reason = _exclude(item, facts)
+            counts = np.bincount(item.pixels.ravel())
+            reason = _exclude(item, counts, facts)
             if reason is not None:
                 read.left_out[f"{reason} (reformatted)"] += 1
                 continue
-            encoded = _keep(item, cut.number, labels, "", spool)
+            encoded = _keep(item, counts, cut.number, labels, "", spool)
             found.append(dataclasses.replace(encoded, plane=cut.plane, step=stack.spacing))
     return found
 
@@ -381,71 +411,86 @@ def _check_unchanged(file: Mapping[str, Any]) -> None:
         raise UserError("an input changed while the build ran; start the build again")
 
 
-def _exclude(item: _Slice, facts: Mapping[str, Any]) -> str | None:
-    if facts["units"] == "HU":
-        return rules.exclude_pixels(item.pixels.astype(np.float32) * item.slope + item.intercept, hu=True)
-    return rules.exclude_pixels(item.pixels, hu=False)
+def _exclude(item: _Slice, counts: np.ndarray, facts: Mapping[str, Any]) -> str | None:
+    stored = np.flatnonzero(counts)
+    hu = facts["units"] == "HU"
+    values = stored.astype(np.float32) * item.slope + item.intercept if hu else stored
+    return rules.exclude_pixels(item.pixels.shape, values, counts[stored], hu=hu)
 
 
 # ---- readers: one file to slices
 
 
 def _read_dicom(
-    file: dict[str, Any], series: dict[str, Any], facts: dict[str, Any], outcome: dict[str, Any]
+    file: dict[str, Any], series: dict[str, Any], facts: dict[str, Any], outcome: dict[str, Any], spool: _Spool
 ) -> Iterator[_Slice]:
-    header = dicom.read_header(file["path"])
-    stored, decoder = dicom.read_stored(file["path"])
-    outcome["stored_sha256"], outcome["decoder"] = dicom.stored_sha256(stored), decoder
-    facts["units"] = "HU" if facts["modality"] == "CT" else "arbitrary"
+    hu = facts["modality"] == "CT"
+    facts["units"] = "HU" if hu else "arbitrary"
     flags = (records.IRREGULAR if set(series["problems"]) - {geometry.FEW} else 0) | (
         records.LOSSY if file["lossy"] else 0
     )
-    whole = outcome["stored_sha256"]
-    if len(stored) != header.frames:
-        raise ReadError(f"the header promises {header.frames} frames, the file holds {len(stored)}")
-    for frame, along in file["frames"]:
-        place = header.geometry[frame]
-        values = stored[frame]
-        if header.photometric == "MONOCHROME1" and facts["units"] != "HU":
-            # High values are meant to be seen dark. HU mean the same however they are shown.
-            values = (-1 if header.signed else (1 << header.bits_stored) - 1) - values.astype(np.int64)
-        pixels, slope, intercept, clipped = to_uint16(values, place.slope, place.intercept, hu=facts["units"] == "HU")
-        spacing = place.spacing or (0.0, 0.0)
-        source = whole if len(stored) == 1 else dicom.stored_sha256(stored[frame])
-        yield _Slice(pixels, slope, intercept, along, flags | clipped, source, (spacing[0], spacing[1]))
+    wanted = {frame: (rank, along) for rank, (frame, along) in enumerate(file["frames"])}
+    with dicom.open_image(file["path"]) as image:
+        whole = dicom.Digest()
+        for number, values in enumerate(image.stored()):
+            source = whole.add(values, of_its_own=image.frames > 1)
+            if number not in wanted:
+                continue
+            if image.photometric == "MONOCHROME1" and not hu:
+                # High values are meant to be seen dark. HU mean the same however they are shown.
+                values = (-1 if image.signed else (1 << image.bits_stored) - 1) - values.astype(np.int64)
+            place = image.geometry[number]
+            pixels, slope, intercept, clipped = to_uint16(values, place.slope, place.intercept, hu=hu)
+            rank, along = wanted[number]
+            spacing = place.spacing or (0.0, 0.0)
+            yield _Slice(
+                rank, pixels, slope, intercept, along, flags | clipped, source or whole.hex(), (spacing[0], spacing[1])
+            )
+        outcome["stored_sha256"], outcome["decoder"] = whole.hex(), image.decoder
 
 
 def _read_volume(
-    file: dict[str, Any], series: dict[str, Any], facts: dict[str, Any], outcome: dict[str, Any]
+    file: dict[str, Any], series: dict[str, Any], facts: dict[str, Any], outcome: dict[str, Any], spool: _Spool
 ) -> Iterator[_Slice]:
-    volume = volumes.read_volume(file["path"])
-    outcome["decoder"] = "nibabel" if volumes.is_nifti(file["path"]) else "SimpleITK"
-    outcome["stored_sha256"] = dicom.stored_sha256(volume.values) if volume.values.dtype.kind in "iu" else ""
-    if volume.is_label_map:
-        outcome["reason"] = "label map: few distinct whole numbers"
-        return
-    flags = 0
-    if facts["modality"] == "auto":
-        facts["modality"], flags = volumes.infer_modality(volume.values), records.MODALITY_INFERRED
-    facts |= {"units": "HU" if facts["modality"] == "CT" else "arbitrary", "body_part": "", "manufacturer": "unknown"}
-    series |= {"plane": volume.plane, "spacing": volume.spacing[2]}
-    facts["along"] = reformat.VOLUMES[volume.plane]
-    values, slope, intercept = _quantise(volume.values)
-    for number, plane in enumerate(values):
-        pixels, s, i, clipped = to_uint16(plane, slope, intercept, hu=facts["units"] == "HU", low=int(values.min()))
-        yield _Slice(
-            pixels, s, i, number * volume.spacing[2], flags | clipped, dicom.stored_sha256(plane), volume.spacing[:2]
-        )
+    with volumes.open_volume(file["path"], spool.folder) as volume:
+        outcome["decoder"] = "nibabel" if volumes.is_nifti(file["path"]) else "SimpleITK"
+        whole = dicom.Digest()
+        if volume.is_label_map:
+            for plane in volume.slices():
+                whole.add(plane)
+            outcome |= {"reason": "label map: few distinct whole numbers", "stored_sha256": whole.hex()}
+            return
+        flags = 0
+        if facts["modality"] == "auto":
+            facts["modality"], flags = volumes.infer_modality(volume.low, volume.high), records.MODALITY_INFERRED
+        hu = facts["modality"] == "CT"
+        facts |= {"units": "HU" if hu else "arbitrary", "body_part": "", "manufacturer": "unknown"}
+        series |= {"plane": volume.plane, "spacing": volume.spacing[2]}
+        facts["along"] = reformat.VOLUMES[volume.plane]
+        as_it_is = volume.integers and volume.high - min(volume.low, 0) < LEVELS
+        # Whole numbers as they are; others in 65,535 equal steps between the lowest and the highest.
+        slope = 1.0 if as_it_is else (float(volume.high) - float(volume.low)) / (LEVELS - 1) or 1.0
+        intercept = 0.0 if as_it_is else float(volume.low)
+        for number, plane in enumerate(volume.slices()):
+            steps = plane if as_it_is else np.rint((plane.astype(np.float64) - intercept) / slope).astype(np.int64)
+            if volume.integers:
+                source = whole.add(plane, of_its_own=True)
+            if not as_it_is:
+                source = dicom.stored_sha256(steps)
+            low = int(volume.low) if as_it_is else 0
+            pixels, s, i, clipped = to_uint16(steps, slope, intercept, hu=hu, low=low)
+            yield _Slice(number, pixels, s, i, number * volume.spacing[2], flags | clipped, source, volume.spacing[:2])
+        outcome["stored_sha256"] = whole.hex() if volume.integers else ""
 
 
 def _read_image(
-    file: dict[str, Any], series: dict[str, Any], facts: dict[str, Any], outcome: dict[str, Any]
+    file: dict[str, Any], series: dict[str, Any], facts: dict[str, Any], outcome: dict[str, Any], spool: _Spool
 ) -> Iterator[_Slice]:
     values = images.read_image(file["path"])
     outcome["stored_sha256"], outcome["decoder"] = dicom.stored_sha256(values), "Pillow"
     # Pictures have no HU, whatever the modality: a window was applied when they were made.
     facts |= {"units": "arbitrary", "body_part": "", "manufacturer": "unknown"}
-    yield _Slice(values.astype(np.uint16), 1.0, 0.0, 0.0, 0, outcome["stored_sha256"], (0.0, 0.0))
+    yield _Slice(0, values.astype(np.uint16), 1.0, 0.0, 0.0, 0, outcome["stored_sha256"], (0.0, 0.0))
 
 
 _READERS = {"dicom": _read_dicom, "volume": _read_volume, "image": _read_image}
@@ -475,29 +520,28 @@ def to_uint16(
     exact = float(slope).is_integer() and float(intercept).is_integer()
     # 32 bits hold 16-bit values times any slope and intercept in use, at a tenth of the time of 64.
     small = values.dtype.itemsize <= 2 and exact and abs(slope) < 1 << 14 and abs(intercept) < 1 << 28
-    whole = values.astype(np.int32 if small else np.int64)
+    if slope == 1 and small:
+        whole = values  # 16 bits do, because what is added wraps around
+    else:
+        whole = values.astype(np.int32 if small else np.int64)
     if slope < 0:
         whole, slope, low = -whole, -slope, None
+    clipped = 0
     if hu and exact:
-        shifted = (whole if slope == 1 else whole * int(slope)) + (int(intercept) - AIR_HU)
-        clipped = records.CLIPPED if shifted.min() < 0 else 0
+        whole = whole if slope == 1 else whole * int(slope)
+        shift = int(intercept) - AIR_HU
+        bottom = int(whole.min()) + shift
+        if bottom < 0:
+            clipped = records.CLIPPED
+            whole = np.maximum(whole if -shift <= np.iinfo(whole.dtype).max else whole.astype(np.int32), -shift)
         slope, intercept = 1.0, float(AIR_HU)
-        shifted = np.maximum(shifted, 0)
     else:
-        lowest = min(int(whole.min()) if low is None else low, 0)
-        shifted, clipped, intercept = whole - lowest, 0, float(intercept + slope * lowest)
-    if shifted.max() >= LEVELS:
-        raise ReadError(f"values span {int(shifted.max()) + 1:,} steps; a slice holds {LEVELS:,}")
-    return shifted.astype(np.uint16), float(slope), intercept, clipped
-
-
-def _quantise(values: Shaped[np.ndarray, "slices rows columns"]) -> tuple[np.ndarray, float, float]:
-    """Whole numbers as they are; others in 65,535 equal steps between the lowest and the highest."""
-    if values.dtype.kind in "iu" and int(values.max()) - min(int(values.min()), 0) < LEVELS:
-        return values, 1.0, 0.0
-    low, high = float(values.min()), float(values.max())
-    slope = (high - low) / (LEVELS - 1) or 1.0
-    return np.rint((values.astype(np.float64) - low) / slope).astype(np.int64), slope, low
+        shift = -min(int(whole.min()) if low is None else low, 0)
+        intercept = float(intercept - slope * shift)
+    top = int(whole.max()) + shift
+    if top >= LEVELS:
+        raise ReadError(f"values span {top + 1:,} steps; a slice holds {LEVELS:,}")
+    return whole.astype(np.uint16) + np.uint16(shift % LEVELS), float(slope), intercept, clipped
 
 
 def _shrink(item: _Slice, size: int | None) -> _Slice:

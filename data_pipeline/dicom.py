@@ -8,18 +8,21 @@ import dataclasses
 import hashlib
 import io
 import os
+import struct
 import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pydicom
 import pydicom.config
 import SimpleITK
-from jaxtyping import Float, Integer, Shaped
+from jaxtyping import Integer, Shaped
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_partial
-from pydicom.pixels import get_decoder, pixel_array
+from pydicom.pixels import as_pixel_options, get_decoder
 from pydicom.tag import BaseTag, Tag
+from pydicom.valuerep import EXPLICIT_VR_LENGTH_32
 
 from data_pipeline.errors import NO_MEMORY, ReadError, UserError, fault
 
@@ -50,10 +53,11 @@ LOSSY_SYNTAXES = frozenset(
 DICOMDIR = "1.2.840.10008.1.3.10"  # Media Storage Directory, the index of a CD
 MAXIMUM_FRAMES = 65_536
 MAXIMUM_PIXELS = 1 << 26  # of a frame: 8,192 x 8,192; none has a twentieth
-UNCOMPRESSED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
+# Implicit, explicit, deflated and big-endian: the pixels themselves, where others have items of compressed data.
+UNCOMPRESSED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2")
 
 # The fields below and no others are read from a header.
-_TAGS = [
+_HEADER_TAGS = [
     "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "FrameOfReferenceUID",
     "Modality", "ImageType", "Rows", "Columns", "NumberOfFrames", "PhotometricInterpretation", "SamplesPerPixel",
     "BurnedInAnnotation", "BodyPartExamined", "Manufacturer", "PixelSpacing", "SliceThickness", "ImageOrientationPatient",
@@ -61,12 +65,17 @@ _TAGS = [
     "HighBit", "PixelRepresentation", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
 ]  # fmt: skip
 
-# What decoding needs, and what says how to.
+# What decoding and rescaling need.
 _PIXEL_TAGS = [
-    "SOPClassUID", "Rows", "Columns", "NumberOfFrames", "PhotometricInterpretation", "SamplesPerPixel", "PlanarConfiguration",
-    "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelData", "ExtendedOffsetTable", "ExtendedOffsetTableLengths",
+    "Rows", "Columns", "NumberOfFrames", "PhotometricInterpretation", "SamplesPerPixel", "PlanarConfiguration", "BitsAllocated",
+    "BitsStored", "HighBit", "PixelRepresentation", "ExtendedOffsetTable", "ExtendedOffsetTableLengths", "PixelSpacing",
+    "ImageOrientationPatient", "ImagePositionPatient", "RescaleSlope", "RescaleIntercept", "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
 ]  # fmt: skip
+_HEADER_TAGS, _PIXEL_TAGS = ([Tag(word) for word in words] for words in (_HEADER_TAGS, _PIXEL_TAGS))
 _PIXEL_DATA, _FLOAT_PIXEL_DATA = 0x7FE00010, 0x7FE00008
+_UNDEFINED = 0xFFFFFFFF
+_ITEM, _END_OF_ITEMS = 0xE000FFFE, 0xE0DDFFFE  # as little-endian numbers of four bytes
 LONGEST_TAIL = 1 << 16  # bytes after the pixels; GDCM takes seconds for a megabyte of zeros
 MAXIMUM_ELEMENTS = 50_000  # of a data set; each costs time, and noise can hold millions
 
@@ -173,7 +182,8 @@ def read_header(path: str, file: io.BufferedIOBase | None = None) -> Header:
     Raises:
       ReadError: it is not DICOM, or is cut off before the pixels.
     """
-    dataset = _read(path if file is None else file, _TAGS, stop=_FLOAT_PIXEL_DATA)
+    with open(path, "rb") if file is None else contextlib.nullcontext(file) as source:
+        dataset, _ = _read(source, _HEADER_TAGS, stop=_FLOAT_PIXEL_DATA)
     try:
         with warnings.catch_warnings(action="ignore"):
             if "SOPClassUID" not in dataset and "Rows" not in dataset and not _is_dicomdir(dataset):
@@ -185,24 +195,28 @@ def read_header(path: str, file: io.BufferedIOBase | None = None) -> Header:
         raise ReadError(f"malformed header ({fault(error)})") from error
 
 
-def _read(source: str | io.BufferedIOBase, keywords: list[str], stop: int) -> Dataset:
-    """Elements by keyword, of those before the tag `stop`."""
+def _read(
+    file: io.BufferedIOBase, tags: Sequence[BaseTag], stop: int
+) -> tuple[Dataset, tuple[int, str | None, int] | None]:
+    """The elements with these tags, of those before the tag `stop`; and tag, representation and length of the one at which
+    reading ended."""
     seen = 0
+    last = None
 
     def ends(tag: BaseTag, representation: str | None, length: int) -> bool:
-        nonlocal seen
+        nonlocal seen, last
         seen += 1
         if seen > MAXIMUM_ELEMENTS:
             raise ReadError(f"damaged DICOM file: more than {MAXIMUM_ELEMENTS:,} elements before the pixels")
         number = int(tag)  # tags compare slowly
-        return number >= stop or number == 0  # zeros are padding, or what was never written
+        if number < stop and number:  # zeros are padding, or what was never written
+            return False
+        last = number, representation, length
+        return True
 
     try:
-        with (
-            warnings.catch_warnings(action="ignore"),
-            open(source, "rb") if isinstance(source, str) else contextlib.nullcontext(source) as file,
-        ):
-            return read_partial(file, stop_when=ends, force=True, specific_tags=[Tag(word) for word in keywords])
+        with warnings.catch_warnings(action="ignore"):
+            return read_partial(file, stop_when=ends, force=True, specific_tags=tags), last
     except ReadError:
         raise
     except MemoryError as error:
@@ -229,12 +243,7 @@ def _header(path: str, dataset: Dataset) -> Header:
     syntax = str(getattr(dataset.file_meta, "TransferSyntaxUID", "")) if hasattr(dataset, "file_meta") else ""
     image_type = dataset.get("ImageType") or ()
     lossy = text("LossyImageCompression")
-    frames = _whole(dataset, "NumberOfFrames", 1)
-    if not 1 <= frames <= MAXIMUM_FRAMES:
-        raise ReadError(f"the header promises {frames:,} frames; 1 to {MAXIMUM_FRAMES:,} can be real")
-    rows, columns = _whole(dataset, "Rows", 0), _whole(dataset, "Columns", 0)
-    if rows * columns > MAXIMUM_PIXELS:
-        raise ReadError(f"the header promises {rows:,} x {columns:,} px; a frame may have {MAXIMUM_PIXELS:,}")
+    frames, rows, columns = _sizes(dataset)
     return Header(
         path=path,
         sop_class=DICOMDIR if _is_dicomdir(dataset) else text("SOPClassUID"),
@@ -262,6 +271,17 @@ def _header(path: str, dataset: Dataset) -> Header:
     )
 
 
+def _sizes(dataset: Dataset) -> tuple[int, int, int]:
+    """Frames, rows and columns, where they can be real."""
+    frames = _whole(dataset, "NumberOfFrames", 1)
+    if not 1 <= frames <= MAXIMUM_FRAMES:
+        raise ReadError(f"the header promises {frames:,} frames; 1 to {MAXIMUM_FRAMES:,} can be real")
+    rows, columns = _whole(dataset, "Rows", 0), _whole(dataset, "Columns", 0)
+    if rows * columns > MAXIMUM_PIXELS:
+        raise ReadError(f"the header promises {rows:,} x {columns:,} px; a frame may have {MAXIMUM_PIXELS:,}")
+    return frames, rows, columns
+
+
 def _is_dicomdir(dataset: Dataset) -> bool:
     return str(getattr(getattr(dataset, "file_meta", None), "MediaStorageSOPClassUID", "")) == DICOMDIR
 
@@ -272,7 +292,8 @@ def read_dicomdir(path: str) -> list[str]:
     Raises:
       ReadError: it is no DICOMDIR, is damaged, or names a file outside its folder.
     """
-    dataset = _read(path, ["DirectoryRecordSequence"], stop=_FLOAT_PIXEL_DATA)
+    with open(path, "rb") as file:
+        dataset, _ = _read(file, [Tag("DirectoryRecordSequence")], stop=_FLOAT_PIXEL_DATA)
     if not _is_dicomdir(dataset):
         raise ReadError("not a DICOMDIR")
     try:
@@ -361,56 +382,153 @@ def _geometry(dataset: Dataset, frame: int) -> FrameGeometry:
     )
 
 
-def read_stored(path: str) -> tuple[Integer[np.ndarray, "frames rows columns"], str]:
-    """The stored values before any rescaling, and the decoder that made them.
+@dataclasses.dataclass
+class Image:
+    """An open file: what rescaling its frames takes, and the frames themselves.
 
-    The plugin pinned in PLUGINS comes first, SimpleITK (GDCM) second.
+    Attributes:
+      frames, photometric, bits_stored, signed, geometry: as in Header.
+      decoder: what decoded the frames, once they are read.
+    """
+
+    path: str
+    frames: int
+    photometric: str
+    bits_stored: int
+    signed: bool
+    geometry: tuple[FrameGeometry, ...]
+    decoder: str
+    _dataset: Dataset
+    _representation: str  # of the pixel data
+    _source: Any  # at their first byte: the file, or its inflated content as pydicom wraps it
+
+    def stored(self) -> Iterator[Integer[np.ndarray, "rows columns"]]:
+        """The stored values before any rescaling, frame by frame, so that no more than a frame is in memory.
+
+        The plugin pinned in PLUGINS comes first, SimpleITK (GDCM) second; from the frame on that the first cannot decode.
+
+        Raises:
+          ReadError: no decoder reads the pixels, or there are more frames than the header promises.
+        """
+        syntax = self._dataset.file_meta.TransferSyntaxUID
+        plugin = PLUGINS.get(syntax, "")
+        self.decoder = f"pydicom {pydicom.__version__} {plugin}".strip()
+        decoded = _decoded(self._dataset, self._representation, self._source, plugin)
+        count, second = 0, False
+        while True:
+            try:
+                values = next(decoded, None)
+                if values is None and count < self.frames:
+                    raise ValueError("fewer frames than the header promises")
+            except MemoryError as error:
+                raise ReadError(NO_MEMORY) from error
+            except (KeyboardInterrupt, SystemExit, ReadError):
+                raise
+            except BaseException as first:  # noqa: BLE001 - each plugin raises its own kinds, and those in Rust no Exception
+                if isinstance(first, OSError) and first.errno:  # of the disk
+                    raise
+                if second:
+                    raise ReadError(f"the pixels cannot be decoded (SimpleITK: {type(first).__name__})") from first
+                second, name = True, f"SimpleITK {SimpleITK.Version.VersionString()}"
+                self.decoder = name if not count else f"{self.decoder}, {name}"
+                decoded = _decoded_by_itk(self.path, type(first).__name__, self.geometry, count)
+                continue
+            if values is None:
+                return
+            count += 1
+            if count > self.frames:
+                raise ReadError(f"the header promises {self.frames} frames, the file holds more")
+            if values.ndim != 2:
+                raise ReadError("colour image")
+            if values.dtype.kind not in "iu":
+                raise ReadError(f"pixels are {values.dtype}, not integers")
+            yield values
+
+
+@contextlib.contextmanager
+def open_image(path: str) -> Iterator[Image]:
+    """Reads what stands before the pixels of a file, and stands ready to read those.
 
     Raises:
-      ReadError: no decoder reads the pixels, they are cut off, or they have several samples each.
+      ReadError: the header is damaged, there are no pixels, they are cut off, or they have several samples each.
     """
-    dataset = _read(path, _PIXEL_TAGS, stop=_PIXEL_DATA + 1)  # padding may follow, and it costs time
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            return _stored(path, dataset)
-    except ReadError:
-        raise
-    except Exception as error:
-        raise ReadError(f"malformed header ({fault(error)})") from error
+    with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
+        dataset, last = _read(file, _PIXEL_TAGS, stop=_PIXEL_DATA)
+        try:
+            image = _image(path, dataset, file if dataset.buffer is None else dataset.buffer, last)
+        except ReadError:
+            raise
+        except Exception as error:  # values are parsed when they are asked for, and each parser raises its own kinds
+            raise ReadError(f"malformed header ({fault(error)})") from error
+        yield image
 
 
-def _stored(path: str, dataset: Dataset) -> tuple[np.ndarray, str]:
+def _image(path: str, dataset: Dataset, source: Any, last: tuple[int, str | None, int] | None) -> Image:
     syntax = str(getattr(getattr(dataset, "file_meta", None), "TransferSyntaxUID", ""))
     if not syntax:
         raise ReadError("no transfer syntax: how the pixels are encoded is unknown")
-    if "PixelData" not in dataset:
+    if last is None or last[0] != _PIXEL_DATA:
         raise ReadError("no pixel data")
-    if int(dataset.get("SamplesPerPixel") or 1) != 1:
+    if _whole(dataset, "SamplesPerPixel", 1) != 1:
         raise ReadError("colour image")
+    frames, rows, columns = _sizes(dataset)
+    _, representation, length = last
+    source.seek(12 if representation in EXPLICIT_VR_LENGTH_32 else 8, os.SEEK_CUR)
+    begin = source.tell()
+    source.seek(0, os.SEEK_END)
+    found = min(length, source.tell() - begin)
+    source.seek(begin)
     if syntax in UNCOMPRESSED:
-        rows, columns, frames = (
-            int(dataset.get(n) or d) for n, d in (("Rows", 0), ("Columns", 0), ("NumberOfFrames", 1))
-        )
-        wanted = rows * columns * frames * int(dataset.get("BitsAllocated") or 0) // 8
-        if len(dataset.PixelData) < wanted:
-            raise ReadError(f"truncated: the pixel data has {len(dataset.PixelData):,} of {wanted:,} bytes")
-    try:
-        plugin = PLUGINS.get(syntax, "")
-        values = pixel_array(dataset, raw=True, decoding_plugin=plugin)
-        decoder = f"pydicom {pydicom.__version__} {plugin}".strip()
-    except MemoryError as error:
-        raise ReadError(NO_MEMORY) from error
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as first:  # noqa: BLE001 - each plugin raises its own kinds, and those in Rust no Exception
-        values, decoder = _read_with_itk(path, type(first).__name__)
-    if values.ndim == 2:
-        values = values[None]
-    if values.ndim != 3:
-        raise ReadError("colour image")
-    if values.dtype.kind not in "iu":
-        raise ReadError(f"pixels are {values.dtype}, not integers")
-    return values, decoder
+        frame = rows * columns * _whole(dataset, "BitsAllocated", 0) / 8
+        if found < int(frame * frames):
+            raise ReadError(f"truncated: the pixel data has {found:,} of {int(frame * frames):,} bytes")
+        if frame and found // frame > frames:
+            raise ReadError(f"the header promises {frames} frames, the file holds more")
+    elif length == _UNDEFINED:
+        _check_items(source)
+    else:  # not as the standard has it; the end of the items has to be the end of the source
+        source = io.BytesIO(source.read(length))
+    return Image(
+        path=path,
+        frames=frames,
+        photometric=str(dataset.get("PhotometricInterpretation") or "").strip(),
+        bits_stored=_whole(dataset, "BitsStored", 16),
+        signed=_whole(dataset, "PixelRepresentation", 0) == 1,
+        geometry=_geometries(dataset, frames),
+        decoder="",
+        _dataset=dataset,
+        _representation=representation or "OW",
+        _source=source,
+    )
+
+
+def _check_items(source: Any) -> None:
+    """Raises ReadError where compressed pixel data is cut off; decoders take what is left of it for an image."""
+    begin = source.tell()
+    while True:
+        head = source.read(8)
+        if len(head) < 8:
+            raise ReadError("truncated: the compressed pixel data has no end")
+        tag, length = struct.unpack("<LL", head)
+        if tag != _ITEM or length == _UNDEFINED:
+            break  # at the end of the items; or at what is none, about which the decoders have their say
+        source.seek(length, os.SEEK_CUR)
+    source.seek(begin)
+
+
+def _decoded(
+    dataset: Dataset, representation: str, source: Any, plugin: str
+) -> Iterator[Integer[np.ndarray, "rows columns"]]:
+    syntax = dataset.file_meta.TransferSyntaxUID
+    options = as_pixel_options(dataset, pixel_keyword="PixelData", pixel_vr=representation)
+    for values, _ in get_decoder(syntax).iter_array(source, raw=True, decoding_plugin=plugin, **options):
+        yield values
+
+
+def read_stored(path: str) -> tuple[Integer[np.ndarray, "frames rows columns"], str]:
+    """All frames of a file at once, and what decoded them; see Image."""
+    with open_image(path) as image:
+        return np.stack(list(image.stored())), image.decoder
 
 
 def _end_of_pixels(path: str) -> int:
@@ -422,13 +540,18 @@ def _end_of_pixels(path: str) -> int:
         return file.tell()
 
 
-def _read_with_itk(path: str, first_failure: str) -> tuple[np.ndarray, str]:
+def _decoded_by_itk(
+    path: str, first_failure: str, geometry: Sequence[FrameGeometry], start: int = 0
+) -> Iterator[Integer[np.ndarray, "rows columns"]]:
+    """Frames from number `start` on. GDCM decodes a file whole."""
+    failed = f"the pixels cannot be decoded (pydicom: {first_failure}; SimpleITK "
     tail = os.path.getsize(path) - _end_of_pixels(path)
     if tail > LONGEST_TAIL:
-        raise ReadError(
-            f"the pixels cannot be decoded (pydicom: {first_failure}; SimpleITK is not asked, because it reads what follows "
-            f"the pixels too, {tail:,} bytes)"
-        )
+        raise ReadError(f"{failed}is not asked, because it reads what follows the pixels too, {tail:,} bytes)")
+    rescales = {(place.slope, place.intercept) for place in geometry}
+    if len(rescales) > 1:
+        raise ReadError(f"{failed}mixes up frames of several rescale slopes)")
+    slope, intercept = rescales.pop()
     reader = SimpleITK.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(path)
@@ -436,33 +559,37 @@ def _read_with_itk(path: str, first_failure: str) -> tuple[np.ndarray, str]:
         reader.ReadImageInformation()
         image = reader.Execute()
     except RuntimeError as error:
-        raise ReadError(
-            f"the pixels cannot be decoded (pydicom: {first_failure}; SimpleITK refused them too)"
-        ) from error
-    values = SimpleITK.GetArrayFromImage(image).astype(np.float64)
-    rescales = {(place.slope, place.intercept) for place in read_header(path).geometry}
-    if len(rescales) > 1:
-        raise ReadError(
-            f"the pixels cannot be decoded (pydicom: {first_failure}; SimpleITK mixes up frames of several rescale slopes)"
-        )
-    slope, intercept = rescales.pop()
-    # GDCM rescales; undo that, so that both decoders give stored values.
-    stored = np.rint((values - intercept) / slope)
-    if np.abs(stored * slope + intercept - values).max() > 1e-3 * max(1.0, abs(slope)):
-        raise ReadError(f"the pixels cannot be decoded (pydicom: {first_failure}; SimpleITK rescales them otherwise)")
-    return stored.astype(np.int32), f"SimpleITK {SimpleITK.Version.VersionString()}"
+        raise ReadError(f"{failed}refused them too)") from error
+    frames = SimpleITK.GetArrayFromImage(image)
+    del image
+    for frame in (frames if frames.ndim == 3 else frames[None])[start:]:
+        values = frame.astype(np.float64)
+        # GDCM rescales; undo that, so that both decoders give stored values.
+        stored = np.rint((values - intercept) / slope)
+        if np.abs(stored * slope + intercept - values).max() > 1e-3 * max(1.0, abs(slope)):
+            raise ReadError(f"{failed}rescales them otherwise)")
+        yield stored.astype(np.int32)
+
+
+class Digest:
+    """SHA-256 over stored values as little-endian int64, frame after frame, each in C order; hex() gives its first 16 digits."""
+
+    def __init__(self) -> None:
+        self._all = hashlib.sha256()
+
+    def add(self, frame: Shaped[np.ndarray, "..."], *, of_its_own: bool = False) -> str:
+        """Takes in a frame; says what the digest of this frame alone is where that is asked for."""
+        wide = np.ascontiguousarray(frame, dtype="<i8")  # a frame at a time: int64 takes four times the memory
+        self._all.update(wide)
+        return hashlib.sha256(wide).hexdigest()[:16] if of_its_own else ""
+
+    def hex(self) -> str:
+        return self._all.hexdigest()[:16]
 
 
 def stored_sha256(stored: Shaped[np.ndarray, "..."]) -> str:
-    """First 16 hex digits of the SHA-256 over the stored values as little-endian int64, frames first, in C order."""
-    digest = hashlib.sha256()
-    for part in stored if stored.ndim == 3 else [stored]:  # frame by frame: int64 takes four times the memory
-        digest.update(np.ascontiguousarray(part, dtype="<i8"))
-    return digest.hexdigest()[:16]
-
-
-def real_values(
-    stored: Integer[np.ndarray, "rows columns"], geometry: FrameGeometry
-) -> Float[np.ndarray, "rows columns"]:
-    """Stored values rescaled: HU for CT."""
-    return stored.astype(np.float32) * np.float32(geometry.slope) + np.float32(geometry.intercept)
+    """Digest of one frame, or of several with the frames first."""
+    digest = Digest()
+    for frame in stored if stored.ndim == 3 else [stored]:
+        digest.add(frame)
+    return digest.hex()

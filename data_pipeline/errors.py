@@ -13,6 +13,7 @@ class ReadError(Exception):
 
 
 NO_MEMORY = "it needs more memory than a worker may take; if it is sound, give them more with --memory-gb"
+NO_ROOM = "no room on the disk for what is in hand ({error}); make room there and start the build again"
 
 
 def fault(error: BaseException) -> str:

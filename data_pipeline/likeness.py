@@ -19,17 +19,22 @@ LIKE = 0.995
 MOST_IN_A_BUCKET = 512
 
 
-def thumbnail(pixels: UInt16[np.ndarray, "rows columns"]) -> Float[np.ndarray, "16 16"]:
+def places(count: int) -> list[int]:
+    """Which slices of a series of `count` its signature is made of."""
+    return [min(int(place * count), count - 1) for place in PLACES]
+
+
+def _thumbnail(pixels: UInt16[np.ndarray, "rows columns"]) -> Float[np.ndarray, "16 16"]:
     """A slice at 16 x 16 px, antialiased."""
     small = Image.fromarray(pixels.astype(np.float32)).resize((SIDE, SIDE), Image.Resampling.BOX)
     return np.asarray(small)
 
 
-def signature(thumbnails: Sequence[Float[np.ndarray, "16 16"]]) -> Int8[np.ndarray, "3 16 16"]:
-    """Of the thumbnails of all slices of a series in order: those of PLACES, with mean 0 and deviation 32."""
-    chosen = np.stack([thumbnails[min(int(place * len(thumbnails)), len(thumbnails) - 1)] for place in PLACES])
-    deviation = float(chosen.std())
-    normal = (chosen - chosen.mean()) / (deviation if deviation > 0 else 1.0)
+def signature(chosen: Sequence[UInt16[np.ndarray, "_ _"]]) -> Int8[np.ndarray, "3 16 16"]:
+    """Of the slices of a series that `places` names: small, with mean 0 and deviation 32 together."""
+    small = np.stack([_thumbnail(pixels) for pixels in chosen])
+    deviation = float(small.std())
+    normal = (small - small.mean()) / (deviation if deviation > 0 else 1.0)
     return np.clip(np.rint(normal * 32), -127, 127).astype(np.int8)
 
 

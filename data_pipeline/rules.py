@@ -53,17 +53,20 @@ def exclude_header(header: Header) -> str | None:
     return next((name for name, predicate in HEADER_RULES if predicate(header)), None)
 
 
-def exclude_pixels(values: Shaped[np.ndarray, "rows columns"], *, hu: bool) -> str | None:
+def exclude_pixels(
+    shape: tuple[int, int], values: Shaped[np.ndarray, " values"], counts: Shaped[np.ndarray, " values"], *, hu: bool
+) -> str | None:
     """Name of the first pixel rule that leaves a slice out, or None.
 
     Args:
-      values: real values; HU where `hu` is true.
+      shape: of the slice, px.
+      values, counts: its distinct values, in order, and how many pixels have them; HU where `hu` is true.
     """
-    if min(values.shape) < MINIMUM_SIDE:
+    if min(shape) < MINIMUM_SIDE:
         return f"smaller than {MINIMUM_SIDE} px"
-    if values.min() == values.max():
+    if values[0] == values[-1]:
         return "constant"
-    if hu and float(np.mean(values < AIR_HU)) > AIR_SHARE:
+    if hu and int(counts[values < AIR_HU].sum()) / (shape[0] * shape[1]) > AIR_SHARE:
         return "all air"
     return None
 

@@ -1,16 +1,22 @@
 """NIfTI, NRRD and MetaImage volumes, cut into slices as a DICOM viewer would show them."""
 
+import contextlib
 import dataclasses
 import math
 import os
 import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import nibabel
 import numpy as np
 import SimpleITK
 from jaxtyping import Shaped
+from nibabel.volumeutils import apply_read_scaling
 
-from data_pipeline.errors import NO_MEMORY, ReadError
+from data_pipeline.errors import NO_MEMORY, NO_ROOM, ReadError, UserError
 
 SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
 
@@ -19,7 +25,56 @@ LABEL_VALUES = 128
 FEW_LABEL_VALUES = 24
 MAXIMUM_RATIO = 1100  # deflate, which all these formats use, packs 1,032 bytes into one at best
 HEADER_BYTES = 1 << 16
+# Larger NIfTI volumes are read piece by piece.
+IN_MEMORY_BYTES = 1 << 28
+SLAB_BYTES = 1 << 24  # of neighbouring planes as they are stored
+BLOCK_BYTES = 1 << 28  # of planes across the order in which they are stored: each needs one look at the whole file
 LABEL_NAMES = re.compile(r"(seg|mask|msk|label|lobes?|roi)", re.IGNORECASE)
+
+
+class _Array:
+    """Stored values in memory; the first axis is the fastest, as in NIfTI."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values, self.shape, self.dtype = values, values.shape, values.dtype
+
+    def planes(self, axis: int, first: int, last: int) -> np.ndarray:
+        """Planes first to last along an axis."""
+        return self.values[(slice(None),) * axis + (slice(first, last),)]
+
+    def together(self, axis: int) -> int:
+        """How many planes to ask for at a time."""
+        return max(1, SLAB_BYTES * self.shape[axis] // max(1, self.values.nbytes))
+
+
+class _File:
+    """Stored values in a file, of which planes are read when they are asked for."""
+
+    def __init__(self, file: BinaryIO, offset: int, shape: tuple[int, int, int], dtype: np.dtype) -> None:
+        self._file, self._offset, self.shape, self.dtype = file, offset, shape, dtype
+
+    def planes(self, axis: int, first: int, last: int) -> np.ndarray:
+        rows, columns, count = self.shape
+        if axis == 2:
+            return self._read(first * rows * columns, (rows, columns, last - first))
+        part = np.empty((*self.shape[:axis], last - first, *self.shape[axis + 1 :]), self.dtype, order="F")
+        for n in range(count):
+            if axis == 1:
+                part[:, :, n] = self._read((n * columns + first) * rows, (rows, last - first, 1))[:, :, 0]
+            else:
+                part[:, :, n] = self._read(n * columns * rows, (rows, columns, 1))[first:last, :, 0]
+        return part
+
+    def _read(self, start: int, shape: tuple[int, int, int]) -> np.ndarray:
+        size = math.prod(shape) * self.dtype.itemsize
+        data = os.pread(self._file.fileno(), size, self._offset + start * self.dtype.itemsize)
+        if len(data) < size:
+            raise ReadError("damaged volume: it is cut off")
+        return np.frombuffer(data, self.dtype).reshape(shape, order="F")
+
+    def together(self, axis: int) -> int:
+        plane = math.prod(self.shape) // self.shape[axis] * self.dtype.itemsize
+        return max(1, (SLAB_BYTES if axis == 2 else BLOCK_BYTES) // plane)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,16 +82,41 @@ class Volume:
     """Slices of a volume.
 
     Attributes:
-      values: as stored, rescaled; integers where all of them are whole numbers.
       spacing: between rows, columns and slices, mm.
       plane: of the slices: the plane with the smallest spacing within it, axial for isotropic volumes.
+      low, high: lowest and highest value.
+      integers: all values are whole numbers.
       is_label_map: few distinct whole numbers: segmentations, not images.
     """
 
-    values: Shaped[np.ndarray, "slices rows columns"]
     spacing: tuple[float, float, float]
     plane: str
+    low: int | float
+    high: int | float
+    integers: bool
     is_label_map: bool
+    _stored: _Array | _File
+    _scaling: tuple[float, float]
+    _orientation: np.ndarray
+
+    def slices(self) -> Iterator[Shaped[np.ndarray, "rows columns"]]:
+        """One after the other, rescaled, turned as read_volume says; integers where all values are, else float32."""
+        through = PLANES.index(self.plane)
+        axis = int(np.flatnonzero(self._orientation[:, 0] == through)[0])
+        count, step = self._stored.shape[axis], self._stored.together(axis)
+        starts = range(0, count, step)
+        for start in starts if self._orientation[axis, 1] > 0 else reversed(starts):
+            values = _scaled(self._stored.planes(axis, start, min(start + step, count)), self._scaling)
+            if values.dtype.kind == "f":
+                values = np.nan_to_num(values, nan=self.low, posinf=self.high, neginf=self.low)
+                values = np.rint(values).astype(np.int32) if self.integers else values.astype(np.float32)
+            values = nibabel.apply_orientation(values, self._orientation)
+            # Rows run from the front or the head down, columns from the patient's right or, in sagittal slices, from the face.
+            for one in np.moveaxis(values, through, 0)[:, ::-1, ::-1].transpose(0, 2, 1):
+                yield np.ascontiguousarray(one)
+
+
+PLANES = ("sagittal", "coronal", "axial")  # across axes that point right, front, up
 
 
 def is_nifti(path: str) -> bool:
@@ -44,70 +124,156 @@ def is_nifti(path: str) -> bool:
     return path.lower().endswith((".nii", ".nii.gz"))
 
 
-def read_volume(path: str) -> Volume:
-    """Reads a volume and turns it so that slices are seen as usual: axial and coronal with the patient's right on the left
-    and front or head up, sagittal with the face to the left.
+@contextlib.contextmanager
+def open_volume(path: str, scratch: Path | None = None) -> Iterator[Volume]:
+    """Looks at a volume once, for what holds of all its slices, and turns it so that slices are seen as usual: axial and
+    coronal with the patient's right on the left and front or head up, sagittal with the face to the left.
+
+    No more than IN_MEMORY_BYTES of a NIfTI volume are in memory. A large one that is compressed lies in `scratch`, as a file
+    without a name, as long as the context lasts. SimpleITK reads the other formats whole.
 
     Raises:
       ReadError: damaged, or not of two or three dimensions.
     """
     try:
-        return _volume(path, *(_read_nifti(path) if is_nifti(path) else _read_itk(path)))
+        with contextlib.ExitStack() as stack:
+            yield _volume(path, *(_open_nifti(path, scratch, stack) if is_nifti(path) else _read_itk(path)))
     except MemoryError as error:
         raise ReadError(NO_MEMORY) from error
 
 
-def _volume(path: str, values: np.ndarray, affine: np.ndarray) -> Volume:
-    values = np.squeeze(values) if values.ndim > 3 else values
-    if values.ndim == 2:
-        values = values[:, :, None]
-    if values.ndim != 3 or 0 in values.shape:
-        raise ReadError(f"{values.ndim} dimensions; slices come from volumes of 2 or 3")
-    if values.dtype.kind == "c" or values.dtype.names:
-        raise ReadError("complex or colour values")
-    values = _finite(values)
+def read_volume(path: str) -> tuple[Volume, Shaped[np.ndarray, "slices rows columns"]]:
+    """A volume and all its slices at once; see open_volume."""
+    with open_volume(path) as volume:
+        return volume, np.stack(list(volume.slices()))
+
+
+def _volume(path: str, stored: _Array | _File, scaling: tuple[float, float], affine: np.ndarray) -> Volume:
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     # To axes pointing right, front, up, so that array axes are sagittal, coronal and axial in turn.
     orientation = nibabel.io_orientation(affine)
     if np.isnan(orientation).any():
         raise ReadError("its affine is singular: where the voxels lie is unknown")
-    values = nibabel.apply_orientation(values, orientation)
-    spacing = spacing[np.argsort(orientation[:, 0])]
+    order = np.argsort(orientation[:, 0])
+    spacing, shape = spacing[order], [stored.shape[axis] for axis in order]
     through = 2
-    if values.shape.count(1) == 1:
-        through = values.shape.index(1)
+    if shape.count(1) == 1:
+        through = shape.index(1)
     elif spacing.max() > 1.1 * np.sort(spacing)[1]:
         through = int(np.argmax(spacing))
-    plane = ("sagittal", "coronal", "axial")[through]
-    # Rows run from the front or the head down, columns from the patient's right or, in sagittal slices, from the face.
-    slices = np.moveaxis(values, through, 0)[:, ::-1, ::-1].transpose(0, 2, 1)
     in_plane = [axis for axis in range(3) if axis != through]
-    values = _whole(np.ascontiguousarray(slices))
+    low, high, integers, distinct = _look(stored, scaling)
+    few = distinct <= FEW_LABEL_VALUES or (
+        distinct <= LABEL_VALUES and bool(LABEL_NAMES.search(path.rsplit("/", 1)[-1]))
+    )
     return Volume(
-        values=values,
         spacing=(float(spacing[in_plane[1]]), float(spacing[in_plane[0]]), float(spacing[through])),
-        plane=plane,
-        is_label_map=_is_label_map(values, path),
+        plane=PLANES[through],
+        low=low,
+        high=high,
+        integers=integers,
+        is_label_map=integers and few,
+        _stored=stored,
+        _scaling=scaling,
+        _orientation=orientation,
     )
 
 
-def _read_nifti(path: str) -> tuple[np.ndarray, np.ndarray]:
+def _shape(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, int, int]:
+    """Of three axes; more than three may be there if they are of one plane."""
+    if len(shape) > 3:
+        shape = tuple(n for n in shape if n != 1)
+    if len(shape) == 2:
+        shape = (*shape, 1)
+    if len(shape) != 3 or 0 in shape:
+        raise ReadError(f"{len(shape)} dimensions; slices come from volumes of 2 or 3")
+    if dtype.kind == "c" or dtype.names:
+        raise ReadError("complex or colour values")
+    return shape
+
+
+def _open_nifti(
+    path: str, scratch: Path | None, stack: contextlib.ExitStack
+) -> tuple[_Array | _File, tuple[float, float], np.ndarray]:
     try:
         image = nibabel.load(path)
         _check_promise(path, image.shape, image.get_data_dtype().itemsize)
         affine = np.asarray(image.affine, np.float64)
-        stored, slope, inter = image.dataobj.get_unscaled(), image.dataobj.slope, image.dataobj.inter
-        if (slope, inter) == (1, 0):
-            values = stored
-        elif stored.dtype.kind in "iu" and stored.dtype.itemsize <= 2 and _is_small(slope) and _is_small(inter):
-            values = stored.astype(np.int32) * int(slope) + int(inter)
+        proxy = image.dataobj
+        shape = _shape(proxy.shape, proxy.dtype)
+        size = math.prod(shape) * proxy.dtype.itemsize
+        if size <= IN_MEMORY_BYTES:
+            stored: _Array | _File = _Array(np.asarray(proxy.get_unscaled()).reshape(shape, order="F"))
+        elif path.lower().endswith(".gz"):
+            file = stack.enter_context(tempfile.TemporaryFile(dir=scratch))
+            with nibabel.openers.ImageOpener(path) as packed:
+                packed.seek(proxy.offset)
+                _copy(packed, file, size)
+            stored = _File(file, 0, shape, proxy.dtype)
         else:
-            values = image.get_fdata(dtype=np.float32, caching="unchanged")
-    except (ReadError, MemoryError):
+            stored = _File(stack.enter_context(open(path, "rb")), proxy.offset, shape, proxy.dtype)
+    except (ReadError, UserError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - nibabel, gzip and zlib each raise their own kinds
         raise ReadError(f"damaged volume ({type(error).__name__})") from error
-    return values, _sound(affine)
+    return stored, (float(proxy.slope), float(proxy.inter)), _sound(affine)
+
+
+def _copy(source: Any, target: BinaryIO, size: int) -> None:
+    while size:
+        piece = source.read(min(SLAB_BYTES, size))
+        if not piece:
+            raise ReadError("damaged volume: it is cut off")
+        size -= len(piece)
+        try:
+            target.write(piece)
+            target.flush()
+        except OSError as error:  # not the input's fault
+            raise UserError(NO_ROOM.format(error=error.strerror)) from error
+
+
+def _scaled(stored: np.ndarray, scaling: tuple[float, float]) -> np.ndarray:
+    """Real values: integers where stored values and scaling are small ones, else as nibabel rescales, in float32."""
+    slope, inter = scaling
+    if scaling == (1, 0):
+        return stored
+    if stored.dtype.kind in "iu" and stored.dtype.itemsize <= 2 and _is_small(slope) and _is_small(inter):
+        return stored.astype(np.int32) * int(slope) + int(inter)
+    return apply_read_scaling(stored, np.float64(slope), np.float64(inter)).astype(np.float32)
+
+
+def _look(stored: _Array | _File, scaling: tuple[float, float]) -> tuple[int | float, int | float, bool, int]:
+    """Lowest and highest value; whether all are whole numbers of 32 bits, or of their own type; and how many distinct ones
+    there are, of whole numbers and as far as it matters. What is no number counts for the lowest value, infinity for the
+    highest or lowest."""
+    low, high, whole = math.inf, -math.inf, True
+    distinct: set[int] = set()
+    for start in range(0, stored.shape[2], step := stored.together(2)):
+        values = _scaled(stored.planes(2, start, min(start + step, stored.shape[2])), scaling)
+        kind = values.dtype.kind
+        if kind == "f":
+            finite = np.isfinite(values)
+            values = values if finite.all() else values[finite]
+            if not values.size:
+                continue
+            whole = whole and bool(np.array_equal(values, np.rint(values)))
+        bottom, top = values.min().item(), values.max().item()
+        low, high = min(low, bottom), max(high, top)
+        whole = whole and (kind != "f" or max(abs(bottom), abs(top)) < 2**31)
+        if whole and len(distinct) <= LABEL_VALUES:
+            distinct.update(_distinct(values.astype(np.int64) if kind == "f" else values))
+    if low > high:
+        raise ReadError("none of its values is a finite number")
+    if not whole:
+        low, high = float(np.float32(low)), float(np.float32(high))
+    return low, high, whole, len(distinct)
+
+
+def _distinct(values: np.ndarray) -> list[int]:
+    low, high = int(values.min()), int(values.max())
+    if high - low < 1 << 16:  # counting is many times faster than sorting
+        return (np.flatnonzero(np.bincount((values.ravel() - np.int64(low)).astype(np.int64))) + low).tolist()
+    return np.unique(values).tolist()
 
 
 def _is_small(number: float) -> bool:
@@ -158,7 +324,7 @@ def _data_file(path: str) -> str:
     return target
 
 
-def _read_itk(path: str) -> tuple[np.ndarray, np.ndarray]:
+def _read_itk(path: str) -> tuple[_Array, tuple[float, float], np.ndarray]:
     reader = SimpleITK.ImageFileReader()
     # By the name alone: ITK would look at the content and take any format that it knows, some of which open other files.
     reader.SetImageIO("NrrdImageIO" if path.lower().endswith((".nrrd", ".nhdr")) else "MetaImageIO")
@@ -178,7 +344,9 @@ def _read_itk(path: str) -> tuple[np.ndarray, np.ndarray]:
     affine = np.eye(4)
     affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
     affine[:2] *= -1  # ITK's axes point left and back, NIfTI's right and front
-    return SimpleITK.GetArrayFromImage(image).transpose(2, 1, 0), _sound(affine)
+    values = SimpleITK.GetArrayFromImage(image).transpose(2, 1, 0)
+    _shape(values.shape, values.dtype)
+    return _Array(values), (1.0, 0.0), _sound(affine)
 
 
 _ITEM_BYTES = {
@@ -194,43 +362,6 @@ def _sound(affine: np.ndarray) -> np.ndarray:
     return affine
 
 
-def _finite(values: np.ndarray) -> np.ndarray:
-    """What is no number, as outside a resampled field of view, becomes the lowest value; infinity the highest."""
-    if values.dtype.kind != "f":
-        return values
-    finite = np.isfinite(values)
-    if finite.all():
-        return values
-    if not finite.any():
-        raise ReadError("none of its values is a finite number")
-    low, high = float(values[finite].min()), float(values[finite].max())
-    return np.nan_to_num(values, nan=low, posinf=high, neginf=low)
-
-
-def _whole(values: np.ndarray) -> np.ndarray:
-    """Floats that are all whole numbers as int32; anything else unchanged."""
-    if values.dtype.kind in "iu":
-        return values
-    rounded = np.rint(values)
-    if np.abs(values).max(initial=0.0) < 2**31 and np.array_equal(values, rounded):
-        return rounded.astype(np.int32)
-    return values.astype(np.float32)
-
-
-def _is_label_map(values: np.ndarray, path: str) -> bool:
-    if values.dtype.kind == "f":
-        return False
-    low, high = int(values.min()), int(values.max())
-    if high - low < 1 << 16:  # counting is many times faster than sorting
-        distinct = int(np.count_nonzero(np.bincount((values.ravel() - np.int64(low)).astype(np.int64))))
-    else:
-        distinct = len(np.unique(values))
-    return distinct <= FEW_LABEL_VALUES or (
-        distinct <= LABEL_VALUES and bool(LABEL_NAMES.search(path.rsplit("/", 1)[-1]))
-    )
-
-
-def infer_modality(values: Shaped[np.ndarray, "..."]) -> str:
+def infer_modality(low: int | float, high: int | float) -> str:
     """ "CT" where the values look like HU (air near -1000 and nothing far below the padding values in use), else "MR"."""
-    low, high = float(np.min(values)), float(np.max(values))
     return "CT" if -4096 <= low <= -500 and high > 100 else "MR"

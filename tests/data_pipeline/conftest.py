@@ -241,15 +241,15 @@ settings = os.environ.get("TROUBLE")
 if settings:
     import json
     from data_pipeline import dicom
-    trouble, read = json.loads(settings), dicom.read_stored
-    def read_stored(path):
+    trouble, read = json.loads(settings), dicom.open_image
+    def open_image(path):
         what = trouble.get(os.path.basename(path), trouble.get("*"))
         if what == "crash": os.abort()
         if what == "hang": time.sleep(1000)
         if what == "bug": raise KeyError(open(path, "rb").read())
         if isinstance(what, float): time.sleep(what)
         return read(path)
-    dicom.read_stored = read_stored
+    dicom.open_image = open_image
 """
 
 

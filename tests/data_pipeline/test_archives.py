@@ -187,13 +187,13 @@ def test_a_stopped_build_uses_its_copies_again_and_a_changed_archive_is_copied_a
 
 def test_an_archive_that_changes_under_the_build_stops_it(tmp_path: Path, from_folder, run_build, monkeypatch) -> None:
     path = pack(tmp_path / "exams.zip", from_folder[0])
-    read = build.convert.dicom.read_stored
+    read = build.convert.dicom.open_image
 
     def change(name: str):
         os.utime(path, ns=(1, 1))
         return read(name)
 
-    monkeypatch.setattr(build.convert.dicom, "read_stored", change)
+    monkeypatch.setattr(build.convert.dicom, "open_image", change)
     result = run_build("--input", path, "--output", tmp_path / "out")
     assert result.code == 2 and "an input changed while the build ran" in result.error
 

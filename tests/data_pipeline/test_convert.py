@@ -10,7 +10,7 @@ import pytest
 from array_record.python import array_record_module
 from PIL import Image
 
-from data_pipeline import archives, convert, geometry, inventory, plan, records
+from data_pipeline import archives, convert, dicom, geometry, inventory, plan, records
 from data_pipeline.errors import ReadError, UserError
 
 KEY = b"0123456789abcdef"
@@ -135,6 +135,27 @@ def test_monochrome1_is_turned_for_mr_and_means_nothing_for_hu(converted, tmp_pa
     np.testing.assert_array_equal(second["pixels"], 4095 - PIXELS // 2)
 
 
+@pytest.mark.parametrize("kind", ["u1", "i1", "<i2", ">i2", "u2", "i4", "i8"])
+@pytest.mark.parametrize("slope", [1.0, -1.0, 2.0, 0.5])
+@pytest.mark.parametrize("intercept", [0.0, -1024.0, -1000.0, 100.0, -40_000.0, 0.25])
+@pytest.mark.parametrize("hu", [True, False])
+def test_pixels_are_what_plain_arithmetic_makes_of_stored_values(
+    kind: str, slope: float, intercept: float, hu: bool
+) -> None:
+    span = np.iinfo(kind)
+    low, high = max(-3000, span.min), min(5000, span.max)
+    values = np.random.default_rng(1).integers(low, high, (9, 11), endpoint=True).astype(kind)
+    values[0, :2] = low, high
+    pixels, s, i, clipped = convert.to_uint16(values, slope, intercept, hu=hu)
+    real = values.astype(np.float64) * slope + intercept
+    whole = float(slope).is_integer() and float(intercept).is_integer()
+    wanted = np.maximum(real, -1024) if hu and whole else real
+    np.testing.assert_array_equal(pixels.astype(np.float64) * s + i, wanted)
+    assert pixels.dtype == np.uint16 and s > 0
+    assert clipped == (records.CLIPPED if (wanted != real).any() else 0)
+    assert (s, i) == (1.0, -1024.0) if hu and whole else s == abs(slope)
+
+
 def test_values_beyond_16_bit_are_refused() -> None:
     wide = np.array([[0, 70_000]] * 2)
     with pytest.raises(ReadError, match="70,001 steps; a slice holds 65,536"):
@@ -248,13 +269,80 @@ def test_pictures_have_no_hu_whatever_they_show(converted, tmp_path: Path) -> No
     np.testing.assert_array_equal(one["pixels"], PIXELS % 256)
 
 
+# ---- several slices in a file
+
+
+def multiframe(path: Path, frames: np.ndarray, positions: list[float]) -> Path:
+    """Turns a DICOM file into an Enhanced CT with these frames at these heights."""
+    data = pydicom.dcmread(path)
+    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.2.1"
+    data.NumberOfFrames, data.Rows, data.Columns, data.PixelData = *frames.shape, frames.tobytes()
+    del data.ImagePositionPatient
+    items = []
+    for z in positions:
+        item, place = pydicom.Dataset(), pydicom.Dataset()
+        place.ImagePositionPatient = [0, 0, z]
+        item.PlanePositionSequence = pydicom.Sequence([place])
+        items.append(item)
+    data.PerFrameFunctionalGroupsSequence = pydicom.Sequence(items)
+    data.save_as(path)
+    return path
+
+
+def test_frames_come_out_in_spatial_order_however_they_are_stored(converted, tmp_path: Path, write_dicom) -> None:
+    frames = np.stack([np.roll(PIXELS, n) + np.uint16(n) for n in range(6)])
+    frames[0] = frames[4]  # of two alike the lower one stays, which is read later
+    heights = [9.0, 7.5, 6.0, 4.5, 3.0, 1.5]
+    path = multiframe(write_dicom(tmp_path / "a.dcm", PIXELS), frames, heights)
+    found = converted(path, slices_per_record=16)
+    np.testing.assert_array_equal([one["pixels"] for one in found.slices], frames[:0:-1])
+    assert [row["index"] for row in found.index] == [0, 1, 2, 3, 4]
+    assert [row["position"] for row in found.index] == heights[:0:-1]
+    assert found.report["left_out"] == {convert.SAME_PIXELS: 1}
+    assert found.report["files"][str(path)]["stored_sha256"] == dicom.stored_sha256(frames)
+    assert [row["source"] for row in found.index] == [dicom.stored_sha256(frame) for frame in frames[:0:-1]]
+    # The one that is left out does not count for the series.
+    series = records.series_statistics(np.bincount(frames[1:].ravel()), 1.0, -1024.0)
+    assert found.index[0]["series_mean"] == pytest.approx(series["series_mean"], rel=1e-6)
+    assert sum(found.report["intensity"]["HU"]) == frames[1:].size
+
+
+@pytest.mark.parametrize("kind", ["files", "frames", "volume"])
+def test_statistics_are_those_of_the_pixels(converted, tmp_path: Path, write_dicom, kind: str) -> None:
+    # Brighter and brighter, so that what is known of one slice fits no other, and the histograms grow.
+    frames = np.stack([np.roll(PIXELS, n) * np.uint16(n + 1) for n in range(5)])
+    if kind == "files":
+        place = tmp_path / "in"
+        place.mkdir()
+        paths = [
+            write_dicom(place / f"{n}.dcm", frame, ImagePositionPatient=[0, 0, n]) for n, frame in enumerate(frames)
+        ]
+    elif kind == "frames":
+        paths = [multiframe(write_dicom(tmp_path / "a.dcm", PIXELS), frames, [0.0, 1.0, 2.0, 3.0, 4.0])]
+    else:
+        paths = [tmp_path / "v.nii"]
+        nibabel.Nifti1Image(frames.T.astype(np.int32), np.diag([1, 1, 4, 1])).to_filename(paths[0])
+    found = converted(*paths, slices_per_record=16)
+    assert len(found.slices) == 5
+    for one in found.slices:
+        wanted = records.slice_statistics(one["pixels"], one["slope"], one["intercept"])
+        assert [one[name] for name in ("low", "high", "mean", "std")] == pytest.approx(
+            [wanted[name] for name in ("low", "high", "mean", "std")], rel=1e-6
+        )
+        assert tuple(one["body_box"]) == wanted["body_box"]
+        assert one["mean"] == pytest.approx(float(np.mean(one["pixels"])) * one["slope"] + one["intercept"], rel=1e-6)
+    whole = np.concatenate([one["pixels"].ravel() for one in found.slices])
+    assert found.index[0]["series_mean"] == pytest.approx(whole.mean() + one["intercept"], rel=1e-6)
+    assert found.index[0]["series_std"] == pytest.approx(whole.std(), rel=1e-6)
+
+
 # ---- what can go wrong
 
 
 def test_a_bad_file_costs_itself_alone(converted, tmp_path: Path, write_series, monkeypatch) -> None:
     paths = write_series(tmp_path / "s", 7)
     paths[1].write_bytes(paths[1].read_bytes()[:-500])
-    read = convert.dicom.read_stored
+    read = convert.dicom.open_image
 
     def fail(path: str):
         if path == str(paths[2]):
@@ -263,7 +351,7 @@ def test_a_bad_file_costs_itself_alone(converted, tmp_path: Path, write_series, 
             raise OSError(5, "Input/output error", path)
         return read(path)
 
-    monkeypatch.setattr(convert.dicom, "read_stored", fail)
+    monkeypatch.setattr(convert.dicom, "open_image", fail)
     found = converted(*paths, skip={str(paths[3]): "the decoder crashed on it (SIGSEGV)"})
     assert [row["index"] for row in found.index] == [0, 5, 6]
     assert found.outcome(paths[1]) == ("quarantined", "truncated: the pixel data has 3,020 of 3,520 bytes")
@@ -274,16 +362,27 @@ def test_a_bad_file_costs_itself_alone(converted, tmp_path: Path, write_series, 
     assert str(paths[3]) not in found.touched and found.touched[-1] is None
 
 
+def test_a_full_disk_is_no_fault_of_the_files(converted, tmp_path: Path, write_series, monkeypatch) -> None:
+    paths = write_series(tmp_path / "s", 5)
+
+    def full(self, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(convert.tempfile.SpooledTemporaryFile, "write", full)
+    with pytest.raises(UserError, match="no room on the disk for what is in hand .No space left on device."):
+        converted(*paths)
+
+
 def test_a_file_of_several_frames_is_taken_whole_or_not_at_all(converted, tmp_path: Path) -> None:
     # The second slice of a volume fails: none of it may stay, or the manifest would lie.
     values = np.random.default_rng(1).integers(-1000, 1200, (40, 44, 4)).astype(np.int16)
     nibabel.Nifti1Image(values, np.diag([1, 1, 4, 1])).to_filename(tmp_path / "v.nii")
     rule = convert.rules.exclude_pixels
 
-    def fail(pixels, *, hu):
-        if abs(float(pixels.mean()) - float(values[..., 1].mean())) < 1e-3:
+    def fail(shape, distinct, counts, *, hu):
+        if abs(float(distinct @ counts) / counts.sum() - float(values[..., 1].mean())) < 1e-3:
             raise ReadError("damaged")
-        return rule(pixels, hu=hu)
+        return rule(shape, distinct, counts, hu=hu)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convert.rules, "exclude_pixels", fail)
@@ -310,17 +409,16 @@ def test_an_input_that_changes_under_the_build_ends_it(tmp_path: Path, write_ser
     paths = write_series(tmp_path / "s", 5)
     entries = inventory.inspect(([str(p) for p in paths], inventory.Options(KEY)), {}, lambda item: None)
     made = plan.make(entries, plan.Options(KEY, 0.0, 0.0, 10**9, frozenset(), {"size": None, "slices_per_record": 1}))
-    read = convert.dicom.read_stored
+    read = convert.dicom.open_image
 
     def change(path: str):
-        values = read(path)
         os.utime(path, ns=(1, 1))  # the very file that is being read
-        return values
+        return read(path)
 
     if when == "before":
         os.utime(paths[3], ns=(1, 1))
     else:
-        monkeypatch.setattr(convert.dicom, "read_stored", change)
+        monkeypatch.setattr(convert.dicom, "open_image", change)
     (tmp_path / "out").mkdir()
     task = (str(tmp_path / "out"), "x", made["conversion"], made["shards"][0])
     with pytest.raises(UserError, match="an input changed while the build ran") as caught:

@@ -1,6 +1,8 @@
 import hashlib
 import io
 import time
+import tracemalloc
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
-from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian
+from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, RLELossless
 
 from data_pipeline import dicom
 from data_pipeline.errors import ReadError, UserError
@@ -22,6 +24,20 @@ def edit(path: Path, **fields) -> Path:
         setattr(data, name, value)
     data.save_as(path)
     return path
+
+
+def by_itk(path: Path) -> list[np.ndarray]:
+    return list(dicom._decoded_by_itk(str(path), "x", dicom.read_header(str(path)).geometry))
+
+
+def failing(error: BaseException):
+    """A decoder that raises at its first frame."""
+
+    def decoded(*arguments):
+        raise error
+        yield
+
+    return decoded
 
 
 def enhanced(path: Path, slopes: list[float]) -> Path:
@@ -74,14 +90,14 @@ def test_both_decoders_give_the_stored_values(write_dicom, tmp_path: Path) -> No
     # GDCM rescales on its own: MR and CT, top-level and per-frame slopes have to be undone alike.
     for modality in ("CT", "MR"):
         path = write_dicom(tmp_path / "a.dcm", PIXELS, Modality=modality, RescaleSlope="0.37", RescaleIntercept="-10.5")
-        np.testing.assert_array_equal(dicom._read_with_itk(str(path), "x")[0][0], PIXELS)
+        np.testing.assert_array_equal(by_itk(path), [PIXELS])
     path = enhanced(write_dicom(tmp_path / "e.dcm", PIXELS), [2.0, 2.0, 2.0])
     values, _ = dicom.read_stored(str(path))
     np.testing.assert_array_equal(values[1], np.roll(PIXELS, 1))
-    np.testing.assert_array_equal(dicom._read_with_itk(str(path), "x")[0], values)
+    np.testing.assert_array_equal(by_itk(path), values)
     path = enhanced(write_dicom(tmp_path / "e.dcm", PIXELS), [2.0, 1.0])
     with pytest.raises(ReadError, match="several rescale slopes"):
-        dicom._read_with_itk(str(path), "x")
+        by_itk(path)
 
 
 def test_every_frame_of_an_enhanced_file_has_its_place_and_slope(write_dicom, tmp_path: Path) -> None:
@@ -171,7 +187,7 @@ def test_the_second_decoder_is_not_asked_to_read_what_follows_the_pixels(
     write_dicom, tmp_path: Path, monkeypatch
 ) -> None:
     path = write_dicom(tmp_path / "a.dcm", PIXELS)
-    monkeypatch.setattr(dicom, "pixel_array", lambda *arguments, **more: (_ for _ in ()).throw(RuntimeError))
+    monkeypatch.setattr(dicom, "_decoded", failing(RuntimeError()))
     path.write_bytes(path.read_bytes() + bytes(1000))
     np.testing.assert_array_equal(dicom.read_stored(str(path))[0][0], PIXELS)
     path.write_bytes(path.read_bytes() + bytes(2_000_000))
@@ -187,12 +203,9 @@ def test_a_decoder_that_panics_costs_its_file_and_not_the_worker(write_dicom, tm
 
     path = write_dicom(tmp_path / "a.dcm", PIXELS)
 
-    def panic(error: BaseException) -> None:
-        raise error
-
-    monkeypatch.setattr(dicom, "pixel_array", lambda *arguments, **more: panic(Panic()))
+    monkeypatch.setattr(dicom, "_decoded", failing(Panic()))
     assert dicom.read_stored(str(path))[1].startswith("SimpleITK")
-    monkeypatch.setattr(dicom, "pixel_array", lambda *arguments, **more: panic(KeyboardInterrupt()))
+    monkeypatch.setattr(dicom, "_decoded", failing(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         dicom.read_stored(str(path))
 
@@ -286,11 +299,62 @@ def test_absurd_sizes_and_numbers_of_elements_are_refused(write_dicom, tmp_path:
 
 def test_want_of_memory_is_a_reason_with_a_remedy(write_dicom, tmp_path: Path, monkeypatch) -> None:
     path = write_dicom(tmp_path / "a.dcm")
-    for name in ("read_partial", "pixel_array"):
+
+    def read_partial(*arguments, **more) -> None:
+        raise MemoryError
+
+    for name, function in (("read_partial", read_partial), ("_decoded", failing(MemoryError()))):
         with monkeypatch.context() as patch:
-            patch.setattr(dicom, name, lambda *arguments, **more: (_ for _ in ()).throw(MemoryError))
+            patch.setattr(dicom, name, function)
             with pytest.raises(ReadError, match="more memory than a worker may take.*--memory-gb"):
                 dicom.read_stored(str(path))
+
+
+def test_no_more_than_a_frame_is_in_memory(write_dicom, tmp_path: Path) -> None:
+    path = write_dicom(tmp_path / "a.dcm", PIXELS)
+    frames = np.random.default_rng(0).integers(0, 4096, (100, 256, 256)).astype(np.uint16)
+    edit(path, NumberOfFrames=100, Rows=256, Columns=256, PixelData=frames.tobytes())
+    tracemalloc.start()
+    try:
+        with dicom.open_image(str(path)) as image:
+            for number, frame in enumerate(image.stored()):
+                assert number % 33 or np.array_equal(frame, frames[number])
+        assert tracemalloc.get_traced_memory()[1] < 1_500_000
+    finally:
+        tracemalloc.stop()
+    assert number == 99
+
+
+def test_where_the_first_decoder_stops_the_second_goes_on(write_dicom, tmp_path: Path, monkeypatch) -> None:
+    path = enhanced(write_dicom(tmp_path / "e.dcm", PIXELS), [2.0, 2.0, 2.0])
+    values, decoder = dicom.read_stored(str(path))
+    decoded = dicom._decoded
+    for how in (lambda: iter(()), lambda: failing(RuntimeError())()):
+        monkeypatch.setattr(dicom, "_decoded", lambda *a, how=how: chain(islice(decoded(*a), 1), how()))
+        found, both = dicom.read_stored(str(path))
+        np.testing.assert_array_equal(found, values)
+        assert both.startswith(f"{decoder}, SimpleITK")
+
+
+def test_compressed_pixels_that_are_cut_off_are_refused_before_they_are_decoded(write_dicom, tmp_path: Path) -> None:
+    path = write_dicom(tmp_path / "a.dcm", PIXELS)
+    data = pydicom.dcmread(path)
+    data.compress(RLELossless)
+    data.save_as(path)
+    np.testing.assert_array_equal(dicom.read_stored(str(path))[0][0], PIXELS)
+    whole = path.read_bytes()
+    for cut in (1, 8, 9, 500):
+        path.write_bytes(whole[:-cut])
+        with pytest.raises(ReadError, match="truncated: the compressed pixel data has no end"):
+            dicom.read_stored(str(path))
+
+
+def test_more_frames_than_promised_are_refused(write_dicom, tmp_path: Path) -> None:
+    path = edit(
+        write_dicom(tmp_path / "a.dcm"), PixelData=bytes(2 * 40 * 44 * 3), NumberOfFrames=2, Rows=40, Columns=44
+    )
+    with pytest.raises(ReadError, match="promises 2 frames, the file holds more"):
+        dicom.read_stored(str(path))
 
 
 def test_frames_are_hashed_like_the_whole(write_dicom, tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_error_messages_quote_no_header_and_no_path(tmp_path: Path, write_series
     folder = tmp_path / "exams" / SECRETS[0]
     paths = [plant(path) for path in write_series(folder, 6)]
     words = ("--input", tmp_path / "exams", "--output", tmp_path / "out")
-    read = build.convert.dicom.read_stored
+    read = build.convert.dicom.open_image
 
     def change(path: str):
         os.utime(paths[-1], ns=(1, 1))
@@ -143,7 +143,7 @@ def test_error_messages_quote_no_header_and_no_path(tmp_path: Path, write_series
 
     for function in (change, lambda path: 1 / 0, lambda path: (_ for _ in ()).throw(ValueError(SECRETS[0]))):
         with monkeypatch.context() as patch:
-            patch.setattr(build.convert.dicom, "read_stored", function)
+            patch.setattr(build.convert.dicom, "open_image", function)
             result = run_build(*words)
         assert result.code == 2
         assert leaks((result.out + result.err).encode(), WORDS) == 0
