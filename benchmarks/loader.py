@@ -203,8 +203,7 @@ def bound(place: dict[str, Any], workers: int, batch: int) -> Iterator[int]:
     from curia_jax import data
 
     source = shards.SliceSource(place["shards"], place["split"])
-    order = data.slice_order(len(source), 0)
-    numbers = [int(order[n]) for n in range(len(source))]
+    numbers = data.slice_numbers(0, len(source), slices=len(source), seed=0).tolist()
     while True:
         for start in range(0, len(numbers) - batch + 1, batch):
             for number in numbers[start : start + batch]:

@@ -7,16 +7,19 @@ k*B … k*B + B - 1 after the start; host p of n reads the p-th of n equal parts
 
 import collections
 import math
+import mmap
+import os
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import grain
 import jax
 import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding
-from jaxtyping import Shaped, UInt16
+from jaxtyping import Int64, Shaped, UInt16
 
 from data_pipeline.errors import UserError
 
@@ -66,9 +69,47 @@ def canvas_size(source: Slices, canvas: tuple[int, int] | None) -> tuple[int, in
     return canvas[0], canvas[1]
 
 
-def slice_order(slices: int, seed: int) -> grain.MapDataset:
-    """Example number -> slice number: every slice once per epoch, shuffled anew in each epoch. Unbounded."""
-    return grain.MapDataset.range(slices).seed(seed).shuffle().repeat()
+def slice_numbers(first: int, count: int, *, slices: int, seed: int) -> Int64[np.ndarray, " count"]:
+    """Slice numbers of the examples first … first + count - 1: every slice once per epoch, shuffled anew in each epoch.
+
+    No table is kept, whatever the number of slices: a block cipher of as many values is the shuffle.
+    """
+    parts, end = [], first + count
+    while first < end:
+        epoch, start = divmod(first, slices)
+        stop = min(slices, start + end - first)
+        parts.append(_shuffled(np.arange(start, stop), slices, seed, epoch))
+        first += stop - start
+    return np.concatenate(parts)
+
+
+_ROUNDS = 6  # even; from 8 bits on no deviation from evenly random orders shows in 6,000 epochs
+
+
+def _shuffled(numbers: Int64[np.ndarray, " n"], slices: int, seed: int, epoch: int) -> Int64[np.ndarray, " n"]:
+    """Places of numbers below `slices` in a random order of them.
+
+    A Feistel network whose rounds are a multiplicative hash, applied again to what it sends beyond the end (cycle walking;
+    Black and Rogaway 2002, doi 10.1007/3-540-45760-7_9), in as few bits as the slices need. Grain's shuffle works alike, but
+    one number at a time and in 16 bits at least: it takes 9 µs a slice, and 63 where there are 512 slices; this one 1 to 6.
+    """
+    bits = max(8, (slices - 1).bit_length())
+    keys = np.random.SeedSequence((seed, epoch)).generate_state(_ROUNDS, np.uint64)
+    values = numbers.astype(np.uint64)
+    beyond = np.arange(len(values))
+    while beyond.size:
+        left_bits, right_bits = bits - bits // 2, bits // 2
+        value = values[beyond]
+        left, right = value >> np.uint64(right_bits), value & np.uint64((1 << right_bits) - 1)
+        for key in keys:
+            mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)  # constants of splitmix64 (Steele et al. 2014)
+            mixed ^= mixed >> np.uint64(32)
+            mixed *= np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ (mixed >> np.uint64(64 - left_bits))
+            left_bits, right_bits = right_bits, left_bits
+        values[beyond] = (left << np.uint64(right_bits)) | right
+        beyond = beyond[values[beyond] >= slices]
+    return values.astype(np.int64)
 
 
 def training_batches(
@@ -105,7 +146,7 @@ def training_batches(
             f"batch_size {batch_size} does not divide over {process_count} hosts; choose a multiple of {process_count}"
         )
     part = batch_size // process_count
-    load = _Load(source, slice_order(len(source), seed), examples_seen + process_index * part, batch_size, part, canvas)
+    load = _Load(source, seed, examples_seen + process_index * part, batch_size, part, canvas)
     # 2**32 batches stand for "without end": a Grain range needs a stop. A whole batch is one of Grain's elements, because
     # what Grain does per element would cost more than a small slice's decoding.
     dataset = grain.MapDataset.range(2**32).map(load)
@@ -116,6 +157,10 @@ def training_batches(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        # The small fields are sent; a piece of shared memory for each, as Grain would have it, costs more.
+        options = grain.experimental.DatasetOptions(min_shm_size=2**16)
+        batches = grain.experimental.WithOptionsIterDataset(batches, options)
+        return _open_shared(iter(batches))
     return iter(batches)
 
 
@@ -123,16 +168,28 @@ class _Load:
     """Batch number -> this host's part of it. A class, because Grain sends it to worker processes."""
 
     def __init__(
-        self, source: Slices, order: grain.MapDataset, first: int, batch_size: int, part: int, canvas: tuple[int, int]
+        self, source: Slices, seed: int, first: int, batch_size: int, part: int, canvas: tuple[int, int]
     ) -> None:
-        self._source, self._order = source, order
+        self._source, self._seed = source, seed
         self._first, self._batch_size, self._part = first, batch_size, part
-        self._canvases = _Canvases((part, *canvas))
+        self._shape = (part, *canvas)
+        self._canvases: _Canvases | _SharedCanvases = _Canvases(self._shape)
 
     def __call__(self, batch: int) -> HostBatch:
         first = self._first + batch * self._batch_size
-        numbers = [int(self._order[number]) for number in range(first, first + self._part)]
-        return _read(self._source, numbers, self._canvases.take())
+        numbers = slice_numbers(first, self._part, slices=len(self._source), seed=self._seed)
+        if isinstance(self._canvases, _Canvases):
+            return _read(self._source, numbers, self._canvases.take())
+        pixels, place = self._canvases.take()
+        return _read(self._source, numbers, pixels) | {"pixels": place}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_canvases": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a worker process."""
+        self.__dict__.update(state)
+        self._canvases = (_SharedCanvases if hasattr(os, "memfd_create") else _Canvases)(self._shape)
 
 
 class _Canvases:
@@ -162,24 +219,85 @@ class _Canvases:
         return pixels.reshape(self._shape)
 
 
+class _Place(NamedTuple):
+    """Where a worker process left the pixels of a batch: a file in memory, which that process has open."""
+
+    process: int
+    file: int
+    shape: tuple[int, int, int]
+
+
+class _SharedCanvases:
+    """As _Canvases, for a worker process: memory that it shares with the training process, and uses again as well.
+
+    Grain would copy every batch to a new piece of shared memory. What the kernel does for new pages makes that dearer than
+    reading the batch, and worse with every worker. The first byte of a file says whether the training process holds it.
+    The files have no names, so nothing is left of them when the processes end, however they do. Linux alone has such files;
+    elsewhere Grain copies.
+    """
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        self._shape = shape
+        self._files: dict[int, mmap.mmap] = {}
+        self._lock = threading.Lock()
+
+    def take(self) -> tuple[UInt16[np.ndarray, "batch height width"], _Place]:
+        """Pixels of any value, and where they are for the training process."""
+        with self._lock:
+            file = next((file for file, memory in self._files.items() if memory[0] == _FREE), None)
+            if file is None:
+                file = os.memfd_create("batch")
+                size = _HEAD + 2 * math.prod(self._shape)
+                os.truncate(file, size)
+                self._files[file] = mmap.mmap(file, size)
+            self._files[file][0] = _HELD
+        pixels = np.frombuffer(self._files[file], np.uint16, offset=_HEAD).reshape(self._shape)
+        return pixels, _Place(os.getpid(), file, self._shape)
+
+
+_FREE, _HELD = 0, 1
+_HEAD = 64  # bytes before the pixels, which start at XLA's alignment
+
+
+def _open_shared(batches: Iterator[HostBatch]) -> Iterator[HostBatch]:
+    """Batches of workers with their pixels, whose memory goes back to the worker once nobody holds them any more."""
+    files: dict[tuple[int, int], mmap.mmap] = {}
+    for batch in batches:
+        place = batch["pixels"]
+        if isinstance(place, _Place):
+            key = place.process, place.file
+            if key not in files:
+                with open(f"/proc/{place.process}/fd/{place.file}", "r+b") as file:
+                    files[key] = mmap.mmap(file.fileno(), 0)
+            # Through a memoryview: see _Canvases.
+            pixels = np.frombuffer(memoryview(files[key])[_HEAD:], np.uint16)
+            weakref.finalize(pixels, files[key].__setitem__, 0, _FREE).atexit = False
+            batch = batch | {"pixels": pixels.reshape(place.shape)}
+            del pixels  # or the loop would hold it until the next batch is there
+        yield batch
+        del batch
+
+
 def evaluation_batches(
     source: Slices, slices: Shaped[np.ndarray, " slices"], *, batch_size: int, canvas: tuple[int, int]
 ) -> Iterator[HostBatch]:
     """Batches of the given slice numbers, in order. The last one is padded by repetition; `valid` is False there."""
     canvases = _Canvases((batch_size, *canvas))
     for start in range(0, len(slices), batch_size):
-        numbers = np.asarray(slices[start : start + batch_size])
+        numbers = np.asarray(slices[start : start + batch_size], np.int64)
         valid = np.arange(batch_size) < len(numbers)
         numbers = np.pad(numbers, (0, batch_size - len(numbers)), mode="edge")
-        yield _read(source, numbers.tolist(), canvases.take()) | {"valid": valid}
+        yield _read(source, numbers, canvases.take()) | {"valid": valid}
 
 
-def _read(source: Slices, numbers: list[int], pixels: UInt16[np.ndarray, "batch height width"]) -> HostBatch:
+def _read(
+    source: Slices, numbers: Int64[np.ndarray, " batch"], pixels: UInt16[np.ndarray, "batch height width"]
+) -> HostBatch:
     """The batch of these slices, its pixels written to `pixels`."""
-    sizes, facts = source.read_into(numbers, pixels)
+    sizes, facts = source.read_into(numbers.tolist(), pixels)
     batch = {"pixels": pixels, "extent": sizes} | {name: [one[name] for one in facts] for name in FACTS}
     batch = {name: np.asarray(batch[name], dtype) for name, dtype in DEVICE_FIELDS.items()}
-    return batch | {"slice": np.array(numbers, np.int64)}
+    return batch | {"slice": numbers}
 
 
 def to_devices(batch: HostBatch, sharding: NamedSharding) -> dict[str, jax.Array]:

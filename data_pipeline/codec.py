@@ -63,7 +63,7 @@ def decode(data: bytes) -> UInt16[np.ndarray, "height width"]:
     Raises:
       ValueError: bytes that `encode` did not make, or that are cut off.
     """
-    pixels = np.empty((1, *_size(data)), np.uint16)
+    pixels = np.empty((1, *_header(data)[1:]), np.uint16)
     decode_into([data], pixels)
     return pixels[0]
 
@@ -85,54 +85,54 @@ def decode_into(items: Iterable[bytes], images: UInt16[np.ndarray, "slices heigh
     """
     together = max(1, min(_TOGETHER, _TOGETHER_BYTES // images[0].nbytes)) if len(images) else 1
     sizes: list[tuple[int, int]] = []
-    start = rows = 0  # images from `start` on have packed deltas in so many rows
+    start = rows = 0  # images from `start` on have deltas in so many rows
     for number, data in enumerate(items):
-        height, width = _size(data)
+        codec, height, width = _header(data)
         image = images[number]
         if (height, width) == image.shape:
-            deltas = _unpack(data, image)
+            _unpack(data, codec, image)
         elif height > image.shape[0] or width > image.shape[1]:
             raise ValueError(f"a slice of {height}x{width} px does not fit into {image.shape[0]}x{image.shape[1]}")
         else:
             smaller = np.empty((height, width), np.uint16)
-            deltas = _unpack(data, smaller)
+            _unpack(data, codec, smaller)
             image[:height, :width] = smaller
             image[:height, width:] = 0
             image[height:] = 0
-        if number - start == together or rows != deltas * height:
+        with_deltas = height if codec == DELTA else 0
+        if number - start == together or rows != with_deltas:
             _add_deltas(images[start:number, :rows])
-            start, rows = number, deltas * height
+            start, rows = number, with_deltas
         sizes.append((height, width))
     _add_deltas(images[start : len(sizes), :rows])
     return sizes
 
 
-def _size(data: bytes) -> tuple[int, int]:
-    """Height and width of an encoded slice, px."""
+def _header(data: bytes) -> tuple[int, int, int]:
+    """Codec, height and width (px) of an encoded slice whose length is right for them."""
     if len(data) < _HEADER.size:
         raise ValueError(f"{len(data)} bytes are no encoded slice")
-    _, height, width = _HEADER.unpack_from(data)
-    if not height or not width:
-        raise ValueError(f"a slice of {height}x{width} px is damaged")
-    return height, width
-
-
-def _unpack(data: bytes, target: UInt16[np.ndarray, "height width"]) -> bool:
-    """Writes what is packed to `target`, which is contiguous and of the slice's size. True where that is deltas."""
     codec, height, width = _HEADER.unpack_from(data)
+    if codec not in NAMES:
+        raise ValueError(f"unknown codec {codec}; this version reads {NAMES}")
+    packed, unpacked = len(data) - _HEADER.size, 2 * height * width
+    if codec == RAW:
+        sound = packed == unpacked
+    else:
+        # blosc2 writes past the end of a target that is too small and leaves the end of a larger one.
+        sound = packed >= _CHUNK.size and _CHUNK.unpack_from(data, _HEADER.size)[1:4:2] == (unpacked, packed)
+    if not sound or not unpacked:
+        raise ValueError(f"a slice of {height}x{width} px with {packed} bytes is damaged or cut off")
+    return codec, height, width
+
+
+def _unpack(data: bytes, codec: int, target: UInt16[np.ndarray, "height width"]) -> None:
+    """Writes what is packed, pixels or deltas, to `target`, which is contiguous and of the slice's size."""
     body = memoryview(data)[_HEADER.size :]
     if codec == RAW:
-        if len(body) != 2 * height * width:
-            raise ValueError(f"a slice of {height}x{width} px with {len(body)} bytes is damaged or cut off")
-        target[:] = np.frombuffer(body, "<u2").reshape(height, width)
-        return False
-    if codec != DELTA:
-        raise ValueError(f"unknown codec {codec}; this version reads {NAMES}")
-    # Asked first, because blosc2 writes past the end of a target that is too small and leaves the end of a larger one.
-    if len(body) < _CHUNK.size or _CHUNK.unpack_from(body)[1:4:2] != (2 * height * width, len(body)):
-        raise ValueError(f"a slice of {height}x{width} px with {len(body)} bytes is damaged or cut off")
-    blosc2.decompress2(body, dst=target, nthreads=1)
-    return True
+        target[:] = np.frombuffer(body, "<u2").reshape(target.shape)
+    else:
+        blosc2.decompress2(body, dst=target, nthreads=1)
 
 
 def _add_deltas(pixels: UInt16[np.ndarray, "slices height width"]) -> None:
