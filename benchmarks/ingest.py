@@ -1,13 +1,15 @@
 """Speed of the ingest beside its bounds, memory, the codec, and what 130 TB cost. Prints the tables of docs/ingest.md.
 
   python -m benchmarks.ingest                           all of it, some minutes
-  python -m benchmarks.ingest --only syntaxes codec     some of it: syntaxes, png, scaling, memory, codec
+  python -m benchmarks.ingest --only syntaxes codec     some of it: syntaxes, stages, png, scaling, memory, codec
 
 Rates count CPU seconds, not those of the clock, so that a machine shared with others gives the same ratios; each rate is
 the median of several rounds in which everything that is compared takes its turn. Slices are 512 x 512 px of 16 bit.
 """
 
 import argparse
+import functools
+import gzip
 import io
 import json
 import resource
@@ -16,34 +18,45 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import gdcm
+import nibabel
 import numpy as np
 import pyarrow as pa
 import pydicom
 import SimpleITK
+from array_record.python import array_record_module
 from PIL import Image
 from pydicom import uid
-from pydicom.pixels import apply_rescale, pixel_array
+from pydicom.encaps import encapsulate
+from pydicom.pixels import apply_rescale, get_encoder, pixel_array
 
-from data_pipeline import codec, convert, dicom, inventory, plan, workers
+from data_pipeline import codec, convert, dicom, inventory, plan, records, shards, workers
+
+try:
+    from imagecodecs import htj2k_encode  # of OpenJPH; pylibjpeg-openjpeg only decodes
+except ImportError:
+    htj2k_encode = None
 
 KEY = b"a key that everybody may know"
 ONE_CT = "dicom/transfer_syntaxes/ct_hispeed_13ts"
 CONTRAST = "labelled/ct_luad_contrast"
+TABLES = ("syntaxes", "stages", "png", "scaling", "memory", "codec")
 ROUNDS = 5
 TOTAL_BYTES = 130e12
 # n2d-standard-8 (8 vCPU of AMD EPYC, 32 GB), us-central1, on demand: $0.338 an hour. List price as remembered in November
 # 2026, not looked up; give yours with --price.
 PRICE = 0.338 / 8
 HEAD = "dicom/ct_ge_head_tilt18"  # 16 slices, uncompressed
+COPIES = 4  # of them
 SYNTAXES = {
     "implicit VR": uid.ImplicitVRLittleEndian, "explicit VR": uid.ExplicitVRLittleEndian,
     "deflated": uid.DeflatedExplicitVRLittleEndian, "RLE": uid.RLELossless, "JPEG lossless .57": uid.JPEGLossless,
     "JPEG lossless .70": uid.JPEGLosslessSV1, "JPEG-LS": uid.JPEGLSLossless, "JPEG 2000": uid.JPEG2000Lossless,
+    "HTJ2K": uid.HTJ2KLossless,
 }  # fmt: skip
 
 
@@ -73,18 +86,36 @@ def copies(source: Path, folder: Path, count: int) -> list[Path]:
     return paths
 
 
-def series(source: Path, folder: Path, syntax: str) -> list[Path]:
-    """The slices of a series, encoded in a transfer syntax without loss."""
+def plain_series(source: Path, folder: Path) -> list[Path]:
+    """The slices of a series as they are, and again shifted by some pixels, so that it is as long as they are in practice."""
     folder.mkdir(parents=True)
     paths = []
-    for number, path in enumerate(sorted(source.iterdir())):
+    for shift in range(COPIES):
+        for number, path in enumerate(sorted(source.iterdir())):
+            image = pydicom.dcmread(path)
+            image.PixelData = np.roll(image.pixel_array, shift, axis=1).tobytes()
+            image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = f"2.25.{shift + 1}{number:04d}"
+            image.ImagePositionPatient = [0, 0, 1000 * shift + number]
+            paths.append(folder / f"{len(paths):04d}.dcm")
+            image.save_as(paths[-1])
+    return paths
+
+
+def encoded(sources: Sequence[Path], folder: Path, syntax: str) -> list[Path]:
+    """The same slices in a transfer syntax without loss."""
+    folder.mkdir(parents=True)
+    paths = []
+    for path in sources:
         image = pydicom.dcmread(path)
-        paths.append(folder / f"{number:04d}.dcm")
+        paths.append(folder / path.name)
         if syntax in (uid.RLELossless, uid.JPEGLSLossless, uid.JPEG2000Lossless):
             image.compress(syntax, generate_instance_uid=False)
         elif syntax in (uid.JPEGLossless, uid.JPEGLosslessSV1):
             _with_gdcm(path, paths[-1], syntax)
             continue
+        elif syntax == uid.HTJ2KLossless:
+            image.PixelData = encapsulate([htj2k_encode(image.pixel_array)])
+            image["PixelData"].is_undefined_length = True
         image.file_meta.TransferSyntaxUID = uid.UID(syntax)
         image.save_as(paths[-1], implicit_vr=syntax == uid.ImplicitVRLittleEndian, little_endian=True)
     return paths
@@ -145,12 +176,16 @@ def bound(paths: Sequence[Path]) -> Callable[[], object]:
 
 def syntaxes(data: Path, place: Path) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
+    plain = plain_series(data / HEAD, place / "plain")
     print(
-        "| Transfer syntax | Bytes a slice | Bound, slices/s | With the hash of the manifest | Pipeline, slices/s | Share of the bound |"
+        "| Transfer syntax | Bytes a slice | Bound, slices/s | With the hash of the manifest | Pipeline, slices/s | "
+        "Share of the bound | Share with the hash |"
     )
-    print("|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|")
     for name, syntax in SYNTAXES.items():
-        paths = series(data / HEAD, place / syntax, syntax)
+        if syntax == uid.HTJ2KLossless and htj2k_encode is None:
+            continue
+        paths = encoded(plain, place / syntax, syntax)
         stored = dicom.read_stored(str(paths[0]))[0]
         bare = bound(paths)
 
@@ -164,10 +199,63 @@ def syntaxes(data: Path, place: Path) -> dict[str, dict[str, float]]:
         found[name] = measured | {"bytes": size}
         print(
             f"| {name} | {size:,} | {measured['bound']:,.0f} | {measured['hashed']:,.0f} | {measured['pipeline']:,.0f} | "
-            f"{measured['pipeline'] / measured['bound']:.0%} |",
+            f"{measured['pipeline'] / measured['bound']:.0%} | {measured['pipeline'] / measured['hashed']:.0%} |",
             flush=True,
         )
+    if htj2k_encode is None:
+        print("no row for HTJ2K: pip install imagecodecs, whose encoder makes the files", flush=True)
     return found
+
+
+def stages(data: Path, place: Path) -> None:
+    """Where the time of a slice goes: every stage alone, in a loop, beside the bound and the whole."""
+    paths = encoded(plain_series(data / HEAD, place / "plain"), place / "explicit", uid.ExplicitVRLittleEndian)
+    convert_all = converter(paths, place / "out")
+    convert_all()
+    shard = next(path for path in (place / "out").iterdir() if path.is_file())
+    reader = array_record_module.ArrayRecordReader(str(shard), "")
+    packed = [reader.read([n])[0] for n in range(reader.num_records())]
+    stored = [dicom.read_stored(str(path))[0][0] for path in paths]
+    with dicom.open_image(str(paths[0])) as image:
+        spot = image.geometry[0]
+    slices = [convert.to_uint16(one, spot.slope, spot.intercept, hu=True) for one in stored]
+    pixels = [one[0] for one in slices]
+    counts = [np.bincount(one.ravel()) for one in pixels]
+    items = [convert._Slice(0, one[0], one[1], one[2], 0.0, 0, "", (1.0, 1.0)) for one in slices]
+
+    def header() -> None:
+        for path in paths:
+            with dicom.open_image(str(path)):
+                pass
+
+    def pixels_too() -> None:
+        for path in paths:
+            dicom.read_stored(str(path))
+
+    def statistics_and_rules() -> None:
+        for item, count in zip(items, counts, strict=True):
+            convert._exclude(item, count, {"units": "HU"})
+            records.slice_statistics(item.pixels, item.slope, item.intercept, count)
+
+    parts: dict[str, Callable[[], object]] = {
+        "file and header": header,
+        "header and pixels": pixels_too,
+        "SHA-256 of the manifest": lambda: [dicom.stored_sha256(one) for one in stored],
+        "to 16-bit HU": lambda: [convert.to_uint16(one, spot.slope, spot.intercept, hu=True) for one in stored],
+        "histogram": lambda: [np.bincount(one.ravel()) for one in pixels],
+        "rules, statistics, body box": statistics_and_rules,
+        "encode": lambda: [codec.encode(one) for one in pixels],
+        "write, read back, verify": lambda: shards.write(place / "stage", packed),
+    }
+    measured = rates({"bound": bound(paths), "whole": convert_all, **parts}, len(paths), 2 * ROUNDS)
+    spent = {name: 1000 / rate for name, rate in measured.items()}
+    spent["decode"] = spent.pop("header and pixels") - spent["file and header"]
+    bare, whole = spent.pop("bound"), spent.pop("whole")
+    print("| Stage, explicit VR | ms a slice |\n|---|---|")
+    for name in sorted(spent, key=lambda name: -spent[name]):
+        print(f"| {name} | {spent[name]:.2f} |")
+    print(f"| the rest: spool, records, index, caches that are cold | {whole - sum(spent.values()):.2f} |")
+    print(f"| whole | {whole:.2f} |\n| bound | {bare:.2f} |", flush=True)
 
 
 def png(data: Path, place: Path) -> None:
@@ -219,42 +307,63 @@ def cpu_of_a_start() -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def memory(data: Path, place: Path, counts: Sequence[int]) -> None:
-    for frames in (False, True):
+LONG = {
+    "files": "a file a slice", "frames": "one file of many frames, uncompressed", "frames-packed": "one file of many frames, JPEG-LS",
+    "nifti": "one .nii, slices as they are stored", "nifti-gz": "one .nii.gz, slices as they are stored",
+    "nifti-across": "one .nii.gz, slices across the fastest axis",
+}  # fmt: skip
+
+
+def memory(data: Path, counts: Sequence[int]) -> None:
+    print("| Slices of 512 x 512 px | As | Most memory of the worker, MB |\n|---|---|---|")
+    for kind, what in LONG.items():
         for count in counts:
-            words = [sys.executable, "-m", "benchmarks.ingest", "--one-series", str(count), "--data", str(data)]
-            out = subprocess.run(
-                [*words, *(["--frames"] if frames else [])], check=True, capture_output=True, text=True
-            ).stdout
-            found = json.loads(out.splitlines()[-1])
-            what = "one file of many frames" if frames else "a file a slice"
-            print(
-                f"a series of {count:,} slices, {what}: {found['slices']:,} converted, at most {found['mb']:,.0f} MB",
-                flush=True,
-            )
+            found = long_series(data, kind, count)
+            print(f"| {found['slices']:,} | {what} | {found['mb']:,.0f} |", flush=True)
 
 
-def one_series(data: Path, count: int, frames: bool) -> None:
-    """Converts one long series in this process and prints the most memory it had."""
+def long_series(data: Path, kind: str, count: int) -> dict[str, Any]:
+    """Converts one long series in a worker: how many slices came out, and the most memory that the worker had, MB.
+
+    In a process of its own, because the system counts the memory of children together.
+    """
+    words = [sys.executable, "-m", "benchmarks.ingest", "--one-series", kind, "--long", str(count), "--data", str(data)]
+    out = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    return json.loads(out.splitlines()[-1])
+
+
+def one_series(data: Path, kind: str, count: int) -> None:
     source = next(path for path in sorted((data / ONE_CT).iterdir()) if "LittleEndianExplicit" in path.name)
     image = pydicom.dcmread(source)
-    pixels = image.pixel_array
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place, "in")
         folder.mkdir()
-        if frames:
-            _multiframe(image, pixels, count, folder / "a.dcm")
-        for n in range(0 if frames else count):
-            pixels[0, 0], pixels[0, 1] = n % 1000, n // 1000
-            image.PixelData, image.ImagePositionPatient = pixels.tobytes(), [0, 0, n]
-            image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = f"2.25.{n + 1}"
-            image.save_as(folder / f"{n:05d}.dcm")
-        del image, pixels
-        report = convert.convert_shard(task(sorted(folder.iterdir()), Path(place, "out")), {}, lambda item: None)
-    print(json.dumps({"slices": report["slices"], "mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+        _WRITERS[kind](image, count, folder)
+        one = task(sorted(folder.iterdir()), Path(place, "out"))
+        (report,) = (
+            message.result
+            for message in workers.run(convert.convert_shard, [one], workers=1, timeout=600.0)
+            if isinstance(message, workers.Done)
+        )
+    most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    print(json.dumps({"slices": report["slices"], "mb": most}))
 
 
-def _multiframe(image: pydicom.FileDataset, pixels: np.ndarray, count: int, path: Path) -> None:
+def _changing(pixels: np.ndarray, count: int) -> Iterator[np.ndarray]:
+    """Slices that differ, because equal ones of a series are dropped."""
+    for n in range(count):
+        pixels[0, 0], pixels[0, 1] = n % 1000, n // 1000
+        yield pixels
+
+
+def _files(image: pydicom.FileDataset, count: int, folder: Path) -> None:
+    for n, pixels in enumerate(_changing(image.pixel_array.copy(), count)):
+        image.PixelData, image.ImagePositionPatient = pixels.tobytes(), [0, 0, n]
+        image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = f"2.25.{n + 1}"
+        image.save_as(folder / f"{n:05d}.dcm")
+
+
+def _frames(image: pydicom.FileDataset, count: int, folder: Path, *, packed: bool = False) -> None:
     image.SOPClassUID = image.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.2.1"
     items = []
     for n in range(count):
@@ -262,14 +371,64 @@ def _multiframe(image: pydicom.FileDataset, pixels: np.ndarray, count: int, path
         spot.ImagePositionPatient = [0, 0, n]
         item.PlanePositionSequence = pydicom.Sequence([spot])
         items.append(item)
+    pixels = image.pixel_array.copy()
     image.PerFrameFunctionalGroupsSequence, image.NumberOfFrames = pydicom.Sequence(items), count
     del image.PixelData
-    image.save_as(path)
-    with path.open("ab") as file:  # piece by piece, so that the writing is not what is measured
-        file.write(b"\xe0\x7f\x10\x00OW\0\0" + (pixels.nbytes * count).to_bytes(4, "little"))
-        for n in range(count):
-            pixels[0, 0], pixels[0, 1] = n % 1000, n // 1000
-            file.write(pixels.tobytes())
+    if packed:
+        image.file_meta.TransferSyntaxUID = uid.JPEGLSLossless
+    image.save_as(folder / "a.dcm", implicit_vr=False, little_endian=True)
+    with (folder / "a.dcm").open("ab") as file:
+        # Piece by piece: files of this size are not made in memory.
+        tag = b"\xe0\x7f\x10\x00O%b\0\0" % (b"B" if packed else b"W")
+        file.write(tag + (b"\xff\xff\xff\xff" if packed else (pixels.nbytes * count).to_bytes(4, "little")))
+        if packed:
+            file.write(b"\xfe\xff\x00\xe0" + bytes(4))  # an offset table without entries
+        for one in _changing(pixels, count):
+            data = (
+                get_encoder(uid.JPEGLSLossless).encode(one, encoding_plugin="pyjpegls", **_SHAPE)
+                if packed
+                else one.tobytes()
+            )
+            if packed:
+                file.write(b"\xfe\xff\x00\xe0" + len(data).to_bytes(4, "little"))
+            file.write(data)
+        if packed:
+            file.write(b"\xfe\xff\xdd\xe0" + bytes(4))
+
+
+_SHAPE: dict[str, Any] = {
+    "rows": 512, "columns": 512, "samples_per_pixel": 1, "bits_allocated": 16, "bits_stored": 16, "pixel_representation": 1,
+    "photometric_interpretation": "MONOCHROME2", "number_of_frames": 1,
+}  # fmt: skip
+
+
+def _nifti(image: pydicom.FileDataset, count: int, folder: Path, *, packed: bool = False, across: bool = False) -> None:
+    pixels = image.pixel_array.copy()
+    header = nibabel.Nifti1Header()
+    header.set_data_dtype(np.int16)
+    header.set_data_shape((count, *pixels.shape) if across else (*pixels.shape, count))
+    spacing = [2.0, 1.0, 1.0] if across else [1.0, 1.0, 2.0]
+    header.set_sform(np.diag([*spacing, 1.0]), code=1)
+    header["vox_offset"], header["magic"] = 352, b"n+1"
+    path = folder / ("a.nii.gz" if packed else "a.nii")
+    with gzip.open(path, "wb", compresslevel=1) if packed else path.open("wb") as file:
+        file.write(header.binaryblock + bytes(4))
+        if not across:
+            for one in _changing(pixels, count):
+                file.write(one.astype("<i2").tobytes())
+            return
+        for n, line in enumerate(pixels):  # the slices side by side, a row of each
+            rows = np.repeat(line[:, None], count, axis=1).astype("<i2")
+            if n == 0:
+                rows[0], rows[1] = np.arange(count) % 1000, np.arange(count) // 1000
+            file.write(rows.tobytes())
+
+
+_WRITERS: dict[str, Callable[[pydicom.FileDataset, int, Path], None]] = {
+    "files": _files, "frames": _frames, "frames-packed": functools.partial(_frames, packed=True), "nifti": _nifti,
+    "nifti-gz": functools.partial(_nifti, packed=True),
+    "nifti-across": functools.partial(_nifti, packed=True, across=True),
+}  # fmt: skip
 
 
 def codecs(data: Path) -> float:
@@ -318,30 +477,29 @@ def cost(measured: dict[str, dict[str, float]], out_bytes: float, price: float) 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument(
-        "--only", nargs="+", choices=("syntaxes", "png", "scaling", "memory", "codec"), help="default: all"
-    )
+    parser.add_argument("--only", nargs="+", choices=TABLES, help="default: all")
     parser.add_argument("--long", type=int, nargs="+", default=[300, 3000], help="slices of the series for memory")
     parser.add_argument("--price", type=float, default=PRICE, help="dollars per vCPU-hour")
-    parser.add_argument("--one-series", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--frames", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--one-series", choices=LONG, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one_series:
-        one_series(args.data, args.one_series, args.frames)
+        one_series(args.data, args.one_series, args.long[0])
         return 0
     if not (args.data / ONE_CT).is_dir():
         print(f"error: no {args.data / ONE_CT}; name the real data with --data", file=sys.stderr)
         return 2
-    wanted = args.only or ("syntaxes", "png", "scaling", "memory", "codec")
+    wanted = args.only or TABLES
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         measured = syntaxes(args.data, place) if "syntaxes" in wanted else {}
+        if "stages" in wanted:
+            stages(args.data, place / "stages")
         if "png" in wanted:
             png(args.data, place)
         if "scaling" in wanted:
             scaling(args.data, place)
         if "memory" in wanted:
-            memory(args.data, place, args.long)
+            memory(args.data, args.long)
         if "codec" in wanted:
             out_bytes = codecs(args.data)
             if measured:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import math
 import os
 import struct
 import warnings
@@ -54,6 +55,7 @@ DICOMDIR = "1.2.840.10008.1.3.10"  # Media Storage Directory, the index of a CD
 MAXIMUM_FRAMES = 65_536
 MAXIMUM_PIXELS = 1 << 26  # of a frame: 8,192 x 8,192; none has a twentieth
 # Implicit, explicit, deflated and big-endian: the pixels themselves, where others have items of compressed data.
+IN_MEMORY_BYTES = 1 << 24  # larger files are read frame by frame
 UNCOMPRESSED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2")
 
 # The fields below and no others are read from a header.
@@ -69,8 +71,7 @@ _HEADER_TAGS = [
 _PIXEL_TAGS = [
     "Rows", "Columns", "NumberOfFrames", "PhotometricInterpretation", "SamplesPerPixel", "PlanarConfiguration", "BitsAllocated",
     "BitsStored", "HighBit", "PixelRepresentation", "ExtendedOffsetTable", "ExtendedOffsetTableLengths", "PixelSpacing",
-    "ImageOrientationPatient", "ImagePositionPatient", "RescaleSlope", "RescaleIntercept", "SharedFunctionalGroupsSequence",
-    "PerFrameFunctionalGroupsSequence",
+    "RescaleSlope", "RescaleIntercept", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
 ]  # fmt: skip
 _HEADER_TAGS, _PIXEL_TAGS = ([Tag(word) for word in words] for words in (_HEADER_TAGS, _PIXEL_TAGS))
 _PIXEL_DATA, _FLOAT_PIXEL_DATA = 0x7FE00010, 0x7FE00008
@@ -323,7 +324,7 @@ def _floats(value: Any, count: int, default: Any = None) -> Any:
     if value is None or value == "":
         return default
     values = [float(v) for v in (value if hasattr(value, "__len__") and not isinstance(value, str) else [value])]
-    return tuple(values) if len(values) == count and all(np.isfinite(values)) else default
+    return tuple(values) if len(values) == count and all(map(math.isfinite, values)) else default
 
 
 def _geometries(dataset: Dataset, frames: int) -> tuple[FrameGeometry, ...]:
@@ -352,19 +353,19 @@ def _geometry(dataset: Dataset, frame: int) -> FrameGeometry:
     def find(name: str, count: int, default: Any = None) -> Any:
         for place in reversed(places):
             if name in place:
-                return number(place, name, count, default)
+                return number(place.get(name), name, count, default)
         return default
 
-    def number(place: Dataset, name: str, count: int, default: Any = None) -> Any:
+    def number(value: Any, name: str, count: int, default: Any = None) -> Any:
         try:
-            return _floats(place.get(name), count, default)
+            return _floats(value, count, default)
         except (ValueError, TypeError, OverflowError) as error:
             raise ReadError(f"malformed header: {name} is no number") from error
 
     def rescale(name: str, default: float) -> float:
         for place in reversed(places):
-            if place.get(name) not in (None, ""):
-                values = number(place, name, 1)
+            if (value := place.get(name)) not in (None, ""):
+                values = number(value, name, 1)
                 if values is None:
                     raise ReadError(f"{name} is no finite number: what the stored values mean is unknown")
                 return values[0]
@@ -387,7 +388,8 @@ class Image:
     """An open file: what rescaling its frames takes, and the frames themselves.
 
     Attributes:
-      frames, photometric, bits_stored, signed, geometry: as in Header.
+      frames, photometric, bits_stored, signed: as in Header.
+      geometry: spacing and rescaling of each frame; where it lies was a matter of the plan.
       decoder: what decoded the frames, once they are read.
     """
 
@@ -453,9 +455,12 @@ def open_image(path: str) -> Iterator[Image]:
       ReadError: the header is damaged, there are no pixels, they are cut off, or they have several samples each.
     """
     with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
-        dataset, last = _read(file, _PIXEL_TAGS, stop=_PIXEL_DATA)
+        small = os.fstat(file.fileno()).st_size <= IN_MEMORY_BYTES
+        # The parser asks where it is after every element, which is a call of the system for a file and none for memory.
+        source = io.BytesIO(file.read()) if small else file
+        dataset, last = _read(source, _PIXEL_TAGS, stop=_PIXEL_DATA)
         try:
-            image = _image(path, dataset, file if dataset.buffer is None else dataset.buffer, last)
+            image = _image(path, dataset, source if dataset.buffer is None else dataset.buffer, last)
         except ReadError:
             raise
         except Exception as error:  # values are parsed when they are asked for, and each parser raises its own kinds
@@ -521,6 +526,8 @@ def _decoded(
 ) -> Iterator[Integer[np.ndarray, "rows columns"]]:
     syntax = dataset.file_meta.TransferSyntaxUID
     options = as_pixel_options(dataset, pixel_keyword="PixelData", pixel_vr=representation)
+    if syntax in UNCOMPRESSED:
+        options["view_only"] = True  # nobody writes to what was read, so it needs no copy
     for values, _ in get_decoder(syntax).iter_array(source, raw=True, decoding_plugin=plugin, **options):
         yield values
 

@@ -74,7 +74,7 @@ def write(path: Path, items: Iterable[bytes], scratch: Path | None = None) -> tu
         writer = array_record_module.ArrayRecordWriter(str(written), WRITER_OPTIONS)
         for item in items:
             writer.write(item)
-            digests.append(hashlib.blake2b(item, digest_size=8).digest())
+            digests.append(hashlib.sha256(item).digest())  # processors have instructions for it
         writer.close()
         reader = array_record_module.ArrayRecordReader(str(written), "")
         if not reader.ok() or reader.num_records() != len(digests):
@@ -82,7 +82,7 @@ def write(path: Path, items: Iterable[bytes], scratch: Path | None = None) -> tu
                 f"{path.name}: wrote {len(digests)} records but {reader.num_records()} can be read; is the disk full?"
             )
         for number, digest in enumerate(digests):
-            if hashlib.blake2b(reader.read([number])[0], digest_size=8).digest() != digest:
+            if hashlib.sha256(reader.read([number])[0]).digest() != digest:
                 raise OSError(f"{path.name}: record {number} reads back changed; is the disk failing?")
         reader.close()
         digest = sha256(written)

@@ -310,7 +310,8 @@ def test_want_of_memory_is_a_reason_with_a_remedy(write_dicom, tmp_path: Path, m
                 dicom.read_stored(str(path))
 
 
-def test_no_more_than_a_frame_is_in_memory(write_dicom, tmp_path: Path) -> None:
+def test_no_more_than_a_frame_of_a_large_file_is_in_memory(write_dicom, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(dicom, "IN_MEMORY_BYTES", 1 << 20)
     path = write_dicom(tmp_path / "a.dcm", PIXELS)
     frames = np.random.default_rng(0).integers(0, 4096, (100, 256, 256)).astype(np.uint16)
     edit(path, NumberOfFrames=100, Rows=256, Columns=256, PixelData=frames.tobytes())
