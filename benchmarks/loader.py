@@ -12,9 +12,10 @@ The contenders, each in a process of its own (and its workers'), one after the o
   tfds        TFDS's own data source over the same shards in a torch DataLoader, or in a loop where torch is missing
   png         16-bit PNG files of the same slices in a torch DataLoader; left out where torch is missing
 
-The first rounds use one core: no worker processes. The others use --workers processes; of the bound, so many loops at once.
-Rates per CPU second count the CPU time of all processes of a contender. They are the ones to compare on a machine that is
-shared, where the wall clock also measures the neighbours; the ratios are medians over the rounds.
+The first rounds use one core: no worker processes, and where the system allows it no other core. The others use --workers
+processes; of the bound, so many loops at once. PyTorch gets one thread a process: its others wait by spinning, which takes the
+time of whoever else is there. Rates per CPU second count the CPU time of all processes of a contender. They are the ones to
+compare on a machine that is shared, where the wall clock also measures the neighbours; the ratios are medians over the rounds.
 
 Exit codes: 0 done, 1 memory grew beyond --allow in a soak, 2 wrong usage or input.
 """
@@ -167,8 +168,10 @@ def _on_device(batches: Iterator[dict[str, Any]]) -> Iterator[int]:
 
 
 def _torch_loader(dataset: Any, workers: int, batch: int) -> Iterator[dict[str, Any]]:
+    import torch
     from torch.utils.data import DataLoader
 
+    torch.set_num_threads(1)
     more = {"persistent_workers": True, "prefetch_factor": 2, "multiprocessing_context": "spawn"} if workers else {}
     batches = DataLoader(dataset, batch_size=batch, shuffle=True, num_workers=workers, drop_last=True, **more)
     while True:
@@ -228,8 +231,10 @@ CONTENDERS: dict[str, Callable[[dict[str, Any], int, int], Iterator[int]]] = {
 # ---- measuring
 
 
-def _serve(name: str, place: dict[str, Any], workers: int, batch: int, pipe: Any) -> None:
+def _serve(name: str, place: dict[str, Any], workers: int, batch: int, one_core: bool, pipe: Any) -> None:
     """A contender's process: for every number of seconds received it answers slices, wall and CPU seconds."""
+    if one_core and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     stream = CONTENDERS[name](place, workers, batch)
     for _ in range(3 + 2 * workers):  # imports, open files, started workers, full queues
         next(stream)
@@ -264,7 +269,8 @@ class Contender:
         alone = name == "bound" or (name == "tfds" and not find_spec("torch"))
         for _ in range(max(1, workers) if alone else 1):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(name, place, 0 if alone else workers, batch, theirs))
+            own_workers = 0 if alone else workers
+            process = context.Process(target=_serve, args=(name, place, own_workers, batch, not workers, theirs))
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -399,7 +405,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--split", default="train")
     parser.add_argument("--sizes", default="224,512", metavar="PX,…", help="of the phantom (%(default)s)")
-    parser.add_argument("--patients", type=int, default=8, help="of the phantom (%(default)s)")
+    parser.add_argument("--patients", type=int, default=4, help="of the phantom (%(default)s)")
     parser.add_argument("--slices", type=int, default=16, help="of each of a patient's 4 series (%(default)s)")
     parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes beside one core (%(default)s)")

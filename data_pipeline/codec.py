@@ -153,7 +153,7 @@ def _add_deltas(pixels: UInt16[np.ndarray, "slices height width"]) -> None:
         np.bitwise_xor(one, sign, out=one)
     slices, height, width = pixels.shape
     whole = height - height % _BAND
-    bands = pixels[:, :whole].reshape(slices, -1, _BAND, width, copy=False)
+    bands = pixels[:, :whole].reshape(slices, -1, _BAND, width)  # a view
     for row in range(1, _BAND):
         bands[:, :, row] += bands[:, :, row - 1]
     for band in range(1, whole // _BAND):
