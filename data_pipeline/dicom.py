@@ -9,6 +9,7 @@ import hashlib
 import io
 import math
 import os
+import re
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
@@ -65,6 +66,7 @@ _HEADER_TAGS = [
     "BurnedInAnnotation", "BodyPartExamined", "Manufacturer", "PixelSpacing", "SliceThickness", "ImageOrientationPatient",
     "ImagePositionPatient", "RescaleSlope", "RescaleIntercept", "LossyImageCompression", "BitsAllocated", "BitsStored",
     "HighBit", "PixelRepresentation", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+    "SeriesDescription",
 ]  # fmt: skip
 
 # What decoding and rescaling need.
@@ -143,6 +145,7 @@ class Header:
     bits_stored: int
     signed: bool
     burned_in: bool
+    called_localizer: bool
     body_part: str
     manufacturer: str
     thickness: float
@@ -263,6 +266,7 @@ def _header(path: str, dataset: Dataset) -> Header:
         bits_stored=_whole(dataset, "BitsStored", 16),
         signed=_whole(dataset, "PixelRepresentation", 0) == 1,
         burned_in=text("BurnedInAnnotation").upper() == "YES",
+        called_localizer=_is_called_localizer(dataset),
         body_part=_body_part(text("BodyPartExamined")),
         manufacturer=next((m for m in _MANUFACTURERS if m in text("Manufacturer").lower()), "unknown"),
         thickness=_thickness(dataset),
@@ -310,6 +314,19 @@ def read_dicomdir(path: str) -> list[str]:
 def _body_part(text: str) -> str:
     word = text.lower().replace("_", "").replace(" ", "")
     return word if word in BODY_PARTS else ""
+
+
+# What technicians and scanners call localizers; Siemens writes a type that tells them from no other series.
+_LOCALIZER = re.compile(
+    rb"locali[sz]er|scout|topogram|scanogram|surview|(?<![a-z])(?:3|three)[- _]?plane(?![a-z])", re.IGNORECASE
+)
+
+
+def _is_called_localizer(dataset: Dataset) -> bool:
+    """Whether the series' description says so; the text itself does not leave this function, nor is it decoded."""
+    element = dataset.get_item("SeriesDescription")
+    value = None if element is None else element.value
+    return isinstance(value, bytes) and _LOCALIZER.search(value) is not None
 
 
 def _thickness(dataset: Dataset) -> float:

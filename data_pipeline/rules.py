@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Shaped
 
+from data_pipeline import geometry
 from data_pipeline.dicom import Header
 
 # DICOM PS3.4 B.5: CT, MR, and their enhanced and legacy-converted multi-frame forms.
@@ -35,11 +36,21 @@ HEADER_RULES: tuple[tuple[str, Callable[[Header], bool]], ...] = (
     ("no pixel data", lambda h: not h.has_pixels),
     ("colour image", lambda h: h.samples_per_pixel != 1 or h.photometric not in ("MONOCHROME1", "MONOCHROME2")),
     ("burned-in annotation", lambda h: h.burned_in),
-    ("localizer or screen", lambda h: bool(LOCALIZER_TYPES & set(h.image_type))),
+    ("localizer or screen", lambda h: bool(LOCALIZER_TYPES & set(h.image_type)) or h.called_localizer),
     ("projection or reformat", lambda h: bool(PROJECTION_TYPES & set(h.image_type))),
     ("several frames in a single-frame object", lambda h: h.frames > 1 and h.sop_class not in MULTIFRAME_CLASSES),
     ("neither CT nor MR", lambda h: h.modality not in ("CT", "MR")),
+    # CT is reconstructed across the table. Other planes are radiographs (localizers) or cut out of other series.
+    (
+        "a CT that is not axial and does not say what it is",
+        lambda h: h.modality == "CT" and len(h.image_type) < 3 and _plane(h) in ("coronal", "sagittal"),
+    ),
 )
+
+
+def _plane(header: Header) -> str:
+    return geometry.plane_of(header.geometry[0].orientation) if header.geometry else "unknown"
+
 
 NO_HU = "values are no HU"
 HU_IN_MR = "values are HU though the modality is MR"

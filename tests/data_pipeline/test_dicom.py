@@ -122,6 +122,20 @@ def test_only_defined_terms_pass_as_body_part(write_dicom, tmp_path: Path, value
     assert dicom.read_header(str(path)).body_part == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Localiser sag", True), ("AAHead_Scout", True), ("Topogram  0.6  T80s", True), ("3-plane loc", True), ("THREE PLANE", True),
+        ("t2_tse_tra", False), ("Scott^Plane 13 planes", False), ("", False), (None, False),
+    ],
+)  # fmt: skip
+def test_a_series_that_is_called_a_localizer_is_known_as_one(write_dicom, tmp_path: Path, text, expected: bool) -> None:
+    path = write_dicom(tmp_path / "a.dcm", SeriesDescription=text)
+    header = dicom.read_header(str(path))
+    assert header.called_localizer == expected
+    assert not text or text not in str(header)
+
+
 def test_lossy_by_tag_where_there_is_one_and_by_syntax_elsewhere(write_dicom, tmp_path: Path) -> None:
     def lossy(syntax: str, tag: str | None) -> bool:
         path = write_dicom(tmp_path / "a.dcm", LossyImageCompression=tag)

@@ -8,9 +8,11 @@ from data_pipeline import dicom, rules
 CT = dicom.Header(
     path="a", sop_class="1.2.840.10008.5.1.4.1.1.2", sop_uid="1", series_uid="2", study_uid="3", patient_id="P", modality="CT",
     image_type=("ORIGINAL", "PRIMARY", "AXIAL"), rows=64, columns=64, frames=1, transfer_syntax="1.2.840.10008.1.2.1",
-    photometric="MONOCHROME2", samples_per_pixel=1, bits_stored=12, signed=False, burned_in=False, body_part="", manufacturer="ge",
+    photometric="MONOCHROME2", samples_per_pixel=1, bits_stored=12, signed=False, burned_in=False, called_localizer=False, body_part="", manufacturer="ge",
     thickness=1.0, lossy=False, has_pixels=True, geometry=(),
 )  # fmt: skip
+AXIAL = dicom.FrameGeometry((1.0, 0.0, 0.0, 0.0, 1.0, 0.0), None, None, 1.0, 0.0)
+CORONAL = dicom.FrameGeometry((1.0, 0.0, 0.0, 0.0, 0.0, -1.0), None, None, 1.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +33,12 @@ CT = dicom.Header(
         ({"image_type": ("DERIVED", "PRIMARY", "MPR", "CSA RESAMPLED")}, "projection or reformat"),
         ({"image_type": ("ORIGINAL", "PRIMARY", "SCOUT")}, "localizer or screen"),
         ({"image_type": ("DERIVED", "PRIMARY", "DIFFUSION", "ADC")}, None),
+        ({"called_localizer": True}, "localizer or screen"),
+        ({"image_type": (), "geometry": (CORONAL,)}, "a CT that is not axial and does not say what it is"),
+        ({"image_type": ("ORIGINAL", "PRIMARY"), "geometry": (CORONAL,)}, "a CT that is not axial and does not say what it is"),
+        ({"image_type": (), "geometry": (AXIAL,)}, None),
+        ({"geometry": (CORONAL,)}, None),
+        ({"modality": "MR", "image_type": (), "geometry": (CORONAL,)}, None),
         ({"frames": 2}, "several frames in a single-frame object"),
         ({"modality": "PT"}, "neither CT nor MR"),
     ],
