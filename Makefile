@@ -59,11 +59,12 @@ lint: $(VENV)/.test-installed
 	$(VENV)/bin/ruff format --check .
 
 # --universal: one file serves Python 3.11 to 3.13 on Linux and macOS. PyTorch stays in a file of its own, because which
-# build fits (CPU or CUDA) is the machine's matter.
+# build fits (CPU or CUDA) is the machine's matter. The demo has the versions that the suite was run with; it is not the other
+# way round, because Apache Beam wants an older protobuf, pyarrow and pillow.
 lock: $(VENV)/bin/python
 	$(VENV)/bin/pip install --quiet uv
-	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --no-header --extra demo setup.py -o requirements/demo.txt
-	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --no-header --extra test --extra lint --extra plan -c requirements/demo.txt setup.py -o requirements/test.txt
+	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --no-header --extra test --extra lint --extra plan setup.py -o requirements/test.txt
+	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --no-header --extra demo -c requirements/test.txt setup.py -o requirements/demo.txt
 
 clean:
 	rm -rf $(VENV) demo

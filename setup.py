@@ -1,7 +1,7 @@
 """Curia JAX: pretrain, convert and score a radiology foundation model.
 
 The base install trains on existing shards. Extras add what not every machine needs:
-`ingest` reads exams, `evaluate` scores and reports, `torch` checks exports against PyTorch, `cuda`/`tpu` bring an accelerator,
+`ingest` reads exams, `beam` does so on many machines, `evaluate` scores and reports, `torch` checks exports against PyTorch, `cuda`/`tpu` bring an accelerator,
 `test` and `lint` are for work on the project itself.
 """
 
@@ -20,6 +20,7 @@ INGEST = [
     "scipy>=1.14",
     "SimpleITK>=2.4",
 ]
+BEAM = ["apache-beam>=2.70,<3"]
 EVALUATE = ["matplotlib>=3.9", "scikit-learn>=1.6", "scipy>=1.14", "threadpoolctl>=3.5"]
 TEST = [
     "beartype>=0.20",
@@ -63,13 +64,14 @@ setup(
     ],
     extras_require={
         "ingest": INGEST,
+        "beam": [*INGEST, *BEAM],
         "evaluate": EVALUATE,
         "torch": ["torch>=2.4", "transformers>=4.57,<6"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "plan": ["libtpu>=0.0.40"],
         "demo": [*INGEST, *EVALUATE],
-        "test": [*INGEST, *EVALUATE, *TEST],
+        "test": [*INGEST, *BEAM, *EVALUATE, *TEST],
         "lint": ["ruff>=0.9"],
     },
 )

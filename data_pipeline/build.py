@@ -27,6 +27,7 @@ exit codes:
 """
 
 import argparse
+import contextlib
 import fcntl
 import json
 import os
@@ -43,6 +44,7 @@ from rich.console import Console
 
 from data_pipeline import (
     archives,
+    beam,
     codec,
     commit,
     convert,
@@ -61,6 +63,7 @@ from data_pipeline.errors import UserError, fault
 
 EXIT_STOPPED = 75
 FAILED_ON = "failed_on.txt"  # in the build folder, because paths can hold names
+BEAM_LOG = "beam.log"
 REASONS_SHOWN = 12
 
 
@@ -161,6 +164,22 @@ def parser() -> argparse.ArgumentParser:
         help="leave out series of body parts with a face, and those whose body part is not named",
     )
     p.add_argument("--drop-lossy", action="store_true", help="leave out slices that were compressed with loss")
+    p.add_argument(
+        "--runner",
+        choices=("local", "beam"),
+        default="local",
+        help="who converts: processes of this machine, or Apache Beam (see docs/ingest.md; default: %(default)s)",
+    )
+    p.add_argument(
+        "--beam-options",
+        metavar="OPTIONS",
+        help="Beam's own options, in one word: --beam-options='--runner=FlinkRunner --flink_master=…' (default: processes of this machine)",
+    )
+    p.add_argument(
+        "--scratch",
+        metavar="FOLDER",
+        help="folder on a local disk, of every machine that converts, for what is in hand; wanted where OUTPUT is a mounted bucket (default: OUTPUT)",
+    )
     p.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: %(default)s)"
     )
@@ -330,6 +349,10 @@ def _check(args: argparse.Namespace) -> None:
     for option in ("label_columns", "split_column", "patient_column", "modality_column"):
         if getattr(args, option) and not args.labels:
             raise UserError(f"--{option.replace('_', '-')} needs --labels=CSV")
+    if args.beam_options is not None and args.runner != "beam":
+        raise UserError("--beam-options are for --runner=beam; add that, or leave them out")
+    if args.runner == "beam":
+        beam.options(args.beam_options or "", args.workers)
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise UserError(f"--json: no folder {Path(args.json).parent}; make it first")
     dicom.check_plugins()
@@ -436,11 +459,18 @@ def _check_settings(known: commit.Known, settings: dict[str, Any], output: Path)
 def _run(
     function: workers.Work, tasks: Sequence[Any], args: argparse.Namespace, private: Path
 ) -> Iterator[workers.Progress | workers.Done]:
-    try:
-        memory = int(args.memory_gb * 1e9)
+    memory = int(args.memory_gb * 1e9)
+    with _named_in(private):
         yield from workers.run(
             function, tasks, workers=min(args.workers, len(tasks)), timeout=args.timeout, memory=memory
         )
+
+
+@contextlib.contextmanager
+def _named_in(private: Path) -> Iterator[None]:
+    """Errors that concern a file say where its path is written, because paths can hold names."""
+    try:
+        yield
     except workers.TaskError as error:
         if error.item is None:
             raise
@@ -543,30 +573,60 @@ def _convert(
     sidecars.mkdir(exist_ok=True)
     _remove_leftovers(output)
     (private / FAILED_ON).unlink(missing_ok=True)
-    todo = [
-        shard
-        for shard in made["shards"]
-        if not commit.is_finished(
-            sidecars, output / shards.file_name(args.name, shard["split"], shard["number"]), made["hash"]
-        )
-    ]
-    if len(todo) < len(made["shards"]):
-        console.print(f"{len(made['shards']) - len(todo)} of {len(made['shards'])} shards are finished already")
+    names = [shards.file_name(args.name, shard["split"], shard["number"]) for shard in made["shards"]]
+    todo = [n for n, name in enumerate(names) if not commit.is_finished(sidecars, output / name, made["hash"])]
+    if len(todo) < len(names):
+        console.print(f"{len(names) - len(todo)} of {len(names)} shards are finished already")
     if not todo:
         return
     common = {
-        "output": str(output), "sidecars": str(sidecars), "scratch": None, "plan": made["hash"],
-        "lines": str(plan.lines_of(own, made["hash"])), "name": args.name, "conversion": made["conversion"],
+        "output": str(output.absolute()), "sidecars": str(sidecars.absolute()), "plan": made["hash"],
+        "scratch": os.path.abspath(args.scratch) if args.scratch else None,
+        "lines": str(plan.lines_of(own, made["hash"]).absolute()), "name": args.name, "conversion": made["conversion"],
     }  # fmt: skip
-    tasks = [common | {"at": shard["at"]} for shard in todo]
-    total = sum(shard["files"] for shard in todo)
+    _remove_reports(sidecars, [names[n] for n in todo])
     try:
-        with progress.Counter(console, "convert", total) as counter:
-            for message in _run(convert.publish, tasks, args, private):
-                if isinstance(message, workers.Progress):
-                    counter.step()
+        if args.runner == "beam":
+            _convert_on_beam(common, [made["shards"][n]["at"] for n in todo], args, private, console)
+            missing = sum(not commit.is_finished(sidecars, output / names[n], made["hash"]) for n in todo)
+            if missing:
+                raise UserError(
+                    f"the Beam runner has ended, but {missing:,} of {len(todo):,} shards are not in {output}; is that one folder, the same for all workers?"
+                )
+            (private / BEAM_LOG).unlink()
+        else:
+            tasks = [common | {"at": made["shards"][n]["at"]} for n in todo]
+            with progress.Counter(console, "convert", sum(made["shards"][n]["files"] for n in todo)) as counter:
+                for message in _run(convert.publish, tasks, args, private):
+                    if isinstance(message, workers.Progress):
+                        counter.step()
     finally:
         _remove_leftovers(output)
+        if args.scratch:
+            shutil.rmtree(convert.scratch_folder(args.scratch, str(output)), ignore_errors=True)
+
+
+def _convert_on_beam(
+    common: dict[str, Any], places: list[Any], args: argparse.Namespace, private: Path, console: Console
+) -> None:
+    log = private / BEAM_LOG
+    words = beam.options(args.beam_options or "", min(args.workers, len(places)))
+    settings = common | {"timeout": args.timeout, "memory": int(args.memory_gb * 1e9)}
+    console.print(f"convert: on Apache Beam, which writes its log to {log}")
+    with (
+        progress.Counter(console, "convert", len(places), "shards") as counter,
+        contextlib.closing(beam.run(settings, places, words, log)) as running,
+        _named_in(private),
+    ):
+        for amount in running:
+            counter.step(amount)
+
+
+def _remove_reports(sidecars: Path, names: Sequence[str]) -> None:
+    """Of shards that are made again; what is there counts as made."""
+    for name in names:
+        for ending in (".json", ".final.json", beam.FAILED):
+            (sidecars / f"{name}{ending}").unlink(missing_ok=True)
 
 
 def _remove_leftovers(output: Path) -> None:

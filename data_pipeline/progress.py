@@ -42,7 +42,7 @@ class Counter:
         if kind is None and not self._console.is_terminal:
             seconds = time.monotonic() - self._began
             self._console.print(
-                f"{self._stage}: {self._total:,} {self._unit} in {seconds:.1f} s, {self._total / max(seconds, 1e-9):,.0f}/s"
+                f"{self._stage}: {self._total:,} {self._unit} in {seconds:.1f} s, {_per_time(self._total / max(seconds, 1e-9))}"
             )
 
     def step(self, amount: int = 1) -> None:
@@ -50,10 +50,14 @@ class Counter:
         self._done += amount
         now = time.monotonic()
         rate = self._done / max(now - self._began, 1e-9)
-        self._bar.update(self._task, completed=self._done, rate=f"{rate:,.0f}/s")
+        self._bar.update(self._task, completed=self._done, rate=_per_time(rate))
         if not self._console.is_terminal and now - self._last >= EVERY:
             self._last = now
             left = (self._total - self._done) / max(rate, 1e-9)
             self._console.print(
-                f"{self._stage}: {self._done:,} of {self._total:,} {self._unit}, {rate:,.0f}/s, {left / 60:.1f} min left"
+                f"{self._stage}: {self._done:,} of {self._total:,} {self._unit}, {_per_time(rate)}, {left / 60:.1f} min left"
             )
+
+
+def _per_time(rate: float) -> str:
+    return f"{rate:,.0f}/s" if rate >= 1 else f"{60 * rate:.1f}/min"

@@ -22,3 +22,12 @@ def test_what_is_counted_can_come_in_portions(monkeypatch, capsys) -> None:
         clock[0] = 20.0
         counter.step(1000)
     assert capsys.readouterr().err.splitlines()[0] == "verify: 1,000 of 4,000 MB, 50/s, 1.0 min left"
+
+
+def test_what_takes_long_is_counted_by_the_minute(monkeypatch, capsys) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with progress.Counter(progress.console(), "convert", 12, "shards") as counter:
+        clock[0] = 20.0
+        counter.step(2)
+    assert capsys.readouterr().err.splitlines()[0] == "convert: 2 of 12 shards, 6.0/min, 1.7 min left"
