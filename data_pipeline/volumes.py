@@ -6,9 +6,10 @@ import math
 import os
 import re
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import nibabel
 import numpy as np
@@ -129,15 +130,16 @@ def open_volume(path: str, scratch: Path | None = None) -> Iterator[Volume]:
     """Looks at a volume once, for what holds of all its slices, and turns it so that slices are seen as usual: axial and
     coronal with the patient's right on the left and front or head up, sagittal with the face to the left.
 
-    No more than IN_MEMORY_BYTES of a NIfTI volume are in memory. A large one that is compressed lies in `scratch`, as a file
-    without a name, as long as the context lasts. SimpleITK reads the other formats whole.
+    A volume of more than IN_MEMORY_BYTES is read in pieces. One that is compressed lies in `scratch` for that, as a file
+    without a name, as long as the context lasts. Unusual forms of NRRD and MetaImage are read whole: text, bzip2, skipped bytes.
 
     Raises:
       ReadError: damaged, or not of two or three dimensions.
     """
     try:
         with contextlib.ExitStack() as stack:
-            yield _volume(path, *(_open_nifti(path, scratch, stack) if is_nifti(path) else _read_itk(path)))
+            opened = _open_nifti(path, scratch, stack) if is_nifti(path) else _open_itk(path, scratch, stack)
+            yield _volume(path, *opened)
     except MemoryError as error:
         raise ReadError(NO_MEMORY) from error
 
@@ -208,7 +210,7 @@ def _open_nifti(
             file = stack.enter_context(tempfile.TemporaryFile(dir=scratch))
             with nibabel.openers.ImageOpener(path) as packed:
                 packed.seek(proxy.offset)
-                _copy(packed, file, size)
+                _copy(iter(lambda: packed.read(SLAB_BYTES), b""), file, size)
             stored = _File(file, 0, shape, proxy.dtype)
         else:
             stored = _File(stack.enter_context(open(path, "rb")), proxy.offset, shape, proxy.dtype)
@@ -219,9 +221,9 @@ def _open_nifti(
     return stored, (float(proxy.slope), float(proxy.inter)), _sound(affine)
 
 
-def _copy(source: Any, target: BinaryIO, size: int) -> None:
-    while size:
-        piece = source.read(min(SLAB_BYTES, size))
+def _copy(pieces: Iterator[bytes], target: BinaryIO, size: int) -> None:
+    while size > 0:
+        piece = next(pieces, b"")
         if not piece:
             raise ReadError("damaged volume: it is cut off")
         size -= len(piece)
@@ -324,7 +326,9 @@ def _data_file(path: str) -> str:
     return target
 
 
-def _read_itk(path: str) -> tuple[_Array, tuple[float, float], np.ndarray]:
+def _open_itk(
+    path: str, scratch: Path | None, stack: contextlib.ExitStack
+) -> tuple[_Array | _File, tuple[float, float], np.ndarray]:
     reader = SimpleITK.ImageFileReader()
     # By the name alone: ITK would look at the content and take any format that it knows, some of which open other files.
     reader.SetImageIO("NrrdImageIO" if path.lower().endswith((".nrrd", ".nhdr")) else "MetaImageIO")
@@ -333,27 +337,74 @@ def _read_itk(path: str) -> tuple[_Array, tuple[float, float], np.ndarray]:
     try:
         reader.ReadImageInformation()
         components = reader.GetNumberOfComponents()
-        _check_promise(data, (*reader.GetSize(), components), _ITEM_BYTES.get(reader.GetPixelID(), 1))
-        image = reader.Execute()
-    except RuntimeError as error:
+        dtype = _TYPES.get(reader.GetPixelID())
+        _check_promise(data, (*reader.GetSize(), components), dtype.itemsize if dtype else 1)
+        if components != 1:
+            raise ReadError("colour values")
+        if reader.GetDimension() != 3:
+            raise ReadError(f"{reader.GetDimension()} dimensions; slices come from volumes of 2 or 3")
+        affine = np.eye(4)
+        affine[:3, :3] = np.array(reader.GetDirection()).reshape(3, 3) * np.array(reader.GetSpacing())
+        affine[:2] *= -1  # ITK's axes point left and back, NIfTI's right and front
+        stored: _Array | _File | None = None
+        if dtype and math.prod(reader.GetSize()) * dtype.itemsize > IN_MEMORY_BYTES:
+            stored = _open_raw(path, data, reader.GetSize(), dtype, scratch, stack)
+        if stored is None:
+            stored = _Array(SimpleITK.GetArrayFromImage(reader.Execute()).transpose(2, 1, 0))
+    except (RuntimeError, zlib.error) as error:
         raise ReadError("damaged volume (SimpleITK cannot read it)") from error
-    if image.GetNumberOfComponentsPerPixel() != 1:
-        raise ReadError("colour values")
-    if image.GetDimension() != 3:
-        raise ReadError(f"{image.GetDimension()} dimensions; slices come from volumes of 2 or 3")
-    affine = np.eye(4)
-    affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
-    affine[:2] *= -1  # ITK's axes point left and back, NIfTI's right and front
-    values = SimpleITK.GetArrayFromImage(image).transpose(2, 1, 0)
-    _shape(values.shape, values.dtype)
-    return _Array(values), (1.0, 0.0), _sound(affine)
+    _shape(stored.shape, stored.dtype)
+    return stored, (1.0, 0.0), _sound(affine)
 
 
-_ITEM_BYTES = {
-    getattr(SimpleITK, f"sitk{kind}{bits}"): bits // 8
-    for kind, sizes in {"UInt": (8, 16, 32, 64), "Int": (8, 16, 32, 64), "Float": (32, 64)}.items()
+_TYPES = {
+    getattr(SimpleITK, f"sitk{name}{bits}"): np.dtype(f"{kind}{bits // 8}")
+    for name, kind, sizes in (("UInt", "u", (8, 16, 32, 64)), ("Int", "i", (8, 16, 32, 64)), ("Float", "f", (32, 64)))
     for bits in sizes
 }
+# A field of a header; pairs with := are remarks.
+_FIELD = re.compile(rb"^([A-Za-z][A-Za-z ]*?)\s*[:=](?!=)[ \t]*([^\r\n]*?)\s*$", re.MULTILINE)
+
+
+def _open_raw(
+    path: str, data: str, size: tuple[int, ...], dtype: np.dtype, scratch: Path | None, stack: contextlib.ExitStack
+) -> _File | None:
+    """The values of an NRRD or MetaImage volume where they lie as they are or deflated; None in all other cases."""
+    with open(path, "rb") as file:
+        start = file.read(HEADER_BYTES)
+    nrrd = start.startswith(b"NRRD")
+    end = re.search(rb"\r?\n\r?\n" if nrrd else rb"^ElementDataFile[^\n]*\n", start, re.MULTILINE)
+    header = start[: end.end()] if end else start
+    fields = {key.lower().replace(b" ", b""): value.lower() for key, value in _FIELD.findall(header)}
+    if nrrd:
+        packed = {b"raw": False, b"gzip": True, b"gz": True}.get(fields.get(b"encoding", b""))
+        plain = all(fields.get(key, b"0") == b"0" for key in (b"byteskip", b"lineskip"))
+        big, sizes = fields.get(b"endian") == b"big", fields.get(b"sizes", b"")
+    else:
+        packed = fields.get(b"compresseddata") == b"true"
+        plain = fields.get(b"binarydata") == b"true" and fields.get(b"headersize", b"0") == b"0"
+        big = b"true" in (fields.get(b"binarydatabyteordermsb"), fields.get(b"elementbyteordermsb"))
+        sizes = fields.get(b"dimsize", b"")
+    if packed is None or not plain or sizes.split() != [b"%d" % n for n in size] or (data == path and end is None):
+        return None
+    offset = end.end() if data == path else 0
+    dtype = dtype.newbyteorder(">" if big else "<")
+    if not packed:
+        return _File(stack.enter_context(open(data, "rb")), offset, size, dtype)
+    file = stack.enter_context(tempfile.TemporaryFile(dir=scratch))
+    with open(data, "rb") as source:
+        source.seek(offset)
+        _copy(_inflated(source), file, math.prod(size) * dtype.itemsize)
+    return _File(file, 0, size, dtype)
+
+
+def _inflated(source: BinaryIO) -> Iterator[bytes]:
+    inflate = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # with the head of zlib or of gzip
+    while not inflate.eof and (packed := source.read(SLAB_BYTES)):
+        while packed and not inflate.eof:
+            if piece := inflate.decompress(packed, SLAB_BYTES):
+                yield piece
+            packed = inflate.unconsumed_tail
 
 
 def _sound(affine: np.ndarray) -> np.ndarray:

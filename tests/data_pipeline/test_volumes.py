@@ -75,6 +75,48 @@ def test_a_volume_is_the_same_piece_by_piece(tmp_path: Path, monkeypatch, suffix
         read(path)
 
 
+@pytest.mark.parametrize("suffix", [".nrrd", ".nhdr", ".mha", ".mhd"])
+@pytest.mark.parametrize("compress", [True, False])
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.float32, np.float64])
+def test_nrrd_and_metaimage_are_the_same_piece_by_piece(tmp_path: Path, monkeypatch, suffix, compress, kind) -> None:
+    image = SimpleITK.GetImageFromArray((TRUTH.transpose(2, 1, 0) / 2).astype(kind))
+    image.SetSpacing((1.0, 4.0, 1.0))
+    image.SetDirection([0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0])
+    path = tmp_path / f"v{suffix}"
+    SimpleITK.WriteImage(image, str(path), useCompression=compress)
+    volume, wanted = read(path)
+    monkeypatch.setattr(volumes, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(volumes, "SLAB_BYTES", 100)
+    with volumes.open_volume(str(path), tmp_path) as again:
+        assert isinstance(again._stored, volumes._File)
+        np.testing.assert_array_equal(list(again.slices()), wanted)
+        assert (again.plane, again.spacing, again.low) == (volume.plane, volume.spacing, volume.low)
+        monkeypatch.setattr(volumes, "SLAB_BYTES", 1)  # less than the head of a packed stream
+        with volumes.open_volume(str(path), tmp_path) as again:
+            assert again.high == volume.high
+    data = max(tmp_path.iterdir(), key=lambda one: one.stat().st_size)
+    data.write_bytes(data.read_bytes()[:-30])
+    with pytest.raises(ReadError, match="damaged volume"):
+        read(path)
+
+
+def test_what_is_laid_out_otherwise_is_read_whole(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(volumes, "IN_MEMORY_BYTES", 0)
+    (tmp_path / "v.raw").write_bytes(bytes(5) + TRUTH.astype(">i2").transpose(2, 1, 0).tobytes())
+    head = "NRRD0004\ntype: short\ndimension: 3\nsizes: 6 7 4\nendian: big\nencoding: raw\ndata file: v.raw\n"
+    for skip in ("byte skip: 5\n", "byteskip: -1\n"):
+        (tmp_path / "v.nhdr").write_text(head + skip)
+        assert read(tmp_path / "v.nhdr")[1].sum() == TRUTH.sum()
+    (tmp_path / "v.raw").write_bytes((tmp_path / "v.raw").read_bytes()[5:])
+    (tmp_path / "v.nhdr").write_text(head)
+    with volumes.open_volume(str(tmp_path / "v.nhdr")) as volume:
+        assert isinstance(volume._stored, volumes._File)
+        assert sum(int(one.sum()) for one in volume.slices()) == TRUTH.sum()
+    text = "NRRD0004\ntype: short\ndimension: 3\nsizes: 6 7 4\nencoding: text\n\n"
+    (tmp_path / "t.nrrd").write_text(text + " ".join(map(str, TRUTH.ravel(order="F"))))
+    assert read(tmp_path / "t.nrrd")[1].sum() == TRUTH.sum()
+
+
 @pytest.mark.parametrize("suffix", [".nrrd", ".mha", ".mhd", ".nii"])
 @pytest.mark.parametrize(
     "direction", [(1, 0, 0, 0, 1, 0, 0, 0, 1), (-1, 0, 0, 0, -1, 0, 0, 0, 1), (0, 0, 1, 1, 0, 0, 0, 1, 0)]
