@@ -149,7 +149,9 @@ def parser() -> argparse.ArgumentParser:
         help="column of --labels that holds CT or MR, for files that do not say; where it is empty --modality decides",
     )
     p.add_argument(
-        "--holdout", metavar="FILE", help="patients to keep out: one patient id, or one folder of their exams, per line"
+        "--holdout",
+        metavar="FILE",
+        help="patients to keep out: one patient id, or one folder, archive or file of theirs (also exams.zip!/folder), per line",
     )
     p.add_argument(
         "--examples",
@@ -258,7 +260,7 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
         known = commit.known(output, private)
         conversion = {
             "size": args.size, "slices_per_record": args.slices_per_record, "codec": codec.DELTA, "name": args.name,
-            "planes": list(args.planes),
+            "planes": list(args.planes), "drop_faces": args.drop_faces, "drop_lossy": args.drop_lossy,
         }  # fmt: skip
         _check_settings(known, plan.settings(key, args.validation, args.test, conversion), output)
         console.print(f"{len(found):,} files; {origin}")
@@ -279,6 +281,7 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
             name: getattr(args, name) for name in ("modality", "size", "slices_per_record", "validation", "test")
         }
         settings["planes"] = ", ".join(args.planes) or None
+        settings |= {"drop_faces": args.drop_faces, "drop_lossy": args.drop_lossy}
         request = commit.Request(
             output,
             private,
@@ -393,9 +396,8 @@ def _held_out(
     unmatched = []
     for number, line in lines:
         patients = {pseudonyms.digest(key, "patient", line)}
-        if os.path.isdir(line):
-            top = os.path.abspath(line) + os.sep
-            patients |= {patient for path, patient in places if path.startswith(top)}
+        if inventory.is_place(line):
+            patients |= {patient for path, patient in places if inventory.lies_in(path, line)}
         if patients.isdisjoint(here):
             unmatched.append(number)
         out |= patients
@@ -439,21 +441,30 @@ def _label(args: argparse.Namespace, entries: list[inventory.Entry], known: comm
 
 
 def _check_settings(known: commit.Known, settings: dict[str, Any], output: Path) -> None:
-    if known.settings is None or known.settings == settings:
+    if known.settings is None:
         return
-    if known.settings["format"] != settings["format"]:
+    before = {"drop_faces": False, "drop_lossy": False} | known.settings  # which older plans do not name
+    if before == settings:
+        return
+    if before["format"] != settings["format"]:
         raise UserError(
-            f"{output} holds a finished dataset of another version of this software (its plan has format {known.settings['format']}, this version writes {settings['format']}); choose another --output, or remove it to build it anew"
+            f"{output} holds a finished dataset of another version of this software (its plan has format {before['format']}, this version writes {settings['format']}); choose another --output, or remove it to build it anew"
         )
-    if known.settings["key"] != settings["key"]:
+    if before["key"] != settings["key"]:
         raise UserError(
             f"{output} was built with another key; name that one with --key-file, or choose another --output"
         )
-    changed = [name for name in settings if settings[name] != known.settings.get(name)]
-    texts = [f"--{name.replace('_', '-')} was {known.settings.get(name)} and is {settings[name]}" for name in changed]
+    changed = [name for name in settings if settings[name] != before.get(name)]
+    texts = [
+        f"--{name.replace('_', '-')} was {_said(before.get(name))} and is {_said(settings[name])}" for name in changed
+    ]
     raise UserError(
         f"{output} holds a finished dataset of other settings: {'; '.join(texts)}; exams are added with the same ones, or choose another --output"
     )
+
+
+def _said(value: Any) -> Any:
+    return ("given" if value else "not given") if isinstance(value, bool) else value
 
 
 def _run(

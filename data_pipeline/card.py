@@ -18,7 +18,7 @@ import pyarrow as pa
 from jaxtyping import Int
 from PIL import Image
 
-from data_pipeline import pseudonyms, records, shards, sheets
+from data_pipeline import dicom, pseudonyms, records, shards, sheets
 
 COUNTED = ("split", "modality", "units", "plane", "body_part", "manufacturer")
 FATES = ("kept", "excluded", "duplicate", "quarantined")
@@ -27,8 +27,6 @@ HU_EDGES = np.arange(-1024, 3073, 32, dtype=np.float64)
 RELATIVE_EDGES = np.round(np.linspace(-0.25, 1.5, 71), 6)
 SPACING_EDGES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.5, 10.0)  # mm
 SIDE_EDGES = (0.0, 64.0, 128.0, 192.0, 256.0, 320.0, 384.0, 512.0, 768.0, 1024.0)  # px
-FACES = frozenset("brain ear eye eyelid face head headneck jaw mandible maxilla mouth nose orbit orbits scalp sella sinus "
-                  "sinuses skull temporalbone tmj iac circleofwillis cerebellum neck wholebody".split())  # fmt: skip
 TILE = 160  # px
 
 
@@ -110,7 +108,7 @@ class Counts:
         for number, key in enumerate(zip(*(rows[name].to_pylist() for name in columns), strict=True)):
             places[key].append(number)
         for (modality, plane, part, series), numbers in places.items():
-            if plane != "axial" and (not part or part in FACES):
+            if plane != "axial" and (not part or part in dicom.FACES):
                 continue
             group = self._groups[modality, plane, part]
             if series not in group:
@@ -379,9 +377,13 @@ def _holdout_part(card: Mapping[str, Any]) -> str:
     )
 
 
+_SAID = {None: "as it is", False: "no", True: "yes"}
+
+
 def _making_part(card: Mapping[str, Any]) -> str:
     settings = [
-        (_text(name.replace("_", " ")), _text("as it is" if v is None else v)) for name, v in card["settings"].items()
+        (_text(name.replace("_", " ")), _text(_SAID.get(v, v) if v is None or isinstance(v, bool) else v))
+        for name, v in card["settings"].items()
     ]
     settings.append(("codec", _text(card["codec"])))
     rows = [

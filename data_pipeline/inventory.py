@@ -136,6 +136,18 @@ def read_holdout(path: str) -> list[tuple[int, str]]:
     return [(number, line) for number, line in enumerate(lines, 1) if line]
 
 
+def is_place(line: str) -> bool:
+    """Whether a line of a hold-out file names a folder, an archive, a file, or a place in an archive: exams.zip!/folder."""
+    archive, mark, _ = line.partition("!/")
+    return os.path.exists(line) or bool(mark) and archives.is_archive(archive) and os.path.isfile(archive)
+
+
+def lies_in(path: str, place: str) -> bool:
+    """Whether an absolute path, of a file or of a member of an archive, is a place or lies in it."""
+    top = os.path.abspath(place)
+    return path == top or path.startswith((top + os.sep, top + "!/"))
+
+
 MOUNTS = {"gs": "gcsfuse --implicit-dirs", "s3": "mount-s3", "az": "blobfuse2", "abfs": "blobfuse2", "http": "rclone mount", "https": "rclone mount"}  # fmt: skip
 
 

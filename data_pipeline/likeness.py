@@ -8,7 +8,7 @@ import collections
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Int8, UInt16
+from jaxtyping import Float, Int8, Int64, UInt16
 from PIL import Image
 from scipy.fft import dctn
 
@@ -16,7 +16,7 @@ SIDE = 16
 PLACES = (0.25, 0.5, 0.75)
 # Correlation of signatures: two kernels of one CT are above 0.999; neighbouring patients in one position stay below 0.98.
 LIKE = 0.995
-MOST_IN_A_BUCKET = 512
+BLOCK = 2048  # series compared with as many at a time
 
 
 def places(count: int) -> list[int]:
@@ -41,27 +41,44 @@ def signature(chosen: Sequence[UInt16[np.ndarray, "_ _"]]) -> Int8[np.ndarray, "
 def groups(signatures: Int8[np.ndarray, "series 3 16 16"], kinds: Sequence[str]) -> list[int]:
     """For each series the number of the first one that it looks like; its own where there is none before it.
 
+    All that share a middle structure are compared: 20,000 series that share one take four CPU seconds, and ten times as many
+    a hundred times as long.
+
     Args:
       kinds: only series of one kind (modality and plane) are compared.
     """
-    first = list(range(len(signatures)))
     buckets: dict[tuple[object, ...], list[int]] = collections.defaultdict(list)
-    for number, (one, kind) in enumerate(zip(signatures, kinds, strict=True)):
+    for start in range(0, len(signatures), BLOCK):
         # Signs of the lowest frequencies: those of a slice survive noise and another kernel almost always, and one slice
         # of three is enough.
-        low = dctn(one.astype(np.float32), axes=(1, 2), norm="ortho")[:, :5, :5] > 0
-        vector = one.astype(np.float32).ravel()
-        length = float(np.linalg.norm(vector))
-        candidates: set[int] = set()
-        for place in range(len(PLACES)):
-            bucket = buckets[kind, place, low[place].tobytes()]
-            candidates.update(bucket)
-            if len(bucket) < MOST_IN_A_BUCKET:
-                bucket.append(number)
-        for other in sorted(candidates):
-            against = signatures[other].astype(np.float32).ravel()
-            scale = length * float(np.linalg.norm(against))
-            if scale > 0 and float(vector @ against) / scale > LIKE:
-                first[number] = first[other]
-                break
+        low = dctn(signatures[start : start + BLOCK].astype(np.float32), axes=(2, 3), norm="ortho")[..., :5, :5] > 0
+        for number, signs in enumerate(low, start):
+            for place in range(len(PLACES)):
+                buckets[kinds[number], place, signs[place].tobytes()].append(number)
+    like = np.arange(len(signatures))
+    for members in buckets.values():
+        if len(members) > 1:
+            numbers = np.asarray(members)
+            like[numbers] = np.minimum(
+                like[numbers], numbers[_first_like(signatures[numbers].reshape(len(numbers), -1))]
+            )
+    first = list(range(len(signatures)))
+    for number, other in enumerate(like.tolist()):
+        first[number] = first[other]
     return first
+
+
+def _first_like(vectors: Int8[np.ndarray, "series values"]) -> Int64[np.ndarray, "series"]:
+    """For each row the first one before it that correlates above LIKE, else itself."""
+    found = np.arange(len(vectors))
+    lengths = np.linalg.norm(vectors.astype(np.float32), axis=1)
+    for start in range(0, len(vectors), BLOCK):
+        rows = vectors[start : start + BLOCK].astype(np.float32)
+        for begin in range(0, start + len(rows), BLOCK):
+            # Sums of 768 products of 7-bit numbers are exact in 32-bit floats, in whatever order they are added.
+            products = rows @ vectors[begin : begin + BLOCK].astype(np.float32).T
+            alike = products > LIKE * np.outer(lengths[start : start + BLOCK], lengths[begin : begin + BLOCK])
+            place = begin + alike.argmax(axis=1)
+            own = found[start : start + BLOCK]
+            own[:] = np.where(alike.any(axis=1), np.minimum(own, place), own)
+    return found

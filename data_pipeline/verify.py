@@ -19,6 +19,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from array_record.python import array_record_module
 
-from data_pipeline import codec, commit, inventory, plan, progress, pseudonyms, records, shards, workers
+from data_pipeline import archives, codec, commit, inventory, plan, progress, pseudonyms, records, shards, workers
 from data_pipeline.errors import UserError, fault
 from data_pipeline.workers import Touch
 
 EXIT_STOPPED = 75
 DAMAGED_SHOWN = 3  # records per shard
+UNPACK_BYTES = 100_000_000_000  # of compressed archives that a hold-out file names
 UNFINISHED = "an addition is not finished: its shards do not count yet; start its build again"
 HELD_OUT = "held out: {lines:,} lines of {file} stand for {patients:,} patients; slices of theirs in the index: {slices_found:,}"
 COLUMNS = ("file", "split", "records", "slices", "bytes", "sha256", "largest_height", "largest_width", "slice_counts")
@@ -179,18 +181,30 @@ def held_out(folder: Path, path: str, key_file: str | None) -> dict[str, int]:
     lines = inventory.read_holdout(path)
     patients = {pseudonyms.digest(key, "patient", line) for _, line in lines}
     for number, line in lines:
-        if os.path.isdir(line):
-            files = [str(one) for one in inventory.find_files([line])]
-            entries = inventory.inspect((files, inventory.Options(key)), {}, lambda item: None)
-            found = {entry.patient for entry in entries if entry.patient}
+        if inventory.is_place(line):
+            found = _patients_in(line, key)
             if not found:
-                raise UserError(f"line {number} of {path} names a folder in which no file says whose it is")
+                raise UserError(f"line {number} of {path} names a place in which no file says whose it is")
             patients |= found
     index = pq.read_table(folder / shards.INDEX, columns=["patient"])["patient"].value_counts().to_pylist()
     inside = {row["values"]: row["counts"] for row in index if row["values"] in patients}
     return {
         "lines": len(lines), "patients": len(patients), "patients_found": len(inside), "slices_found": sum(inside.values()),
     }  # fmt: skip
+
+
+def _patients_in(place: str, key: bytes) -> set[str]:
+    """Pseudonyms of those of whom there is something in a folder, an archive, or a part of one."""
+    sources: list[str | archives.Member] = []
+    with tempfile.TemporaryDirectory() as unpacked:
+        for file in map(str, inventory.find_files([place.partition("!/")[0]])):
+            if archives.is_archive(file):
+                listing = archives.list_members((file, unpacked, UNPACK_BYTES), {}, lambda item: None)
+                sources += [one for one in listing.members if inventory.lies_in(os.path.abspath(one.path), place)]
+            else:
+                sources.append(file)
+        entries = inventory.inspect((sources, inventory.Options(key, unpacked=unpacked)), {}, lambda item: None)
+    return {entry.patient for entry in entries if entry.patient}
 
 
 def _shard_table(folder: Path, problems: list[str]) -> list[dict[str, Any]] | None:

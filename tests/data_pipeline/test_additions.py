@@ -14,6 +14,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from data_pipeline import build, commit, geometry, plan, shards
+from tests.data_pipeline.packing import pack
 
 SPLITS = ("--validation", 0.3, "--test", 0.2)
 
@@ -291,6 +292,31 @@ def test_who_was_held_out_once_stays_out(tmp_path: Path, exams: Path, run_build,
     assert run_build("--input", tmp_path / "later", *words).code == 0
     reasons = {row["reason"] for path, row in manifest(tmp_path / "out").items() if "later" in path or "/p4/" in path}
     assert reasons == {plan.HELD_OUT}
+
+
+def test_archives_and_places_in_them_can_be_held_out(
+    tmp_path: Path, exams: Path, run_build, run_verify, key_file: Path, manifest
+) -> None:
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    for name, patients in (("a.zip", (1, 2)), ("b.tar.gz", (3,)), ("c.tar", (4, 5))):
+        paths = [path for n in patients for path in sorted((exams / f"p{n}").iterdir())]
+        pack(packed / name, {f"in/{path.parent.name}/{path.name}": path.read_bytes() for path in paths})
+    (tmp_path / "holdout.txt").write_text(
+        f"{packed / 'a.zip'}!/in/p2\n{packed / 'b.tar.gz'}\n{packed / 'c.tar'}!/in/p5/000.dcm\n{packed / 'a.zip'}!/in/p\n"
+    )
+    more = ("--holdout", tmp_path / "holdout.txt")
+    result = run_build("--input", packed, "--output", tmp_path / "out", *SPLITS, *more)
+    assert result.code == 0, result.err
+    assert "held out: 3 of 4 lines name a patient" in result.err and "nothing matches line 4 of" in result.err
+    rows = manifest(tmp_path / "out")
+    assert {path.split("/")[-2] for path, row in rows.items() if row["fate"] == "kept"} == {"p1", "p4"}
+    (tmp_path / "holdout.txt").write_text("\n".join((tmp_path / "holdout.txt").read_text().splitlines()[:3]))
+    more = (*more, "--key-file", key_file)
+    assert run_verify(tmp_path / "out", *more).code == 0
+    (tmp_path / "holdout.txt").write_text(f"{packed / 'b.tar.gz'}\n{packed / 'c.tar'}!/in/p4\n")
+    result = run_verify(tmp_path / "out", *more)
+    assert result.code == 1 and "slices are of 1 patients of" in result.out
 
 
 def test_verify_proves_it_again_with_the_key(

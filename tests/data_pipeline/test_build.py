@@ -393,6 +393,8 @@ def test_a_finished_dataset_of_other_settings_is_not_touched(tmp_path: Path, run
     for more, text in (
         (("--size", 32), "of other settings: --size was None and is 32; exams are added with the same ones"),
         (("--slices-per-record", 4, "--test", 0.5), "--test was 0.05 and is 0.5; --slices-per-record was 1 and is 4"),
+        (("--drop-lossy",), "--drop-lossy was not given and is given"),
+        (("--drop-faces",), "--drop-faces was not given and is given"),
         (("--key-file", tmp_path / "other.key"), "was built with another key; name that one with --key-file"),
     ):
         result = run_build(*words, *more)

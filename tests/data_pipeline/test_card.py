@@ -136,7 +136,7 @@ def test_examples_come_from_the_middles_of_series_and_show_every_kind_first() ->
     assert chosen(0, *given) == []
 
 
-@pytest.mark.parametrize("part", ["head", "brain", "orbit", "neck", "wholebody", ""])
+@pytest.mark.parametrize("part", ["head", "brain", "orbit", "neck", "cspine", "pituitary", "wholebody", ""])
 @pytest.mark.parametrize("plane", ["sagittal", "coronal", "oblique", "unknown"])
 def test_no_example_could_show_a_face(part: str, plane: str) -> None:
     assert chosen(24, ("MR", plane, part, "a"), ("MR", "axial", part, "b")) == [1]
