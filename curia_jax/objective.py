@@ -21,13 +21,26 @@ from data_pipeline.errors import UserError
 
 State = dict[str, Any]
 
-# For the TPU compiler: fusions of products with collectives, which need more of the chip's own memory than the 16 MiB that a
-# fusion gets. Planned for ViT-B/16 on v5e:16x16, together they take 0.3 ms off 34.6: every all-gather goes behind products.
-# The reduce-scatters of the gradients stay in line (docs/performance.md).
-TPU_OPTIONS = {
+# For the TPU compiler, so that collectives run behind products (docs/performance.md). Without them every reduce-scatter of
+# gradients stays in line, and on chips with SparseCores every all-gather too.
+_IN_FUSIONS = {
+    # Only a v5e runs a reduce-scatter inside the fusions of products; the compiler refuses it for other chips. Each gradient
+    # has to stay by itself: one of many layers is not ready before the last of them. Fusions need more of the chip's own
+    # memory than the 16 MiB that they get.
+    "xla_enable_async_reduce_scatter_fusion": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "true",
+    "xla_tpu_ars_combiner_threshold_in_bytes": "0",
     "xla_tpu_scoped_vmem_limit_kib": "24576",
 }
+_ON_SPARSE_CORES = {
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "true",
+    "xla_tpu_use_tc_device_shape_on_sc": "true",
+    "xla_tpu_scoped_vmem_limit_kib": "24576",
+}
+# By jax.Device.device_kind; other chips get no options.
+TPU_OPTIONS = {"TPU v5 lite": _IN_FUSIONS, "TPU v5": _ON_SPARSE_CORES, "TPU v6 lite": _ON_SPARSE_CORES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,5 +151,5 @@ def make(
         name: jax.ShapeDtypeStruct((config.batch_size, *per_example.get(name, ())), dtype, sharding=split)
         for name, dtype in data.DEVICE_FIELDS.items()
     }
-    options = TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else {}
+    options = TPU_OPTIONS.get(mesh.devices.flat[0].device_kind, {})
     return Objective(model, init, step, with_sharding, abstract_batch, options)

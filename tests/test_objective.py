@@ -269,3 +269,7 @@ def test_bfloat16_is_for_products_alone() -> None:
 def test_what_does_not_fit_together_is_one_clear_line(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make("fsdp", override)
+
+
+def test_devices_that_are_no_tpu_get_no_options_of_the_tpu_compiler():
+    assert make("one").compiler_options == {}

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -216,9 +217,14 @@ def compile(
         return kept
     began = time.perf_counter()
     limit = int(topology.chip.hbm / topology.chip.devices)
+    # Its own text of a program that uses the SparseCores cannot be read through jax 0.10: an operand too many.
+    dumped = any("sparse_core" in name for name in options)
+    folder = tempfile.TemporaryDirectory(prefix="curia_jax_plan_") if dumped else contextlib.nullcontext("")
     try:
-        with _without_jax_cache():
-            compiled = lowered.compile(compiler_options=options)
+        with _without_jax_cache(), folder as place:
+            dump = {"xla_dump_to": place, "xla_dump_hlo_as_text": True} if dumped else {}
+            compiled = lowered.compile(compiler_options=options | dump)
+            text = _dumped_text(Path(place)) if dumped else compiled.as_text()
     except Exception as error:
         parsed = out_of_memory(str(error))
         if parsed is None:
@@ -235,9 +241,19 @@ def compile(
             "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
             "code": stats.generated_code_size_in_bytes,
         }
-        result = Compiled(compiled.as_text(), memory, limit, [], time.perf_counter() - began, False, key)
+        result = Compiled(text, memory, limit, [], time.perf_counter() - began, False, key)
     _save(result)
     return result
+
+
+def _dumped_text(folder: Path) -> str:
+    """The scheduled program that the compiler wrote into a folder."""
+    found = [file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.after_codegen.txt"))]
+    if len(found) != 1:
+        raise UserError(
+            f"the TPU compiler wrote {len(found)} programs to {folder}, wanted 1; is there space left on the disk?"
+        )
+    return found[0]
 
 
 @contextlib.contextmanager

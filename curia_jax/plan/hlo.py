@@ -27,6 +27,10 @@ _MOVES = {
     "parameter", "constant", "broadcast", "bitcast", "reshape", "copy", "transpose", "get-tuple-element", "tuple",
     "dynamic-update-slice", "dynamic-slice", "slice", "concatenate", "pad", "iota",
 }  # fmt: skip
+# What makes no array of its own.
+_NO_TENSORS = {
+    "parameter", "get-tuple-element", "tuple", "bitcast", "copy-done", "async-start", "async-update",
+}  # fmt: skip
 
 
 class HloError(ValueError):
@@ -391,17 +395,25 @@ def _collectives(
 
     Within a TPU slice a collective is an instruction, a pair (`all-reduce-start`, `all-reduce-done`) or a chain of fusions
     with one channel, from AsyncCollectiveStart to AsyncCollectiveDone. Between TPU slices it is a `send` to the hosts and
-    the `recv-done` of the same rendezvous.
+    the `recv-done` of the same rendezvous. On the SparseCores, which move values beside the rest of the chip, it is a custom call
+    that `async-start` prepares, without operands, `async-update` starts and `async-done` awaits.
 
     The links are shared, so a cycle hides one collective only: the one that ends first.
     """
     opened: dict[str, int] = {}
+    offloaded: dict[str, Instruction] = {}
     spans: list[tuple[int, int, Instruction, str]] = []
     for place, instruction in enumerate(body):
         kind = _collective_kind(instruction)
         inner = program.computations.get(instruction.attribute("calls") or "", ())
         core = next((i for i in inner if _collective_kind(i)), None)
-        if instruction.opcode in ("async-start", "fusion") and core is not None:
+        if instruction.opcode == "async-start" and (on_sparse_core := _offloaded(program, inner)) is not None:
+            offloaded[instruction.name] = on_sparse_core
+        elif instruction.opcode == "async-update" and instruction.operands[0] in offloaded:
+            core = offloaded[instruction.operands[0]]
+            opened[instruction.name] = place
+            spans.append((place, -1, core, _collective_kind(core) or ""))
+        elif instruction.opcode in ("async-start", "fusion") and core is not None:
             targets = {i.target for i in inner}
             channel = core.attribute("channel_id") or core.name
             kind = _collective_kind(core) or ""
@@ -431,7 +443,8 @@ def _collectives(
             spans.append((place, -1 if started else place, instruction, kind))
         elif instruction.opcode in ("async-done", *(f"{kind}-done" for kind in COLLECTIVES)):
             start = _origin(body, instruction, opened)
-            _close(spans, opened.pop(start, None) if start else None, place)
+            if start is not None:  # else it ends a copy or a slice
+                _close(spans, opened.pop(start), place)
     left: list[float] = list(cycles)
     for start, end, core, kind in sorted(spans, key=lambda span: (span[1], span[0])):
         if end < start:
@@ -446,6 +459,17 @@ def _collectives(
             left[place] -= share
             hidden += share
         yield Collective(kind, core.op_name, size, groups, times, takes, hidden, between > 0)
+
+
+def _offloaded(program: Program, body: Sequence[Instruction]) -> Instruction | None:
+    """The collective that a computation hands to the SparseCores."""
+    for call in body:
+        match = re.search(r"called_computations=\{%?([\w.\-]+)\}", call.line) if call.opcode == "custom-call" else None
+        inner = program.computations.get(match[1], ()) if match else ()
+        core = next((i for i in inner if _collective_kind(i)), None)
+        if core is not None:
+            return core
+    return None
 
 
 def _rendezvous(transfer: Instruction) -> str:
@@ -525,7 +549,7 @@ def largest(program: Program, count: int) -> list[tuple[Tensor, str]]:
     }
     for name in names:
         for instruction in program.computations[name]:
-            if instruction.opcode in ("parameter", "get-tuple-element", "tuple", "bitcast", "copy-done"):
+            if instruction.opcode in _NO_TENSORS:
                 continue
             where = part_name(program, instruction)
             for tensor in instruction.result:

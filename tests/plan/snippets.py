@@ -97,3 +97,27 @@ def between_slices(middle: str) -> str:
         "  %send-done = token[] send-done(%send), channel_id=3, is_host_transfer=true\n"
         "  %recv-done = (f32[1,128]{1,0:T(1,128)}, token[]) recv-done(%recv), channel_id=2, is_host_transfer=true\n"
     )
+
+
+def on_sparse_cores(before: str, during: str) -> tuple[str, str]:
+    """A reduce-scatter that the SparseCores do: its computations, and the lines around what runs before and beside it."""
+    shape, part = "bf16[192,192]{1,0:T(8,128)(2,1)}", "bf16[96,192]{1,0:T(8,128)(2,1)}"
+    inner = f"""%called (p: bf16[192,192]) -> bf16[96,192] {{
+  %p = {shape} parameter(0)
+  ROOT %reduce-scatter.1 = {part} reduce-scatter(%p), channel_id=9, {GROUPS}, dimensions={{0}}, to_apply=%nothing
+}}, execution_thread="sparsecore"
+
+%async_computation (p: bf16[192,192]) -> bf16[96,192] {{
+  %p = {shape} parameter(0)
+  ROOT %c = {part} custom-call(%p), custom_call_target="TODO(b/522284627)", called_computations={{%called}}
+}}, execution_thread="sparsecore"
+
+"""
+    lines = (
+        '  %rs-start = ((), (), (s32[8192]{0:T(1024)})) async-start(), async_execution_thread="sparsecore", calls=%async_computation\n'
+        f"{before}"
+        f"  %rs-update = (({shape}), {part}, (s32[8192]{{0:T(1024)}})) async-update(%rs-start, %a), output_to_operand_aliasing={{}}\n"
+        f"{during}"
+        f"  %rs-done = {part} async-done(%rs-update)\n"
+    )
+    return inner, lines

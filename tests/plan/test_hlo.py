@@ -110,6 +110,21 @@ def test_between_tpu_slices_a_send_and_its_receive_are_one_collective():
     assert (one.kind, one.bytes, one.groups, one.hidden) == ("all-reduce", 512, None, 60)
 
 
+def test_the_sparse_cores_start_a_collective_where_it_gets_its_operand():
+    before, during = s.fusion("b", s.X, "%a", 50), s.fusion("d", s.X, "%a", 70)
+    inner, lines = s.on_sparse_cores(before, during)
+    found = account(s.program(lines, inner))
+    (one,) = found.collectives
+    assert (one.kind, one.bytes, one.hidden, one.overlapped) == ("reduce-scatter", 192 * 192 * 2, 70, True)
+    assert (found.cycles, found.kernels) == (120, ())
+
+
+def test_the_end_of_an_asynchronous_slice_is_no_collective():
+    part = "  %s = ((f32[8,128]{1,0}), f32[4,128]{1,0:S(1)}, s32[]) async-start(%a), calls=%nothing\n"
+    done = "  %e = f32[4,128]{1,0:S(1)} async-done(%s)\n"
+    assert account(s.program(part + s.fusion("m", s.X, "%a", 60) + done)).collectives == ()
+
+
 def test_a_custom_kernel_is_returned_with_its_flops_and_bytes():
     kernel = (
         '  %k = bf16[8,128]{1,0:T(8,128)(2,1)} custom-call(%a), custom_call_target="tpu_custom_call", '
