@@ -377,7 +377,7 @@ def _holdout_part(card: Mapping[str, Any]) -> str:
     )
 
 
-_SAID = {None: "as it is", False: "no", True: "yes"}
+_SAID = {None: "as acquired", False: "no", True: "yes"}
 
 
 def _making_part(card: Mapping[str, Any]) -> str:

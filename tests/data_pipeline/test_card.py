@@ -183,7 +183,7 @@ def test_what_is_odd_in_a_card_is_shown_as_text() -> None:
         "settings": {"size": None}, "shards": [{"file": "x", "split": "train", "slices": 1, "bytes": 5, "sha256": "0" * 64}],
     }  # fmt: skip
     page = ElementTree.fromstring(card.page(made, []).removeprefix("<!DOCTYPE html>\n"))
-    assert "<b>x</b>" in words(page) and "c & d" in words(page) and "as it is" in words(page)
+    assert "<b>x</b>" in words(page) and "c & d" in words(page) and "as acquired" in words(page)
     assert rows_under(page, "Modality") == {"unknown": "1"}
 
 
