@@ -50,7 +50,7 @@ def curve(kind: str, model: dict[str, Any], shards: Path, args: argparse.Namespa
     config.unlock()
     config.batch_size = args.batch
     config.model.update({"size": args.size, "depth": args.depth, "image_size": (64, 64), "patch_size": (8, 8)})
-    config.model.update({"decoder_depth": 2, "attention": "xla"} | model)
+    config.model.update({"decoder_depth": 2, "attention": "xla", "unroll": 1} | model)
     config.optimizer.base_learning_rate = 4e-3
     source = SliceSource(str(shards), "train")
     mesh = sharding.make_mesh(devices=jax.devices()[:1])

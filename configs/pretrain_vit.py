@@ -8,11 +8,15 @@ instead of 16 of 32 and the GELU with tanh, which the exported weights name. Cos
 
 import ml_collections
 
+DEPTH = {"B": 12, "L": 24, "H": 32}
+
 
 def get_config(size: str = "B", image_size: int = 224) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.batch_size = 4096  # global, over all devices
+    # Global, over all devices. 64 images of 224 px a chip: the optimizer and the gradients' way cost the same for few and
+    # many. With 512 px an image has five times the tokens, and the paper's batch does.
+    config.batch_size = 16_384 if image_size < 512 else 4096
     config.duration = "800 epochs"  # or "94000 examples", "600 steps"
     config.warmup = "5 %"  # 40 of 800 epochs
     config.save_every = "1 %"
@@ -20,7 +24,7 @@ def get_config(size: str = "B", image_size: int = 224) -> ml_collections.ConfigD
     config.keep = 3  # checkpoints
 
     config.model = ml_collections.ConfigDict()
-    config.model.size = size  # Ti, S, B, L, H
+    config.model.size = size  # B, L, H
     config.model.image_size = (image_size, image_size)
     config.model.patch_size = (16, 16)
     config.model.channels = 1
@@ -34,7 +38,7 @@ def get_config(size: str = "B", image_size: int = 224) -> ml_collections.ConfigD
     config.model.dtype = "bfloat16"  # of matrix products; parameters, norms, softmax and loss are float32 in any case
     config.model.attention = "kernel"  # for TPUs, and "xla" for any device; elsewhere the same as "xla"
     config.model.remat = "none"  # none, matmuls, full
-    config.model.unroll = 1
+    config.model.unroll = DEPTH[size]  # no loop, which would store and read back what the backward pass needs
 
     config.data = ml_collections.ConfigDict()
     config.data.shards = ""
@@ -64,8 +68,8 @@ def get_config(size: str = "B", image_size: int = 224) -> ml_collections.ConfigD
 
     config.mesh = ml_collections.ConfigDict()  # of one TPU slice v5e:16x16
     config.mesh.replica = 1
-    config.mesh.data = 256
-    config.mesh.fsdp = 1
+    config.mesh.data = 16
+    config.mesh.fsdp = 16  # parameters and moments are split, and so is the optimizer's work
 
     config.devices = ml_collections.ConfigDict()
     config.devices.platform = "auto"  # the accelerator

@@ -1,6 +1,6 @@
 """ViT-B/16 at 224 px, ViT-MAE, one channel, bf16, on one TPU slice v5e:16x16.
 
-Purpose: the first run on a new archive, and the size that most evaluators know. Recipe: configs/pretrain_vit.py; this file has what differs.
+Purpose: the first run on a new archive, and the size that most evaluators know. Recipe and mesh: configs/pretrain_vit.py.
 Cost, by the planner's estimate: 0.6 h for 800 epochs of 1,281,167 slices, 152 chip-hours, 183 USD at 1.20 USD a chip-hour; 1,869
 images/s a chip, MFU 0.55, 2.1 GiB a chip (docs/performance.md).
 Expected result: not measured yet.
@@ -13,9 +13,4 @@ import ml_collections
 
 
 def get_config() -> ml_collections.ConfigDict:
-    config = runpy.run_path(str(Path(__file__).with_name("pretrain_vit.py")))["get_config"]("B", 224)
-    config.batch_size = 16_384  # 64 a chip: the optimizer and the gradients' way cost the same for few and many
-    config.model.unroll = 12  # no loop, which would store and read back what the backward pass needs
-    config.mesh.data = 16
-    config.mesh.fsdp = 16  # parameters and moments are split, and so is the optimizer's work
-    return config
+    return runpy.run_path(str(Path(__file__).with_name("pretrain_vit.py")))["get_config"]("B", 224)

@@ -1,6 +1,6 @@
 """ViT-H/16 at 224 px, ViT-MAE, one channel, bf16, on one TPU slice v5e:16x16.
 
-Purpose: the largest encoder. Recipe: configs/pretrain_vit.py; this file has what differs.
+Purpose: the largest encoder. Recipe and mesh: configs/pretrain_vit.py.
 Cost: not planned yet; python -m curia_jax.plan --config=configs/pretrain_vit_h16_224.py --topology=v5e:16x16 says it.
 Expected result: not measured yet.
 """
@@ -12,9 +12,4 @@ import ml_collections
 
 
 def get_config() -> ml_collections.ConfigDict:
-    config = runpy.run_path(str(Path(__file__).with_name("pretrain_vit.py")))["get_config"]("H", 224)
-    config.batch_size = 16_384  # 64 a chip: the optimizer and the gradients' way cost the same for few and many
-    config.model.unroll = 32  # no loop, which would store and read back what the backward pass needs
-    config.mesh.data = 16
-    config.mesh.fsdp = 16  # parameters and moments are split, and so is the optimizer's work
-    return config
+    return runpy.run_path(str(Path(__file__).with_name("pretrain_vit.py")))["get_config"]("H", 224)

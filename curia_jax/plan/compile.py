@@ -225,6 +225,8 @@ def compile(
             dump = {"xla_dump_to": place, "xla_dump_hlo_as_text": True} if dumped else {}
             compiled = lowered.compile(compiler_options=options | dump)
             text = _dumped_text(Path(place)) if dumped else compiled.as_text()
+    except UserError:
+        raise
     except Exception as error:
         parsed = out_of_memory(str(error))
         if parsed is None:
