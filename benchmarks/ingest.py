@@ -310,7 +310,7 @@ def cpu_of_a_start() -> float:
 LONG = {
     "files": "a file a slice", "frames": "one file of many frames, uncompressed", "frames-packed": "one file of many frames, JPEG-LS",
     "nifti": "one .nii, slices as they are stored", "nifti-gz": "one .nii.gz, slices as they are stored",
-    "nifti-across": "one .nii.gz, slices across the fastest axis",
+    "nifti-across": "one .nii.gz, slices across the fastest axis", "nrrd-gz": "one .nrrd, deflated",
 }  # fmt: skip
 
 
@@ -424,10 +424,22 @@ def _nifti(image: pydicom.FileDataset, count: int, folder: Path, *, packed: bool
             file.write(rows.tobytes())
 
 
+def _nrrd(image: pydicom.FileDataset, count: int, folder: Path) -> None:
+    pixels = image.pixel_array.copy()
+    with (folder / "a.nrrd").open("wb") as file:
+        file.write(b"NRRD0004\ntype: short\ndimension: 3\nsizes: 512 512 %d\nendian: little\nencoding: gzip\n" % count)
+        file.write(
+            b"space: left-posterior-superior\nspace directions: (1,0,0) (0,1,0) (0,0,2)\nspace origin: (0,0,0)\n\n"
+        )
+        with gzip.GzipFile(fileobj=file, mode="wb", compresslevel=1) as packed:
+            for one in _changing(pixels, count):
+                packed.write(one.astype("<i2").tobytes())
+
+
 _WRITERS: dict[str, Callable[[pydicom.FileDataset, int, Path], None]] = {
     "files": _files, "frames": _frames, "frames-packed": functools.partial(_frames, packed=True), "nifti": _nifti,
     "nifti-gz": functools.partial(_nifti, packed=True),
-    "nifti-across": functools.partial(_nifti, packed=True, across=True),
+    "nifti-across": functools.partial(_nifti, packed=True, across=True), "nrrd-gz": _nrrd,
 }  # fmt: skip
 
 

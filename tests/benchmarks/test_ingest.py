@@ -17,7 +17,7 @@ def test_a_worker_stays_small_however_long_the_series(real_data: Path, kind: str
 
 
 def test_the_long_series_are_what_they_are_called(real_data: Path) -> None:
-    for kind in ("frames-packed", "nifti-across"):
+    for kind in ("frames-packed", "nifti-across", "nrrd-gz"):
         assert ingest.long_series(real_data, kind, 40)["slices"] == 40
 
 
