@@ -27,7 +27,7 @@ _VIEWS = {
     "sagittal": ((0, 1), (2, -1), (1, 1)),
 }
 
-# The same of volumes as volumes.read_volume turns them.
+# The same of volumes as volumes.open_volume turns them.
 VOLUMES = {
     "axial": ((2, 1), (1, 1), (0, 1)), "coronal": ((1, -1), (2, -1), (0, 1)), "sagittal": ((0, -1), (2, -1), (1, 1)),
 }  # fmt: skip

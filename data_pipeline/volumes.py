@@ -101,7 +101,7 @@ class Volume:
     _orientation: np.ndarray
 
     def slices(self) -> Iterator[Shaped[np.ndarray, "rows columns"]]:
-        """One after the other, rescaled, turned as read_volume says; integers where all values are, else float32."""
+        """One after the other, rescaled, turned as open_volume says; integers where all values are, else float32."""
         through = PLANES.index(self.plane)
         axis = int(np.flatnonzero(self._orientation[:, 0] == through)[0])
         count, step = self._stored.shape[axis], self._stored.together(axis)
