@@ -34,7 +34,7 @@ from data_pipeline import (
     shards,
     volumes,
 )
-from data_pipeline.errors import NO_ROOM, ReadError, UserError, fault
+from data_pipeline.errors import NO_MEMORY, NO_ROOM, ReadError, UserError, fault
 from data_pipeline.workers import Touch
 
 AIR_HU = -1024
@@ -223,6 +223,8 @@ def _series_records(
                 raise
             except ReadError as error:
                 outcome |= {"fate": "quarantined", "reason": str(error)}
+            except MemoryError:
+                outcome |= {"fate": "quarantined", "reason": NO_MEMORY}
             except OSError as error:
                 outcome |= {"fate": "quarantined", "reason": f"cannot be read ({error.strerror})"}
             except Exception as error:  # noqa: BLE001 - no file may end the build, whatever it holds

@@ -11,7 +11,7 @@ from array_record.python import array_record_module
 from PIL import Image
 
 from data_pipeline import archives, convert, dicom, geometry, inventory, plan, records
-from data_pipeline.errors import ReadError, UserError
+from data_pipeline.errors import NO_MEMORY, ReadError, UserError
 
 KEY = b"0123456789abcdef"
 PIXELS = np.random.default_rng(0).integers(0, 2400, (40, 48)).astype(np.uint16)
@@ -347,18 +347,21 @@ def test_a_bad_file_costs_itself_alone(converted, tmp_path: Path, write_series, 
     def fail(path: str):
         if path == str(paths[2]):
             raise LookupError("DOE^JOHN")
+        if path == str(paths[5]):
+            raise MemoryError
         if path == str(paths[4]):
             raise OSError(5, "Input/output error", path)
         return read(path)
 
     monkeypatch.setattr(convert.dicom, "open_image", fail)
     found = converted(*paths, skip={str(paths[3]): "the decoder crashed on it (SIGSEGV)"})
-    assert [row["index"] for row in found.index] == [0, 5, 6]
+    assert [row["index"] for row in found.index] == [0, 6]
     assert found.outcome(paths[1]) == ("quarantined", "truncated: the pixel data has 3,020 of 3,520 bytes")
     fate, reason = found.outcome(paths[2])
     assert fate == "quarantined" and "LookupError" in reason and "DOE" not in reason
     assert found.outcome(paths[3]) == ("quarantined", "the decoder crashed on it (SIGSEGV)")
     assert found.outcome(paths[4]) == ("quarantined", "cannot be read (Input/output error)")
+    assert found.outcome(paths[5]) == ("quarantined", NO_MEMORY)
     assert str(paths[3]) not in found.touched and found.touched[-1] is None
 
 
