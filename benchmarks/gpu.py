@@ -20,11 +20,10 @@ import shutil
 import statistics
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.mae_step import Side, Spec
+from benchmarks.mae_step import Side, Spec, check_same_model, need_torch
 from curia_jax import config as configs
 from curia_jax import telemetry
 from curia_jax.models import mae
@@ -120,7 +119,8 @@ def compare(name: str, model: dict[str, Any], args: argparse.Namespace) -> list[
 
     def spec(side: str, batch: int) -> Spec:
         platform = args.platform if side != "jax" or args.platform == "cpu" else "cuda"
-        return Spec(side, "train", model, batch, platform=platform, compiled=args.compile and side != "jax")
+        cores = 1 if platform == "cpu" else 0
+        return Spec(side, "train", model, batch, platform, compiled=args.compile and side != "jax", cores=cores)
 
     best: dict[str, tuple[int, dict[str, Any]]] = {}
     for side in sides:
@@ -137,8 +137,7 @@ def compare(name: str, model: dict[str, Any], args: argparse.Namespace) -> list[
                 )
             rates[side].append(result["images_per_second"])
     parameters = {side: best[side][1]["parameters"] for side in sides}
-    if len(set(parameters.values())) > 1:
-        raise UserError(f"the sides have different models: {parameters} parameters")
+    check_same_model(parameters)
     flops = 3 * mae.flops(mae.config(**model))
     medians = {side: statistics.median(values) for side, values in rates.items()}
     torch_sides = [side for side in sides if side != "jax"]
@@ -193,10 +192,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.platform == "cuda":
             check_gpu()
-        if any(side != "jax" for side in args.sides) and not (find_spec("torch") and find_spec("transformers")):
-            raise UserError(
-                "there is nothing to compare with: torch or transformers is not installed; pip install 'curia-jax[torch]'"
-            )
+        if any(side != "jax" for side in args.sides):
+            need_torch()
         print("| config | side | batch | images/s | MFU | times the faster PyTorch | card |")
         print("|---|---|---|---|---|---|---|", flush=True)
         for file in args.config or NAMED:

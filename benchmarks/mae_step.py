@@ -11,10 +11,12 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from data_pipeline.errors import UserError
@@ -33,7 +35,7 @@ class Spec:
       batch: images.
       platform: "cpu" or "cuda".
       compiled: torch.compile.
-      threads: of PyTorch on a CPU; XLA takes what the process may use.
+      cores: of a CPU that the process keeps to, where the system allows it, and PyTorch's threads; 0 for all.
     """
 
     side: str
@@ -42,7 +44,7 @@ class Spec:
     batch: int
     platform: str = "cpu"
     compiled: bool = False
-    threads: int = 1
+    cores: int = 0
 
 
 Step = Callable[[], Any]  # starts a step; the result is waited for with the side's `wait`
@@ -102,7 +104,7 @@ def torch_side(spec: Spec) -> tuple[Step, Callable[[Any], float], dict[str, Any]
     import torch
 
     torch.manual_seed(0)
-    torch.set_num_threads(spec.threads)
+    torch.set_num_threads(spec.cores or os.cpu_count() or 1)
     if spec.platform == "cuda":
         torch.set_float32_matmul_precision("high")
     device = torch.device(spec.platform)
@@ -283,6 +285,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         run, wait, facts = (jax_side if spec.side == "jax" else torch_side)(spec)
         for _ in range(2):
             value = wait(run())
+        if spec.cores and os.path.isdir("/proc/self/task"):
+            # All threads, now that they are there: XLA's pool of threads, where it sees one core only, waits for itself.
+            for task in os.listdir("/proc/self/task"):
+                os.sched_setaffinity(int(task), sorted(os.sched_getaffinity(0))[-spec.cores :])
         print(json.dumps(facts | {"value": value}), flush=True)
         for line in sys.stdin:
             began, cpu = time.perf_counter(), time.process_time()
@@ -341,6 +347,20 @@ class Side:
         self._process.wait()
         self._process.stdin.close()
         self._process.stdout.close()
+
+
+def need_torch() -> None:
+    """Raises UserError unless both libraries of the PyTorch sides are installed."""
+    if not find_spec("torch") or not find_spec("transformers"):
+        raise UserError(
+            "there is nothing to compare with: torch or transformers is not installed; pip install 'curia-jax[torch]'"
+        )
+
+
+def check_same_model(parameters: Mapping[str, int]) -> None:
+    """Raises UserError unless every side has as many parameters."""
+    if len(set(parameters.values())) > 1:
+        raise UserError(f"the sides have different models: {dict(parameters)} parameters")
 
 
 if __name__ == "__main__":

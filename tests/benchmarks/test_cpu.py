@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cpu
+from benchmarks import cpu, mae_step
 from benchmarks.mae_step import Side, Spec
 from curia_jax import config as configs
 
@@ -19,7 +19,7 @@ TINY = [
 def test_sides_of_the_same_size_are_compared(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     out = tmp_path / "figures.json"
-    words = ["--tasks=train", "--batch=2", "--rounds=1", "--steps=2", "--threads=1", f"--json={out}"]
+    words = ["--tasks=train", "--batch=2", "--rounds=1", "--steps=2", "--cores=1", f"--json={out}"]
     assert cpu.main([*words, "--others=transformers,timm", *TINY]) == 0
     rows = {row["side"]: row for row in json.loads(out.read_text())}
     assert set(rows) == {"jax", "transformers", "timm"}
@@ -34,7 +34,7 @@ def test_every_side_learns(name: str) -> None:
     if name != "jax":
         pytest.importorskip("torch")
     model = json.loads(configs.load(str(cpu.CONFIG), TINY).model.to_json())
-    side = Side(Spec(name, "train", model, batch=2), os.environ)
+    side = Side(Spec(name, "train", model, batch=2, cores=1), os.environ)
     try:
         losses = [side.run(120)["value"] for _ in range(2)]
         assert losses[-1] < 0.98 * side.facts["value"], (side.facts, losses)
@@ -45,6 +45,6 @@ def test_every_side_learns(name: str) -> None:
 def test_without_torch_it_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cpu, "find_spec", lambda name: None)
+    monkeypatch.setattr(mae_step, "find_spec", lambda name: None)
     assert cpu.main([]) == 2
     assert "pip install 'curia-jax[torch]'" in capsys.readouterr().err
