@@ -273,3 +273,10 @@ def test_what_does_not_fit_together_is_one_clear_line(override: str, message: st
 
 def test_devices_that_are_no_tpu_get_no_options_of_the_tpu_compiler():
     assert make("one").compiler_options == {}
+
+
+def test_reductions_run_in_fusions_on_one_tpu_slice_alone():
+    """On two the compiler refuses the step of ViT-B/16 with them."""
+    one, two = (objective.compiler_options("TPU v5 lite", replicas) for replicas in (1, 2))
+    assert set(one) - set(two) == {"xla_enable_async_reduce_scatter_fusion", "xla_tpu_ars_combiner_threshold_in_bytes"}
+    assert two.items() < one.items()
