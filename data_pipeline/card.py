@@ -39,6 +39,10 @@ def intensities(
       histogram: counts of the stored values 0, 1, 2, …
       percentiles: p0.5, p50, p99.5 of the series, real values.
     """
+    # As a record keeps them, so that a slice that is taken out later leaves the very bins in which it was counted.
+    slope, intercept, *percentiles = (
+        np.asarray([slope, intercept, *percentiles], np.float32).astype(np.float64).tolist()
+    )
     stored = np.flatnonzero(histogram)
     real = stored * slope + intercept
     edges = HU_EDGES if hu else RELATIVE_EDGES

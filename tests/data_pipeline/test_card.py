@@ -195,3 +195,14 @@ def test_reasons_are_listed_by_fate_and_number(tmp_path: Path, write_series, run
     text = words(page_of(tmp_path / "out"))
     assert re.search(r"kept fewer than 5 slices 3 excluded not a medical image .*? 2 ", text)
     assert "5 input files: 3 kept, 2 excluded." in text
+
+
+@pytest.mark.parametrize("slope", [0.1, 0.3, 1 / 3])
+def test_intensities_are_those_of_the_record(slope: float) -> None:
+    """Records keep single precision; counted in double, values on an edge would fall into another bin than they are taken from."""
+    histogram = np.ones(200, np.int64)
+    exact = (slope, -3 * slope, [0.0, 50 * slope, 100 * slope])
+    kept = (float(np.float32(slope)), float(np.float32(-3 * slope)), [float(np.float32(p)) for p in exact[2]])
+    np.testing.assert_array_equal(
+        card.intensities(histogram, *exact, hu=False), card.intensities(histogram, *kept, hu=False)
+    )
