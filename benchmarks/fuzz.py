@@ -47,7 +47,6 @@ SECONDS_PER_FILE = 10.0
 MEMORY_GB = 2.0
 # In place of UIDs, so that no two files are taken for copies of one instance.
 INSTANCE, SERIES = "2.25.7700000000000001", "2.25.7800000000000001"
-REAL_SYNTAXES = ("htj2k", "HTJ2K", "jpeg", "jpg", "JPEG", "JPG")
 
 
 # ---- sound files

@@ -544,8 +544,8 @@ def to_uint16(
     top = int(whole.max()) + shift
     if top >= LEVELS:
         raise ReadError(f"values span {top + 1:,} steps; a slice holds {LEVELS:,}")
-    small = whole.view(np.uint16) if whole.dtype in (np.int16, np.uint16) else whole.astype(np.uint16)
-    return small + np.uint16(shift % LEVELS), float(slope), intercept, clipped
+    pixels = whole.view(np.uint16) if whole.dtype in (np.int16, np.uint16) else whole.astype(np.uint16)
+    return pixels + np.uint16(shift % LEVELS), float(slope), intercept, clipped
 
 
 def _shrink(item: _Slice, size: int | None) -> _Slice:

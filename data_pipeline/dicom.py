@@ -55,30 +55,29 @@ LOSSY_SYNTAXES = frozenset(
 DICOMDIR = "1.2.840.10008.1.3.10"  # Media Storage Directory, the index of a CD
 MAXIMUM_FRAMES = 65_536
 MAXIMUM_PIXELS = 1 << 26  # of a frame: 8,192 x 8,192; none has a twentieth
-# Implicit, explicit, deflated and big-endian: the pixels themselves, where others have items of compressed data.
 IN_MEMORY_BYTES = 1 << 24  # larger files are read frame by frame
+# Implicit, explicit, deflated and big-endian: the pixels themselves, where others have items of compressed data.
 UNCOMPRESSED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2")
 
 # The fields below and no others are read from a header.
-_HEADER_TAGS = [
-    "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "FrameOfReferenceUID",
+_HEADER_TAGS = [Tag(word) for word in (
+    "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID",
     "Modality", "ImageType", "Rows", "Columns", "NumberOfFrames", "PhotometricInterpretation", "SamplesPerPixel",
     "BurnedInAnnotation", "BodyPartExamined", "Manufacturer", "PixelSpacing", "SliceThickness", "ImageOrientationPatient",
     "ImagePositionPatient", "RescaleSlope", "RescaleIntercept", "LossyImageCompression", "BitsAllocated", "BitsStored",
     "HighBit", "PixelRepresentation", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
     "SeriesDescription",
-]  # fmt: skip
+)]  # fmt: skip
 
 # What decoding and rescaling need.
-_PIXEL_TAGS = [
+_PIXEL_TAGS = [Tag(word) for word in (
     "Rows", "Columns", "NumberOfFrames", "PhotometricInterpretation", "SamplesPerPixel", "PlanarConfiguration", "BitsAllocated",
     "BitsStored", "HighBit", "PixelRepresentation", "ExtendedOffsetTable", "ExtendedOffsetTableLengths", "PixelSpacing",
     "RescaleSlope", "RescaleIntercept", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
-]  # fmt: skip
-_HEADER_TAGS, _PIXEL_TAGS = ([Tag(word) for word in words] for words in (_HEADER_TAGS, _PIXEL_TAGS))
+)]  # fmt: skip
 _PIXEL_DATA, _FLOAT_PIXEL_DATA = 0x7FE00010, 0x7FE00008
 _UNDEFINED = 0xFFFFFFFF
-_ITEM, _END_OF_ITEMS = 0xE000FFFE, 0xE0DDFFFE  # as little-endian numbers of four bytes
+_ITEM = 0xE000FFFE  # as a little-endian number of four bytes
 LONGEST_TAIL = 1 << 16  # bytes after the pixels; GDCM takes seconds for a megabyte of zeros
 MAXIMUM_ELEMENTS = 50_000  # of a data set; each costs time, and noise can hold millions
 
@@ -139,7 +138,6 @@ class Header:
     rows: int
     columns: int
     frames: int
-    transfer_syntax: str
     photometric: str
     samples_per_pixel: int
     bits_stored: int
@@ -260,7 +258,6 @@ def _header(path: str, dataset: Dataset) -> Header:
         rows=rows,
         columns=columns,
         frames=frames,
-        transfer_syntax=syntax,
         photometric=text("PhotometricInterpretation"),
         samples_per_pixel=_whole(dataset, "SamplesPerPixel", 1),
         bits_stored=_whole(dataset, "BitsStored", 16),

@@ -289,8 +289,9 @@ def test_two_hosts_train_like_one_process_and_read_disjoint_parts(together: Path
 def test_sigterm_on_one_host_stops_both_at_the_same_step(together: Path) -> None:
     ends = [results(together)[f"host{n}"] for n in (0, 1)]
     assert [end["code"] for end in ends] == [75, 75], [end["err"] for end in ends]
-    # Gloo, which joins CPU hosts alone, counts its peers there.
-    assert all(line.startswith("[Gloo]") for end in ends for line in end["out"].splitlines())
+    # Gloo, which joins CPU hosts alone, counts its peers there, from several threads whose lines may run into each other.
+    gloo = set("Gloo Rank is connected to peer ranks Expected number of".split())
+    assert all(set(re.findall(r"[^\W\d]+", end["out"])) <= gloo for end in ends)
     name, step = events(together / "hosts")[-1]
     assert name == "preempted" and 14 <= step < 4000
     assert checkpoint.load(str(together / "hosts")).examples_seen == 64 + 16 * (step - 4)

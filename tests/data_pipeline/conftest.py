@@ -254,6 +254,16 @@ if settings:
 
 
 @pytest.fixture
+def exams(tmp_path: Path, write_series: Callable[..., list[Path]]) -> Path:
+    """Twelve patients with a series of five slices each: four shards."""
+    for patient in range(12):
+        write_series(
+            tmp_path / "exams" / f"p{patient}", 5, PatientID=f"P{patient}", SeriesInstanceUID=f"2.25.{patient + 1}00"
+        )
+    return tmp_path / "exams"
+
+
+@pytest.fixture
 def start_build(tmp_path: Path, key_file: Path) -> Any:
     """Starts a build; `trouble` maps file names, or * for all, to hang, crash, bug or seconds to wait."""
     running: list[Running] = []

@@ -22,16 +22,6 @@ ROOT = Path(__file__).resolve().parents[2]
 WORDS = ("--validation", 0.25, "--test", 0.25)
 
 
-@pytest.fixture
-def exams(tmp_path: Path, write_series) -> Path:
-    """Twelve patients with a series of five slices each: four shards."""
-    for patient in range(12):
-        write_series(
-            tmp_path / "exams" / f"p{patient}", 5, PatientID=f"P{patient}", SeriesInstanceUID=f"2.25.{patient + 1}00"
-        )
-    return tmp_path / "exams"
-
-
 # ---- the graph
 
 

@@ -476,16 +476,6 @@ def test_a_full_disk_is_one_line(tmp_path: Path, run_build, monkeypatch) -> None
     assert run_build("--input", tmp_path / "in", "--output", tmp_path / "out").code == 0
 
 
-@pytest.fixture
-def exams(tmp_path: Path, write_series) -> Path:
-    """Twelve patients with a series of five slices each: four shards."""
-    for patient in range(12):
-        write_series(
-            tmp_path / "exams" / f"p{patient}", 5, PatientID=f"P{patient}", SeriesInstanceUID=f"2.25.{patient + 1}00"
-        )
-    return tmp_path / "exams"
-
-
 def test_a_decoder_that_hangs_or_crashes_costs_its_file(tmp_path: Path, exams: Path, start_build, manifest) -> None:
     for name, (patient, number) in {"hang.dcm": (1, 0), "crash.dcm": (2, 3), "bug.dcm": (3, 2)}.items():
         (exams / f"p{patient}" / f"{number:03d}.dcm").rename(exams / f"p{patient}" / name)

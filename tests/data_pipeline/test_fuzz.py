@@ -12,7 +12,7 @@ def test_damaged_and_malicious_files_cost_nothing_but_themselves(tmp_path: Path,
     monkeypatch.setenv("CURIA_KEY", "a key that everybody may know")
     data = Path(os.environ.get("CURIA_DATA", ROOT.parent / "shared" / "data"))
     sound = fuzz.seeds(data if data.is_dir() else None)
-    assert len(sound) >= 28
+    assert len(sound) >= (28 if data.is_dir() else 26)  # without the data some syntaxes are missing
     (tmp_path / "files").mkdir()
     fuzz.write_files(tmp_path / "files", 6 * len(sound), 11, sound)
     found = fuzz.run(tmp_path / "files", tmp_path / "dataset", workers=2)

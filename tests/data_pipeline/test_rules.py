@@ -7,7 +7,7 @@ from data_pipeline import dicom, rules
 
 CT = dicom.Header(
     path="a", sop_class="1.2.840.10008.5.1.4.1.1.2", sop_uid="1", series_uid="2", study_uid="3", patient_id="P", modality="CT",
-    image_type=("ORIGINAL", "PRIMARY", "AXIAL"), rows=64, columns=64, frames=1, transfer_syntax="1.2.840.10008.1.2.1",
+    image_type=("ORIGINAL", "PRIMARY", "AXIAL"), rows=64, columns=64, frames=1,
     photometric="MONOCHROME2", samples_per_pixel=1, bits_stored=12, signed=False, burned_in=False, called_localizer=False, body_part="", manufacturer="ge",
     thickness=1.0, lossy=False, has_pixels=True, geometry=(),
 )  # fmt: skip
