@@ -1,7 +1,8 @@
 """Curia JAX: pretrain, convert and score a radiology foundation model.
 
 The base install trains on existing shards. Extras add what not every machine needs:
-`ingest` reads exams, `beam` does so on many machines, `evaluate` scores and reports, `torch` checks exports against PyTorch, `cuda`/`tpu` bring an accelerator,
+`ingest` reads exams, `cloud` out of buckets too, `beam` does so on many machines, `evaluate` scores and reports,
+`torch` checks exports against PyTorch, `cuda`/`tpu` bring an accelerator,
 `test` and `lint` are for work on the project itself.
 """
 
@@ -20,11 +21,15 @@ INGEST = [
     "scipy>=1.14",
     "SimpleITK>=2.4",
 ]
+CLOUD = ["boto3>=1.35", "obstore>=0.11"]
 BEAM = ["apache-beam>=2.70,<3"]
 EVALUATE = ["matplotlib>=3.9", "scikit-learn>=1.6", "scipy>=1.14", "threadpoolctl>=3.5"]
 TEST = [
     "beartype>=0.20",
+    "flask>=3",  # moto's server, a bucket to test with
+    "flask-cors>=5",
     "hypothesis>=6.100",
+    "moto[s3]>=5",
     "pytest>=8",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
@@ -64,6 +69,7 @@ setup(
     ],
     extras_require={
         "ingest": INGEST,
+        "cloud": CLOUD,
         "beam": [*INGEST, *BEAM],
         "evaluate": EVALUATE,
         "torch": ["torch>=2.4", "transformers>=4.57,<6"],
@@ -71,7 +77,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "plan": ["libtpu>=0.0.40"],
         "demo": [*INGEST, *EVALUATE],
-        "test": [*INGEST, *BEAM, *EVALUATE, *TEST],
+        "test": [*INGEST, *CLOUD, *BEAM, *EVALUATE, *TEST],
         "lint": ["ruff>=0.9"],
     },
 )

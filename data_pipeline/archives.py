@@ -1,7 +1,8 @@
 """Zip and tar archives as inputs: their members are read where they lie, each as a file of its own.
 
-A member has the path `archive.zip!/folder/name`. An archive is listed once; from then on a member is a place in a file
-(offset, bytes, method), so that any worker reads it in one step, in any order, without the archive's table of contents.
+A member has the path `archive.zip!/folder/name`. An archive is listed once; from then on a member is a place in a file, or
+in an object of a bucket, (offset, bytes, method), so that any worker reads it in one step, in any order, without the
+archive's table of contents.
 
   .zip                              read in place; as it is (method 0) or deflated (8)
   .tar                              read in place
@@ -28,11 +29,12 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 
-from data_pipeline.errors import ReadError, UserError
+from data_pipeline import files, objects
+from data_pipeline.errors import TRANSIENT, ReadError, UserError
 from data_pipeline.workers import Touch
 
 SUFFIXES = (".zip", ".tar")
@@ -114,27 +116,18 @@ def list_members(task: tuple[str, str, int], skip: Mapping[str, str], touch: Tou
     """
     path, folder, room = task
     try:
-        status = os.stat(path)
+        listing, regular = files.patiently(lambda: _state(path), touch, path)
     except OSError as error:
         return Listing(path, 0, 0, [], f"cannot be read: {error.strerror}")
-    listing = Listing(path, status.st_size, status.st_mtime_ns, [], "")
     if path in skip:
         return listing._replace(problem=skip[path])
     touch(path)
-    problem = ""
     try:
-        if not stat.S_ISREG(status.st_mode):
+        if not regular:
             raise ReadError("neither a file nor a folder")
-        if status.st_size == 0:
+        if listing.size == 0:
             raise ReadError("empty file")
-        if path.lower().endswith(".zip"):
-            members = list(_zip_members(listing))
-        elif path.lower().endswith(".tar"):
-            members, problem = _tar_members(listing, path, "")
-        else:
-            copy, problem = _unpack(listing, folder, room, touch)
-            members, of_tar = _tar_members(listing, os.path.join(folder, copy), copy)
-            problem = problem or of_tar
+        members, problem = files.patiently(lambda: _members(listing, folder, room, touch), touch, path)
     except ReadError as error:
         members, problem = [], str(error)
     touch(None)
@@ -144,11 +137,52 @@ def list_members(task: tuple[str, str, int], skip: Mapping[str, str], touch: Tou
     return listing._replace(members=members, problem=problem)
 
 
-def _zip_members(listing: Listing) -> Iterator[Member]:
+def _state(path: str) -> tuple[Listing, bool]:
+    """An archive before it is listed; and whether it is something that can be read."""
+    if objects.is_address(path):
+        return Listing(*objects.head(path), [], ""), True
+    status = os.stat(path)
+    return Listing(path, status.st_size, status.st_mtime_ns, [], ""), stat.S_ISREG(status.st_mode)
+
+
+def _members(listing: Listing, folder: str, room: int, touch: Touch) -> tuple[list[Member], str]:
+    """What is in an archive, as it says itself, and what is wrong with the rest."""
+    if listing.archive.lower().endswith(".zip"):
+        return list(_zip_members(listing, touch)), ""
+    if listing.archive.lower().endswith(".tar"):
+        with _opened(listing, touch, listing.archive) as file:
+            return _tar_members(listing, file, listing.size, "")
+    copy, problem = _unpack(listing, folder, room, touch)
+    path = os.path.join(folder, copy)
+    with open(path, "rb") as file:
+        members, of_tar = _tar_members(listing, file, os.path.getsize(path), copy)
+    return members, problem or of_tar
+
+
+def _opened(source: "Listing | Member", touch: Touch, item: str, first: int = objects.HEADER_BYTES) -> BinaryIO:
+    """The file or object that holds an archive. The first request to a bucket is for `first` bytes."""
+    if isinstance(source, Listing):
+        state = objects.Object(source.archive, source.size, source.modified_ns)
+    else:
+        state = objects.Object(source.archive, source.archive_size, source.modified_ns)
+    return _open(state, touch, item, first)
+
+
+def _open(source: objects.Object, touch: Touch, item: str, first: int = objects.HEADER_BYTES) -> BinaryIO:
+    if objects.is_address(source.path):
+        return io.BufferedReader(objects.Reader(source, touch, item, first), PIECE)
+    return open(source.path, "rb")
+
+
+def _zip_members(listing: Listing, touch: Touch) -> Iterator[Member]:
     try:
-        with zipfile.ZipFile(listing.archive) as file:
+        with _opened(listing, touch, listing.archive) as raw, zipfile.ZipFile(raw) as file:
             infos = file.infolist()
+    except UserError:
+        raise
     except OSError as error:
+        if error.errno in TRANSIENT:
+            raise
         raise ReadError(f"cannot be read: {error.strerror}") from error
     except Exception as error:  # zipfile raises many kinds on damaged tables of contents
         raise ReadError(
@@ -187,63 +221,61 @@ _NO_FILE = "neither a file nor a folder"
 _CUT = "cut off with its archive"
 
 
-def _tar_members(listing: Listing, path: str, copy: str) -> tuple[list[Member], str]:
-    """Members of a plain tar file as far as they can be read, and what is wrong with the rest."""
+def _tar_members(listing: Listing, file: BinaryIO, end: int, copy: str) -> tuple[list[Member], str]:
+    """Members of a plain tar file of `end` bytes as far as they can be read, and what is wrong with the rest."""
     members: list[Member] = []
     own: dict[str, str] = {}  # what extended headers say of the next member
-    with open(path, "rb") as file:
-        end = os.fstat(file.fileno()).st_size
-        offset = 0
-        while offset < end:
-            file.seek(offset)
-            block = file.read(tarfile.BLOCKSIZE)
-            if not block.strip(b"\0"):
-                return members, ""  # a block of zeros ends the archive
-            try:
-                info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-                size = int(own.get("size", info.size))
-                if size < 0:
-                    raise ValueError
-            except (tarfile.HeaderError, ValueError) as error:
-                if not members and offset == 0:
-                    raise ReadError("damaged tar archive: it does not begin with a member") from error
-                return members, f"damaged tar archive: after {len(members):,} members nothing can be read"
-            offset += tarfile.BLOCKSIZE
-            if info.type in _EXTENDED:
-                if size > NAME_BYTES:
-                    return members, f"damaged tar archive: an extended header of {size:,} bytes"
-                text = file.read(size)
-                if info.type == tarfile.GNUTYPE_LONGNAME:
-                    own["path"] = text.rstrip(b"\0").decode("utf-8", "surrogateescape")
-                elif info.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
-                    own |= _pax(text)
-                offset += _padded(size)
-                continue
-            regular = info.isreg() or info.type not in tarfile.SUPPORTED_TYPES
-            data = offset
-            if info.type == tarfile.GNUTYPE_SPARSE:
-                more = block[482]
-                while more and offset < end:
-                    more = (file.read(tarfile.BLOCKSIZE) + b"\0" * tarfile.BLOCKSIZE)[504]
-                    offset += tarfile.BLOCKSIZE
-            name, own = own.get("path", info.name), {key: "" for key in own if key.startswith("GNU.sparse.")}
-            if not info.isdir():
-                problem = ""
-                if info.issym() or info.islnk():
-                    problem = _LINK
-                elif not regular:
-                    problem = _NO_FILE
-                elif own or info.type == tarfile.GNUTYPE_SPARSE:
-                    problem = "a sparse file in an archive: unpack it"
-                elif data + size > end:
-                    problem = _CUT
-                members.append(
-                    Member(*listing[:3], copy, name, data, size, size, STORED, NO_CHECKSUM, problem)
-                )  # fmt: skip
-                if len(members) > MEMBERS:
-                    raise ReadError(f"more than {MEMBERS:,} members; an archive may have as many: unpack it")
-            own = {}
-            offset += _padded(size) if regular else 0
+    offset = 0
+    while offset < end:
+        file.seek(offset)
+        block = file.read(tarfile.BLOCKSIZE)
+        if not block.strip(b"\0"):
+            return members, ""  # a block of zeros ends the archive
+        try:
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            size = int(own.get("size", info.size))
+            if size < 0:
+                raise ValueError
+        except (tarfile.HeaderError, ValueError) as error:
+            if not members and offset == 0:
+                raise ReadError("damaged tar archive: it does not begin with a member") from error
+            return members, f"damaged tar archive: after {len(members):,} members nothing can be read"
+        offset += tarfile.BLOCKSIZE
+        if info.type in _EXTENDED:
+            if size > NAME_BYTES:
+                return members, f"damaged tar archive: an extended header of {size:,} bytes"
+            text = file.read(size)
+            if info.type == tarfile.GNUTYPE_LONGNAME:
+                own["path"] = text.rstrip(b"\0").decode("utf-8", "surrogateescape")
+            elif info.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
+                own |= _pax(text)
+            offset += _padded(size)
+            continue
+        regular = info.isreg() or info.type not in tarfile.SUPPORTED_TYPES
+        data = offset
+        if info.type == tarfile.GNUTYPE_SPARSE:
+            more = block[482]
+            while more and offset < end:
+                more = (file.read(tarfile.BLOCKSIZE) + b"\0" * tarfile.BLOCKSIZE)[504]
+                offset += tarfile.BLOCKSIZE
+        name, own = own.get("path", info.name), {key: "" for key in own if key.startswith("GNU.sparse.")}
+        if not info.isdir():
+            problem = ""
+            if info.issym() or info.islnk():
+                problem = _LINK
+            elif not regular:
+                problem = _NO_FILE
+            elif own or info.type == tarfile.GNUTYPE_SPARSE:
+                problem = "a sparse file in an archive: unpack it"
+            elif data + size > end:
+                problem = _CUT
+            members.append(
+                Member(*listing[:3], copy, name, data, size, size, STORED, NO_CHECKSUM, problem)
+            )  # fmt: skip
+            if len(members) > MEMBERS:
+                raise ReadError(f"more than {MEMBERS:,} members; an archive may have as many: unpack it")
+        own = {}
+        offset += _padded(size) if regular else 0
     return members, "cut off: the end of the archive is missing" if offset > end else ""
 
 
@@ -304,7 +336,7 @@ def _unpack(listing: Listing, folder: str, room: int, touch: Touch) -> tuple[str
 
     A copy that an earlier build finished is used again.
     """
-    copy = hashlib.sha256(os.fsencode(os.path.abspath(listing.archive))).hexdigest()[:16] + ".tar"
+    copy = hashlib.sha256(os.fsencode(objects.absolute(listing.archive))).hexdigest()[:16] + ".tar"
     target = os.path.join(folder, copy)
     note, state = f"{target}.json", {"size": listing.size, "modified_ns": listing.modified_ns}
     with contextlib.suppress(OSError, ValueError):
@@ -315,11 +347,15 @@ def _unpack(listing: Listing, folder: str, room: int, touch: Touch) -> tuple[str
     Path(note).unlink(missing_ok=True)
     problem = ""
     with open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        pieces = _decompressed(listing.archive)
+        pieces = _decompressed(listing, touch)
         while True:
             try:
                 piece = next(pieces, b"")
+            except UserError:
+                raise
             except Exception as error:  # noqa: BLE001 - each decompressor raises its own kinds
+                if isinstance(error, OSError) and error.errno in TRANSIENT:
+                    raise
                 problem = f"damaged archive: it cannot be decompressed to its end ({type(error).__name__})"
                 break
             if not piece:
@@ -367,17 +403,16 @@ def _check_room(folder: str, room: int) -> None:
         )
 
 
-def _decompressed(path: str) -> Iterator[bytes]:
-    name = path.lower()
+def _decompressed(listing: Listing, touch: Touch) -> Iterator[bytes]:
     openers = {"gz": gzip.open, "tgz": gzip.open, "bz2": bz2.open, "tbz2": bz2.open, "xz": lzma.open, "txz": lzma.open}
-    ending = name.rsplit(".", 1)[1]
-    with _open_zstd(path) if ending in ("zst", "tzst") else openers[ending](path, "rb") as file:
+    opener = openers.get(listing.archive.lower().rsplit(".", 1)[1], _open_zstd)
+    with _opened(listing, touch, listing.archive, objects.LARGEST) as packed, opener(packed) as file:
         while piece := file.read(1 << 20):
             yield piece
 
 
-def _open_zstd(path: str) -> pa.CompressedInputStream:
-    return pa.CompressedInputStream(pa.OSFile(path), "zstd")
+def _open_zstd(file: BinaryIO) -> pa.CompressedInputStream:
+    return pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")
 
 
 def _write(path: str, text: str) -> None:
@@ -395,8 +430,9 @@ class _Stream(io.RawIOBase):
 
     name = ""  # pydicom asks for one
 
-    def __init__(self, member: Member, folder: str) -> None:
-        self._pieces, self._data, self._at, self._size = _pieces(member, folder), bytearray(), 0, member.size
+    def __init__(self, member: Member, folder: str, touch: Touch) -> None:
+        self._pieces = _pieces(member, folder, touch, objects.HEADER_BYTES)
+        self._data, self._at, self._size = bytearray(), 0, member.size
 
     def readable(self) -> bool:
         return True
@@ -421,33 +457,36 @@ class _Stream(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def stream(path: str, member: Sequence[Any] | None, folder: str) -> Iterator[io.BufferedIOBase]:
-    """An input as a binary file; `member` is a Member as a list, or None for a file that lies in a folder.
+def stream(source: objects.Object, member: Sequence[Any] | None, folder: str, touch: Touch) -> Iterator[BinaryIO]:
+    """An input as a binary file; `member` is a Member as a list, or None for a file of a folder or an object of a bucket.
 
     Reading raises:
       ReadError: the member is damaged.
+      UserError: what lies in a bucket changed since it was listed.
     """
     if member is None:
-        with open(path, "rb") as file:
+        with _open(source, touch, source.path) as file:
             yield file
     else:
-        yield io.BufferedReader(_Stream(Member(*member), folder), PIECE)
+        yield io.BufferedReader(_Stream(Member(*member), folder, touch), PIECE)
 
 
 @contextlib.contextmanager
-def at_hand(path: str, member: Sequence[Any] | None, folder: str, scratch: str) -> Iterator[str]:
+def at_hand(
+    source: objects.Object, member: Sequence[Any] | None, folder: str, scratch: str, touch: Touch
+) -> Iterator[str]:
     """The path under which an input can be opened, as readers written in C demand.
 
-    A member lies there for as long as the context lasts, in a private folder within `scratch`, with a plain form of its name.
+    A member or an object lies there for as long as the context lasts, in a private folder within `scratch`, with a plain form
+    of its name.
 
     Raises:
       ReadError: the member is damaged.
-      UserError: it cannot be written there, for want of room as a rule.
+      UserError: it cannot be written there, for want of room as a rule, or it changed since it was listed.
     """
-    if member is None:
-        yield path
+    if member is None and not objects.is_address(source.path):
+        yield source.path
         return
-    member = Member(*member)
     try:
         os.makedirs(scratch, mode=0o700, exist_ok=True)
         place = tempfile.mkdtemp(prefix="m", dir=scratch)
@@ -455,9 +494,9 @@ def at_hand(path: str, member: Sequence[Any] | None, folder: str, scratch: str) 
         raise UserError(_NO_ROOM.format(folder=scratch, error=error.strerror)) from error
     try:
         # Readers go by the ending, and label maps are known by their names.
-        target = os.path.join(place, re.sub(r"[^A-Za-z0-9._-]", "_", os.path.basename(member.name))[-80:])
+        target = os.path.join(place, re.sub(r"[^A-Za-z0-9._-]", "_", os.path.basename(source.path))[-80:])
         with open(target, "wb", buffering=0) as file:
-            for piece in _pieces(member, folder):
+            for piece in _whole(source, touch) if member is None else _pieces(Member(*member), folder, touch):
                 try:
                     file.write(piece)
                 except OSError as error:
@@ -467,24 +506,41 @@ def at_hand(path: str, member: Sequence[Any] | None, folder: str, scratch: str) 
         shutil.rmtree(place, ignore_errors=True)
 
 
-_NO_ROOM = "no member of an archive can be laid out in {folder}: {error}; make room there and start the build again"
+_NO_ROOM = "no member of an archive or a bucket can be laid out in {folder}: {error}; make room there and start the build again"
 
 
 def is_unchanged(file: Mapping[str, Any]) -> bool:
-    """Whether an input of the plan is still what the inventory saw: by size and time of the file that holds it.
+    """Whether an input of the plan is still what the inventory saw: by size and time of the file that holds it. What lies in a
+    bucket says so itself whenever it is read.
 
     Raises:
       OSError: it is gone.
     """
     member = file.get("member")
+    if objects.is_address(file["path"]):
+        return True
     found = os.stat(file["path"] if member is None else member[0])
     wanted = (file["size"], file["modified_ns"]) if member is None else tuple(member[1:3])
     return (found.st_size, found.st_mtime_ns) == wanted
 
 
-def _pieces(member: Member, folder: str) -> Iterator[bytes]:
-    """A member's bytes, a piece at a time; at the end they are checked against size and checksum."""
-    with open(os.path.join(folder, member.copy) if member.copy else member.archive, "rb", buffering=0) as file:
+def _whole(source: objects.Object, touch: Touch) -> Iterator[bytes]:
+    with _open(source, touch, source.path, objects.LARGEST) as file:
+        while piece := file.read(objects.LARGEST):
+            yield piece
+
+
+def _pieces(member: Member, folder: str, touch: Touch, first: int | None = None) -> Iterator[bytes]:
+    """A member's bytes, a piece at a time; at the end they are checked against size and checksum.
+
+    Args:
+      first: bytes of the first request to a bucket; the whole member unless given.
+    """
+    if member.copy:
+        opened: BinaryIO = open(os.path.join(folder, member.copy), "rb")  # noqa: SIM115 - closed below
+    else:
+        opened = _opened(member, touch, member.path, member.packed + PIECE if first is None else first)
+    with opened as file:
         file.seek(member.offset)
         if member.checksum != NO_CHECKSUM:
             _skip_zip_header(file)
@@ -512,7 +568,7 @@ def _pieces(member: Member, folder: str) -> Iterator[bytes]:
         raise ReadError("damaged in its archive: its checksum is another")
 
 
-def _skip_zip_header(file: io.RawIOBase) -> None:
+def _skip_zip_header(file: BinaryIO) -> None:
     header = file.read(30)
     if len(header) < 30 or header[:4] != b"PK\3\4":
         raise ReadError("damaged in its archive: no member begins where the table of contents says")

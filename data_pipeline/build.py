@@ -51,6 +51,7 @@ from data_pipeline import (
     dicom,
     files,
     inventory,
+    objects,
     plan,
     progress,
     pseudonyms,
@@ -81,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="folders, files, .zip and .tar archives, a DICOMDIR; folders are searched whole",
+        help="folders, files, .zip and .tar archives, a DICOMDIR, s3://bucket/folder, gs://bucket/folder; folders are searched whole",
     )
     p.add_argument(
         "--output",
@@ -244,7 +245,7 @@ def _stop(number: int, frame: Any) -> None:
 def build(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the four stages; returns the dataset card."""
     _check(args)
-    inventory.refuse_object_storage("--output", args.output)
+    inventory.refuse_address("--output", args.output)
     began = time.monotonic()
     console = progress.console()
     output = Path(args.output)
@@ -390,8 +391,8 @@ def _held_out(
     if args.holdout is None:
         return out, None
     lines = inventory.read_holdout(args.holdout)
-    places = [(os.path.abspath(entry.path), entry.patient) for entry in entries if entry.patient]
-    places += [(os.path.abspath(path), row["named"]) for path, row in known.files.items() if row["named"]]
+    places = [(objects.absolute(entry.path), entry.patient) for entry in entries if entry.patient]
+    places += [(objects.absolute(path), row["named"]) for path, row in known.files.items() if row["named"]]
     here = {patient for _, patient in places} | {row["patient"] for row in known.files.values()}
     unmatched = []
     for number, line in lines:
@@ -491,7 +492,7 @@ def _named_in(private: Path) -> Iterator[None]:
 
 
 def _inventory(
-    files: Sequence[Path], args: argparse.Namespace, key: bytes, console: Console, known: commit.Known
+    found: Sequence[Path | objects.Object], args: argparse.Namespace, key: bytes, console: Console, known: commit.Known
 ) -> list[inventory.Entry]:
     """What is new among the inputs."""
     private = Path(args.output) / commit.BUILD_FOLDER
@@ -503,7 +504,8 @@ def _inventory(
         keep_faces=not args.drop_faces,
         unpacked=unpacked,
     )
-    packed = [str(path) for path in files if archives.is_archive(str(path))]
+    paths = [inventory.path_of(one) for one in found]
+    packed = [path for path in paths if archives.is_archive(path)]
     listings: dict[int, archives.Listing] = {}
     if packed:
         tasks = [(path, unpacked, args.unpack_gb * 1_000_000_000) for path in packed]
@@ -513,19 +515,23 @@ def _inventory(
                     listings[message.number] = message.result
                 else:
                     counter.step()
-    sources: list[str | archives.Member] = [str(path) for path in files if not archives.is_archive(str(path))]
+    sources: list[str | objects.Object | archives.Member] = [
+        one if isinstance(one, objects.Object) else path
+        for one, path in zip(found, paths, strict=True)
+        if not archives.is_archive(path)
+    ]
     sources += [member for number in sorted(listings) for member in listings[number].members]
     sources = [source for source in sources if _is_new(source, known)]
     size = inventory.FILES_PER_TASK
     tasks = [(sources[n : n + size], options) for n in range(0, len(sources), size)]
-    found: dict[int, list[inventory.Entry]] = {}
+    read: dict[int, list[inventory.Entry]] = {}
     with progress.Counter(console, "inventory", len(sources)) as counter:
         for message in _run(inventory.inspect, tasks, args, private):
             if isinstance(message, workers.Done):
-                found[message.number] = message.result
+                read[message.number] = message.result
             else:
                 counter.step()
-    entries = [entry for number in sorted(found) for entry in found[number]]
+    entries = [entry for number in sorted(read) for entry in read[number]]
     return entries + [
         inventory.Entry(one.archive, one.size, one.modified_ns, fate="quarantined", reason=one.problem)
         for _, one in sorted(listings.items())
@@ -533,7 +539,7 @@ def _inventory(
     ]
 
 
-def _is_new(source: str | archives.Member, known: commit.Known) -> bool:
+def _is_new(source: str | objects.Object | archives.Member, known: commit.Known) -> bool:
     """Whether a file is to be looked at; not if it was before and is as it was."""
     row = known.files.get(source if isinstance(source, str) else source.path)
     if row is None:

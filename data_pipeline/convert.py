@@ -4,6 +4,8 @@ shards (local processes, Beam, a Slurm array) gets the same bytes."""
 import collections
 import contextlib
 import dataclasses
+import errno
+import functools
 import hashlib
 import itertools
 import json
@@ -27,6 +29,7 @@ from data_pipeline import (
     geometry,
     images,
     likeness,
+    objects,
     plan,
     records,
     reformat,
@@ -205,6 +208,12 @@ def _series_records(
     kept: list[_Encoded] = []
     outcomes: dict[str, dict[str, Any]] = {}
     read = _Read()
+
+    def whole(file: dict[str, Any], outcome: dict[str, Any]) -> tuple[list[_Encoded], _Read]:
+        source = objects.Object(file["path"], file["size"], file["modified_ns"])
+        with archives.at_hand(source, file.get("member"), unpacked, scratch or unpacked, touch) as path:
+            return _encode(file, path, series, facts, settings, outcome, read.sources, spool)
+
     for file in series["files"]:
         outcome = {
             "fate": "excluded", "reason": "", "problems": "; ".join(series["problems"]), "stored_sha256": "", "decoder": "",
@@ -217,8 +226,7 @@ def _series_records(
             _check_unchanged(file)
             try:
                 # A file is taken whole or not at all.
-                with archives.at_hand(file["path"], file.get("member"), unpacked, scratch or unpacked) as path:
-                    items, found = _encode(file, path, series, facts, settings, outcome, read.sources, spool)
+                items, found = files.patiently(functools.partial(whole, file, outcome), touch, file["path"])
             except UserError:
                 raise
             except ReadError as error:
@@ -226,6 +234,8 @@ def _series_records(
             except MemoryError:
                 outcome |= {"fate": "quarantined", "reason": NO_MEMORY}
             except OSError as error:
+                if objects.is_address(file["path"]) and error.errno in (errno.ENOENT, errno.EACCES):
+                    raise UserError(GONE) from error  # by the inventory it could be read
                 outcome |= {"fate": "quarantined", "reason": f"cannot be read ({error.strerror})"}
             except Exception as error:  # noqa: BLE001 - no file may end the build, whatever it holds
                 outcome |= {"fate": "quarantined", "reason": f"the reader failed on it ({fault(error)})"}
@@ -408,9 +418,12 @@ def _check_unchanged(file: Mapping[str, Any]) -> None:
     try:
         unchanged = archives.is_unchanged(file)
     except OSError as error:
-        raise UserError("an input can no longer be read; start the build again") from error
+        raise UserError(GONE) from error
     if not unchanged:
-        raise UserError("an input changed while the build ran; start the build again")
+        raise UserError(objects.CHANGED)
+
+
+GONE = "an input can no longer be read; start the build again"
 
 
 def _exclude(item: _Slice, counts: np.ndarray, facts: Mapping[str, Any]) -> str | None:

@@ -219,7 +219,7 @@ def _read(
     try:
         with warnings.catch_warnings(action="ignore"):
             return read_partial(file, stop_when=ends, force=True, specific_tags=tags), last
-    except ReadError:
+    except (ReadError, UserError):
         raise
     except MemoryError as error:
         raise ReadError(NO_MEMORY) from error
@@ -478,6 +478,8 @@ def open_image(path: str) -> Iterator[Image]:
         except ReadError:
             raise
         except Exception as error:  # values are parsed when they are asked for, and each parser raises its own kinds
+            if isinstance(error, OSError) and error.errno:  # of the disk
+                raise
             raise ReadError(f"malformed header ({fault(error)})") from error
         yield image
 

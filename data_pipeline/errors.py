@@ -1,7 +1,14 @@
 """The errors that a user can mend."""
 
+import errno
 import traceback
 from pathlib import Path
+
+# Of a storage that fails for a moment, as far ones do; of its files nothing can be said by that.
+TRANSIENT = frozenset(getattr(errno, name) for name in (
+    "EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EINTR", "EBUSY", "ENFILE", "EMFILE", "ECONNRESET", "ECONNABORTED", "ECONNREFUSED",
+    "ENOTCONN", "ENETDOWN", "ENETUNREACH", "ENETRESET", "EHOSTDOWN", "EHOSTUNREACH", "EREMOTEIO", "EPIPE",
+) if hasattr(errno, name))  # fmt: skip
 
 
 class UserError(Exception):

@@ -1,14 +1,20 @@
-"""Small files, written beside and then given their names: a reader sees the old one or the new one, never half of it."""
+"""Small files, written beside and then given their names: a reader sees the old one or the new one, never half of it. And
+patience with storage that fails for a moment."""
 
 import contextlib
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from data_pipeline.errors import TRANSIENT, UserError
+
+Result = TypeVar("Result")
 
 ROWS_TOGETHER = 1 << 18  # of a row group
 
@@ -62,3 +68,36 @@ def written(path: Path, private: bool) -> Iterator[Any]:
         os.replace(name, path)
     finally:
         name.unlink(missing_ok=True)
+
+
+PAUSES = (0.5, 2.0, 8.0, 20.0)  # seconds between tries
+
+
+def patiently(read: Callable[[], Result], touch: Callable[[str | None], None], item: str) -> Result:
+    """What `read` returns; called again after a pause where the storage of an input fails.
+
+    Args:
+      touch, item: as in workers.run; the pauses do not count for the time limit of the item.
+
+    Raises:
+      UserError: it still fails. To quarantine a file for that would leave it out for good.
+      OSError: for other reasons than a storage that fails.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in TRANSIENT:
+                raise
+            if pause is None:
+                raise UserError(STORAGE_FAILS.format(tries=len(PAUSES) + 1, error=error.strerror)) from error
+        touch(None)
+        time.sleep(pause)
+        touch(item)
+    raise AssertionError  # the last try returns or raises
+
+
+STORAGE_FAILS = (
+    "an input cannot be read, tried {tries} times ({error}); start the build again when the storage answers, or, if it is this "
+    "one file alone, without it"
+)

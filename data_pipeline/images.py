@@ -33,6 +33,8 @@ def read_image(path: str) -> UInt[np.ndarray, "rows columns"]:
     except MemoryError as error:
         raise ReadError(NO_MEMORY) from error
     except Exception as error:  # Pillow's plugins each raise their own kinds on damaged files
+        if isinstance(error, OSError) and error.errno:  # of the disk
+            raise
         raise ReadError(f"the picture cannot be read ({type(error).__name__})") from error
     if pages != 1:
         raise ReadError(f"{pages} pages; a picture holds one slice")

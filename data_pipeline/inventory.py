@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import os
 import re
 import stat
@@ -9,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline import archives, dicom, pseudonyms, rules
-from data_pipeline.errors import ReadError, UserError, fault
+from data_pipeline import archives, dicom, files, objects, pseudonyms, rules
+from data_pipeline.errors import TRANSIENT, ReadError, UserError, fault
+from data_pipeline.objects import Object, absolute
 from data_pipeline.workers import Touch
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
@@ -66,20 +68,20 @@ class Entry:
     member: list[Any] | None = None
 
 
-def find_files(inputs: Sequence[str], leave_out: str | None = None) -> list[Path]:
-    """Everything under the inputs that is no folder, in the order of the paths, each once.
+def find_files(inputs: Sequence[str], leave_out: str | None = None) -> list[Path | Object]:
+    """Everything under the inputs that is no folder, in the order of the paths, each once; as an Object what lies in a bucket.
 
     Links to folders are followed. Hidden files and folders are left out. What turns out not to be readable (broken links,
     folders that may not be listed) is among the result, so that it is counted. A DICOMDIR that is itself an input stands for the
-    files that it names; one that lies in a folder is a file like others.
+    files that it names; one that lies in a folder or a bucket is a file like others.
 
     Args:
       leave_out: a folder inside an input that is none: the output.
 
     Raises:
-      UserError: an input does not exist or lies in object storage, a DICOMDIR cannot be read, or there is no file in any input.
+      UserError: an input does not exist or cannot be listed, a DICOMDIR cannot be read, or there is no file in any input.
     """
-    found: dict[str, Path] = {}
+    found: dict[str, Path | Object] = {}
     # Links can lead back up; each folder is walked once.
     walked: set[tuple[int, int]] = set()
     if leave_out is not None and os.path.isdir(leave_out):
@@ -89,11 +91,23 @@ def find_files(inputs: Sequence[str], leave_out: str | None = None) -> list[Path
         found.setdefault(os.path.abspath(path), path)
 
     def unreadable(error: OSError) -> None:
+        if error.errno in TRANSIENT:  # a quarantined folder would be left out with all that is in it
+            raise UserError(
+                f"a folder of the inputs cannot be listed ({error.strerror}); start the build again when the storage answers"
+            ) from error
         add(Path(error.filename))
 
     for text in inputs:
+        if objects.is_address(text):
+            for one in objects.find(text):
+                found.setdefault(one.path, one)
+            if text.rpartition("/")[2].upper() == "DICOMDIR":
+                raise UserError(
+                    f"{text}: the files that a DICOMDIR in a bucket names are not looked up; name its folder instead"
+                )
+            continue
+        refuse_address("--input", text)
         top = Path(text)
-        refuse_object_storage("--input", text)
         if not top.exists():
             raise UserError(f"no such input: {text}")
         if not top.is_dir():
@@ -120,7 +134,12 @@ def find_files(inputs: Sequence[str], leave_out: str | None = None) -> list[Path
         raise UserError(
             f"no files in {', '.join(inputs)}; name a folder of DICOM, NIfTI, NRRD, MetaImage, PNG or JPEG files"
         )
-    return sorted(found.values())
+    return sorted(found.values(), key=lambda one: Path(path_of(one)))
+
+
+def path_of(found: Path | Object) -> str:
+    """As the manifest has it."""
+    return found.path if isinstance(found, Object) else str(found)
 
 
 def read_holdout(path: str) -> list[tuple[int, str]]:
@@ -137,22 +156,29 @@ def read_holdout(path: str) -> list[tuple[int, str]]:
 
 
 def is_place(line: str) -> bool:
-    """Whether a line of a hold-out file names a folder, an archive, a file, or a place in an archive: exams.zip!/folder."""
+    """Whether a line of a hold-out file names a folder, an archive, a file, a place in an archive, exams.zip!/folder, or one of
+    these in a bucket."""
     archive, mark, _ = line.partition("!/")
-    return os.path.exists(line) or bool(mark) and archives.is_archive(archive) and os.path.isfile(archive)
+    return (
+        objects.is_address(line)
+        or os.path.exists(line)
+        or bool(mark)
+        and archives.is_archive(archive)
+        and os.path.isfile(archive)
+    )
 
 
 def lies_in(path: str, place: str) -> bool:
     """Whether an absolute path, of a file or of a member of an archive, is a place or lies in it."""
-    top = os.path.abspath(place)
+    top = absolute(place)
     return path == top or path.startswith((top + os.sep, top + "!/"))
 
 
 MOUNTS = {"gs": "gcsfuse --implicit-dirs", "s3": "mount-s3", "az": "blobfuse2", "abfs": "blobfuse2", "http": "rclone mount", "https": "rclone mount"}  # fmt: skip
 
 
-def refuse_object_storage(option: str, text: str) -> None:
-    """Raises UserError for an address, because everything here opens files; names the program that makes files of objects."""
+def refuse_address(option: str, text: str) -> None:
+    """Raises UserError for an address where files are opened; names the program that makes files of objects."""
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)
     if scheme:
         mount = MOUNTS.get(scheme[1].lower(), "rclone mount")
@@ -185,9 +211,14 @@ def _identity(path: str) -> tuple[int, int]:
 
 
 def inspect(
-    task: tuple[Sequence[str | archives.Member], Options], skip: Mapping[str, str], touch: Touch
+    task: tuple[Sequence[str | Object | archives.Member], Options], skip: Mapping[str, str], touch: Touch
 ) -> list[Entry]:
-    """Entries of some files and members of archives; the work of one task of workers.run. Never raises for what a file holds."""
+    """Entries of some files, objects and members of archives; the work of one task of workers.run. Never raises for what a file
+    holds.
+
+    Raises:
+      UserError: the storage fails, or an object was replaced since it was listed.
+    """
     sources, options = task
     entries = []
     for source in sources:
@@ -199,18 +230,9 @@ def inspect(
             continue
         touch(path)
         try:
-            if isinstance(source, str):
-                status = os.stat(path)
-                entry.size, entry.modified_ns = status.st_size, status.st_mtime_ns
-                if stat.S_ISDIR(status.st_mode):
-                    raise ReadError("the folder cannot be listed")
-                if not stat.S_ISREG(status.st_mode):
-                    raise ReadError("neither a file nor a folder")
-            else:
-                entry.size, entry.modified_ns, entry.member = source.size, source.modified_ns, list(source)
-                if source.problem:
-                    raise ReadError(source.problem)
-            _inspect(entry, options)
+            files.patiently(functools.partial(_look, source, entry, options, touch), touch, path)
+        except UserError:
+            raise
         except ReadError as error:
             entry.fate, entry.reason = "quarantined", str(error)
         except OSError as error:
@@ -222,7 +244,24 @@ def inspect(
     return entries
 
 
-def _inspect(entry: Entry, options: Options) -> None:
+def _look(source: str | Object | archives.Member, entry: Entry, options: Options, touch: Touch) -> None:
+    if isinstance(source, str):
+        status = os.stat(source)
+        entry.size, entry.modified_ns = status.st_size, status.st_mtime_ns
+        if stat.S_ISDIR(status.st_mode):
+            raise ReadError("the folder cannot be listed")
+        if not stat.S_ISREG(status.st_mode):
+            raise ReadError("neither a file nor a folder")
+    else:
+        entry.size, entry.modified_ns = source.size, source.modified_ns
+    if isinstance(source, archives.Member):
+        entry.member = list(source)
+        if source.problem:
+            raise ReadError(source.problem)
+    _inspect(entry, options, touch)
+
+
+def _inspect(entry: Entry, options: Options, touch: Touch) -> None:
     name = entry.path.lower()
     if entry.size == 0:
         raise ReadError("empty file")
@@ -239,7 +278,8 @@ def _inspect(entry: Entry, options: Options) -> None:
     elif name.endswith(archives.UNREAD):
         raise ReadError("an archive of a kind that is not read: unpack it")
     else:
-        with archives.stream(entry.path, entry.member, options.unpacked) as file:
+        place = Object(entry.path, entry.size, entry.modified_ns)
+        with archives.stream(place, entry.member, options.unpacked, touch) as file:
             if dicom.is_dicom(file):
                 _inspect_dicom(entry, dicom.read_header(entry.path, file), options)
             else:
@@ -281,7 +321,7 @@ _BIDS_PARTS = re.compile(r"/(?:rawdata|sourcedata|derivatives)(?:/|$)")
 
 def _name_by_path(entry: Entry, options: Options) -> None:
     """Series and patient of a file without identities: the file itself, or the BIDS subject it belongs to."""
-    path = os.path.abspath(entry.path)
+    path = absolute(entry.path)
     entry.series = pseudonyms.digest(options.key, "series", path)
     subject = re.search(r"(?<=/)sub-[A-Za-z0-9]+(?=[_/.])", path)
     patient = path
@@ -293,7 +333,7 @@ def _name_by_path(entry: Entry, options: Options) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class LabelTable:
-    """A CSV with a column `file`, relative to the CSV.
+    """A CSV with a column `file`, relative to the CSV, or an address.
 
     Attributes:
       columns: columns that become labels; None takes all but the special ones.
@@ -317,11 +357,12 @@ class LabelTable:
             not one that exists, a series has two patients, or a patient is in two splits.
         """
         rows = self._rows()
-        by_path = {os.path.abspath(entry.path): entry for entry in entries}
+        by_path = {absolute(entry.path): entry for entry in entries}
         lines: dict[str, int] = {}
         named: list[tuple[Entry, dict[str, str], int]] = []
         for line, row in rows:
-            path = os.path.abspath(os.path.join(os.path.dirname(self.path), row["file"]))
+            name = row["file"]
+            path = absolute(name if objects.is_address(name) else os.path.join(os.path.dirname(self.path), name))
             if path not in by_path:
                 raise UserError(
                     f"{self.path}, line {line}: the file it names is not among the inputs; correct the table or add its folder to --input"

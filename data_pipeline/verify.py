@@ -29,7 +29,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from array_record.python import array_record_module
 
-from data_pipeline import archives, codec, commit, inventory, plan, progress, pseudonyms, records, shards, workers
+from data_pipeline import (
+    archives,
+    codec,
+    commit,
+    inventory,
+    objects,
+    plan,
+    progress,
+    pseudonyms,
+    records,
+    shards,
+    workers,
+)
 from data_pipeline.errors import UserError, fault
 from data_pipeline.workers import Touch
 
@@ -195,14 +207,15 @@ def held_out(folder: Path, path: str, key_file: str | None) -> dict[str, int]:
 
 def _patients_in(place: str, key: bytes) -> set[str]:
     """Pseudonyms of those of whom there is something in a folder, an archive, or a part of one."""
-    sources: list[str | archives.Member] = []
+    sources: list[str | objects.Object | archives.Member] = []
     with tempfile.TemporaryDirectory() as unpacked:
-        for file in map(str, inventory.find_files([place.partition("!/")[0]])):
-            if archives.is_archive(file):
-                listing = archives.list_members((file, unpacked, UNPACK_BYTES), {}, lambda item: None)
-                sources += [one for one in listing.members if inventory.lies_in(os.path.abspath(one.path), place)]
+        for found in inventory.find_files([place.partition("!/")[0]]):
+            path = inventory.path_of(found)
+            if archives.is_archive(path):
+                listing = archives.list_members((path, unpacked, UNPACK_BYTES), {}, lambda item: None)
+                sources += [one for one in listing.members if inventory.lies_in(objects.absolute(one.path), place)]
             else:
-                sources.append(file)
+                sources.append(found if isinstance(found, objects.Object) else path)
         entries = inventory.inspect((sources, inventory.Options(key, unpacked=unpacked)), {}, lambda item: None)
     return {entry.patient for entry in entries if entry.patient}
 

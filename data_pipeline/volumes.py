@@ -217,6 +217,9 @@ def _open_nifti(
     except (ReadError, UserError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - nibabel, gzip and zlib each raise their own kinds
+        if isinstance(error, OSError) and error.errno:  # of the disk
+            raise
+        _read_through(path)
         raise ReadError(f"damaged volume ({type(error).__name__})") from error
     return stored, (float(proxy.slope), float(proxy.inter)), _sound(affine)
 
@@ -322,7 +325,9 @@ def _data_file(path: str) -> str:
     if os.path.isabs(name) or os.path.commonpath([os.path.realpath(folder), target]) != os.path.realpath(folder):
         raise ReadError("its header names a data file outside its folder")
     if not os.path.isfile(target):
-        raise ReadError("its data file is missing; one beside a header in an archive is not read either: unpack both")
+        raise ReadError(
+            "its data file is missing; one beside a header in an archive or a bucket is not read either: lay both into a folder"
+        )
     return target
 
 
@@ -352,9 +357,17 @@ def _open_itk(
         if stored is None:
             stored = _Array(SimpleITK.GetArrayFromImage(reader.Execute()).transpose(2, 1, 0))
     except (RuntimeError, zlib.error) as error:
+        _read_through(data)
         raise ReadError("damaged volume (SimpleITK cannot read it)") from error
     _shape(stored.shape, stored.dtype)
     return stored, (1.0, 0.0), _sound(affine)
+
+
+def _read_through(path: str) -> None:
+    """Raises OSError if it is the storage that fails and not the file, which readers do not always tell apart."""
+    with open(path, "rb") as file:
+        while file.read(SLAB_BYTES):
+            pass
 
 
 _TYPES = {

@@ -1,3 +1,5 @@
+import builtins
+import itertools
 import os
 import tracemalloc
 import zipfile
@@ -350,7 +352,7 @@ def test_a_bad_file_costs_itself_alone(converted, tmp_path: Path, write_series, 
         if path == str(paths[5]):
             raise MemoryError
         if path == str(paths[4]):
-            raise OSError(5, "Input/output error", path)
+            raise OSError(13, "Permission denied", path)
         return read(path)
 
     monkeypatch.setattr(convert.dicom, "open_image", fail)
@@ -360,9 +362,60 @@ def test_a_bad_file_costs_itself_alone(converted, tmp_path: Path, write_series, 
     fate, reason = found.outcome(paths[2])
     assert fate == "quarantined" and "LookupError" in reason and "DOE" not in reason
     assert found.outcome(paths[3]) == ("quarantined", "the decoder crashed on it (SIGSEGV)")
-    assert found.outcome(paths[4]) == ("quarantined", "cannot be read (Input/output error)")
+    assert found.outcome(paths[4]) == ("quarantined", "cannot be read (Permission denied)")
     assert found.outcome(paths[5]) == ("quarantined", NO_MEMORY)
     assert str(paths[3]) not in found.touched and found.touched[-1] is None
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_storage_that_fails_is_asked_again_and_no_reason_to_leave_a_file_out(
+    converted, tmp_path: Path, write_series, monkeypatch, number
+) -> None:
+    monkeypatch.setattr(convert.files, "PAUSES", (0.0, 0.0))
+    paths = write_series(tmp_path / "s", 5)
+    wanted = converted(*paths).index
+    read, failed = convert.dicom.Image.stored, []
+
+    def fail(image):
+        if image.path == str(paths[2]) and len(failed) < number:
+            failed.append(image)
+            raise OSError(5, "Input/output error", image.path)
+        yield from read(image)
+
+    monkeypatch.setattr(convert.dicom.Image, "stored", fail)
+    if number < 3:
+        assert converted(*paths).index == wanted and len(failed) == number
+    else:
+        with pytest.raises(
+            UserError, match="cannot be read, tried 3 times .Input/output error.; start the build again"
+        ):
+            converted(*paths)
+
+
+@pytest.mark.parametrize("name", ["v.nii", "v.nii.gz", "v.nrrd", "p.png"])
+def test_readers_of_volumes_and_pictures_tell_storage_that_fails_from_damage(
+    converted, tmp_path: Path, monkeypatch, name
+) -> None:
+    monkeypatch.setattr(convert.files, "PAUSES", ())
+    values = np.random.default_rng(1).integers(0, 900, (40, 44, 4)).astype(np.int16)
+    path = tmp_path / name
+    if name.endswith("png"):
+        Image.fromarray(values[:, :, 0].astype(np.uint16)).save(path)
+    elif name.endswith("nrrd"):
+        path.write_bytes(b"NRRD0004\ntype: short\ndimension: 3\nsizes: 40 44 4\nencoding: gzip\n\nno gzip")
+    else:
+        path.write_bytes(b"no volume" * 100)
+    opened, count = builtins.open, itertools.count()
+
+    def fail(file, *words, **named):
+        # Of an NRRD volume Python reads the header, and the rest once SimpleITK could not.
+        if str(file) == str(path) and next(count) >= name.endswith("nrrd"):
+            raise OSError(5, "Input/output error", str(file))
+        return opened(file, *words, **named)
+
+    monkeypatch.setattr(builtins, "open", fail)
+    with pytest.raises(UserError, match="cannot be read, tried 1 times .Input/output error."):
+        converted(path)
 
 
 def test_a_full_disk_is_no_fault_of_the_files(converted, tmp_path: Path, write_series, monkeypatch) -> None:
