@@ -2,24 +2,29 @@
 
   python -m benchmarks.gpu                                     B/16 and L/16 at 224 and 512 px
   python -m benchmarks.gpu --config=configs/pretrain_vit_b16_224.py
+  python -m benchmarks.gpu --batch=512,256,128,32              a batch for each of the four, known from before: 5 minutes
   python -m benchmarks.gpu --platform=cpu --tiny               shows that it runs, on any machine; its figures mean nothing
 
 Forward, backward and AdamW, products in bfloat16, of the named configs' models: jax, this project; transformers, its ViTMAE
-with SDPA; timm, a MAE of timm's blocks with SDPA; both of these with torch.compile and fused AdamW. Every measurement has its
-own process and the card to itself. First each side's batch is doubled until memory is full, and its fastest one taken; then the
-sides take turns at their best batches, and the ratio is that to the faster PyTorch side, the median over the rounds.
+with SDPA; timm, a MAE of timm's blocks with SDPA; both of these with torch.compile and fused AdamW. First each side's batch is
+doubled until memory is full, and its fastest one taken; then the sides take turns at their best batches, and the ratio is that to
+the faster PyTorch side, the median over the rounds. Every measurement has its own process and the card to itself. With --batch
+the sides of a model are started together, compile at the same time and stay in memory, and only one of them works at a time.
 
 MFU counts the matrix products of the model, three forward passes a step, over the card's bf16 peak.
 Exit codes: 0 done, 2 no GPU, wrong usage, or torch is missing.
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -62,23 +67,44 @@ def check_gpu() -> str:
     return found.stdout.splitlines()[0]
 
 
-def measure(spec: Spec, seconds: float) -> dict[str, Any] | None:
-    """Images/s over at least so many seconds in a new process, with the facts of the side; None if memory is too small."""
+def start(spec: Spec, *, memory: float | None = 0.95) -> Side | None:
+    """A step in a process of its own, ready to run; None if the card's memory is too small.
+
+    Args:
+      memory: share of the card that JAX takes at once, as an allocation that fails ends the attempt; None: what it needs, as it needs it.
+    """
     environment = {**os.environ, "JAX_PLATFORMS": spec.platform}
-    # Where an allocation fails nothing is to be hoped from a slower way, and all of the card may be used.
-    environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    if memory is None:
+        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    else:
+        environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(memory))
     side = Side(spec, environment)
-    try:
-        if "error" in side.facts:
+    if "error" in side.facts:
+        side.close()
+        return None
+    return side
+
+
+def rate(side: Side, seconds: float) -> float | None:
+    """Images/s over at least so many seconds; None if memory is too small."""
+    steps = 1
+    while True:
+        took = side.run(steps)
+        if "error" in took:
             return None
-        steps = 1
-        while True:
-            took = side.run(steps)
-            if "error" in took:
-                return None
-            if took["seconds"] >= seconds:
-                return side.facts | {"images_per_second": steps * spec.batch / took["seconds"]}
-            steps = max(2 * steps, min(10 * steps, int(1.2 * seconds / took["seconds"] * steps)))
+        if took["seconds"] >= seconds:
+            return steps * side.spec.batch / took["seconds"]
+        steps = max(2 * steps, min(10 * steps, int(1.2 * seconds / took["seconds"] * steps)))
+
+
+def measure(spec: Spec, seconds: float) -> dict[str, Any] | None:
+    """Facts of a side and its images/s, in a new process; None if memory is too small."""
+    side = start(spec)
+    if side is None:
+        return None
+    try:
+        found = rate(side, seconds)
+        return None if found is None else side.facts | {"images_per_second": found}
     finally:
         side.close()
 
@@ -113,42 +139,72 @@ def best_batch(make: Any, *, first: int, most: int, seconds: float) -> tuple[int
     return best, found[best]
 
 
-def compare(name: str, model: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row per side for one model."""
-    sides = [side for side in SIDES if side in args.sides]
+def searched(make: Any, args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, int], dict[str, list[float]]]:
+    """Facts, best batch and rates of every side, each measurement in a process of its own.
 
-    def spec(side: str, batch: int) -> Spec:
-        platform = args.platform if side != "jax" or args.platform == "cpu" else "cuda"
-        cores = 1 if platform == "cpu" else 0
-        return Spec(side, "train", model, batch, platform, compiled=args.compile and side != "jax", cores=cores)
-
-    best: dict[str, tuple[int, dict[str, Any]]] = {}
-    for side in sides:
-        best[side] = best_batch(
-            lambda batch, side=side: spec(side, batch), first=args.first_batch, most=args.most, seconds=args.seconds
-        )
-    rates: dict[str, list[float]] = {side: [] for side in sides}
+    Args:
+      make: (side, batch) -> Spec.
+    """
+    best = {
+        side: best_batch(functools.partial(make, side), first=args.first_batch, most=args.most, seconds=args.seconds)
+        for side in args.sides
+    }
+    rates: dict[str, list[float]] = {side: [] for side in args.sides}
     for number in range(args.rounds):
-        for side in sides if number % 2 == 0 else sides[::-1]:
-            result = measure(spec(side, best[side][0]), args.seconds)
+        for side in args.sides if number % 2 == 0 else args.sides[::-1]:
+            result = measure(make(side, best[side][0]), args.seconds)
             if result is None:
                 raise UserError(
                     f"{side} ran out of memory with batch {best[side][0]}, which fitted before; is the card shared?"
                 )
             rates[side].append(result["images_per_second"])
-    parameters = {side: best[side][1]["parameters"] for side in sides}
-    check_same_model(parameters)
+    return {side: facts for side, (_, facts) in best.items()}, {side: batch for side, (batch, _) in best.items()}, rates
+
+
+def together(
+    make: Any, batch: int, args: argparse.Namespace
+) -> tuple[dict[str, Any], dict[str, int], dict[str, list[float]]]:
+    """As `searched`, at one batch for all, the sides started at once."""
+    with ThreadPoolExecutor(len(args.sides)) as pool, contextlib.ExitStack() as stack:
+        started = dict(
+            zip(args.sides, pool.map(lambda side: start(make(side, batch), memory=None), args.sides), strict=True)
+        )
+        for side in started.values():
+            if side is not None:
+                stack.callback(side.close)
+        if missing := [name for name, side in started.items() if side is None]:
+            raise UserError(
+                f"{missing[0]} does not fit beside the others with a batch of {batch}; choose a smaller --batch"
+            )
+        rates: dict[str, list[float]] = {side: [] for side in args.sides}
+        for number in range(args.rounds):
+            for name in args.sides if number % 2 == 0 else args.sides[::-1]:
+                found = rate(started[name], args.seconds)
+                if found is None:
+                    raise UserError(f"{name} ran out of memory with a batch of {batch}; choose a smaller --batch")
+                rates[name].append(found)
+        return {name: side.facts for name, side in started.items()}, dict.fromkeys(args.sides, batch), rates
+
+
+def compare(name: str, model: dict[str, Any], batch: int | None, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row per side for one model; `batch` as in --batch."""
+
+    def make(side: str, batch: int) -> Spec:
+        cores = 1 if args.platform == "cpu" else 0
+        return Spec(side, "train", model, batch, args.platform, compiled=args.compile and side != "jax", cores=cores)
+
+    facts, batches, rates = searched(make, args) if batch is None else together(make, batch, args)
+    check_same_model({side: facts[side]["parameters"] for side in args.sides})
     flops = 3 * mae.flops(mae.config(**model))
     medians = {side: statistics.median(values) for side, values in rates.items()}
-    torch_sides = [side for side in sides if side != "jax"]
+    torch_sides = [side for side in args.sides if side != "jax"]
     rival = max(torch_sides, key=lambda side: medians[side], default=None)
     rows = []
-    for side in sides:
-        facts = best[side][1]
-        peak = telemetry.PEAK_FLOPS.get(facts["device"])
+    for side in args.sides:
+        peak = telemetry.PEAK_FLOPS.get(facts[side]["device"])
         rows.append({
-            "config": name, "side": side, "version": facts["version"], "device": facts["device"], "batch": best[side][0],
-            "parameters": parameters[side], "images_per_second": medians[side],
+            "config": name, "side": side, "version": facts[side]["version"], "device": facts[side]["device"],
+            "batch": batches[side], "parameters": facts[side]["parameters"], "images_per_second": medians[side],
             "mfu": medians[side] * flops / peak if peak else None,
             "ratio_to_torch": statistics.median(a / b for a, b in zip(rates[side], rates[rival], strict=True))
             if rival else None,
@@ -166,6 +222,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--platform", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a model of two small blocks, batches of at most 2")
     parser.add_argument("--sides", default=",".join(SIDES), metavar="NAME,…")
+    parser.add_argument("--batch", metavar="N,…", help="no search: one for each config, in their order")
     parser.add_argument("--first-batch", type=int, default=32)
     parser.add_argument("--most", type=int, default=4096, help="largest batch tried (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
@@ -181,8 +238,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.tiny:
         args.first_batch, args.most, args.rounds, args.seconds = 1, 2, 1, 0.01
         args.config = args.config or NAMED[:1]
+    args.config = args.config or NAMED
     if args.platform == "cpu":
         args.compile = False
+    if args.batch is not None:
+        numbers = args.batch.split(",")
+        if len(numbers) != len(args.config) or not all(n.isdecimal() and int(n) for n in numbers):
+            parser.error(f"--batch={args.batch} has to name one batch for each of {len(args.config)} configs")
+        args.batch = [int(n) for n in numbers]
     return args
 
 
@@ -196,11 +259,11 @@ def main(argv: list[str] | None = None) -> int:
             need_torch()
         print("| config | side | batch | images/s | MFU | times the faster PyTorch | card |")
         print("|---|---|---|---|---|---|---|", flush=True)
-        for file in args.config or NAMED:
+        for file, batch in zip(args.config, args.batch or [None] * len(args.config), strict=True):
             model = json.loads(configs.load(str(ROOT / file)).model.to_json())
             if args.tiny:
                 model |= TINY
-            for row in compare(Path(file).stem, model, args):
+            for row in compare(Path(file).stem, model, batch, args):
                 rows.append(row)
                 mfu = f"{row['mfu']:.3f}" if row["mfu"] is not None else "peak unknown"
                 ratio = f"{row['ratio_to_torch']:.2f}" if row["ratio_to_torch"] is not None else "-"

@@ -57,7 +57,7 @@ def jax_side(spec: Spec) -> tuple[Step, Callable[[Any], float], dict[str, Any]]:
     import ml_collections
     import optax
 
-    from curia_jax import optimizer
+    from curia_jax import objective, optimizer
     from curia_jax.models import mae, vit
 
     model = mae.config(**spec.model)
@@ -90,7 +90,8 @@ def jax_side(spec: Spec) -> tuple[Step, Callable[[Any], float], dict[str, Any]]:
         return (optax.apply_updates(params, updates), opt_state, number + 1), loss
 
     state = [(params, jax.jit(transform.init)(params), jnp.zeros((), jnp.int32))]
-    compiled = jax.jit(step, donate_argnums=0).lower(state[0], images).compile()
+    options = objective.compiler_options(facts["device"], replicas=1)
+    compiled = jax.jit(step, donate_argnums=0).lower(state[0], images).compile(compiler_options=options)
 
     def run() -> Any:
         state[0], loss = compiled(state[0], images)

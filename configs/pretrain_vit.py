@@ -36,7 +36,7 @@ def get_config(size: str = "B", image_size: int = 224) -> ml_collections.ConfigD
     config.model.norm_pix_eps = 1e-6
     config.model.activation = "gelu_tanh"  # or "gelu", exact
     config.model.dtype = "bfloat16"  # of matrix products; parameters, norms, softmax and loss are float32 in any case
-    config.model.attention = "kernel"  # for TPUs, and "xla" for any device; elsewhere the same as "xla"
+    config.model.attention = "kernel"  # for TPUs and NVIDIA GPUs; "xla" for any device
     config.model.remat = "none"  # none, matmuls, full
     config.model.unroll = DEPTH[size]  # no loop, which would store and read back what the backward pass needs
 

@@ -45,8 +45,15 @@ TPU_OPTIONS = {"TPU v5 lite": _IN_FUSIONS, "TPU v5": _ON_SPARSE_CORES, "TPU v6 l
 _ONE_SLICE_ONLY = ("xla_enable_async_reduce_scatter_fusion", "xla_tpu_ars_combiner_threshold_in_bytes")
 
 
+# For NVIDIA GPUs. Where XLA may leave out a rounding to bfloat16 it keeps the float32 values in memory instead. Products are for
+# cuBLAS, which adds the bias and computes the GELU as it writes them; Triton's do not.
+_NVIDIA_OPTIONS = {"xla_allow_excess_precision": "False", "xla_gpu_enable_triton_gemm": "False"}
+
+
 def compiler_options(device_kind: str, replicas: int) -> dict[str, str]:
     """What the compiler is told for chips of this kind in `replicas` TPU slices."""
+    if device_kind.startswith("NVIDIA"):
+        return _NVIDIA_OPTIONS
     options = TPU_OPTIONS.get(device_kind, {})
     return {name: value for name, value in options.items() if replicas == 1 or name not in _ONE_SLICE_ONLY}
 

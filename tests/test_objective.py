@@ -275,6 +275,11 @@ def test_devices_that_are_no_tpu_get_no_options_of_the_tpu_compiler():
     assert make("one").compiler_options == {}
 
 
+def test_a_gpu_gets_options_that_any_backend_of_xla_takes():
+    options = objective.compiler_options("NVIDIA H200", replicas=1)
+    assert float(jax.jit(lambda x: x + 1).lower(1.0).compile(compiler_options=options)(1.0)) == 2.0
+
+
 def test_reductions_run_in_fusions_on_one_tpu_slice_alone():
     """On two the compiler refuses the step of ViT-B/16 with them."""
     one, two = (objective.compiler_options("TPU v5 lite", replicas) for replicas in (1, 2))

@@ -3,6 +3,7 @@
 `by_compiler` is written in array operations, for any device. `by_kernel` is one Pallas kernel a pass for TPUs: it reads an
 image's projection once and keeps the weights, tokens x tokens for every head, on the chip; nothing of that size travels
 to memory, in neither direction, and no head is copied to a place of its own. The backward pass computes the weights again.
+On NVIDIA GPUs cuDNN's flash attention takes its place.
 
 The same image may hold several segments of tokens one after the other, which do not see one another: 4 x 50 tokens fill
 the chip's tiles of 8 x 128 values, 50 do not.
@@ -38,11 +39,39 @@ def by_compiler(
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, tokens, width)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def by_kernel(
     qkv: Float[Array, "batch tokens three_widths"], bias: Float[Array, " three_widths"], heads: int, segments: int = 1
 ) -> Float[Array, "batch tokens width"]:
-    """As `by_compiler`: by the kernel where the program is lowered for a TPU, in array operations elsewhere."""
+    """As `by_compiler`: by the kernel where the program is lowered for a TPU, by cuDNN for bfloat16 where JAX runs on an
+    NVIDIA GPU, in array operations elsewhere."""
+    if on_nvidia() and qkv.dtype == jnp.bfloat16:
+        return by_cudnn(qkv, bias, heads, segments)
+    return _by_kernel(qkv, bias, heads, segments)
+
+
+def on_nvidia() -> bool:
+    """Whether JAX's own devices are NVIDIA GPUs. What is chosen by this is chosen when a program is traced: JAX refuses to trace
+    cuDNN's attention where there is no cuDNN."""
+    return jax.default_backend() == "gpu" and jax.local_devices()[0].device_kind.startswith("NVIDIA")
+
+
+def by_cudnn(
+    qkv: Float[Array, "batch tokens three_widths"], bias: Float[Array, " three_widths"], heads: int, segments: int = 1
+) -> Float[Array, "batch tokens width"]:
+    """As `by_compiler`, by cuDNN's flash attention: bfloat16, on NVIDIA GPUs from Ampere on."""
+    batch, tokens, columns = qkv.shape
+    size = tokens // segments
+    qkv = (qkv + bias.astype(qkv.dtype)).reshape(batch * segments, size, 3, heads, columns // 3 // heads)
+    # JAX takes even numbers of tokens alone. The one that is added nobody sees, and its own result is dropped.
+    odd = size % 2
+    q, k, v = (jnp.pad(qkv[:, :, part], ((0, 0), (0, odd), (0, 0), (0, 0))) for part in range(3))
+    seen = jnp.full(batch * segments, size, jnp.int32) if odd else None
+    out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=seen, implementation="cudnn")
+    return out[:, :size].reshape(batch, tokens, columns // 3)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _by_kernel(qkv: Array, bias: Array, heads: int, segments: int) -> Array:
     return _forward(qkv, bias, heads, segments)[0]
 
 
@@ -67,7 +96,7 @@ def _backward(heads: int, segments: int, kept: Any, g: Array) -> tuple[Array, Ar
     return jax.lax.platform_dependent(g, *kept, tpu=kernel, default=rule)
 
 
-by_kernel.defvjp(_forward, _backward)
+_by_kernel.defvjp(_forward, _backward)
 
 
 def _on_each_device(kernel: Callable[..., Any], arrays: int) -> Callable[..., Any]:

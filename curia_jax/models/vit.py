@@ -47,7 +47,7 @@ class ViTConfig:
       mlp_width: hidden width of the MLP.
       activation: "gelu" (exact, erf) or "gelu_tanh".
       dtype: of matrix products and the residual stream; parameters, LayerNorm statistics and softmax are float32.
-      attention: a key of ATTENTION: "xla" for any device, "kernel" for TPUs.
+      attention: a key of ATTENTION: "xla" for any device, "kernel" for TPUs and NVIDIA GPUs.
       remat: a key of REMAT.
       unroll: blocks per iteration of the scan over depth; `depth` leaves no loop.
 
@@ -209,6 +209,9 @@ linear.defvjp(lambda x, kernel, bias: (linear(x, kernel, bias), (x, kernel)), _l
 
 def gelu(x: Float[Array, "*rows width"], approximate: bool) -> Float[Array, "*rows width"]:
     """x Phi(x), or with tanh in place of the error function (Hendrycks and Gimpel 2016); computed in float32."""
+    if approximate and x.dtype == jnp.bfloat16 and attention.on_nvidia():
+        # In this form XLA knows it and leaves it to cuBLAS, which computes it in float32 as it writes the product.
+        return jax.nn.gelu(x, approximate=True)
     return jax.nn.gelu(x.astype(jnp.float32), approximate=approximate).astype(x.dtype)
 
 
@@ -274,10 +277,19 @@ def _layer_norm_forward(x: Array, scale: Weights, bias: Weights, eps: float) -> 
 
 def _layer_norm_backward(eps: float, kept: Any, g: Array) -> tuple[Array, Array, Array]:
     x, scale, mean, inverse = kept
-    normed, g = (x.astype(jnp.float32) - mean) * inverse, g.astype(jnp.float32)
-    h = g * scale
+
+    def wide(x: Array, mean: Array, inverse: Array, g: Array) -> tuple[Array, Array]:
+        return (x.astype(jnp.float32) - mean) * inverse, g.astype(jnp.float32)
+
+    normed, g_wide = wide(x, mean, inverse, g)
+    h = g_wide * scale
     h = h - jnp.mean(h, axis=-1, keepdims=True) - normed * jnp.mean(h * normed, axis=-1, keepdims=True)
-    return (inverse * h).astype(x.dtype), _sum_rows(g * normed), _sum_rows(g)
+    dx = (inverse * h).astype(x.dtype)
+    if attention.on_nvidia():
+        # XLA cannot sum rows and columns in one pass there. It would store the float32 products of the first for the second;
+        # to read x and g again moves a third of that.
+        normed, g_wide = wide(*jax.lax.optimization_barrier((x, mean, inverse, g)))
+    return dx, _sum_rows(g_wide * normed), _sum_rows(g_wide)
 
 
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
@@ -413,6 +425,8 @@ def _images_together(batch: int, tokens: int) -> int:
     1 where they do not divide a device's share of the batch, or where attention over all of them would cost more than the
     rows that are saved.
     """
+    if attention.on_nvidia():
+        return 1  # it has no such tiles
     mesh = jax.sharding.get_abstract_mesh()
     images = 8 // math.gcd(8, tokens)
     share = batch // (1 if mesh.empty else mesh.size)

@@ -10,10 +10,11 @@ from benchmarks import gpu
 from benchmarks.mae_step import Spec
 
 
-def test_it_runs_on_a_cpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [[], ["--batch=2"]], ids=["search", "together"])
+def test_it_runs_on_a_cpu(how: list[str], tmp_path: Path) -> None:
     pytest.importorskip("torch")
     out = tmp_path / "figures.json"
-    assert gpu.main(["--platform=cpu", "--tiny", "--sides=jax,timm", f"--json={out}"]) == 0
+    assert gpu.main(["--platform=cpu", "--tiny", "--sides=jax,timm", f"--json={out}", *how]) == 0
     rows = {row["side"]: row for row in json.loads(out.read_text())}
     assert set(rows) == {"jax", "timm"}
     assert rows["timm"]["ratio_to_torch"] == 1
@@ -35,6 +36,12 @@ def test_the_batch_is_doubled_until_memory_is_full_and_the_fastest_taken(monkeyp
     assert gpu.best_batch(make, first=8, most=1024, seconds=1) == wanted
     with pytest.raises(gpu.UserError, match="jax does not fit with a batch of 64; choose a smaller --first-batch"):
         gpu.best_batch(make, first=64, most=1024, seconds=1)
+
+
+def test_batches_that_do_not_go_with_the_configs_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu.parse(["--batch=256,x,64,32"])
+    assert "--batch=256,x,64,32 has to name one batch for each of 4 configs" in capsys.readouterr().err
 
 
 def test_without_a_card_it_says_so_in_one_line(

@@ -62,3 +62,20 @@ def test_images_go_together_where_that_fills_tiles(monkeypatch: pytest.MonkeyPat
     """50 tokens leave 6 rows of 56 empty, 4 x 50 none; 257 are too many to go together, and 3 images cannot."""
     together = [vit._images_together(batch, tokens) for batch, tokens in ((64, 50), (64, 257), (3, 50), (6, 16))]
     assert together == [4, 1, 1, 1]
+
+
+@pytest.mark.skipif(not attention.on_nvidia(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(("batch", "tokens", "segments"), [(2, 50, 1), (2, 197, 1), (1, 200, 4), (1, 1025, 1)])
+def test_cudnn_computes_what_array_operations_do(batch: int, tokens: int, segments: int) -> None:
+    """Two roundings more than the kernel's six: the gradient of the logits is formed from a rounded result and rounded before
+    it is summed."""
+    qkv, bias, g = inputs(batch, tokens, 256, jnp.bfloat16)
+    run = functools.partial(attention.by_cudnn, heads=2, segments=segments)
+    exact = functools.partial(attention.by_compiler, heads=2, segments=segments)
+    result, back = jax.vjp(run, qkv, bias)
+    wanted, back_exact = jax.vjp(exact, qkv.astype(jnp.float32), bias)
+    with jax.default_matmul_precision("highest"):
+        pairs = zip((result, *back(g)), (wanted, *back_exact(g.astype(jnp.float32))), strict=True)
+    for found, wanted in pairs:
+        error = jnp.sqrt(jnp.mean(jnp.square(found - wanted)) / jnp.mean(jnp.square(wanted)))
+        assert error < 8 * 2**-9
