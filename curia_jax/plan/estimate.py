@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from curia_jax.plan import hlo
+from curia_jax.plan import accounting
 from curia_jax.plan import topology as topologies
+from curia_jax.plan.cost import Cost
 from data_pipeline.errors import UserError
 
 ROOFLINE_EFFICIENCY = 0.8  # share of the chip's peak that an instruction without an estimate is granted
@@ -67,7 +68,7 @@ class Wiring:
         coordinates = np.array([d.coords[: topology.chip.dimensions] for d in devices])
         return cls(topology, coordinates, dict(mesh.shape))
 
-    def axes(self, groups: hlo.Groups | None) -> str:
+    def axes(self, groups: accounting.Groups | None) -> str:
         """Mesh axes along which the members of a group differ: "data+fsdp"."""
         if groups is None:
             return "replica"
@@ -75,7 +76,7 @@ class Wiring:
         names = [name for name, row in zip(self.mesh, places, strict=True) if len(set(row.tolist())) > 1]
         return "+".join(names) or "none"
 
-    def seconds(self, kind: str, size: int, groups: hlo.Groups | None) -> tuple[float, float]:
+    def seconds(self, kind: str, size: int, groups: accounting.Groups | None) -> tuple[float, float]:
         """Seconds on the links within a TPU slice, and between TPU slices.
 
         A ring over the torus dimensions that a group spans moves (n - 1) / n of the tensor for all-gather and
@@ -136,11 +137,40 @@ def part(op_name: str) -> str:
     return f"{stage} rest" if stage else "other"
 
 
+@dataclasses.dataclass
+class Part:
+    """Seconds of one part of the model in a step.
+
+    Attributes:
+      seconds: estimated. The others are floors, each as if the chip did nothing else and did that at its peak:
+      product_seconds: its matrix products. vector_seconds: what its vector unit computes, at four operations a lane and cycle.
+      hbm_seconds: bytes to and from HBM, those of copies beside the computation too.
+      bound_seconds: the largest of the three for each of its instructions (without copies beside them), added up.
+    """
+
+    seconds: float = 0.0
+    product_seconds: float = 0.0
+    vector_seconds: float = 0.0
+    hbm_seconds: float = 0.0
+    bound_seconds: float = 0.0
+
+    def add(self, seconds: float, cost: Cost, trips: int, chip: topologies.Chip) -> None:
+        """An instruction that takes `seconds` in all its trips and costs `cost` in each."""
+        peaks = chip.flops, chip.vector * chip.clock, chip.hbm_bandwidth
+        needs = cost.flops, cost.operations, cost.bytes
+        floors = [need / peak * chip.devices * trips for need, peak in zip(needs, peaks, strict=True)]
+        self.seconds += seconds
+        self.product_seconds += floors[0]
+        self.vector_seconds += floors[1]
+        self.hbm_seconds += floors[2]
+        self.bound_seconds += max(floors)
+
+
 # ---- the estimate
 
 
 def estimate(
-    account: hlo.Account,
+    account: accounting.Account,
     wiring: Wiring,
     *,
     batch_size: int,
@@ -159,22 +189,22 @@ def estimate(
     compute = account.cycles / chip.clock
     per_device = kernel_flops / topology.devices
     unstated = sum(k.trips for k in account.kernels if k.flops is None and k.name != "sort")
-    charges: list[tuple[str, float]] = []
+    parts: dict[str, Part] = defaultdict(Part)
+    for work in account.work:
+        parts[part(work.op_name)].add(work.cycles / chip.clock, work.cost, work.trips, chip)
+    charged = 0.0
     for kernel in account.kernels:
         own = kernel.flops
         if own is None:
             own = 0 if kernel.name == "sort" else per_device / unstated
         seconds = max(own / chip.flops, kernel.bytes / chip.hbm_bandwidth) * chip.devices / ROOFLINE_EFFICIENCY
-        charges.append((kernel.op_name, seconds * kernel.trips))
-    charged = sum((seconds for _, seconds in charges), 0.0)
+        parts[part(kernel.op_name)].add(seconds * kernel.trips, Cost(int(own), 0, kernel.hbm_bytes), kernel.trips, chip)
+        charged += seconds * kernel.trips
+    for copy in account.transfers:
+        parts[part(copy.op_name)].hbm_seconds += copy.bytes * copy.trips / chip.hbm_bandwidth * chip.devices
     collectives, exposed = _collectives(account, wiring)
-    step = compute + charged + exposed
-    parts: dict[str, float] = defaultdict(float)
-    for work in account.work:
-        parts[part(work.op_name)] += work.cycles / chip.clock
-    for op_name, seconds in charges:
-        parts[part(op_name)] += seconds
     busy = compute + charged
+    step = busy + exposed
     rate = batch_size / step
     return {
         "model_flops_per_step": model_flops,
@@ -191,22 +221,22 @@ def estimate(
         "images_per_second": rate,
         "collectives": collectives,
         "parts": [
-            {"part": name, "seconds": seconds, "fraction": seconds / busy}
-            for name, seconds in sorted(parts.items(), key=lambda item: -item[1])
+            {"part": name, "fraction": found.seconds / busy, **dataclasses.asdict(found)}
+            for name, found in sorted(parts.items(), key=lambda item: -item[1].seconds)
         ],
     }
 
 
-def link_time(wiring: Wiring) -> hlo.LinkTime:
-    """Cycles that a collective takes, for hlo.account."""
+def link_time(wiring: Wiring) -> accounting.LinkTime:
+    """Cycles that a collective takes, for accounting.account."""
 
-    def cycles(kind: str, size: int, groups: hlo.Groups | None) -> float:
+    def cycles(kind: str, size: int, groups: accounting.Groups | None) -> float:
         return sum(wiring.seconds(kind, size, groups)) * wiring.topology.chip.clock
 
     return cycles
 
 
-def _collectives(account: hlo.Account, wiring: Wiring) -> tuple[list[dict[str, Any]], float]:
+def _collectives(account: accounting.Account, wiring: Wiring) -> tuple[list[dict[str, Any]], float]:
     """Collectives added up by kind, axes and whether they overlap; and the exposed seconds of a step."""
     clock = wiring.topology.chip.clock
     rows: dict[tuple[str, str, bool], dict[str, Any]] = {}

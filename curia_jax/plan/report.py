@@ -91,6 +91,9 @@ def show(plan: Mapping[str, Any]) -> None:
         _show_estimate(plan)
 
 
+_SUMMED = ("seconds", "fraction", "product_seconds", "vector_seconds", "hbm_seconds", "bound_seconds")
+
+
 def _show_estimate(plan: Mapping[str, Any]) -> None:
     step = plan["estimated_step_seconds"]
     table = _table("a step, by the compiler's estimate", "", "")
@@ -110,9 +113,14 @@ def _show_estimate(plan: Mapping[str, Any]) -> None:
     table.add_row("images/s", f"{plan['images_per_second']:,.0f}")
     console.print(table)
 
-    table = _table("where the time goes", "part", "ms", "share")
-    for row in plan["parts"]:
-        table.add_row(row["part"], f"{row['seconds'] * 1e3:,.2f}", f"{row['fraction']:.1%}")
+    title = "where the time goes, and ms that its products, vector operations and bytes take at the peak"
+    table = _table(title, "part", "ms", "share", "products", "vector", "HBM", "bound", "of the bound")
+    floors = ("product_seconds", "vector_seconds", "hbm_seconds", "bound_seconds")
+    rows = [*plan["parts"], {"part": "all"} | {n: sum(row[n] for row in plan["parts"]) for n in _SUMMED}]
+    for row in rows:
+        reached = f"{row['bound_seconds'] / row['seconds']:.0%}" if row["seconds"] else ""
+        cells = [f"{row[name] * 1e3:,.2f}" for name in floors]
+        table.add_row(row["part"], f"{row['seconds'] * 1e3:,.2f}", f"{row['fraction']:.1%}", *cells, reached)
     console.print(table)
 
     table = _table("collectives in a step", "kind", "axis", "overlaps", "count", "MB", "ICI ms", "DCN ms", "exposed ms")

@@ -12,8 +12,8 @@ import ml_collections
 from curia_jax import config as configs
 from curia_jax import objective
 from curia_jax.models import mae, vit
+from curia_jax.plan import accounting, estimate, hlo, report
 from curia_jax.plan import compile as compiling
-from curia_jax.plan import estimate, hlo, report
 from curia_jax.plan import topology as topologies
 from data_pipeline.errors import UserError
 
@@ -91,10 +91,10 @@ class Planner:
         wiring = estimate.Wiring.of(job.mesh, topology)
         result["largest_tensors"] += [
             {"tensor": name, "shape": f"{t.dtype}{list(t.shape)}", "bytes": t.bytes, "kind": "temporary"}
-            for t, name in hlo.largest(program, 6)
+            for t, name in accounting.largest(program, 6)
         ]
         result |= estimate.estimate(
-            hlo.account(program, estimate.link_time(wiring)),
+            accounting.account(program, estimate.link_time(wiring)),
             wiring,
             batch_size=config.batch_size,
             model_flops=model_flops,

@@ -24,6 +24,7 @@ class Chip:
       dimensions: of the torus that its links form.
       devices: jax devices a chip has.
       flops: dense bf16 FLOP/s per chip. hbm: bytes per chip that a program may use. hbm_bandwidth: bytes/s per chip.
+      vector: operations a cycle of the chip's vector units: 8 x 128 lanes of four each.
       clock: Hz that turns the compiler's cycles into seconds.
       link: bytes/s of one ICI link in one direction; each torus dimension has a link either way.
       dcn: bytes/s per chip from one TPU slice to another, over the data-centre network.
@@ -37,6 +38,7 @@ class Chip:
     flops: float
     hbm: float
     hbm_bandwidth: float
+    vector: int
     clock: float
     link: float
     dcn: float
@@ -45,16 +47,16 @@ class Chip:
 
 
 # FLOP/s, HBM and its bandwidth, vCPUs: cloud.google.com/tpu/docs (system architecture, one page a chip, and machine
-# types). `hbm` is the limit that libtpu 0.0.52 enforces, a little below the data sheet. Links and data-centre network:
-# "How to scale your model" (jax-ml.github.io/scaling-book, TPU chapter); v7x links from its 1.2 TB/s over 6 links.
+# types). `hbm` is the limit that libtpu 0.0.52 enforces, a little below the data sheet. Links, data-centre network and vector
+# units: "How to scale your model" (jax-ml.github.io/scaling-book, TPU chapter); v7x links from its 1.2 TB/s over 6 links.
 # Clocks: those at which the compiler's cycles for a 4096^3 bf16 product come out just below the data sheet; v4, v5e, v5p
 # and v6e were checked this way, v7x's is its FLOP/s over those of its four 256 x 256 matrix units a device.
 CHIPS = {
-    "v4": Chip("v4", 3, 1, 275e12, 31.75 * GIB, 1228 * GB, 1.05e9, 45 * GB, 6.25 * GB, 4, 240),
-    "v5e": Chip("v5e", 2, 1, 197e12, 15.75 * GIB, 819 * GB, 1.5e9, 45 * GB, 3.125 * GB, 16, 112),
-    "v5p": Chip("v5p", 3, 1, 459e12, 95.74 * GIB, 2765 * GB, 1.75e9, 90 * GB, 6.25 * GB, 4, 208),
-    "v6e": Chip("v6e", 2, 1, 918e12, 31.25 * GIB, 1640 * GB, 1.75e9, 90 * GB, 12.5 * GB, 16, 180),
-    "v7x": Chip("tpu7x", 3, 2, 2307e12, 189.5 * GIB, 7380 * GB, 2.2e9, 100 * GB, 12.5 * GB, 4, 224),
+    "v4": Chip("v4", 3, 1, 275e12, 31.75 * GIB, 1228 * GB, 8192, 1.05e9, 45 * GB, 6.25 * GB, 4, 240),
+    "v5e": Chip("v5e", 2, 1, 197e12, 15.75 * GIB, 819 * GB, 4096, 1.5e9, 45 * GB, 3.125 * GB, 16, 112),
+    "v5p": Chip("v5p", 3, 1, 459e12, 95.74 * GIB, 2765 * GB, 8192, 1.75e9, 90 * GB, 6.25 * GB, 4, 208),
+    "v6e": Chip("v6e", 2, 1, 918e12, 31.25 * GIB, 1640 * GB, 4096, 1.75e9, 90 * GB, 12.5 * GB, 16, 180),
+    "v7x": Chip("tpu7x", 3, 2, 2307e12, 189.5 * GIB, 7380 * GB, 8192, 2.2e9, 100 * GB, 12.5 * GB, 4, 224),
 }
 LINK_LATENCY = 1e-6  # seconds from a chip to its neighbour; scaling-book, "Sharded matrices"
 CHIPS_PER_HOST = 4

@@ -51,6 +51,11 @@ def test_a_plan_has_what_scripts_rely_on_and_is_remembered(tmp_path: Path):
     assert first["images_per_second_per_chip"] == pytest.approx(16 / first["estimated_step_seconds"] / 4)
     assert 0 <= first["exposed_collective_fraction"] < 1 and 0 <= first["unestimated_fraction"] < 0.1
     assert {"encoder attention", "decoder mlp", "optimizer", "augment", "loss"} <= {p["part"] for p in first["parts"]}
+    products = sum(p["product_seconds"] for p in first["parts"]) * 4 * 197e12  # as compiled, loops with their trips
+    assert products == pytest.approx(first["hardware_flops_per_step"], rel=0.02)
+    assert all(0 <= p["bound_seconds"] < p["seconds"] for p in first["parts"])
+    moved = sum(p["hbm_seconds"] for p in first["parts"]) * 819e9
+    assert moved > first["memory"]["arguments"]  # each is read, at least
     assert {c["axis"] for c in first["collectives"]} >= {"fsdp"}
     assert any(c["kind"] == "all-gather" for c in first["collectives"])  # kernels are gathered where they are used
     assert first["host_images_per_second_needed"] == pytest.approx(16 / first["estimated_step_seconds"])

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from curia_jax.plan import estimate, hlo
+from curia_jax.plan import accounting, estimate
 from curia_jax.plan import topology as topologies
+from curia_jax.plan.cost import Cost
 from data_pipeline.errors import UserError
 
 V5E = topologies.parse("v5e:16x16")
@@ -46,20 +47,20 @@ def test_between_tpu_slices_the_data_centre_network_counts():
     assert w.axes(None) == "replica"
 
 
-def account(**kwargs) -> hlo.Account:
-    return hlo.Account(**{"work": (), "kernels": (), "collectives": ()} | kwargs)
+def account(**kwargs) -> accounting.Account:
+    return accounting.Account(**{"work": (), "kernels": (), "collectives": ()} | kwargs)
 
 
-def compute(result: hlo.Account, **kwargs):
+def compute(result: accounting.Account, **kwargs):
     defaults = {"batch_size": 4096, "model_flops": 10**14, "hardware_flops": 2 * 10**14, "kernel_flops": 0}
     return estimate.estimate(result, wiring(V5E, data=256), **defaults | kwargs)
 
 
 def test_the_step_is_computation_and_charge_and_exposed_communication():
     groups = (tuple(range(256)),)
-    ring = hlo.Collective("all-reduce", "x", 10**6, groups, 2, cycles=3e6, hidden=1.5e6, overlapped=True)
-    kernel = hlo.Kernel("tpu_custom_call", "jit(step)/jvp(encoder)/attention/k", 10**6, 197 * 10**9, 1)
-    work = (hlo.Work("jit(step)/jvp(encoder)/mlp/dot_general", 15_000_000, 1),)
+    ring = accounting.Collective("all-reduce", "x", 10**6, groups, 2, cycles=3e6, hidden=1.5e6, overlapped=True)
+    kernel = accounting.Kernel("tpu_custom_call", "jit(step)/jvp(encoder)/attention/k", 10**6, 197 * 10**9, 1)
+    work = (accounting.Work("jit(step)/jvp(encoder)/mlp/dot_general", 15_000_000, 1),)
     plan = compute(account(work=work, kernels=(kernel,), collectives=(ring,)))
     assert plan["compute_seconds"] == pytest.approx(0.01)  # at 1.5 GHz
     assert plan["roofline_seconds"] == pytest.approx(197e9 / 197e12 / 0.8)
@@ -79,14 +80,27 @@ def test_the_step_is_computation_and_charge_and_exposed_communication():
     assert (row["count"], row["bytes"], row["axis"], row["overlapped"]) == (2, 2 * 10**6, "data", True)
 
 
+def test_a_part_says_what_bounds_it():
+    flops, operations, moved = 197 * 10**9, 4096 * 1_500_000, 819 * 10**6  # a millisecond each
+    costs = [(flops, 0, moved // 2), (flops // 4, operations // 2, 0), (0, 0, moved)]
+    work = tuple(accounting.Work("jit(step)/encoder/mlp/x", 6_000_000, 2, Cost(*cost)) for cost in costs)
+    copies = (accounting.Transfer("jit(step)/encoder/mlp/x", moved, 3),)
+    (row,) = compute(account(work=work, transfers=copies))["parts"]
+    assert row["seconds"] == pytest.approx(3 * 4e-3)
+    assert row["product_seconds"] == pytest.approx(2 * 1.25e-3)
+    assert row["vector_seconds"] == pytest.approx(2 * 0.5e-3)
+    assert row["hbm_seconds"] == pytest.approx(2 * 1.5e-3 + 3e-3)
+    assert row["bound_seconds"] == pytest.approx(2 * (1 + 0.5 + 1) * 1e-3)
+
+
 def test_a_kernel_that_states_no_flops_gets_its_share_of_what_the_traced_program_has():
-    kernels = tuple(hlo.Kernel("tpu_custom_call", "x", 8, None, 2) for _ in range(2))
+    kernels = tuple(accounting.Kernel("tpu_custom_call", "x", 8, None, 2) for _ in range(2))
     plan = compute(account(kernels=kernels), kernel_flops=256 * 4 * 197 * 10**9)
     assert plan["roofline_seconds"] == pytest.approx(4 * 1e-3 / 0.8)
 
 
 def test_a_kernel_bound_by_memory_is_charged_its_bytes():
-    plan = compute(account(kernels=(hlo.Kernel("sort", "x", 819 * 10**6, None, 1),)))
+    plan = compute(account(kernels=(accounting.Kernel("sort", "x", 819 * 10**6, None, 1),)))
     assert plan["roofline_seconds"] == pytest.approx(1e-3 / 0.8)
 
 
