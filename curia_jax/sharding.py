@@ -63,7 +63,9 @@ def make_mesh(replica: int = 1, data: int = -1, fsdp: int = 1, devices: Sequence
             raise UserError(
                 f"there are {len(slices)} TPU slices but mesh.replica is {sizes[0]}; set --config.mesh.replica={len(slices)}"
             )
-        array = mesh_utils.create_hybrid_device_mesh((1, sizes[1], sizes[2]), (sizes[0], 1, 1), devices=devices)
+        array = mesh_utils.create_hybrid_device_mesh(
+            (1, sizes[1], sizes[2]), (sizes[0], 1, 1), devices=devices, allow_split_physical_axes=True
+        )
     else:
         array = mesh_utils.create_device_mesh(tuple(sizes), devices=devices, allow_split_physical_axes=True)
     return Mesh(np.asarray(array), AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -1,5 +1,8 @@
+import itertools
 import re
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +106,26 @@ def test_mesh_sizes(sizes: dict[str, int], shape: tuple[int, ...]) -> None:
     mesh = sharding.make_mesh(**sizes)
     assert tuple(mesh.shape.values()) == shape
     assert all(kind == AxisType.Auto for kind in mesh.axis_types)
+
+
+def chips(slices: int, side: int) -> list[Any]:
+    """TPU slices of side x side chips, as far as a mesh asks."""
+    of_all = {"platform": "tpu", "device_kind": "TPU v5 lite", "process_index": 0, "core_on_chip": 0}
+    places = itertools.product(range(slices), range(side), range(side))
+    return [
+        mock.Mock(spec=jax.Device, id=number, slice_index=number_of_slice, coords=(x, y, 0), **of_all)
+        for number, (number_of_slice, y, x) in enumerate(places)
+    ]
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_an_axis_may_take_a_part_of_a_torus_dimension(slices: int) -> None:
+    """On several TPU slices as on one; the replicas are the slices."""
+    mesh = sharding.make_mesh(slices, data=2, fsdp=8, devices=chips(slices, side=4))
+    assert mesh.devices.shape == (slices, 2, 8)
+    for number, of_slice in enumerate(mesh.devices):
+        assert {chip.slice_index for chip in of_slice.flat} == {number}
+        assert len({chip.coords for chip in of_slice.flat}) == 16
 
 
 @pytest.mark.parametrize(
