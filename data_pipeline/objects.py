@@ -30,6 +30,7 @@ RETRIES = {
     "retry_timeout": datetime.timedelta(seconds=60),
     "backoff": {"init_backoff": datetime.timedelta(milliseconds=200), "max_backoff": datetime.timedelta(seconds=10), "base": 2},
 }  # fmt: skip
+CREDENTIALS_LAST = datetime.timedelta(minutes=5)  # botocore renews those that expire within ten
 REQUEST_TIMEOUT = datetime.timedelta(seconds=60)
 CHANGED = "an input changed while the build ran; start the build again"
 
@@ -221,7 +222,7 @@ def _open_store(scheme: str, bucket: str) -> Any:
         if scheme == "gs":
             config = {"google_skip_signature": public} | ({"google_base_url": endpoint} if endpoint else {})
             return GCSStore(bucket, config=config, **settings)
-        provider = None if public else Boto3CredentialProvider(boto3.Session())
+        provider = None if public else Boto3CredentialProvider(boto3.Session(), ttl=CREDENTIALS_LAST)
         return S3Store(bucket, config={"aws_skip_signature": public}, credential_provider=provider, **settings)
     except (ValueError, botocore.exceptions.BotoCoreError) as error:
         raise UserError(f"{scheme}://{bucket}: {NO_CREDENTIALS} ({type(error).__name__})") from error

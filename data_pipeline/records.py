@@ -46,29 +46,48 @@ def serialize(slices: Sequence[bytes], record: Mapping[str, Any], per_slice: Map
       record: TEXT, NUMBERS and VECTORS by name.
       per_slice: SLICE_NUMBERS, SLICE_INTEGERS, SLICE_BOX and SLICE_TEXT by name, one entry a slice.
     """
-    example = proto.Example()
-    feature = example.features.feature
-    feature["slices"].bytes_list.value.extend(slices)
+    # Features in the order of their names, as protobuf's deterministic form has them. The slices are put between the others
+    # as bytes, because protobuf copies them several times, into memory that is new each time.
+    before, after = proto.Example().features, proto.Example().features
+
+    def feature(name: str) -> Any:
+        return (before if name < "slices" else after).feature[name]
+
     for name in TEXT:
-        feature[name].bytes_list.value.append(str(record[name]).encode())
+        feature(name).bytes_list.value.append(str(record[name]).encode())
     for name in NUMBERS:
-        feature[name].float_list.value.append(float(record[name]))
+        feature(name).float_list.value.append(float(record[name]))
     for name, length in VECTORS.items():
         values = [float(v) for v in record[name]]
         if len(values) != length:
             raise ValueError(f"{name} has {len(values)} values, wanted {length}")
-        feature[name].float_list.value.extend(values)
+        feature(name).float_list.value.extend(values)
     for name in (*SLICE_NUMBERS, *SLICE_INTEGERS, *SLICE_TEXT, SLICE_BOX):
         if len(per_slice[name]) != len(slices):
             raise ValueError(f"{name} has {len(per_slice[name])} entries for {len(slices)} slices")
     for name in SLICE_NUMBERS:
-        feature[name].float_list.value.extend(float(v) for v in per_slice[name])
+        feature(name).float_list.value.extend(float(v) for v in per_slice[name])
     for name in SLICE_INTEGERS:
-        feature[name].int64_list.value.extend(int(v) for v in per_slice[name])
+        feature(name).int64_list.value.extend(int(v) for v in per_slice[name])
     for name in SLICE_TEXT:
-        feature[name].bytes_list.value.extend(str(v).encode() for v in per_slice[name])
-    feature[SLICE_BOX].int64_list.value.extend(int(v) for box in per_slice[SLICE_BOX] for v in box)
-    return example.SerializeToString(deterministic=True)
+        feature(name).bytes_list.value.extend(str(v).encode() for v in per_slice[name])
+    feature(SLICE_BOX).int64_list.value.extend(int(v) for box in per_slice[SLICE_BOX] for v in box)
+    # Example.features = {feature: {key = "slices", value: {bytes_list: {value = …, value = …, …}}}}
+    value = _field(1, [part for one in slices for part in _field(1, [one])])
+    entry = _field(1, [*_field(1, [b"slices"]), *_field(2, value)])
+    features = [before.SerializeToString(deterministic=True), *entry, after.SerializeToString(deterministic=True)]
+    return b"".join(_field(1, features))
+
+
+def _field(number: int, parts: Sequence[bytes]) -> list[bytes]:
+    """A field of protobuf whose value is some bytes, given in parts: tag, length and the bytes
+    (https://protobuf.dev/programming-guides/encoding/)."""
+    length, head = sum(map(len, parts)), bytearray([number << 3 | 2])
+    while length > 0x7F:
+        head.append(length & 0x7F | 0x80)
+        length >>= 7
+    head.append(length)
+    return [bytes(head), *parts]
 
 
 def parse_slice(data: bytes, slot: int) -> dict[str, Any]:

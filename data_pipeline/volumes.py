@@ -366,7 +366,7 @@ def _open_itk(
 def _read_through(path: str) -> None:
     """Raises OSError if it is the storage that fails and not the file, which readers do not always tell apart."""
     with open(path, "rb") as file:
-        while file.read(SLAB_BYTES):
+        while file.read(1 << 20):
             pass
 
 

@@ -101,6 +101,8 @@ class _Worker:
     def __init__(self, function: Work, memory: int | None) -> None:
         # A fork would copy the parent's locks in whatever state the progress display's thread has them.
         context = multiprocessing.get_context("spawn")
+        # Arrow's own pool sets a gigabyte of addresses aside, which counts as memory taken.
+        os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(function, theirs, memory), daemon=True)
         # Ctrl-C and a cluster's SIGTERM reach the whole process group. Only the parent answers them and ends its workers;

@@ -71,3 +71,11 @@ def pid(task, skip, touch):
         raise ValueError
     touch(None)
     return os.getpid()
+
+
+def table_and_bytes(task, skip, touch):
+    """Room that is left once Arrow is in use."""
+    import pyarrow as pa
+
+    table = pa.table({"a": [1]})
+    return len(table) and len(bytearray(task))

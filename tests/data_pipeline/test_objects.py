@@ -196,6 +196,21 @@ def test_a_public_bucket_needs_no_credentials_if_that_is_said(
     assert told["closed.dcm"]["reason"] == "cannot be read: Permission denied"
 
 
+@pytest.mark.slow
+def test_real_exams_are_the_same_out_of_a_bucket(
+    bucket: Bucket, real_data: Path, tmp_path: Path, run_build, manifest
+) -> None:
+    bucket.put_folder(real_data / "dicom", "in/dicom")
+    assert run_build("--input", f"{TOP}/in/dicom", "--output", tmp_path / "bucket", processes=2).code == 0
+    assert run_build("--input", real_data / "dicom", "--output", tmp_path / "folder", processes=2).code == 0
+    assert shards_of(tmp_path / "bucket") == shards_of(tmp_path / "folder")
+    told = [
+        {path.removeprefix(top): row | {"path": ""} for path, row in manifest(tmp_path / name).items()}
+        for name, top in (("bucket", f"{TOP}/in"), ("folder", str(real_data)))
+    ]
+    assert told[0] == told[1]
+
+
 # ---- what others need of an address
 
 

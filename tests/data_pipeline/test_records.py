@@ -37,6 +37,20 @@ def test_what_goes_in_comes_out(count: int) -> None:
         assert (found["series"], found["patient"]) == (whole["series"], whole["patient"])
 
 
+@pytest.mark.parametrize("sizes", [[1], [0, 127, 128], [5] * 40, [16_383, 16_384, 2_100_000]])
+def test_a_record_has_the_bytes_of_protobufs_deterministic_form(sizes: list[int]) -> None:
+    _, whole, each = record(len(sizes))
+    slices = [RANDOM.bytes(size) for size in sizes]
+    data = records.serialize(slices, whole, each)
+    example = records.proto.Example.FromString(data)
+    assert list(example.features.feature["slices"].bytes_list.value) == slices
+    assert example.SerializeToString(deterministic=True) == data
+    assert {*example.features.feature} == {
+        "slices", *records.TEXT, *records.NUMBERS, *records.VECTORS, *records.SLICE_NUMBERS, *records.SLICE_INTEGERS,
+        *records.SLICE_TEXT, records.SLICE_BOX,
+    }  # fmt: skip
+
+
 def test_every_process_gives_the_same_bytes() -> None:
     # A protobuf map has another order in every process unless it is asked not to.
     code = (

@@ -151,3 +151,8 @@ def test_a_worker_gets_no_more_than_its_memory_and_lives_on(tasks) -> None:
     assert [len(message.result) if message.number else message.result for message in run(10**10)] == [100_000_000, 1]
     with pytest.raises(UserError, match="more memory than it may take; give it more with --memory-gb"):
         run(10**12 + 1)
+
+
+def test_what_arrow_sets_aside_does_not_count_as_memory_taken(tasks) -> None:
+    (done,) = workers.run(tasks.table_and_bytes, [800_000_000], workers=1, timeout=60.0, memory=1_300_000_000)
+    assert done.result == 800_000_000
