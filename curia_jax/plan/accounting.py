@@ -16,6 +16,7 @@ from curia_jax.plan.cost import MOVES, Cost, Results, cost, results_of
 from curia_jax.plan.hlo import HloError, Instruction, Program, Tensor, trips
 
 Groups = tuple[tuple[int, ...], ...]
+Shapes = tuple[tuple[int, ...], ...]
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 # Custom calls that compute nothing.
 BOOKKEEPING = {
@@ -52,7 +53,8 @@ class Transfer:
 class Kernel:
     """An instruction that computes without an estimate of the compiler: a custom kernel, a sort.
 
-    `bytes` are those of its arguments and results, wherever they are; `flops` is None where the program does not say.
+    `bytes` are those of its arguments and results, wherever they are; `flops` is None where the program does not say;
+    `shapes` are those of its results.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Kernel:
     flops: int | None
     trips: int
     hbm_bytes: int = 0
+    shapes: Shapes = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,13 +200,15 @@ def _kernel(program: Program, instruction: Instruction, times: int, results: Res
     core = next((i for i in inner if i.opcode == "custom-call" and i.target not in BOOKKEEPING), instruction)
     flops = re.search(r'"flops"\s*:\s*"?(\d+)', core.line)  # a kernel's own cost estimate
     moved = [*instruction.result, *(t for operand in instruction.operands for t in results.get(operand, ()))]
+    stated = int(flops[1]) if flops else cost(program, instruction, results).flops or None
     return Kernel(
         core.target or core.opcode,
         core.op_name or instruction.op_name,
         sum(t.bytes for t in moved),
-        int(flops[1]) if flops else None,
+        stated,
         times,
         sum(t.bytes for t in moved if t.space == 0),
+        tuple(t.shape for t in core.result),
     )
 
 

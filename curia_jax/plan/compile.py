@@ -21,6 +21,7 @@ import numpy as np
 from curia_jax import config as configs
 from curia_jax import objective, sharding
 from curia_jax.plan import topology as topologies
+from curia_jax.plan.accounting import Shapes
 from data_pipeline.errors import UserError
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -151,13 +152,41 @@ def _flops(jaxpr: Any) -> tuple[int, int]:
             times = math.prod(params["grid_mapping"].grid)
         elif name == "shard_map":
             times = params["mesh"].size
-        inner = [_flops(sub) for sub in _jaxprs(params)]
+        inner = [_flops(sub) for sub in _branches(params)]
         if name == "cond":
             inner = [max(inner)] if inner else []
         for flops, of_kernels in inner:
             total += times * flops
             kernels += times * (flops if name == "pallas_call" else of_kernels)
     return total, kernels
+
+
+def kernel_flops(traced: Any) -> dict[Shapes, int]:
+    """FLOPs of the matrix products of one call of each custom kernel on one device, by the shapes of its results."""
+    found: dict[Shapes, int] = {}
+
+    def walk(jaxpr: Any) -> None:
+        for equation in jaxpr.eqns:
+            inner = _branches(equation.params)
+            if equation.primitive.name == "pallas_call":
+                shapes = tuple(tuple(out.aval.shape) for out in equation.outvars)
+                flops = math.prod(equation.params["grid_mapping"].grid) * sum(_flops(sub)[0] for sub in inner)
+                found[shapes] = max(flops, found.get(shapes, 0))
+            else:
+                for sub in inner:
+                    walk(sub)
+
+    walk(traced.jaxpr.jaxpr)
+    return found
+
+
+def _branches(params: dict[str, Any]) -> list[Any]:
+    """Programs in an equation; of those that are chosen by the platform, the TPU's."""
+    platforms = params.get("branches_platforms")
+    if platforms is None:
+        return _jaxprs(params)
+    chosen = next(n for n, names in enumerate(platforms) if names is None or "tpu" in names)
+    return _jaxprs({"branch": params["branches"][chosen]})
 
 
 def _jaxprs(params: dict[str, Any]) -> list[Any]:

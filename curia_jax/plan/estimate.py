@@ -176,29 +176,26 @@ def estimate(
     batch_size: int,
     model_flops: int,
     hardware_flops: int,
-    kernel_flops: int,
+    kernel_flops: Mapping[accounting.Shapes, int],
 ) -> dict[str, Any]:
     """Time of a step and where it goes.
 
     Args:
       account: of one device's program, collectives timed in cycles of the chip's clock.
-      batch_size: global. model_flops, hardware_flops, kernel_flops: of a step, over all devices; the last are those of
-        custom kernels, which are shared out over the kernels that state no FLOPs of their own.
+      batch_size: global. model_flops, hardware_flops: of a step, over all devices.
+      kernel_flops: of one call of a custom kernel on one device, by the shapes of its results, where the program does not
+        state them.
     """
     topology, chip = wiring.topology, wiring.topology.chip
     compute = account.cycles / chip.clock
-    per_device = kernel_flops / topology.devices
-    unstated = sum(k.trips for k in account.kernels if k.flops is None and k.name != "sort")
     parts: dict[str, Part] = defaultdict(Part)
     for work in account.work:
         parts[part(work.op_name)].add(work.cycles / chip.clock, work.cost, work.trips, chip)
     charged = 0.0
     for kernel in account.kernels:
-        own = kernel.flops
-        if own is None:
-            own = 0 if kernel.name == "sort" else per_device / unstated
+        own = kernel_flops.get(kernel.shapes, 0) if kernel.flops is None else kernel.flops
         seconds = max(own / chip.flops, kernel.bytes / chip.hbm_bandwidth) * chip.devices / ROOFLINE_EFFICIENCY
-        parts[part(kernel.op_name)].add(seconds * kernel.trips, Cost(int(own), 0, kernel.hbm_bytes), kernel.trips, chip)
+        parts[part(kernel.op_name)].add(seconds * kernel.trips, Cost(own, 0, kernel.hbm_bytes), kernel.trips, chip)
         charged += seconds * kernel.trips
     for copy in account.transfers:
         parts[part(copy.op_name)].hbm_seconds += copy.bytes * copy.trips / chip.hbm_bandwidth * chip.devices

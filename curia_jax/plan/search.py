@@ -53,7 +53,6 @@ class Planner:
                 argument_bytes=sum(row[2] for row in arguments),
                 options=job.objective.compiler_options,
             )
-        hardware, of_kernels = compiling.hardware_flops(job.traced)
         model_flops = 3 * mae.flops(job.objective.model) * config.batch_size
         result: dict[str, Any] = {
             "topology": str(topology),
@@ -79,7 +78,7 @@ class Planner:
                 for name, shape, size in arguments[:6]
             ],
             "model_flops_per_step": model_flops,
-            "hardware_flops_per_step": hardware,
+            "hardware_flops_per_step": compiling.hardware_flops(job.traced)[0],
         }
         if not compiled.text:
             result["largest_tensors"] += [
@@ -98,8 +97,8 @@ class Planner:
             wiring,
             batch_size=config.batch_size,
             model_flops=model_flops,
-            hardware_flops=hardware,
-            kernel_flops=of_kernels,
+            hardware_flops=result["hardware_flops_per_step"],
+            kernel_flops=compiling.kernel_flops(job.traced),
         )
         result |= estimate.input_needs(
             result["images_per_second"], topology, self.data["bytes_per_image"], self.data["loader_per_core"]

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from curia_jax.models import attention
 from curia_jax.plan import __main__ as command
 from curia_jax.plan import compile as compiling
 from curia_jax.plan import report, search
@@ -166,6 +167,16 @@ def test_flops_of_a_custom_kernel_count_its_grid():
     traced = jax.jit(call).trace(jax.ShapeDtypeStruct((32, 8), jnp.float32))
     flops = 4 * 2 * 8 * 8 * 8
     assert compiling.hardware_flops(traced) == (flops, flops)
+    assert compiling.kernel_flops(traced) == {((32, 8),): flops}
+
+
+def test_flops_are_those_of_the_program_for_a_tpu():
+    """Both passes of attention are kernels there; elsewhere the backward pass is six products instead of five."""
+    qkv, bias = jax.ShapeDtypeStruct((2, 17, 3 * 32), jnp.bfloat16), jax.ShapeDtypeStruct((3 * 32,), jnp.float32)
+    traced = jax.jit(jax.grad(lambda qkv, bias: jnp.sum(attention.by_kernel(qkv, bias, 4)))).trace(qkv, bias)
+    one = 2 * 2 * 17 * 17 * 32  # q k^T, over all heads
+    assert compiling.hardware_flops(traced) == (7 * one, 7 * one)
+    assert compiling.kernel_flops(traced) == {((2, 17, 32),): 2 * one, ((2, 17, 96), (2, 1, 96)): 5 * one}
 
 
 # ---- what does not fit

@@ -52,7 +52,7 @@ def account(**kwargs) -> accounting.Account:
 
 
 def compute(result: accounting.Account, **kwargs):
-    defaults = {"batch_size": 4096, "model_flops": 10**14, "hardware_flops": 2 * 10**14, "kernel_flops": 0}
+    defaults = {"batch_size": 4096, "model_flops": 10**14, "hardware_flops": 2 * 10**14, "kernel_flops": {}}
     return estimate.estimate(result, wiring(V5E, data=256), **defaults | kwargs)
 
 
@@ -93,10 +93,11 @@ def test_a_part_says_what_bounds_it():
     assert row["bound_seconds"] == pytest.approx(2 * (1 + 0.5 + 1) * 1e-3)
 
 
-def test_a_kernel_that_states_no_flops_gets_its_share_of_what_the_traced_program_has():
-    kernels = tuple(accounting.Kernel("tpu_custom_call", "x", 8, None, 2) for _ in range(2))
-    plan = compute(account(kernels=kernels), kernel_flops=256 * 4 * 197 * 10**9)
-    assert plan["roofline_seconds"] == pytest.approx(4 * 1e-3 / 0.8)
+def test_a_kernel_that_states_no_flops_has_those_that_the_traced_program_says_of_its_results():
+    shapes = ((16, 257), (16, 1)), ((16, 257),)
+    kernels = tuple(accounting.Kernel("tpu_custom_call", "x", 8, None, 2, shapes=one) for one in shapes)
+    plan = compute(account(kernels=kernels), kernel_flops={shapes[0]: 3 * 197 * 10**9, shapes[1]: 197 * 10**9})
+    assert plan["roofline_seconds"] == pytest.approx(2 * (3 + 1) * 1e-3 / 0.8)
 
 
 def test_a_kernel_bound_by_memory_is_charged_its_bytes():
