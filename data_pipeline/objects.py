@@ -223,7 +223,10 @@ def _open_store(scheme: str, bucket: str) -> Any:
             config = {"google_skip_signature": public} | ({"google_base_url": endpoint} if endpoint else {})
             return GCSStore(bucket, config=config, **settings)
         provider = None if public else Boto3CredentialProvider(boto3.Session(), ttl=CREDENTIALS_LAST)
-        return S3Store(bucket, config={"aws_skip_signature": public}, credential_provider=provider, **settings)
+        config = {"aws_skip_signature": public}
+        if region := os.environ.get("AWS_REGION"):  # before the region of a profile, which need not be the bucket's
+            config["aws_region"] = region
+        return S3Store(bucket, config=config, credential_provider=provider, **settings)
     except (ValueError, botocore.exceptions.BotoCoreError) as error:
         raise UserError(f"{scheme}://{bucket}: {NO_CREDENTIALS} ({type(error).__name__})") from error
     except obstore.exceptions.BaseError as error:
