@@ -174,7 +174,18 @@ def _kernel_gradient(
     x: Float[Array, "*rows inputs"], g: Float[Array, "*rows outputs"]
 ) -> Float[Array, "inputs outputs"]:
     rows = tuple(range(x.ndim - 1))
-    return jax.lax.dot_general(x, g, ((rows, rows), ((), ()))).astype(jnp.float32)
+
+    def sum_of_products(x: Array, g: Array) -> Array:
+        return jax.lax.dot_general(x, g, ((rows, rows), ((), ())))
+
+    def transposed(x: Array, g: Array) -> Array:
+        return jax.lax.optimization_barrier(sum_of_products(g, x)).T
+
+    if g.shape[-1] < x.shape[-1]:
+        # XLA on a CPU transposes the first factor, and computes what it is made of, a GELU say, in that order, one value at
+        # a time. The narrower is made of less.
+        return jax.lax.platform_dependent(x, g, cpu=transposed, default=sum_of_products).astype(jnp.float32)
+    return sum_of_products(x, g).astype(jnp.float32)
 
 
 @jax.custom_vjp
@@ -212,7 +223,8 @@ def gelu(x: Float[Array, "*rows width"], approximate: bool) -> Float[Array, "*ro
     if approximate and x.dtype == jnp.bfloat16 and attention.on_nvidia():
         # In this form XLA knows it and leaves it to cuBLAS, which computes it in float32 as it writes the product.
         return jax.nn.gelu(x, approximate=True)
-    return jax.nn.gelu(x.astype(jnp.float32), approximate=approximate).astype(x.dtype)
+    y = x.astype(jnp.float32)
+    return (jax.nn.gelu(y, approximate=True) if approximate else 0.5 * y * _twice_phi(y)).astype(x.dtype)
 
 
 def gelu_slope(x: Float[Array, "*rows width"], approximate: bool) -> Float[Array, "*rows width"]:
@@ -223,7 +235,16 @@ def gelu_slope(x: Float[Array, "*rows width"], approximate: bool) -> Float[Array
         square = x * x
         t = jnp.tanh(scale * x * (1 + cubic * square))
         return 0.5 * (1 + t) + 0.5 * scale * x * (1 - t * t) * (1 + 3 * cubic * square)
-    return 0.5 * jax.lax.erfc(-x * math.sqrt(0.5)) + x * jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    return 0.5 * _twice_phi(x) + x * jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+
+def _twice_phi(x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
+    """erfc(-x / sqrt 2), which keeps small results exact; on a CPU, where that takes XLA more than twice as long, 1 + erf(x /
+    sqrt 2), as PyTorch computes it."""
+    scale = math.sqrt(0.5)
+    return jax.lax.platform_dependent(
+        x, cpu=lambda x: 1 + jax.lax.erf(x * scale), default=lambda x: jax.lax.erfc(-x * scale)
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

@@ -190,14 +190,63 @@ def test_layer_norm_keeps_a_small_variance_on_a_large_mean() -> None:
     np.testing.assert_allclose(vit.LayerNorm(64, 1e-6)(jnp.asarray(x)), wanted, atol=2e-4)
 
 
+# ---- arithmetic with derivatives of its own
+
+
+@pytest.mark.parametrize("approximate", [False, True], ids=["exact", "tanh"])
+def test_gelu_and_its_slope_follow_their_definition(approximate: bool) -> None:
+    x = np.linspace(-9, 9, 2001).astype(np.float32)
+    y = x.astype(np.float64)
+    inner = math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)
+    phi = 0.5 * (1 + (np.tanh(inner) if approximate else np.vectorize(math.erf)(y / math.sqrt(2))))
+    slope = np.gradient(y * phi, y, edge_order=2)  # differences over 0.009 are off by up to 2e-5
+    # 1 + erf and 1 + tanh are rounded in steps of 2^-24; x times that.
+    np.testing.assert_allclose(jax.jit(vit.gelu, static_argnums=1)(x, approximate), y * phi, rtol=3e-7, atol=9 * 2**-23)
+    np.testing.assert_allclose(jax.jit(vit.gelu_slope, static_argnums=1)(x, approximate), slope, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize(("inputs", "hidden", "outputs"), [(24, 96, 8), (24, 8, 96)], ids=["wide", "narrow"])
+@pytest.mark.parametrize("approximate", [False, True], ids=["exact", "tanh"])
+def test_gradients_of_an_mlp_are_those_of_its_formula(
+    approximate: bool, inputs: int, hidden: int, outputs: int
+) -> None:
+    """Whichever side of a kernel is the narrower: on a CPU its gradient is computed by way of that one."""
+    shapes = [(3, 5, inputs), (inputs, hidden), (hidden,), (hidden, outputs), (outputs,)]
+    values = [np.random.RandomState(i).standard_normal(shape).astype(np.float32) for i, shape in enumerate(shapes)]
+
+    def formula(x: Any, k1: Any, b1: Any, k2: Any, b2: Any, approximate: bool) -> Any:
+        return jax.nn.gelu(x @ k1 + b1, approximate=approximate) @ k2 + b2
+
+    def gradients(function: Any) -> Any:
+        def loss(*values: Any) -> jax.Array:
+            return jnp.mean(jnp.sin(function(*values, approximate)))
+
+        return jax.jit(jax.grad(loss, argnums=tuple(range(5))))(*values)
+
+    for found, wanted in zip(gradients(vit.mlp), gradients(formula), strict=True):
+        # Sums of up to 96 products in another order, a rounding each.
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=96 * 2**-24 * np.abs(wanted).max())
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA does on a CPU")
+def test_no_gelu_is_computed_transposed_on_a_cpu() -> None:
+    """One value at a time: a quarter of the demo's training step was that."""
+    batch, tokens, inputs, hidden, outputs = 4, 17, 128, 512, 128
+    shapes = [(batch, tokens, inputs), (inputs, hidden), (hidden,), (hidden, outputs), (outputs,)]
+    gradient = jax.grad(lambda *values: jnp.sum(jnp.sin(vit.mlp(*values, False))), argnums=(1, 3))
+    program = jax.jit(gradient).lower(*(jnp.zeros(shape) for shape in shapes)).compile().as_text()
+    assert f"f32[{batch * tokens},{hidden}]" in program and f"f32[{hidden},{batch * tokens}]" not in program
+
+
 # ---- FLOPs
 
 
 def equations(jaxpr: Any) -> Any:
-    """All equations of a program, those of inner programs too."""
+    """All equations of a program, those of inner programs too; of one program for each platform only the last, the default."""
     for equation in jaxpr.eqns:
         yield equation
-        for value in equation.params.values():
+        params = equation.params
+        for value in [params["branches"][-1:]] if equation.primitive.name == "cond" else params.values():
             for inner in value if isinstance(value, tuple | list) else (value,):
                 inner = getattr(inner, "jaxpr", inner)
                 if hasattr(inner, "eqns"):
