@@ -67,11 +67,14 @@ def own_step(size: str, mesh: Any) -> tuple[Callable[..., Any], Any, tuple[int, 
         return {"params": params, "opt_state": transform.init(params), "step": jnp.zeros((), jnp.int32)}
 
     def attend(attention: vit.Attention, x: jax.Array) -> jax.Array:
-        """As Attention does it, but by three products."""
-        heads = (*x.shape[:2], config.heads, config.width // config.heads)
+        """As Attention does it, but for the three products: each leaves its result as the heads need it."""
+        heads = config.heads, config.width // config.heads
         parts = (jnp.split(array, 3, axis=-1) for array in (attention.qkv.kernel[...], attention.qkv.bias[...]))
-        q, k, v = (vit.linear(x, kernel, bias).reshape(heads) for kernel, bias in zip(*parts, strict=True))
-        weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q * heads[-1] ** -0.5, k))
+        q, k, v = (
+            jnp.einsum("btw,whd->bthd", x, kernel.reshape(-1, *heads)) + bias.reshape(heads)
+            for kernel, bias in zip(*parts, strict=True)
+        )
+        weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q * heads[1] ** -0.5, k))
         return attention.proj(jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape))
 
     def logits(params: dict[str, Any], images: jax.Array, key: jax.Array) -> jax.Array:
