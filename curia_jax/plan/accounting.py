@@ -266,7 +266,8 @@ def _collectives(
     the `recv-done` of the same rendezvous. On the SparseCores, which move values beside the rest of the chip, it is a custom call
     that `async-start` prepares, without operands, `async-update` starts and `async-done` awaits.
 
-    The links are shared, so a cycle hides one collective only: the one that ends first.
+    Links are shared, so a cycle hides one collective only, the one that ends first; and one more between TPU slices, which goes
+    over a network of its own.
     """
     opened: dict[str, int] = {}
     offloaded: dict[str, Instruction] = {}
@@ -313,7 +314,7 @@ def _collectives(
             start = _origin(body, instruction, opened)
             if start is not None:  # else it ends a copy or a slice
                 _close(spans, opened.pop(start), place)
-    left: list[float] = list(cycles)
+    left_within, left_between = list(cycles), list(cycles)
     for start, end, core, kind in sorted(spans, key=lambda span: (span[1], span[0])):
         if end < start:
             raise HloError(f"the collective {core.name} starts and never ends")
@@ -321,7 +322,7 @@ def _collectives(
         groups = None if core.opcode == "send" else replica_groups(core.line)
         takes = link_time(kind, size, groups)
         between = sum(cycles[start + 1 : end])
-        hidden = 0.0
+        hidden, left = 0.0, left_between if core.opcode == "send" else left_within
         for place in range(start + 1, end):
             share = min(left[place], takes - hidden)
             left[place] -= share

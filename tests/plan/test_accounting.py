@@ -105,6 +105,14 @@ def test_between_tpu_slices_a_send_and_its_receive_are_one_collective():
     assert (one.kind, one.bytes, one.groups, one.hidden) == ("all-reduce", 512, None, 60)
 
 
+def test_a_cycle_hides_a_collective_within_a_slice_and_one_between_slices():
+    """They share no links."""
+    middle = s.fusion("m", s.X, "%a", 60)
+    lines = s.between_slices(s.START + middle + s.DONE)
+    found = account(s.program(lines, s.chain())).collectives
+    assert sorted((one.kind, one.hidden) for one in found) == [("all-gather", 60), ("all-reduce", 60)]
+
+
 def test_the_sparse_cores_start_a_collective_where_it_gets_its_operand():
     before, during = s.fusion("b", s.X, "%a", 50), s.fusion("d", s.X, "%a", 70)
     inner, lines = s.on_sparse_cores(before, during)
