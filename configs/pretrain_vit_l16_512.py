@@ -1,8 +1,8 @@
 """ViT-L/16 at 512 px, ViT-MAE, one channel, bf16, on one TPU slice v5e:16x16.
 
 Purpose: whole slices at full resolution with a large encoder. Recipe and mesh: configs/pretrain_vit.py.
-Cost, by the planner's estimate: 5.6 h for 800 epochs of 1,281,167 slices, 1,428 chip-hours, 1,714 USD at 1.20 USD a chip-hour;
-199 images/s a chip, MFU 0.70, 6.5 GiB a chip (docs/performance.md).
+Cost, by the planner's estimate: 5.8 h for 800 epochs of 1,281,167 slices, 1,500 chip-hours, 1,800 USD at 1.20 USD a chip-hour;
+190 images/s a chip, MFU 0.67, 6.5 GiB a chip (docs/performance.md).
 Expected result: not measured yet.
 """
 
