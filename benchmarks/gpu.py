@@ -2,7 +2,7 @@
 
   python -m benchmarks.gpu                                     B/16 and L/16 at 224 and 512 px
   python -m benchmarks.gpu --config=configs/pretrain_vit_b16_224.py
-  python -m benchmarks.gpu --batch=512,256,128,32              a batch for each of the four, known from before: 5 minutes
+  python -m benchmarks.gpu --batch=512,256,128,32              a batch for each of the four, known from before: 6 minutes on an H200
   python -m benchmarks.gpu --platform=cpu --tiny               shows that it runs, on any machine; its figures mean nothing
 
 Forward, backward and AdamW, products in bfloat16, of the named configs' models: jax, this project; transformers, its ViTMAE
@@ -67,17 +67,17 @@ def check_gpu() -> str:
     return found.stdout.splitlines()[0]
 
 
-def start(spec: Spec, *, memory: float | None = 0.95) -> Side | None:
+def start(spec: Spec, *, alone: bool) -> Side | None:
     """A step in a process of its own, ready to run; None if the card's memory is too small.
 
     Args:
-      memory: share of the card that JAX takes at once, as an allocation that fails ends the attempt; None: what it needs, as it needs it.
+      alone: JAX may take nearly all of the card at once; else what it needs, as it needs it.
     """
     environment = {**os.environ, "JAX_PLATFORMS": spec.platform}
-    if memory is None:
-        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    if alone:
+        environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     else:
-        environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(memory))
+        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     side = Side(spec, environment)
     if "error" in side.facts:
         side.close()
@@ -99,7 +99,7 @@ def rate(side: Side, seconds: float) -> float | None:
 
 def measure(spec: Spec, seconds: float) -> dict[str, Any] | None:
     """Facts of a side and its images/s, in a new process; None if memory is too small."""
-    side = start(spec)
+    side = start(spec, alone=True)
     if side is None:
         return None
     try:
@@ -165,13 +165,15 @@ def together(
     make: Any, batch: int, args: argparse.Namespace
 ) -> tuple[dict[str, Any], dict[str, int], dict[str, list[float]]]:
     """As `searched`, at one batch for all, the sides started at once."""
-    with ThreadPoolExecutor(len(args.sides)) as pool, contextlib.ExitStack() as stack:
-        started = dict(
-            zip(args.sides, pool.map(lambda side: start(make(side, batch), memory=None), args.sides), strict=True)
-        )
-        for side in started.values():
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(args.sides)) as pool:
+
+        def begin(name: str) -> Side | None:
+            side = start(make(name, batch), alone=False)
             if side is not None:
-                stack.callback(side.close)
+                stack.callback(side.close)  # also where another one fails
+            return side
+
+        started = dict(zip(args.sides, pool.map(begin, args.sides), strict=True))
         if missing := [name for name, side in started.items() if side is None]:
             raise UserError(
                 f"{missing[0]} does not fit beside the others with a batch of {batch}; choose a smaller --batch"

@@ -327,3 +327,22 @@ def test_images_of_another_size_are_refused() -> None:
     config = vit.config("Ti", **SMALL)
     with pytest.raises(ValueError, match=r"images are \(24, 16, 1\), the model takes \(16, 24, 1\)"):
         vit.bind(config, vit.init(config, jax.random.key(0)))(jnp.zeros((1, 24, 16, 1)))
+
+
+def test_what_is_written_otherwise_for_a_gpu_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GELU and the gradients of LayerNorm; cuDNN's attention needs the GPU itself."""
+    random = np.random.RandomState(0)
+    x, g = (jnp.asarray(random.standard_normal((4, 7, 32)), jnp.bfloat16) for _ in range(2))
+    scale, bias = (jnp.asarray(random.standard_normal(32), jnp.float32) for _ in range(2))
+
+    def results() -> list[Any]:
+        gradients = jax.vjp(lambda *inputs: vit.layer_norm(*inputs, 1e-6), x, scale, bias)[1](g)
+        return [*gradients, vit.gelu(x, approximate=True)]
+
+    wanted = results()
+    monkeypatch.setattr(vit.attention, "on_nvidia", lambda: True)
+    for found, expected in zip(results()[:3], wanted[:3], strict=True):
+        np.testing.assert_array_equal(found.astype(jnp.float32), expected.astype(jnp.float32))
+    # In bfloat16 throughout, where cuBLAS does not compute it: some ten roundings of 2^-9.
+    gelu, exact = (np.asarray(one[3], np.float32) for one in (results(), wanted))
+    np.testing.assert_allclose(gelu, exact, atol=10 * 2**-9 * np.abs(exact).max())
