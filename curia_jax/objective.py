@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from curia_jax import augment, data, optimizer, sharding
-from curia_jax.models import mae
+from curia_jax.models import mae, vit
 from data_pipeline.errors import UserError
 
 State = dict[str, Any]
@@ -41,9 +41,9 @@ _ON_SPARSE_CORES = {
 }
 # By jax.Device.device_kind; other chips get no options.
 TPU_OPTIONS = {"TPU v5 lite": _IN_FUSIONS, "TPU v5": _ON_SPARSE_CORES, "TPU v6 lite": _ON_SPARSE_CORES}
-# A sum between TPU slices begins as a reduce-scatter over `data`. Of ViT-B/16's second MLP kernel that leaves each of 256 chips
-# 12 rows, no whole tiles; by default chips then exchange rows, and in a fusion libtpu 0.0.52 refuses that by an internal error.
-_BETWEEN_SLICES = {"xla_tpu_ars_halo_exchange_count": "0"}
+# Where sums are written out (sharding.with_sums_by_hand) the compiler would otherwise compute products piece by piece as their
+# kernels arrive, which takes longer than to wait for them.
+_BETWEEN_SLICES = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
 # For NVIDIA GPUs. Where XLA may leave out a rounding to bfloat16 it keeps the float32 values in memory instead. Products are for
@@ -56,7 +56,7 @@ def compiler_options(device_kind: str, replicas: int) -> dict[str, str]:
     if device_kind.startswith("NVIDIA"):
         return _NVIDIA_OPTIONS
     options = TPU_OPTIONS.get(device_kind, {})
-    return options | _BETWEEN_SLICES if replicas > 1 and options is _IN_FUSIONS else options
+    return options | _BETWEEN_SLICES if replicas > 1 and device_kind.startswith("TPU") else options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,13 +134,17 @@ def make(
             images = augment.training_view(batch, view_key, config.augment, model.encoder.image_size)
         noise = jax.random.uniform(mask_key, (images.shape[0], patches))
 
-        def loss_of(params: Any) -> tuple[jax.Array, jax.Array]:
+        def loss_of(params: Any, images: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
             output = mae.bind(model, params)(images, noise)
             hidden = jnp.sum(output.mask)
             baseline = jnp.sum(jnp.mean(jnp.square(output.target), axis=-1) * output.mask) / hidden
             return output.loss, baseline
 
-        (loss, baseline), gradients = jax.value_and_grad(loss_of, has_aux=True)(state["params"])
+        value_and_gradients = jax.value_and_grad(loss_of, has_aux=True)
+        if mesh.shape["replica"] > 1:
+            dtype = vit.DTYPES[model.encoder.dtype]
+            value_and_gradients = sharding.with_sums_by_hand(value_and_gradients, specs, mesh, dtype)
+        (loss, baseline), gradients = value_and_gradients(state["params"], images, noise)
         with jax.named_scope("optimizer"):
             updates, opt_state = transform.update(gradients, state["opt_state"], state["params"])
             params = optax.apply_updates(state["params"], updates)
@@ -154,6 +158,7 @@ def make(
         return {"step": state["step"] + 1, "params": params, "opt_state": opt_state}, metrics
 
     shapes = jax.eval_shape(init, jax.random.key(0))
+    specs = sharding.parameter_specs(shapes["params"])
     params = sharding.parameter_shardings(shapes["params"], mesh)
     shardings = {
         "step": NamedSharding(mesh, P()),

@@ -9,15 +9,17 @@ The batch is split over all three.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from data_pipeline.errors import UserError
 
@@ -140,6 +142,64 @@ def parameter_shardings(params: Mapping[str, Any], mesh: Mesh, rules: Sequence[t
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(check, params, parameter_specs(params, rules))
+
+
+def with_sums_by_hand(
+    value_and_gradients: Callable[..., tuple[Any, Any]], specs: Any, mesh: Mesh, dtype: DTypeLike
+) -> Callable[..., tuple[Any, Any]]:
+    """`value_and_gradients`, with its sums over `replica` and `data` written out: one for all layers of a kernel.
+
+    The compiler, left alone, sums each kernel of each layer by itself, once its part of `fsdp` is known. Between TPU slices
+    that is a reduce-scatter over `data`, a sum over the data-centre network and an all-gather over `data`, and the
+    many small ones cost their hops.
+
+    Args:
+      value_and_gradients: (params, *examples) -> (values, gradients); values and gradients are means over examples.
+      specs: PartitionSpecs in the tree of params (`parameter_specs`).
+      dtype: in which gradients of what is split travel; those of the rest are float32.
+    """
+    axes = ("replica", "data")
+    groups = mesh.shape["replica"] * mesh.shape["data"]
+    # Whole tiles for each device, or the compiler cannot scatter the sum.
+    unit = 1024 * mesh.shape["data"]
+
+    def mean(x: jax.Array) -> jax.Array:
+        """Of one device's part, between groups."""
+        flat = jnp.pad(x.reshape(-1), (0, -x.size % unit))
+        return (jax.lax.psum(flat, axes)[: x.size].astype(jnp.float32) / groups).reshape(x.shape)
+
+    def mean_of_whole(x: jax.Array) -> jax.Array:
+        """The same for what every device of fsdp has: each sends a part of it."""
+        parts = jnp.pad(x, (0, -x.size % (unit * mesh.shape["fsdp"]))).reshape(mesh.shape["fsdp"], -1)
+        part = mean(parts[jax.lax.axis_index("fsdp")])
+        return jax.lax.all_gather(part, "fsdp", tiled=True)[: x.size]
+
+    def of_group(params: Any, *examples: jax.Array) -> tuple[Any, Any]:
+        """With a group's examples, which are split over fsdp as the parameters are."""
+        examples = tuple(jax.lax.with_sharding_constraint(x, P("fsdp")) for x in examples)
+        values, gradients = value_and_gradients(params, *examples)
+        leaves, tree = jax.tree.flatten(gradients)
+        leaf_specs = tree.flatten_up_to(specs)
+        split = [n for n, spec in enumerate(leaf_specs) if any(spec)]
+        whole = [n for n, spec in enumerate(leaf_specs) if not any(spec)]
+        small = jnp.concatenate([leaves[n].astype(jnp.float32).reshape(-1) for n in whole])
+        part_specs = (*(leaf_specs[n] for n in split), P())
+        *large, small = jax.shard_map(
+            lambda *parts: (*map(mean, parts[:-1]), mean_of_whole(parts[-1])),
+            in_specs=part_specs, out_specs=part_specs, axis_names={"fsdp"}, check_vma=False,
+        )(*(leaves[n].astype(dtype) for n in split), small)  # fmt: skip
+        ends = np.cumsum([leaves[n].size for n in whole])
+        for n, leaf in zip((*split, *whole), (*large, *jnp.split(small, ends[:-1])), strict=True):
+            leaves[n] = leaf.reshape(leaves[n].shape)
+        return jax.tree.map(lambda x: jax.lax.pmean(x, axes), values), jax.tree.unflatten(tree, leaves)
+
+    def by_hand(params: Any, *examples: jax.Array) -> tuple[Any, Any]:
+        in_specs = (P(), *[P(axes)] * len(examples))
+        return jax.shard_map(
+            of_group, mesh=mesh, in_specs=in_specs, out_specs=P(), axis_names=set(axes), check_vma=False
+        )(params, *examples)
+
+    return by_hand
 
 
 def optimizer_shardings(

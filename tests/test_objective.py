@@ -280,9 +280,21 @@ def test_a_gpu_gets_options_that_any_backend_of_xla_takes():
     assert float(jax.jit(lambda x: x + 1).lower(1.0).compile(compiler_options=options)(1.0)) == 2.0
 
 
-def test_chips_exchange_no_rows_in_fusions_on_several_tpu_slices():
-    """The compiler refuses the step of ViT-B/16 with both; where reductions are in no fusions it has to be told nothing."""
-    one, two = (objective.compiler_options("TPU v5 lite", replicas) for replicas in (1, 2))
-    assert two == one | {"xla_tpu_ars_halo_exchange_count": "0"}
-    for kind in ("TPU v5", "TPU v6 lite", "cpu"):
-        assert objective.compiler_options(kind, 2) == objective.compiler_options(kind, 1)
+def test_products_wait_for_their_kernels_on_several_tpu_slices():
+    for kind in ("TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU v4"):
+        one, two = (objective.compiler_options(kind, replicas) for replicas in (1, 2))
+        assert two == one | {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+    assert objective.compiler_options("cpu", 2) == {}
+
+
+# ---- several TPU slices
+
+
+def test_between_tpu_slices_goes_one_sum_a_kernel_of_all_layers():
+    """Eight stacked kernels, the three others, what every device has whole, the loss and its baseline."""
+    text = make("all", "--config.model.dtype=bfloat16").trace().lower().as_text()
+    made = make("all")
+    split = [spec for spec in jax.tree.leaves(sharding.parameter_specs(made.abstract_state["params"])) if any(spec)]
+    sums = re.findall(r'"stablehlo.all_reduce".*?\) -> tensor<(\S*?)>', text, flags=re.DOTALL)
+    assert len(split) == 11 and len(sums) == len(split) + 3
+    assert sum(kind.endswith("xbf16") for kind in sums) == len(split)

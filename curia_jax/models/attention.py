@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
 ROWS = 256  # queries at a time: 256 x 1025 weights in float32 are 1 MiB
@@ -100,16 +100,16 @@ _by_kernel.defvjp(_forward, _backward)
 
 
 def _on_each_device(kernel: Callable[..., Any], arrays: int) -> Callable[..., Any]:
-    """A kernel knows nothing of meshes: each device runs it on its part of the batch (jax.set_mesh says which).
+    """A kernel knows nothing of meshes: each device runs it on its part of the batch (see `mesh_axes`).
 
     Args:
       arrays: arguments that are split, before one that is not.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    axes = tuple(mesh_axes())
+    if not axes:
         return kernel
-    split = PartitionSpec(mesh.axis_names)
-    return jax.shard_map(kernel, in_specs=(*[split] * arrays, PartitionSpec()), out_specs=split, check_vma=False)
+    specs = (*[PartitionSpec(axes)] * arrays, PartitionSpec())
+    return jax.shard_map(kernel, in_specs=specs, out_specs=PartitionSpec(axes), axis_names=set(axes), check_vma=False)
 
 
 # ---- the kernels
@@ -224,3 +224,14 @@ def _seen(tokens: int, segments: int) -> Array | None:
     for first in range(0, tokens, size):
         same |= (row >= first) & (row < first + size) & (column >= first) & (column < first + size)
     return same
+
+
+# ---- the mesh
+
+
+def mesh_axes() -> dict[str, int]:
+    """Sizes of the mesh axes over which the compiler is to split what is traced now, by name: those of jax.set_mesh, less what a
+    shard_map around it has split already. None without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return {name: size for name, size, kind in axes if kind != AxisType.Manual}

@@ -161,7 +161,7 @@ def _gathered(kernel: Float[Weights, "inputs outputs"], dtype: Any) -> Float[Arr
     activations of the whole batch twice a layer.
     """
     kernel = jnp.asarray(kernel, dtype)
-    if jax.sharding.get_abstract_mesh().empty:  # jax.set_mesh says that there is something to split
+    if not attention.mesh_axes():
         return kernel
     return jax.lax.with_sharding_constraint(kernel, PartitionSpec())
 
@@ -448,9 +448,8 @@ def _images_together(batch: int, tokens: int) -> int:
     """
     if attention.on_nvidia():
         return 1  # it has no such tiles
-    mesh = jax.sharding.get_abstract_mesh()
     images = 8 // math.gcd(8, tokens)
-    share = batch // (1 if mesh.empty else mesh.size)
+    share = batch // math.prod(attention.mesh_axes().values())
     return images if images * tokens <= 512 and share % images == 0 else 1
 
 
