@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
@@ -27,11 +28,12 @@ from curia_jax.models import attention
 # Width, depth and heads; Ti, S: Touvron et al. 2021 (DeiT); B, L, H: Dosovitskiy et al. 2021.
 SIZES = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "H": (1280, 32, 16)}
 
+PRODUCT = "product"  # what `product` and `linear` return, for the policies below: they see no products inside them
 # What the backward pass may reuse instead of computing again.
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "matmuls": jax.checkpoint_policies.save_only_these_names(PRODUCT),
 }
 ACTIVATIONS = {"gelu": False, "gelu_tanh": True}  # value of jax.nn.gelu's `approximate`
 ATTENTION = {"xla": attention.by_compiler, "kernel": attention.by_kernel}
@@ -188,10 +190,14 @@ def _kernel_gradient(
     return sum_of_products(x, g).astype(jnp.float32)
 
 
-@jax.custom_vjp
 def product(x: Float[Array, "*rows inputs"], kernel: Float[Weights, "inputs outputs"]) -> Float[Array, "*rows outputs"]:
     """x kernel in the type of x. Activations stay where they are; a kernel that is split over devices is gathered, in the
     backward pass anew."""
+    return checkpoint_name(_product(x, kernel), PRODUCT)
+
+
+@jax.custom_vjp
+def _product(x: Array, kernel: Weights) -> Array:
     return x @ _gathered(kernel, x.dtype)
 
 
@@ -200,14 +206,18 @@ def _product_backward(kept: Any, g: Array) -> tuple[Array, Array]:
     return g @ _gathered(kernel, x.dtype).T, _kernel_gradient(x, g)
 
 
-product.defvjp(lambda x, kernel: (product(x, kernel), (x, kernel)), _product_backward)
+_product.defvjp(lambda x, kernel: (_product(x, kernel), (x, kernel)), _product_backward)
 
 
-@jax.custom_vjp
 def linear(
     x: Float[Array, "*rows inputs"], kernel: Float[Weights, "inputs outputs"], bias: Float[Weights, " outputs"]
 ) -> Float[Array, "*rows outputs"]:
     """x kernel + bias in the type of x; the kernel as in `product`."""
+    return checkpoint_name(_linear(x, kernel, bias), PRODUCT)
+
+
+@jax.custom_vjp
+def _linear(x: Array, kernel: Weights, bias: Weights) -> Array:
     return x @ _gathered(kernel, x.dtype) + bias.astype(x.dtype)
 
 
@@ -215,7 +225,7 @@ def _linear_backward(kept: Any, g: Array) -> tuple[Array, Array, Array]:
     return *_product_backward(kept, g), _sum_rows(g)
 
 
-linear.defvjp(lambda x, kernel, bias: (linear(x, kernel, bias), (x, kernel)), _linear_backward)
+_linear.defvjp(lambda x, kernel, bias: (_linear(x, kernel, bias), (x, kernel)), _linear_backward)
 
 
 def gelu(x: Float[Array, "*rows width"], approximate: bool) -> Float[Array, "*rows width"]:

@@ -145,6 +145,21 @@ def test_scan_unrolled_and_remat_compute_the_same(program: dict[str, Any], scann
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), found, wanted)
 
 
+def test_rematerialisation_computes_again_what_it_says() -> None:
+    """In a block: nothing; q k^T and weights v; and with them qkv, proj and fc1, while nothing asks for fc2's result."""
+
+    def products(remat: str) -> int:
+        """Of one block, which a scan runs for all."""
+        config = vit.config("Ti", **SMALL, remat=remat)
+        params = jax.eval_shape(lambda: vit.init(config, jax.random.key(0)))
+        images = jax.ShapeDtypeStruct((1, 16, 24, 1), jnp.float32)
+        loss = jax.grad(lambda params, images: vit.bind(config, params)(images).sum().astype(jnp.float32))
+        names = [equation.primitive.name for equation in equations(jax.make_jaxpr(loss)(params, images).jaxpr)]
+        return names.count("dot_general")
+
+    assert [products(remat) - products("none") for remat in ("matmuls", "full")] == [2, 5]
+
+
 def test_unrolled_layers_leave_no_loop_and_stack_gradients_once() -> None:
     config = vit.config("Ti", **SMALL, unroll=4)
     params = jax.eval_shape(lambda: vit.init(config, jax.random.key(0)))
