@@ -27,6 +27,7 @@ from pydicom.tag import BaseTag, Tag
 from pydicom.valuerep import EXPLICIT_VR_LENGTH_32
 
 from data_pipeline.errors import NO_MEMORY, ReadError, UserError, fault
+from data_pipeline.geometry import FARTHEST_MM
 
 # Messages of the readers quote header values; none of them may reach a log.
 SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
@@ -364,11 +365,12 @@ def _geometry(dataset: Dataset, frame: int) -> FrameGeometry:
                     if sequence[index].get(group):
                         places.append(sequence[index].get(group)[0])
 
-    def find(name: str, count: int, default: Any = None) -> Any:
+    def find(name: str, count: int) -> Any:
         for place in reversed(places):
             if name in place:
-                return number(place.get(name), name, count, default)
-        return default
+                values = number(place.get(name), name, count)
+                return None if values is None or max(map(abs, values)) > FARTHEST_MM else values
+        return None
 
     def number(value: Any, name: str, count: int, default: Any = None) -> Any:
         try:

@@ -17,6 +17,7 @@ GAP = "uneven spacing or missing slices"
 TILTED = "gantry tilt: slices are sheared"
 
 MINIMUM_SLICES = 5
+FARTHEST_MM = 1e6  # 1 km from the origin lies no slice: what a header states beyond is no geometry
 ORIENTATION_TOLERANCE = 1e-3  # of a direction cosine
 REPEATED_MM = 1e-2
 SPACING_TOLERANCE = 0.05  # of the median spacing

@@ -18,6 +18,7 @@ from jaxtyping import Shaped
 from nibabel.volumeutils import apply_read_scaling
 
 from data_pipeline.errors import NO_MEMORY, NO_ROOM, ReadError, UserError
+from data_pipeline.geometry import FARTHEST_MM
 
 SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
 
@@ -423,6 +424,8 @@ def _inflated(source: BinaryIO) -> Iterator[bytes]:
 def _sound(affine: np.ndarray) -> np.ndarray:
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise ReadError("its affine is singular: where the voxels lie is unknown")
+    if np.abs(affine).max() > FARTHEST_MM:
+        raise ReadError(f"its affine has a value beyond {FARTHEST_MM:,.0f} mm: where the voxels lie is unknown")
     return affine
 
 

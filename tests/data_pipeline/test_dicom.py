@@ -197,6 +197,21 @@ def test_frames_without_items_of_their_own_share_one_geometry_and_cost_nothing(w
     assert [place.slope for place in dicom.read_header(str(path)).geometry] == [2.0, 3.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("name", ["ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"])
+def test_what_is_absurdly_large_is_no_geometry(name: str, write_dicom, tmp_path: Path) -> None:
+    """It overflows where distances are taken. The slice stays, as one without that value."""
+    path = write_dicom(tmp_path / "a.dcm")
+    count = len(pydicom.dcmread(path)[name].value)
+    found = [
+        dicom.read_header(str(edit(path, **{name: [value] + [0.5] * (count - 1)}))).geometry[0]
+        for value in (2e5, 1e200)
+    ]
+    field = {"ImagePositionPatient": "position", "ImageOrientationPatient": "orientation", "PixelSpacing": "spacing"}[
+        name
+    ]
+    assert getattr(found[0], field)[0] == 2e5 and getattr(found[1], field) is None
+
+
 def test_the_second_decoder_is_not_asked_to_read_what_follows_the_pixels(
     write_dicom, tmp_path: Path, monkeypatch
 ) -> None:

@@ -286,7 +286,7 @@ def test_zeros_in_a_header_and_a_flat_affine_are_reasons(tmp_path: Path) -> None
     data = bytearray(Path(write_nifti(tmp_path / "a.nii", "RAS")).read_bytes())
     for affine in (
         np.diag([1e-7, 1, 1, 1]),
-        np.array([[1, 1, 0, 0], [1, 1 + 1e-8, 0, 0], [0, 0, 1e7, 0], [0, 0, 0, 1]]),
+        np.array([[1, 1, 0, 0], [1, 1 + 1e-8, 0, 0], [0, 0, 1e5, 0], [0, 0, 0, 1]]),
     ):
         data[280:328] = affine[:3].astype("<f4").tobytes()
         (tmp_path / "a.nii").write_bytes(data)
@@ -294,6 +294,10 @@ def test_zeros_in_a_header_and_a_flat_affine_are_reasons(tmp_path: Path) -> None
             read(tmp_path / "a.nii")
         except ReadError as error:
             assert "its affine is singular" in str(error)
+    data[280:328] = np.diag([1, 1, 1e7, 1])[:3].astype("<f4").tobytes()
+    (tmp_path / "a.nii").write_bytes(data)
+    with pytest.raises(ReadError, match="its affine has a value beyond 1,000,000 mm"):
+        read(tmp_path / "a.nii")
 
 
 def test_data_beside_a_header_is_read(tmp_path: Path) -> None:
