@@ -17,13 +17,13 @@ NAMED = [f"configs/pretrain_vit_{size}16_{px}.py" for px in (224, 512) for size 
 TOPOLOGIES: dict[str, tuple[int, list[str]]] = {
     "v5e:16x16": (1, []),
     # Over one torus dimension and a part of the other: three links instead of two, and the chip is too fast for two.
-    "v6e:16x16": (1, ["--config.mesh.data=8", "--config.mesh.fsdp=32"]),
-    "v5p:8x8x8": (1, ["--config.mesh.data=32"]),
-    "2 x v5e:16x16": (2, ["--config.mesh.replica=2", "--config.mesh.data=8", "--config.mesh.fsdp=32"]),
-    "v5e:8x8": (1, ["--config.mesh.data=4", "--config.batch_size=4096"]),
+    "v6e:16x16": (1, ["--config.mesh.fsdp=32"]),
+    "v5p:8x8x8": (1, []),
+    "2 x v5e:16x16": (2, ["--config.mesh.replica=2", "--config.mesh.fsdp=32"]),
+    "v5e:8x8": (1, ["--config.batch_size=4096"]),
 }
 # For runs of one size. Over 64 chips 1,024 rows of a kernel stay whole tiles of 8, 768 and 1,280 do not.
-OF_SIZE = {("2 x v5e:16x16", "l16"): ["--config.mesh.data=4", "--config.mesh.fsdp=64"]}
+OF_SIZE = {("2 x v5e:16x16", "l16"): ["--config.mesh.fsdp=64"]}
 
 
 def plan(file: str, name: str) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def alternatives(config: ml_collections.ConfigDict, topology: topologies.Topolog
     model = mae.config(**config.model)
     inner = topology.devices // topology.slices
     width = math.gcd(model.encoder.width, model.decoder_width)
-    shares = [n for n in (1, 4, 16, 64, 256) if inner % n == 0 and width % n == 0]
+    shares = [n for n in (1, 4, 16, 32, 64) if inner % n == 0 and width % n == 0]
     batches = [n for n in (config.batch_size // 2, config.batch_size, 2 * config.batch_size) if n <= LARGEST_BATCH]
     return {
         "remat": [[f"--config.model.remat={name}"] for name in vit.REMAT],
