@@ -428,7 +428,7 @@ def _write(path: str, text: str) -> None:
 class _Stream(io.RawIOBase):
     """A member's bytes; what is deflated is inflated as far as it is asked for, and kept."""
 
-    name = ""  # pydicom asks for one
+    name, mode = "", "rb"  # pydicom asks for a name; files have a mode
 
     def __init__(self, member: Member, folder: str, touch: Touch) -> None:
         self._pieces = _pieces(member, folder, touch, objects.HEADER_BYTES)

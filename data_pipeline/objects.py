@@ -124,7 +124,7 @@ class Reader(io.RawIOBase):
       OSError: with errno, as a file's.
     """
 
-    name = ""  # pydicom asks for one
+    name, mode = "", "rb"  # pydicom asks for a name; files have a mode
 
     def __init__(self, source: Object, touch: Touch, item: str, first: int = HEADER_BYTES) -> None:
         """Args:
