@@ -1,4 +1,4 @@
-"""The mesh, and the one table from parameter path to PartitionSpec.
+"""The mesh, the one table from parameter path to PartitionSpec, and the sums of gradients between TPU slices.
 
 Mesh axes, outermost first:
   replica  between TPU slices, over the data-centre network: parameters are copied, gradients are summed.
@@ -157,6 +157,10 @@ def with_sums_by_hand(
       value_and_gradients: (params, *examples) -> (values, gradients); values and gradients are means over examples.
       specs: PartitionSpecs in the tree of params (`parameter_specs`).
       dtype: in which gradients of what is split travel; those of the rest are float32.
+
+    Returns:
+      A function of the same arguments, for jax.jit. `specs` has at least one parameter that is split over fsdp and one that is
+      not; every array of examples has the batch first, which divides over the mesh (`check_batch`).
     """
     axes = ("replica", "data")
     groups = mesh.shape["replica"] * mesh.shape["data"]
