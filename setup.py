@@ -6,7 +6,14 @@ The base install trains on existing shards. Extras add what not every machine ne
 `test` and `lint` are for work on the project itself.
 """
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+VERSION = re.search(
+    r'__version__ = "(.+)"', Path(__file__).with_name("curia_common").joinpath("__init__.py").read_text()
+)[1]
 
 INGEST = [
     "nibabel>=5.3",
@@ -36,17 +43,21 @@ TEST = [
     "transformers>=4.57,<6",
 ]
 
+PACKAGES = ("curia_common", "curia_jax", "data_pipeline", "launch")
+
 setup(
     name="curia-jax",
-    version="0.1.0",
+    version=VERSION,
     description="Pretrain a radiology foundation model: ViT-MAE in JAX, from DICOM archives to PyTorch safetensors",
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(
-        include=["curia_jax", "curia_jax.*", "data_pipeline", "data_pipeline.*", "launch", "launch.*"]
-    ),
+    packages=[
+        *find_packages(include=[f"{name}{rest}" for name in PACKAGES for rest in ("", ".*")]),
+        "curia_jax.configs",
+    ],
+    package_dir={"curia_jax.configs": "configs"},
     package_data={"": ["*.html", "*.css", "*.txt"]},
     install_requires=[
         "absl-py>=2",

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.mae_step import Side, Spec, check_same_model, need_torch
+from curia_common.errors import UserError
 from curia_jax import config as configs
 from curia_jax import demo
-from data_pipeline.errors import UserError
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.py"
 

@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.mae_step import Side, Spec, check_same_model, need_torch
+from curia_common.errors import UserError
 from curia_jax import config as configs
 from curia_jax import telemetry
 from curia_jax.models import mae
-from data_pipeline.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMED = [f"configs/pretrain_vit_{size}16_{px}.py" for px in (224, 512) for size in "bl"]

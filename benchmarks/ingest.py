@@ -34,7 +34,11 @@ from pydicom import uid
 from pydicom.encaps import encapsulate
 from pydicom.pixels import apply_rescale, get_encoder, pixel_array
 
-from data_pipeline import codec, convert, dicom, inventory, plan, records, shards, workers
+from data_pipeline import workers
+from data_pipeline.format import codec, records, shards
+from data_pipeline.sources import dicom
+from data_pipeline.stages import assignment as plan
+from data_pipeline.stages import convert, inventory
 
 try:
     from imagecodecs import htj2k_encode  # of OpenJPH; pylibjpeg-openjpeg only decodes

@@ -9,8 +9,8 @@ import sys
 from collections import defaultdict
 from typing import Any
 
-from curia_jax.plan import accounting, estimate, hlo
 from curia_jax.plan import topology as topologies
+from curia_jax.plan.estimator import accounting, estimate, hlo
 
 
 def kind(program: hlo.Program, instruction: hlo.Instruction, flops: int) -> str:

@@ -40,8 +40,8 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline import records, shards
-from data_pipeline.errors import UserError
+from curia_common.errors import UserError
+from data_pipeline.format import records, shards
 
 BATCH = 64
 FIELDS = ("slope", "intercept", "low", "high")

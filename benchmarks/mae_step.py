@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from data_pipeline.errors import UserError
+from curia_common.errors import UserError
 
 SIDES = ("jax", "transformers", "timm")
 
@@ -57,8 +57,9 @@ def jax_side(spec: Spec) -> tuple[Step, Callable[[Any], float], dict[str, Any]]:
     import ml_collections
     import optax
 
-    from curia_jax import objective, optimizer
+    from curia_jax import optimizer
     from curia_jax.models import mae, vit
+    from curia_jax.objectives import mae as objective
 
     model = mae.config(**spec.model)
     params = mae.init(model, jax.random.key(0))

@@ -44,8 +44,8 @@ def reached(name: str, chip: str) -> tuple[float, float]:
     from jax.sharding import NamedSharding, PartitionSpec
 
     from curia_jax import sharding
-    from curia_jax.plan import accounting, hlo
     from curia_jax.plan import compile as compiling
+    from curia_jax.plan.estimator import accounting, hlo
 
     topology = topologies.parse(SMALLEST[chip])
     mesh = sharding.make_mesh(data=topology.devices, devices=topologies.devices(topology))

@@ -121,7 +121,8 @@ def objective_of(config: Any, mesh: Any, *, canvas: tuple[int, int], warmup_step
     import jax
     import optax
 
-    from curia_jax import augment, objective, optimizer
+    from curia_jax import augment, optimizer
+    from curia_jax.objectives import mae as objective
 
     made = objective.make(config, mesh, canvas=canvas, warmup_steps=warmup_steps, total_steps=total_steps)
     model = made.model
@@ -165,7 +166,8 @@ def plan(file: str, topology: topologies.Topology) -> dict[str, Any]:
     """Plans the plain step of a config; with rematerialisation if it does not fit without."""
     from curia_jax import config as configs
     from curia_jax.plan import __main__ as command
-    from curia_jax.plan import estimate, search
+    from curia_jax.plan import search
+    from curia_jax.plan.estimator import estimate
 
     config = plain(configs.load(file), topology)
     planner = search.Planner(topology, command.input_facts(config, None), estimate.PRICES, objective_of)

@@ -194,8 +194,9 @@ def trace(size: str, topology: topologies.Topology, published: Path | None = Non
 def check(size: str, published: Path | None = None) -> dict[str, Any]:
     """The estimate beside the published rate."""
     from curia_jax.models import vit
-    from curia_jax.plan import accounting, estimate, hlo, report
     from curia_jax.plan import compile as compiling
+    from curia_jax.plan import report
+    from curia_jax.plan.estimator import accounting, estimate, hlo
 
     topology = topologies.parse("v4:2x4x4")
     traced, mesh = trace(size, topology, published)

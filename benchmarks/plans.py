@@ -30,7 +30,8 @@ def plan(file: str, name: str) -> dict[str, Any]:
     """One cell's plan."""
     from curia_jax import config as configs
     from curia_jax.plan import __main__ as command
-    from curia_jax.plan import estimate, search
+    from curia_jax.plan import search
+    from curia_jax.plan.estimator import estimate
 
     slices, words = TOPOLOGIES[name]
     words = words + OF_SIZE.get((name, Path(file).stem.split("_")[2]), [])

@@ -43,8 +43,9 @@ def curve(kind: str, model: dict[str, Any], shards: Path, args: argparse.Namespa
     import plain_step  # beside this file
 
     from curia_jax import config as configs
-    from curia_jax import data, objective, sharding
-    from data_pipeline.shards import SliceSource
+    from curia_jax import data, sharding
+    from curia_jax.objectives import mae as objective
+    from data_pipeline.format.shards import SliceSource
 
     config = configs.load("configs/pretrain_vit.py")
     config.unlock()

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from data_pipeline.errors import UserError
+from curia_common.errors import UserError
 
 FOLDER = "checkpoints"
 # Orbax writes it last, on every file system. It takes a folder without it, half copied say, for a checkpoint.

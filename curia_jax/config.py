@@ -10,7 +10,7 @@ from typing import Any
 
 import ml_collections
 
-from data_pipeline.errors import UserError
+from curia_common.errors import UserError
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:

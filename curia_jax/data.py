@@ -21,14 +21,14 @@ from absl import flags
 from jax.sharding import NamedSharding
 from jaxtyping import Int64, Shaped, UInt16
 
-from data_pipeline.errors import UserError
+from curia_common.errors import UserError
 
 HostBatch = dict[str, Shaped[np.ndarray, "..."]]
 
 
 @runtime_checkable
 class Slices(Protocol):
-    """Random access to slices, as data_pipeline.shards.SliceSource gives it.
+    """Random access to slices, as data_pipeline.format.shards.SliceSource gives it.
 
     `source.largest` is the greatest height and width of a slice; `source.read_into(numbers, images)` writes slices to the
     top left of images, with zeros around, and returns their sizes and `slope`, `intercept`, `low`, `high` and `hu` of each
@@ -295,7 +295,7 @@ def _read(
 ) -> HostBatch:
     """The batch of these slices, its pixels written to `pixels`."""
     sizes, facts = source.read_into(numbers.tolist(), pixels)
-    batch = {"pixels": pixels, "extent": sizes} | {name: [one[name] for one in facts] for name in FACTS}
+    batch = {"pixels": pixels, "extent": sizes} | {name: [getattr(one, name) for one in facts] for name in FACTS}
     batch = {name: np.asarray(batch[name], dtype) for name, dtype in DEVICE_FIELDS.items()}
     return batch | {"slice": numbers}
 

@@ -31,7 +31,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import UserError
+from curia_common.errors import UserError
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.py"
 LAYOUTS = ("vit_mae", "vit", "dinov2", "timm")
@@ -467,7 +467,7 @@ def _stoppable(process: subprocess.Popen) -> Iterator[Callable[[], bool]]:
 def _write_labels(table: Path, phantom: Path, others: Sequence[Path]) -> None:
     """The phantom's labels, and a line without any for each file of the other folders: a label table says which files of
     its folders take part."""
-    from data_pipeline import inventory
+    from data_pipeline.stages import inventory
 
     with phantom.open(encoding="utf-8", newline="") as file:
         rows = [{"file": phantom.parent / row["file"], "lesion": LESION[row["lesion"]]} for row in csv.DictReader(file)]

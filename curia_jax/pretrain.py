@@ -54,9 +54,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: list[str] | None = None) -> int:
     args, overrides = parse(argv)
 
+    from curia_common.errors import UserError
     from curia_jax import config as configs
     from curia_jax import training
-    from data_pipeline.errors import UserError
 
     try:
         config = configs.load(args.config, overrides)
@@ -84,7 +84,7 @@ def use_devices(settings) -> None:
     """
     import jax
 
-    from data_pipeline.errors import UserError
+    from curia_common.errors import UserError
 
     if settings.platform != "auto":
         jax.config.update("jax_platforms", settings.platform)
@@ -125,7 +125,7 @@ def use_devices(settings) -> None:
 
 def check_places(workdir: str, json_file: str | None) -> None:
     """Raises UserError where the results could not be written, before hours are spent on them."""
-    from data_pipeline.errors import UserError
+    from curia_common.errors import UserError
 
     if "://" in workdir:
         raise UserError(
@@ -154,11 +154,12 @@ def run(config, workdir: str, json_file: str | None) -> int:
         if first_host:
             print(text, file=sys.stderr, flush=True)
 
-    from curia_jax import checkpoint, data, objective, sharding, telemetry, training
+    from curia_common.errors import UserError
+    from curia_jax import checkpoint, data, sharding, telemetry, training
     from curia_jax import config as configs
     from curia_jax.models import mae
-    from data_pipeline.errors import UserError
-    from data_pipeline.shards import SliceSource
+    from curia_jax.objectives import mae as objective
+    from data_pipeline.format.shards import SliceSource
 
     # ---- shards, mesh, shapes
     if not config.data.shards:

@@ -21,7 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from data_pipeline.errors import UserError
+from curia_common.errors import UserError
 
 AXES = ("replica", "data", "fsdp")
 

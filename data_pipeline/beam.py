@@ -24,8 +24,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from data_pipeline import commit, convert, files, plan, shards, workers
-from data_pipeline.errors import UserError, fault
+from curia_common.errors import UserError, fault_location
+from data_pipeline import workers
+from data_pipeline.format import files, shards
+from data_pipeline.stages import assignment as plan
+from data_pipeline.stages import commit, convert
 
 # Named in full, because Beam's "DirectRunner" downloads a program (Prism) where it can.
 LOCAL = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
@@ -119,7 +122,7 @@ def convert_one(at: Sequence[int], common: Mapping[str, Any]) -> None:
             Metrics.counter("data_pipeline", "shards converted").inc()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is told without data
             known = isinstance(error, (UserError, workers.TaskFault))
-            text = str(error) if known else fault(error)
+            text = str(error) if known else fault_location(error)
             word = {"text": text, "user": isinstance(error, UserError), "item": getattr(error, "item", None)}
             if note is not None:
                 with contextlib.suppress(OSError):

@@ -42,25 +42,15 @@ from typing import Any
 
 from rich.console import Console
 
-from data_pipeline import (
-    archives,
-    beam,
-    codec,
-    commit,
-    convert,
-    dicom,
-    files,
-    inventory,
-    objects,
-    plan,
-    progress,
-    pseudonyms,
-    reformat,
-    shards,
-    workers,
-)
-from data_pipeline import card as cards
-from data_pipeline.errors import UserError, fault
+from curia_common import progress
+from curia_common.errors import UserError, fault_location
+from data_pipeline import beam, workers
+from data_pipeline.format import codec, files, shards
+from data_pipeline.sources import archives, dicom
+from data_pipeline.sources import object_stores as objects
+from data_pipeline.stages import assignment as plan
+from data_pipeline.stages import card as cards
+from data_pipeline.stages import commit, convert, inventory, pseudonyms, reformat
 
 EXIT_STOPPED = 75
 FAILED_ON = "failed_on.txt"  # in the build folder, because paths can hold names
@@ -227,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stopped; finished shards are kept, start the same command again to go on", file=sys.stderr)
         return EXIT_STOPPED
     except Exception as error:  # noqa: BLE001 - a traceback could quote header values
-        text = str(error) if isinstance(error, workers.TaskFault) else fault(error)
+        text = str(error) if isinstance(error, workers.TaskFault) else fault_location(error)
         print(f"error: the program is at fault ({text}); please report this line", file=sys.stderr)
         return 1
     finally:
@@ -247,7 +237,7 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
     _check(args)
     inventory.refuse_address("--output", args.output)
     began = time.monotonic()
-    console = progress.console()
+    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)
     output = Path(args.output)
     found = inventory.find_files(args.input, leave_out=args.output)
     private = output / commit.BUILD_FOLDER
@@ -509,7 +499,7 @@ def _inventory(
     listings: dict[int, archives.Listing] = {}
     if packed:
         tasks = [(path, unpacked, args.unpack_gb * 1_000_000_000) for path in packed]
-        with progress.Counter(console, "archives", len(packed)) as counter:
+        with progress.Progress("archives", len(packed)) as counter:
             for message in _run(archives.list_members, tasks, args, private):
                 if isinstance(message, workers.Done):
                     listings[message.number] = message.result
@@ -525,7 +515,7 @@ def _inventory(
     size = inventory.FILES_PER_TASK
     tasks = [(sources[n : n + size], options) for n in range(0, len(sources), size)]
     read: dict[int, list[inventory.Entry]] = {}
-    with progress.Counter(console, "inventory", len(sources)) as counter:
+    with progress.Progress("inventory", len(sources)) as counter:
         for message in _run(inventory.inspect, tasks, args, private):
             if isinstance(message, workers.Done):
                 read[message.number] = message.result
@@ -613,7 +603,7 @@ def _convert(
             (private / BEAM_LOG).unlink()
         else:
             tasks = [common | {"at": made["shards"][n]["at"]} for n in todo]
-            with progress.Counter(console, "convert", sum(made["shards"][n]["files"] for n in todo)) as counter:
+            with progress.Progress("convert", sum(made["shards"][n]["files"] for n in todo)) as counter:
                 for message in _run(convert.publish, tasks, args, private):
                     if isinstance(message, workers.Progress):
                         counter.step()
@@ -631,7 +621,7 @@ def _convert_on_beam(
     settings = common | {"timeout": args.timeout, "memory": int(args.memory_gb * 1e9)}
     console.print(f"convert: on Apache Beam, which writes its log to {log}")
     with (
-        progress.Counter(console, "convert", len(places), "shards") as counter,
+        progress.Progress("convert", len(places), "shards") as counter,
         contextlib.closing(beam.run(settings, places, words, log)) as running,
         _named_in(private),
     ):

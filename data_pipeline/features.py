@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data_pipeline import codec, records
+from data_pipeline.format import codec, records
 
 
 class Slices(tfds.features.FeatureConnector):

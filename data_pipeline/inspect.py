@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_pipeline import records, shards, sheets
-from data_pipeline.errors import UserError
+from curia_common.errors import UserError
+from data_pipeline.format import records, shards
+from data_pipeline.stages import contact_sheet
 
 COUNTED = ("split", "modality", "units", "plane", "body_part", "manufacturer")
 SERIES_SHOWN = 20
@@ -179,12 +180,12 @@ def _write_sheet(source: shards.SliceSource, index: pa.Table, args: argparse.Nam
     numbers = np.unique(np.linspace(0, len(index) - 1, min(args.count, len(index))).round().astype(int))
     tiles = []
     for row in index.take(numbers).to_pylist():
-        example = source[row["number"]] | {"body_part": row["body_part"]}
-        view = sheets.window(example)
+        one = source[row["number"]]
+        view = contact_sheet.view_of(one)
         what = " ".join(text for text in (row["modality"], row["plane"], row["body_part"]) if text)
         caption = (what, view.text, f"{row['series'][:8]} slice {row['index']}")
-        tiles.append((sheets.tile(example, view, args.tile), caption))
-    sheets.sheet(tiles, args.columns).save(args.sheet)
+        tiles.append((contact_sheet.tile(one, view, args.tile), caption))
+    contact_sheet.sheet(tiles, args.columns).save(args.sheet)
     print(f"{len(tiles)} slices on {args.sheet}")
 
 

@@ -30,7 +30,7 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage
 from scipy import ndimage
 
-from data_pipeline.errors import UserError
+from curia_common.errors import UserError
 
 LABELS = {
     name: number

@@ -29,21 +29,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from array_record.python import array_record_module
 
-from data_pipeline import (
-    archives,
-    codec,
-    commit,
-    inventory,
-    objects,
-    plan,
-    progress,
-    pseudonyms,
-    records,
-    shards,
-    workers,
-)
-from data_pipeline.errors import UserError, fault
-from data_pipeline.workers import Touch
+from curia_common import progress
+from curia_common.errors import UserError, fault_location
+from data_pipeline import workers
+from data_pipeline.format import codec, records, shards
+from data_pipeline.sources import archives
+from data_pipeline.sources import object_stores as objects
+from data_pipeline.sources.base import Heartbeat
+from data_pipeline.stages import assignment as plan
+from data_pipeline.stages import commit, inventory, pseudonyms
 
 EXIT_STOPPED = 75
 DAMAGED_SHOWN = 3  # records per shard
@@ -148,7 +142,7 @@ def verify(folder: Path, *, workers_count: int = 1) -> dict[str, Any]:
     total = round(sum(row["bytes"] for row in table) / 1e6)
     found: dict[int, dict[str, Any]] = {}
     done = 0
-    with progress.Counter(progress.console(), "verify", total, "MB") as counter:
+    with progress.Progress("verify", total, "MB") as counter:
         # No time limit: a shard on a slow disk is not a broken one.
         run = workers.run(verify_shard, tasks, workers=min(workers_count, len(tasks)), timeout=math.inf)
         for message in run:
@@ -370,7 +364,7 @@ def _manifest_problems(folder: Path, names: set[str], files: Mapping[str, int]) 
 # ---- one shard
 
 
-def verify_shard(task: tuple[str, dict[str, Any]], skip: Mapping[str, str], touch: Touch) -> dict[str, Any]:
+def verify_shard(task: tuple[str, dict[str, Any]], skip: Mapping[str, str], touch: Heartbeat) -> dict[str, Any]:
     """Reads one shard whole; the work of one task of workers.run.
 
     Args:
@@ -391,7 +385,7 @@ def verify_shard(task: tuple[str, dict[str, Any]], skip: Mapping[str, str], touc
     except OSError as error:
         report["problems"].append(f"{row['file']} cannot be read ({error.strerror})")
     except Exception as error:  # noqa: BLE001 - whatever is wrong with one shard, the others are looked at too
-        report["problems"].append(f"{row['file']} cannot be read ({fault(error)})")
+        report["problems"].append(f"{row['file']} cannot be read ({fault_location(error)})")
     touch(None)
     return report
 

@@ -17,12 +17,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from data_pipeline.errors import UserError, fault
+from curia_common.errors import UserError, fault_location
+from data_pipeline.sources.base import Heartbeat
 
-# Called with an item before it is touched, and with None when no item is in hand any more: what follows has no time limit.
-Touch = Callable[[str | None], None]
 # function(task, skip, touch) -> result; `skip` maps items to the reason why they are left out, and none of them is touched.
-Work = Callable[[Any, Mapping[str, str], Touch], Any]
+Work = Callable[[Any, Mapping[str, str], Heartbeat], Any]
 
 
 @dataclasses.dataclass
@@ -93,7 +92,7 @@ def _serve(function: Work, pipe: Connection, memory: int | None) -> None:
         except OSError as error:
             message = _Failure(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), True)
         except Exception as error:  # noqa: BLE001 - it is passed on and raised in the parent
-            message = _Failure(fault(error), False)
+            message = _Failure(fault_location(error), False)
         pipe.send(message)
 
 

@@ -1,26 +1,23 @@
 """Slices without files, for tests: what a subclass's `__getitem__` gives is what batches are made of."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from curia_jax.data import FACTS
-from data_pipeline.shards import SliceSource
+from data_pipeline.format.records import SliceFacts
+from data_pipeline.format.shards import SliceSource
 
 
 class FakeSlices(SliceSource):
     """A SliceSource whose slices a subclass makes up, together with `split`, `largest` and the length."""
 
-    def read_into(
-        self, numbers: Sequence[int], images: np.ndarray
-    ) -> tuple[list[tuple[int, int]], list[dict[str, Any]]]:
+    def read_into(self, numbers: Sequence[int], images: np.ndarray) -> tuple[list[tuple[int, int]], list[SliceFacts]]:
         sizes, facts = [], []
         for number, image in zip(numbers, images, strict=True):
             one = self[number]
-            height, width = one["pixels"].shape
+            height, width = one.pixels.shape
             image[:] = 0
-            image[:height, :width] = one["pixels"]
+            image[:height, :width] = one.pixels
             sizes.append((height, width))
-            facts.append({name: one[name] for name in FACTS})
+            facts.append(one.facts)
         return sizes, facts

@@ -17,8 +17,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from curia_common.errors import UserError
 from curia_jax import checkpoint, sharding
-from data_pipeline.errors import UserError
 
 CONFIG = {"seed": 3, "data": {"canvas": None, "split": "train"}, "model": {"size": "Ti", "image_size": [16, 24]}}
 SPECS = {"kernel": P("fsdp", None), "bias": P()}

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
+from curia_common.errors import UserError
 from curia_jax import config as configs
 from curia_jax.models import mae
-from data_pipeline.errors import UserError
 
 
 @pytest.fixture

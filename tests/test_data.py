@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from curia_common.errors import UserError
 from curia_jax import data, sharding
-from data_pipeline.errors import UserError
 from tests.slices import FakeSlices
 
 

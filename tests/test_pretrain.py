@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from curia_jax import checkpoint, data, objective, pretrain, sharding, training
+from curia_jax import checkpoint, data, pretrain, sharding, training
 from curia_jax import config as configs
-from data_pipeline.shards import SliceSource
+from curia_jax.objectives import mae as objective
+from data_pipeline.format.shards import SliceSource
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "--config=tests/configs/tiny.py"

@@ -11,10 +11,10 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from curia_common.errors import UserError
 from curia_jax import config as configs
 from curia_jax import optimizer, sharding
 from curia_jax.models import mae
-from data_pipeline.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -63,8 +63,8 @@ def main(argv: list[str] | None = None) -> int:
 
     jax.config.update("jax_platforms", "cpu")
 
+    from curia_common.errors import UserError
     from curia_jax.convert.checks import CheckFailed
-    from data_pipeline.errors import UserError
 
     try:
         run(args)
@@ -79,10 +79,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Converts one checkpoint; returns what --json gets."""
+    from curia_common.errors import UserError
     from curia_jax import checkpoint
     from curia_jax.convert import card, checks, folder, layouts
     from curia_jax.evaluate.features import digest
-    from data_pipeline.errors import UserError
 
     layout, output = layouts.LAYOUTS[args.layout], Path(args.output).expanduser()
     folder.check_replaceable(output)
@@ -157,8 +157,8 @@ def say(text: str) -> None:
 
 def _model(loaded: Any, image_size: str | None) -> Any:
     """The checkpoint's model, for images of another size if one is given: no parameter depends on the size."""
+    from curia_common.errors import UserError
     from curia_jax.models import mae
-    from data_pipeline.errors import UserError
 
     settings = dict(loaded.config["model"])
     try:

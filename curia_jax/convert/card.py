@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from curia_common.errors import UserError
 from curia_jax.convert.folder import OWN
 from curia_jax.convert.layouts import Layout
 from curia_jax.models import mae, vit
-from data_pipeline.errors import UserError
 
 PATCH_ORDER = "row, column, channel"  # of the values in a patch, as decoder_pred gives them
 GELU = {"gelu": "exact (erf)", "gelu_tanh": "tanh approximation"}

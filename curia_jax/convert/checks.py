@@ -19,11 +19,11 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import Float
 
+from curia_common.errors import UserError
 from curia_jax.convert import numpy_forward
 from curia_jax.convert.folder import CONFIG, WEIGHTS
 from curia_jax.convert.layouts import Layout
 from curia_jax.models import mae, vit
-from data_pipeline.errors import UserError
 
 # float32 rounds to 6e-8 of a value, and a ViT's residual stream collects a few dozen such roundings, more or less at
 # random: ViT-B and -L differ by up to 5e-6 from float64. Twice that is allowed; a wrong epsilon or GELU makes 3e-5 to

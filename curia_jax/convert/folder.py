@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from data_pipeline.errors import UserError
+from curia_common.errors import UserError
 
 WEIGHTS, CONFIG, PREPROCESSOR, CARD = "model.safetensors", "config.json", "preprocessor_config.json", "README.md"
 FILES = (WEIGHTS, CONFIG, PREPROCESSOR, CARD)

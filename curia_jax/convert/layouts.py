@@ -17,8 +17,8 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from curia_common.errors import UserError
 from curia_jax.models import mae, vit
-from data_pipeline.errors import UserError
 
 Table = Mapping[str, str | tuple[str, ...]]
 

@@ -64,7 +64,7 @@ rows of --json: task, backbone, head, metric, value, low, high (ends of the 95 %
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
 
-    from data_pipeline.errors import UserError
+    from curia_common.errors import UserError
 
     try:
         run(args)
@@ -81,11 +81,11 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from curia_common.errors import UserError
     from curia_jax import checkpoint
     from curia_jax.evaluate import features, labels, scoring, table
     from curia_jax.models import mae
-    from data_pipeline.errors import UserError
-    from data_pipeline.shards import SliceSource
+    from data_pipeline.format.shards import SliceSource
 
     heads, backbones = _choice("head", args.heads, tuple(scoring.HEADS)), _choice("backbone", args.backbones, BACKBONES)
     layers, sizes = _layers(args.layers), _sizes(args.image_sizes)
@@ -169,7 +169,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _choice(what: str, text: str, known: tuple[str, ...]) -> list[str]:
-    from data_pipeline.errors import UserError
+    from curia_common.errors import UserError
 
     names = [name for name in text.split(",") if name]
     for name in names:
@@ -181,7 +181,7 @@ def _choice(what: str, text: str, known: tuple[str, ...]) -> list[str]:
 
 
 def _sizes(text: str | None) -> list[tuple[int, int]]:
-    from data_pipeline.errors import UserError
+    from curia_common.errors import UserError
 
     words = text.split(",") if text is not None else []
     if not all(word.isdigit() for word in words):
@@ -190,8 +190,8 @@ def _sizes(text: str | None) -> list[tuple[int, int]]:
 
 
 def _layers(text: str) -> list[int | str]:
+    from curia_common.errors import UserError
     from curia_jax.evaluate.features import LAST
-    from data_pipeline.errors import UserError
 
     words = text.split(",")
     if not all(word == LAST or word.isdigit() for word in words):

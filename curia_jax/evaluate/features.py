@@ -18,10 +18,10 @@ from jaxtyping import Array, Float, Int
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
+from curia_common.errors import UserError
 from curia_jax import augment, data
 from curia_jax.models import mae, vit
-from data_pipeline.errors import UserError
-from data_pipeline.shards import SliceSource
+from data_pipeline.format.shards import SliceSource
 
 POOLINGS = ("mean", "std", "cls")
 LAST = "last"

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int, Shaped
 
-from data_pipeline.errors import UserError
+from curia_common.errors import UserError
 
 # Columns that every shard folder has and that can stand in for clinical labels.
 TECHNICAL = ("modality", "plane", "body_part")

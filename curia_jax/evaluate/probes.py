@@ -19,9 +19,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 from threadpoolctl import threadpool_limits
 
+from curia_common.errors import UserError
 from curia_jax.evaluate import metrics
 from curia_jax.evaluate.labels import selection_on_validation
-from data_pipeline.errors import UserError
 
 # A feature that varies less than this is constant, and stays so: dividing by its deviation would make noise of it.
 _CONSTANT = 1e-6

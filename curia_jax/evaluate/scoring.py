@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int, Shaped
 
+from curia_common.errors import UserError
 from curia_jax.evaluate import labels, metrics, probes
-from data_pipeline.errors import UserError
 
 HEADS: dict[str, probes.Probe] = {"knn": probes.knn, "ridge": probes.ridge, "logistic": probes.logistic}
 INTERVAL = "95 % percentile bootstrap over patients"

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     args, overrides = parse(argv)
     topologies.prepare_environment()  # before jax is imported
 
-    from data_pipeline.errors import UserError
+    from curia_common.errors import UserError
 
     try:
         return run(args, overrides)
@@ -80,8 +80,9 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     topologies.compiler_version()  # says at once where it is missing
 
     from curia_jax import config as configs
-    from curia_jax.plan import estimate, report
+    from curia_jax.plan import report
     from curia_jax.plan import search as searches
+    from curia_jax.plan.estimator import estimate
 
     table = estimate.prices(args.prices)
     config = configs.load(args.config, overrides)
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
 def input_facts(config, examples: int | None) -> dict:
     """Slices in an epoch, pixels of the canvas, bytes of a record and the measured loader rate, from the shards if given."""
     from curia_jax import data
-    from data_pipeline.shards import SliceSource
+    from data_pipeline.format.shards import SliceSource
 
     facts = {"examples": examples or ASSUMED_EXAMPLES, "examples_assumed": examples is None, "loader_per_core": None}
     if config.data.shards:
@@ -133,7 +134,7 @@ def stored_bytes(shards: str) -> float:
     """Bytes that a slice takes in a shard folder, on average over all splits."""
     import pyarrow.parquet as pq
 
-    from data_pipeline import shards as shard_files
+    from data_pipeline.format import shards as shard_files
 
     table = pq.read_table(Path(shards) / shard_files.SHARDS, columns=["bytes", "slices"])
     return sum(table["bytes"].to_pylist()) / max(1, sum(table["slices"].to_pylist()))

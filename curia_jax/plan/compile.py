@@ -18,11 +18,12 @@ import jax
 import ml_collections
 import numpy as np
 
+from curia_common.errors import UserError
 from curia_jax import config as configs
-from curia_jax import objective, sharding
+from curia_jax import sharding
+from curia_jax.objectives import mae as objective
 from curia_jax.plan import topology as topologies
-from curia_jax.plan.accounting import Shapes
-from data_pipeline.errors import UserError
+from curia_jax.plan.estimator.accounting import Shapes
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 

@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import ml_collections
 
+from curia_common.errors import UserError
 from curia_jax import config as configs
-from curia_jax import objective
 from curia_jax.models import mae, vit
-from curia_jax.plan import accounting, estimate, hlo, report
+from curia_jax.objectives import mae as objective
 from curia_jax.plan import compile as compiling
+from curia_jax.plan import report
 from curia_jax.plan import topology as topologies
-from data_pipeline.errors import UserError
+from curia_jax.plan.estimator import accounting, estimate, hlo
 
 LARGEST_BATCH = 16_384  # the recipe's learning-rate rule has not been shown beyond
 

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from data_pipeline.errors import UserError
+from curia_common.errors import UserError
 
 GB, GIB = 1e9, 2**30
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from curia_jax.plan import hlo
 from curia_jax.plan import topology as topologies
+from curia_jax.plan.estimator import hlo
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,7 +18,7 @@ def module(path: Path):
     return found
 
 
-s, kinds = module(ROOT / "tests" / "plan" / "snippets.py"), module(ROOT / "benchmarks" / "kinds.py")
+s, kinds = module(ROOT / "tests" / "plan" / "estimator" / "snippets.py"), module(ROOT / "benchmarks" / "kinds.py")
 
 
 def test_every_cycle_has_a_kind():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import loader
-from data_pipeline.shards import SliceSource
+from data_pipeline.format.shards import SliceSource
 
 
 def test_every_contender_gives_rates_and_the_loader_is_compared_with_each(tiny_shards: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ if not HAS_TORCH:
 
 @pytest.fixture(scope="session")
 def save(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """(arguments of mae.config, steps) -> a work directory with checkpoints of these steps, as curia_jax.objective
+    """(arguments of mae.config, steps) -> a work directory with checkpoints of these steps, as curia_jax.objectives.mae
     makes their state. Weights are those of the reference files."""
 
     def make(model: dict[str, Any], steps: tuple[int, ...] = (7,)) -> Path:

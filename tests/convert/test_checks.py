@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from curia_common.errors import UserError
 from curia_jax.convert import checks, folder, layouts
 from curia_jax.models import mae
-from data_pipeline.errors import UserError
 from tests.convert.cases import CASES, LAYOUTS_OF, TOLERANCE, live_only
 from tests.convert.mistakes import MISTAKES, spoil
 from tests.models import make_references as reference

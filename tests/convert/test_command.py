@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import safetensors
 
+from curia_common.errors import UserError
 from curia_jax import augment, checkpoint
 from curia_jax.convert import __main__ as convert
 from curia_jax.convert import card, checks, layouts
 from curia_jax.evaluate.features import digest
 from curia_jax.models import mae
-from data_pipeline.errors import UserError
 from tests.convert.cases import CASES, EXPORTS, HAS_TORCH, live_only
 
 

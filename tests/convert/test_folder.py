@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from curia_common.errors import UserError
 from curia_jax.convert import folder
-from data_pipeline.errors import UserError
 
 
 def fill(target: Path, value: float = 1.0) -> None:

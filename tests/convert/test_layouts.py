@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
+from curia_common.errors import UserError
 from curia_jax.convert import __main__ as convert
 from curia_jax.convert import layouts
 from curia_jax.models import mae
-from data_pipeline.errors import UserError
 from tests.convert.cases import CASES
 from tests.models import make_references as reference
 

@@ -27,7 +27,8 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from data_pipeline import build, inspect, phantom, shards, verify, workers
+from data_pipeline import build, inspect, phantom, verify, workers
+from data_pipeline.format import shards
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "a key that everybody may know"
@@ -240,7 +241,7 @@ import os, time
 settings = os.environ.get("TROUBLE")
 if settings:
     import json
-    from data_pipeline import dicom
+    from data_pipeline.sources import dicom
     trouble, read = json.loads(settings), dicom.open_image
     def open_image(path):
         what = trouble.get(os.path.basename(path), trouble.get("*"))

@@ -4,7 +4,7 @@ import os
 import signal
 import time
 
-from data_pipeline.errors import UserError
+from curia_common.errors import UserError
 
 
 def work(task, skip, touch):

@@ -13,7 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
 
-from data_pipeline import build, commit, geometry, plan, shards
+from data_pipeline import build
+from data_pipeline.format import shards
+from data_pipeline.sources import geometry
+from data_pipeline.stages import assignment as plan
+from data_pipeline.stages import commit
 from tests.data_pipeline.packing import pack
 
 SPLITS = ("--validation", 0.3, "--test", 0.2)

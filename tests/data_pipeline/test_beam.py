@@ -16,7 +16,8 @@ import psutil
 import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from data_pipeline import beam, build, shards
+from data_pipeline import beam, build
+from data_pipeline.format import shards
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ("--validation", 0.25, "--test", 0.25)

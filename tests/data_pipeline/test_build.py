@@ -15,7 +15,10 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from data_pipeline import build, geometry, pseudonyms, shards
+from data_pipeline import build
+from data_pipeline.format import shards
+from data_pipeline.sources import geometry
+from data_pipeline.stages import pseudonyms
 
 PNG = np.arange(1600, dtype=np.uint16).reshape(40, 40)
 

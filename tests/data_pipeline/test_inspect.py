@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_pipeline import inspect, shards
+from data_pipeline import inspect
+from data_pipeline.format import shards
 
 
 def index_of(folder: Path) -> pa.Table:

@@ -6,7 +6,9 @@ import numpy as np
 import pydicom
 import pytest
 
-from data_pipeline import dicom, geometry, phantom, rules, volumes
+from data_pipeline import phantom
+from data_pipeline.sources import dicom, geometry, volumes
+from data_pipeline.stages import exclusion as rules
 
 LABELS = phantom.LABELS
 

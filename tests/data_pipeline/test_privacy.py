@@ -19,7 +19,9 @@ from pydicom.datadict import DicomDictionary, keyword_for_tag
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
-from data_pipeline import archives, build, shards
+from data_pipeline import build
+from data_pipeline.format import shards
+from data_pipeline.sources import archives
 from tests.data_pipeline.packing import pack, write_dicomdir
 
 # Long enough for every representation of text, and short and plain enough for a defined term.

@@ -14,8 +14,11 @@ import pydicom
 import pytest
 from array_record.python import array_record_module
 
-from data_pipeline import commit, dicom, geometry, pseudonyms, records, rules, shards
-from data_pipeline.errors import ReadError
+from data_pipeline.format import records, shards
+from data_pipeline.sources import dicom, geometry
+from data_pipeline.sources.base import ReadError
+from data_pipeline.stages import commit, pseudonyms
+from data_pipeline.stages import exclusion as rules
 
 FOLDERS = ("dicom", "nifti", "registration", "labelled/ct_luad_contrast")
 

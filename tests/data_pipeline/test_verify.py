@@ -10,7 +10,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline import shards, verify
+from data_pipeline import verify
+from data_pipeline.format import shards
 
 
 @pytest.fixture

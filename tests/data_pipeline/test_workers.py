@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from curia_common.errors import UserError
 from data_pipeline import workers
-from data_pipeline.errors import UserError
 
 HERE = Path(__file__).parent
 

@@ -6,10 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from curia_common.errors import UserError
 from curia_jax import augment, config, data
 from curia_jax.evaluate import features
 from curia_jax.models import mae, vit
-from data_pipeline.errors import UserError
 from tests.slices import FakeSlices
 
 MODEL = {"size": "Ti", "image_size": 16, "patch_size": 8, "width": 16, "depth": 3, "heads": 2,

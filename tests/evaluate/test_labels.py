@@ -2,8 +2,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from curia_common.errors import UserError
 from curia_jax.evaluate import labels
-from data_pipeline.errors import UserError
 
 
 def an_index(splits: str = "ttttvvss", lesion: tuple = ("yes", "no") * 4, patients: str = "abcdefgh") -> pa.Table:

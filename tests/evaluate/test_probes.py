@@ -7,8 +7,8 @@ import pytest
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.preprocessing import StandardScaler
 
+from curia_common.errors import UserError
 from curia_jax.evaluate import probes
-from data_pipeline.errors import UserError
 
 PROBES = [probes.knn, probes.ridge, probes.logistic]
 

@@ -4,8 +4,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from curia_common.errors import UserError
 from curia_jax.evaluate import labels, scoring
-from data_pipeline.errors import UserError
 
 SLICES = {"train": 90, "validation": 45, "test": 60}
 BACKBONES = {"checkpoint": 0.8, "random": 2.0, "pixels": 4.0}  # noise around the class centres

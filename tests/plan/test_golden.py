@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 
 from curia_jax import config as configs
-from curia_jax import objective, sharding
+from curia_jax import sharding
 from curia_jax.models import mae
+from curia_jax.objectives import mae as objective
 from curia_jax.plan import compile as compiling
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,123 @@
+"""The one progress display: a bar on a terminal, a line every ten seconds elsewhere, both with rate and time left."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from typing import Protocol, TypeVar
+
+SECONDS_BETWEEN_LINES = 10.0
+Item = TypeVar("Item")
+
+
+class Counter(Protocol):
+    """What code that reports progress needs of a display."""
+
+    def step(self, amount: float = 1, text: str = "") -> None: ...
+
+
+class Progress:
+    """Shows how far a stage is, on standard error. A context manager.
+
+    A run that resumes starts at `done`; rate and time left count from there.
+
+    Args:
+      stage: what is being done, as a verb ("convert").
+      total: how many there are; None if unknown.
+      unit: what is counted ("files").
+      done: how many were finished before.
+      enabled: False shows nothing (all hosts but the first).
+    """
+
+    def __init__(
+        self, stage: str, total: int | None, unit: str = "files", *, done: int = 0, enabled: bool = True
+    ) -> None:
+        self._stage, self._total, self._unit, self._start = stage, total, unit, done
+        self._done: float = done
+        self._enabled = enabled
+        self._bar = None
+
+    def __enter__(self) -> "Progress":
+        self._began = self._last_line = time.monotonic()
+        if self._enabled and sys.stderr.isatty():
+            from rich import progress as rich_progress
+            from rich.console import Console
+
+            self._bar = rich_progress.Progress(
+                rich_progress.TextColumn("{task.description:<10}"), rich_progress.BarColumn(),
+                rich_progress.MofNCompleteColumn(), rich_progress.TextColumn(f"{self._unit}  {{task.fields[text]}}"),
+                rich_progress.TimeElapsedColumn(), rich_progress.TextColumn("left"), rich_progress.TimeRemainingColumn(),
+                console=Console(stderr=True, markup=False, highlight=False, emoji=False),
+            )  # fmt: skip
+            self._bar.start()
+            self._task = self._bar.add_task(self._stage, total=self._total, completed=self._start, text="")
+        return self
+
+    def __exit__(self, kind: object, *unused: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self._enabled and kind is None:
+            seconds = time.monotonic() - self._began
+            amount = self._done - self._start
+            self._print(f"{amount:,.0f} {self._unit} in {format_seconds(seconds)}, {_format_rate(self._rate())}")
+
+    def step(self, amount: float = 1, text: str = "") -> None:
+        """`amount` more are done; `text` says more about the newest (a loss, say)."""
+        self.update(self._done + amount, text)
+
+    def update(self, done: float, text: str = "") -> None:
+        """`done` are finished by now."""
+        self._done = done
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            self._bar.update(
+                self._task, completed=done, text="  ".join(filter(None, (_format_rate(self._rate()), text)))
+            )
+            return
+        now = time.monotonic()
+        if now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            of = f" of {self._total:,}" if self._total is not None else ""
+            left = ""
+            if self._total is not None and self._done > self._start:
+                left = f", {format_seconds((self._total - self._done) / self._rate())} left"
+            self._print(
+                f"{done:,.0f}{of} {self._unit}, {_format_rate(self._rate())}{left}" + (f"  {text}" if text else "")
+            )
+
+    def _rate(self) -> float:
+        return (self._done - self._start) / max(time.monotonic() - self._began, 1e-9)
+
+    def _print(self, text: str) -> None:
+        print(f"{self._stage}: {text}", file=sys.stderr, flush=True)
+
+
+def track(items: Iterable[Item], stage: str, unit: str = "files", *, total: int | None = None) -> Iterator[Item]:
+    """Yields the items and shows how far it is."""
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    with Progress(stage, total, unit) as progress:
+        for item in items:
+            yield item
+            progress.step()
+
+
+def _format_rate(per_second: float) -> str:
+    return (
+        f"{per_second:,.0f}/s"
+        if per_second >= 10
+        else f"{per_second:.1f}/s"
+        if per_second >= 1
+        else f"{60 * per_second:.1f}/min"
+    )
+
+
+def format_seconds(seconds: float) -> str:
+    """42 s, 3.5 min, 12 min, 2.5 h, 3.1 days."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    for unit, length, until in (("min", 60.0, 7200.0), ("h", 3600.0, 172800.0), ("days", 86400.0, float("inf"))):
+        if seconds < until:
+            value = seconds / length
+            return f"{value:.1f} {unit}" if value < 10 else f"{value:.0f} {unit}"
+    raise AssertionError

@@ -1,0 +1,1 @@
+"""What a run minimises, as pure functions: state, shardings, step."""

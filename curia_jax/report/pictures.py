@@ -1,0 +1,279 @@
+"""The pictures of a report: loss curve, throughput, reconstructed slices, probe scores."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import ml_collections
+import numpy as np
+from jaxtyping import Array, Float, Int
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from curia_jax import augment, data
+from curia_jax.models import mae, vit
+from data_pipeline.format.shards import SliceSource
+
+matplotlib.use("Agg")
+
+INK, SOFT, LINE = "#1b2430", "#5b6675", "#dde2e8"
+COLOURS = {"checkpoint": "#1d5fa8", "random": "#c2762b", "pixels": "#6b7785", "none": "#a9b2bc"}
+BASELINE = "#c2762b"
+# Inches; narrow for the size of the type, so that a phone shows it legibly.
+WIDTH = 6.8
+_STYLE = {
+    "font.family": "sans-serif", "font.size": 11, "text.color": INK, "legend.frameon": False,
+    "axes.labelcolor": INK, "axes.edgecolor": "#b9c2cc", "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": LINE, "grid.linewidth": 0.8,
+    "xtick.color": SOFT, "ytick.color": SOFT, "figure.facecolor": "white", "savefig.facecolor": "white",
+}  # fmt: skip
+
+# Reading windows of CT, (centre, width) in HU.
+SOFT_TISSUE, LUNG = (40, 400), (-600, 1500)
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """What grey means: `low` is black and `high` is white, in HU or in the MR series' own units."""
+
+    name: str
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstruction:
+    """One slice through the model, in real units (HU, or those of the MR series).
+
+    Attributes:
+      title: modality, plane and window.
+      original: what the encoder's input shows.
+      prediction: the decoder's output everywhere.
+      visible: True where the encoder saw the pixel.
+    """
+
+    title: str
+    window: Window
+    original: Float[np.ndarray, "height width"]
+    prediction: Float[np.ndarray, "height width"]
+    visible: np.ndarray
+
+
+def loss_curve(lines: Sequence[Mapping[str, Any]], interruptions: Sequence[int]) -> Figure:
+    """Loss and predict-the-mean baseline over examples seen.
+
+    Args:
+      lines: of metrics.jsonl.
+      interruptions: examples seen when the run was stopped and gone on with.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+        axes = figure.subplots()
+        seen = [line["examples_seen"] for line in lines]
+        loss = [line["loss"] for line in lines]
+        baseline = [line["baseline_loss"] for line in lines]
+        axes.plot(
+            seen, baseline, color=BASELINE, linestyle=(0, (5, 3)), linewidth=1.6, label="predicting each patch's mean"
+        )
+        axes.plot(seen, loss, color=COLOURS["checkpoint"], linewidth=2.0, label="this run")
+        for number, examples in enumerate(interruptions):
+            axes.axvline(
+                examples, color=SOFT, linewidth=1, linestyle=":", label=None if number else "interrupted, resumed"
+            )
+        axes.set(xlabel="examples seen", ylabel="loss over masked patches", xlim=(0, None))
+        axes.xaxis.set_major_formatter(_thousands)
+        # An untrained decoder starts far above; what matters happens around the baseline.
+        axes.set_ylim(0.95 * min([*loss, *baseline]), min(1.25 * max(baseline), 1.02 * max([*loss, *baseline])))
+        axes.legend(loc="best")
+    return figure
+
+
+def throughput(lines: Sequence[Mapping[str, Any]], interruptions: Sequence[int]) -> Figure:
+    """Images per second over examples seen."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(WIDTH, 2.2), layout="constrained")
+        axes = figure.subplots()
+        known = [line for line in lines if "images_per_second" in line]
+        axes.plot(
+            [line["examples_seen"] for line in known], [line["images_per_second"] for line in known],
+            color=COLOURS["checkpoint"], linewidth=1.6,
+        )  # fmt: skip
+        for examples in interruptions:
+            axes.axvline(examples, color=SOFT, linewidth=1, linestyle=":")
+        axes.set(xlabel="examples seen", ylabel="images per second", xlim=(0, None), ylim=(0, None))
+        axes.xaxis.set_major_formatter(_thousands)
+    return figure
+
+
+def _thousands(value: float, _: object) -> str:
+    return f"{value:,.0f}"
+
+
+# ---- reconstructions
+
+
+def choose_slices(source: SliceSource, modality: str, count: int) -> Int[np.ndarray, " slices"]:
+    """Middle slices of `count` series of a modality, of as many patients and planes as there are."""
+    columns = {
+        name: source.index.column(name).to_pylist() for name in ("modality", "plane", "patient", "series", "index")
+    }
+    rows = [i for i, value in enumerate(columns["modality"]) if value == modality]
+    by_series: dict[str, list[int]] = {}
+    for row in sorted(rows, key=lambda i: columns["index"][i]):
+        by_series.setdefault(columns["series"][row], []).append(row)
+    middles = [members[len(members) // 2] for _, members in sorted(by_series.items())]
+    chosen: list[int] = []
+    while middles and len(chosen) < count:
+        # The next one differs from those chosen in as much as possible; longer series first.
+        seen = {name: [columns[name][i] for i in chosen] for name in ("patient", "plane")}
+        middles.sort(
+            key=lambda i: (
+                seen["plane"].count(columns["plane"][i]), seen["patient"].count(columns["patient"][i]),
+                -len(by_series[columns["series"][i]]),
+            )
+        )  # fmt: skip
+        chosen.append(middles.pop(0))
+    return np.array(chosen, np.int64)
+
+
+def reconstruct(
+    source: SliceSource,
+    slices: Int[np.ndarray, " slices"],
+    config: mae.MAEConfig,
+    params: Mapping[str, Any],
+    settings: ml_collections.ConfigDict,
+    *,
+    seed: int = 0,
+) -> list[Reconstruction]:
+    """Masks slices at the model's ratio and lets it fill them in.
+
+    With `norm_pix` the model predicts patches with their mean and deviation taken out; both are taken from the original
+    patch to show the prediction, which the model itself could not know.
+    """
+    batch = next(data.evaluation_batches(source, slices, batch_size=len(slices), canvas=data.canvas_size(source, None)))
+    on_device = {name: jnp.asarray(batch[name]) for name in data.DEVICE_FIELDS}
+    images, offset, scale = real_view(on_device, settings, config.encoder.image_size)
+    noise = jax.random.uniform(jax.random.key(seed), (len(slices), config.encoder.patches))
+    output = jax.jit(lambda params, images, noise: mae.bind(config, params)(images, noise))(params, images, noise)
+    prediction = output.prediction
+    if config.norm_pix:
+        mean, deviation = mae.patch_statistics(vit.patchify(images, config.encoder.patch_size), config.norm_pix_eps)
+        prediction = prediction * deviation + mean
+    hidden = jnp.broadcast_to(output.mask[:, :, None], prediction.shape)
+    original = np.asarray(images[..., 0])
+    predicted, masked = (np.asarray(vit.unpatchify(x, config.encoder))[..., 0] for x in (prediction, hidden))
+    offset, scale = (np.asarray(values)[:, None, None] for values in (offset, scale))
+    result = []
+    for i, number in enumerate(slices):
+        example = source[int(number)]
+        real = original[i] * scale[i] + offset[i]
+        window = _window(example, real)
+        title = f"{example['modality']}, {example['plane']}, {window.name}"
+        result.append(Reconstruction(title, window, real, predicted[i] * scale[i] + offset[i], masked[i] < 0.5))
+    return result
+
+
+def real_view(
+    batch: augment.Batch, settings: ml_collections.ConfigDict, size: tuple[int, int]
+) -> tuple[Float[Array, "batch height width 1"], Float[Array, " batch"], Float[Array, " batch"]]:
+    """`augment.evaluation_view`, and what leads back from it: real value = view * scale + offset.
+
+    Returns:
+      view, offset, scale; the last two in HU or the series' own units.
+    """
+    low = jnp.where(batch["hu"], settings.hu_window[0], batch["low"])
+    high = jnp.where(batch["hu"], settings.hu_window[1], batch["high"])
+    width = jnp.maximum(high - low, 1e-6)
+    view = augment.evaluation_view(batch, settings, size)
+    return view, low + width * settings.image_mean, width * settings.image_std
+
+
+def _window(example: Mapping[str, Any], real: Float[np.ndarray, "height width"]) -> Window:
+    if not example["hu"]:
+        return Window("0.5 to 99.5 percentile", float(example["low"]), float(example["high"]))
+    # Aerated lung lies between -950 and -600 HU; air outside the body is below, fat is above.
+    lung = np.mean((real > -950) & (real < -600)) > 0.1
+    name, (centre, width) = ("lung window", LUNG) if lung else ("soft-tissue window", SOFT_TISSUE)
+    return Window(f"{name} {centre}/{width} HU", centre - width / 2, centre + width / 2)
+
+
+def reconstructions(examples: Sequence[Reconstruction]) -> Figure:
+    """One row per slice: input, what the encoder sees, the prediction, visible patches with the prediction between."""
+    titles = ("input", "masked", "reconstructed", "both together")
+    height, width = examples[0].original.shape
+    gap, line = 0.05, 0.24  # inches
+    side = (WIDTH - 3 * gap) / 4
+    row = side * height / width + line
+    total = row * len(examples) + line
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(WIDTH, total))
+        for number, example in enumerate(examples):
+            hidden = np.ma.masked_where(~example.visible, example.original)
+            pasted = np.where(example.visible, example.original, example.prediction)
+            top = total - line - number * row
+            for column, image in enumerate((example.original, hidden, example.prediction, pasted)):
+                left, bottom = column * (side + gap), top - row + line
+                box = (left / WIDTH, bottom / total, side / WIDTH, (row - line) / total)
+                axes = figure.add_axes(box, xticks=[], yticks=[], facecolor="#c9d3df")  # no grey of the slice
+                axes.imshow(
+                    image, cmap="gray", vmin=example.window.low, vmax=example.window.high, interpolation="nearest",
+                    aspect="auto",
+                )  # fmt: skip
+                axes.spines[:].set_visible(False)
+                if number == 0:
+                    figure.text((left + side / 2) / WIDTH, 1 - 0.06 / total, titles[column], ha="center", va="top")
+            figure.text(0, (top - row + line - 0.03) / total, example.title, va="top", fontsize=9.5, color=SOFT)
+    return figure
+
+
+# ---- scores
+
+
+def forest(rows: Sequence[Mapping[str, Any]], metric: str) -> Figure:
+    """Values with 95 % intervals per backbone and probe; beside them the paired differences. One pair per task."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    lines = {}
+    for task in tasks:
+        own = [row for row in rows if row["task"] == task and row["backbone"] != "none"]
+        values = [row for row in own if row["metric"] == metric]
+        lines[task] = values, [row for row in own if row["metric"] == f"{metric}_difference"]
+    heights = [0.21 * max(len(part) for part in pair) + 0.75 for pair in lines.values()]
+    with matplotlib.rc_context(_STYLE | {"font.size": 9.5}):
+        figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
+        grid = figure.subplots(len(tasks), 2, squeeze=False, height_ratios=heights)
+        for (task, (values, differences)), (left, right) in zip(lines.items(), grid, strict=True):
+            _intervals(left, values, "backbone", lambda row: f"{row['backbone']}, {row['head']}")
+            left.set_title(f"{task}: {'AUROC' if metric == 'auroc' else metric}", loc="left", fontsize=10.5)
+            if metric == "auroc":
+                left.axvline(0.5, color=SOFT, linewidth=1, linestyle=":")
+                left.set_xlim(right=1.01)
+            _intervals(right, differences, "against", lambda row: f"{row['against']}, {row['head']}")
+            right.axvline(0, color=SOFT, linewidth=1, linestyle=":")
+            right.set_title(f"{task}: checkpoint minus …", loc="left", fontsize=10.5)
+            # Rows of both sides at the same distance, and no axis so short that nothing looks like much.
+            right.set_ylim(left.get_ylim())
+            low, high = right.get_xlim()
+            right.set_xlim(min(low, -0.05), max(high, 0.05))
+    return figure
+
+
+def _intervals(
+    axes: Any, rows: Sequence[Mapping[str, Any]], colour_by: str, name: Callable[[Mapping[str, Any]], str]
+) -> None:
+    for y, row in enumerate(rows):
+        colour = COLOURS[row[colour_by]]
+        if row["value"] is None:
+            axes.text(0.5, y, "undefined", color=SOFT, va="center", transform=axes.get_yaxis_transform())
+            continue
+        if row["low"] is not None:
+            axes.plot([row["low"], row["high"]], [y, y], color=colour, linewidth=2.2, solid_capstyle="round")
+        axes.plot(row["value"], y, "o", color=colour, markersize=5.5, markeredgecolor="white", markeredgewidth=0.8)
+    axes.set_yticks(range(len(rows)), [name(row) for row in rows])
+    axes.set_ylim(max(len(rows), 1) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))

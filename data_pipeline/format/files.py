@@ -1,0 +1,64 @@
+"""Atomic file writes: a file is written under a temporary name and renamed, so a reader sees the old one or the new one."""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROWS_TOGETHER = 1 << 18  # of a row group
+
+
+def write_text(path: Path, text: str, *, private: bool = False) -> None:
+    """UTF-8; readable by its owner alone where `private`.
+
+    Raises:
+      OSError: the disk is full or the file cannot be written; what was there before stays.
+    """
+    with written(path, private) as file:
+        file.write(text.encode("utf-8"))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_table(path: Path, table: pa.Table, *, private: bool = False) -> None:
+    """Parquet; see write_text."""
+    with written(path, private) as file:
+        pq.write_table(table, file)
+
+
+def write_tables(path: Path, schema: pa.Schema, tables: Iterable[pa.Table], *, private: bool = False) -> int:
+    """Parquet out of tables of one schema, a few of which are in memory at a time; returns the number of rows."""
+    rows = 0
+    with written(path, private) as file, pq.ParquetWriter(file, schema) as writer:
+        waiting: list[pa.Table] = []
+        for table in tables:
+            waiting.append(table)
+            rows += len(table)
+            if sum(len(one) for one in waiting) >= ROWS_TOGETHER:
+                writer.write_table(pa.concat_tables(waiting), row_group_size=ROWS_TOGETHER)
+                waiting = []
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting), row_group_size=ROWS_TOGETHER)
+    return rows
+
+
+def beside(path: Path) -> Path:
+    """A name for what is to become `path`; no other process takes it, on whatever machine."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+@contextlib.contextmanager
+def written(path: Path, private: bool) -> Iterator[Any]:
+    """A binary file that gets its name at the end, and is removed if something went wrong."""
+    name = beside(path)
+    try:
+        with open(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666), "wb") as file:
+            yield file
+        os.replace(name, path)
+    finally:
+        name.unlink(missing_ok=True)

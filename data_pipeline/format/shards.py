@@ -1,0 +1,309 @@
+"""Shard files: written and verified one by one, read at random by training.
+
+A dataset folder holds
+
+  <name>-<split>.array_record-00000   records, see records.py
+  shards.parquet                      per shard: split, records, slices, bytes, sha256, largest height and width, addition
+  index.parquet                       per slice: where it is, its facts and its labels
+  dataset_info.json, features.json    what TFDS needs
+  card.json, index.html               counts, and why files were left out; examples
+  manifest.parquet                    every input file and its fate; holds paths, so it stays with the site
+
+Shards are numbered per split and their names hold no total: exams that are added later become further shards, and those
+that are there keep their names and bytes. dataset_info.json says the same with the file name template
+{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}. A file belongs to the dataset once shards.parquet lists it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import zlib
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from array_record.python import array_record_module
+from jaxtyping import UInt16
+
+from curia_common.errors import UserError
+from data_pipeline.format import codec, files, records
+
+# The codec stands in the record, so the container neither groups nor compresses.
+WRITER_OPTIONS = "group_size:1,uncompressed"
+SHARDS, INDEX, MANIFEST = "shards.parquet", "index.parquet", "manifest.parquet"
+CARD, PAGE = "card.json", "index.html"
+
+
+FILE_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
+MOST_SHARDS = 99_999  # per split; with more TFDS writes all numbers with six digits
+
+
+def file_name(dataset: str, split: str, number: int) -> str:
+    """TFDS's name of a shard under FILE_TEMPLATE."""
+    return f"{dataset}-{split}.array_record-{number:05d}"
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write(path: Path, items: Iterable[bytes], scratch: Path | None = None) -> tuple[int, str]:
+    """Writes records beside `path`, opens the file again, verifies it and only then gives it its name.
+
+    Args:
+      scratch: a folder on a local disk to write and verify in, where that of `path` is none; the finished shard is then copied
+        beside `path`, read again and compared.
+
+    Returns:
+      Number of records and the file's SHA-256.
+
+    Raises:
+      OSError: the disk is full or the file cannot be written; nothing is left behind.
+    """
+    beside = written = files.beside(path)
+    if scratch is not None:
+        written = scratch / beside.name
+    checksums = []
+    try:
+        writer = array_record_module.ArrayRecordWriter(str(written), WRITER_OPTIONS)
+        for item in items:
+            writer.write(item)
+            checksums.append(zlib.crc32(item))  # for the moment; the container keeps hashes of its own
+        writer.close()
+        reader = array_record_module.ArrayRecordReader(str(written), "")
+        if not reader.ok() or reader.num_records() != len(checksums):
+            raise OSError(
+                f"{path.name}: wrote {len(checksums)} records but {reader.num_records()} can be read; is the disk full?"
+            )
+        for number, checksum in enumerate(checksums):
+            if zlib.crc32(reader.read([number])[0]) != checksum:
+                raise OSError(f"{path.name}: record {number} reads back changed; is the disk failing?")
+        reader.close()
+        digest = sha256(written)
+        if written != beside:
+            shutil.copyfile(written, beside)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        if written != beside and sha256(beside) != digest:
+            raise OSError(f"{path.name}: its copy reads back changed; is the disk failing?")
+        os.replace(beside, path)
+    finally:
+        for leftover in {written, beside}:
+            leftover.unlink(missing_ok=True)
+    return len(checksums), digest
+
+
+def thin(path: Path, target: Path, drop: Collection[tuple[int, int]]) -> tuple[int, str, list[int]]:
+    """A shard without some of its slices; the slices themselves are copied as they are.
+
+    Args:
+      path, target: read and written; they may be the same.
+      drop: record and slot of what is left out.
+
+    Returns:
+      Number of records, the file's SHA-256, slices per record.
+    """
+    counts: list[int] = []
+
+    def items(reader: Any) -> Iterator[bytes]:
+        gone: dict[int, set[int]] = {}
+        for record, slot in drop:
+            gone.setdefault(record, set()).add(slot)
+        for number in range(reader.num_records()):
+            data = reader.read([number])[0]
+            kept = records.without(data, gone[number]) if number in gone else data
+            if kept is not None:
+                counts.append(records.count(kept))
+                yield kept
+
+    reader = array_record_module.ArrayRecordReader(str(path), "")
+    try:
+        written, digest = write(target, items(reader))
+    finally:
+        reader.close()
+    return written, digest, counts
+
+
+def read_record(path: Path, number: int) -> bytes:
+    """One record of a shard. For a few; SliceSource keeps shards open."""
+    reader = array_record_module.ArrayRecordReader(str(path), "")
+    try:
+        return reader.read([number])[0]
+    finally:
+        reader.close()
+
+
+class SliceSource:
+    """Random access to the decoded slices of a split.
+
+    Slice n is row n of `index`: shards in the order of their names, records in the order of the file, slices in the order
+    of the record. Opening checks that every shard is there with the size that it was published with, because an ArrayRecord
+    reader takes a missing or truncated file for an empty one. Shards are opened at their first read. Reads are safe from
+    several threads, and the source can be sent to another process.
+
+    Args:
+      folder: dataset folder.
+      split: "train", "validation" or "test"; several with a plus, as in TFDS: "train+validation".
+      additions: take the shards of the first build and of this many additions, and leave out what was added later; None takes all.
+
+    Attributes:
+      largest: greatest height and width of a slice, px.
+      additions: the newest addition that it has; 0 for those of the first build alone.
+      fingerprint: hex digest of the names, digests and counts of its shards: equal for two sources with the same slices in the
+        same order, wherever they lie.
+
+    Raises:
+      UserError: no such folder or split, or a shard that is missing, truncated or not as published.
+    """
+
+    def __init__(self, folder: str | Path, split: str, *, additions: int | None = None) -> None:
+        self.folder, self.split = Path(folder), split
+        table_path = self.folder / SHARDS
+        if not table_path.is_file():
+            raise UserError(
+                f"no shards in {folder}: it has no {SHARDS}; data_pipeline.build writes one when it has finished"
+            )
+        try:
+            table = pq.read_table(table_path)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{table_path} is damaged; build the dataset again or copy it again") from error
+        splits = sorted(set(table["split"].to_pylist()))
+        for name in split.split("+"):
+            if name not in splits:
+                raise UserError(f"no split '{name}' in {folder}; there are: {', '.join(splits)}")
+        self._splits = split.split("+")
+        table = table.filter(pc.field("split").isin(self._splits)).sort_by("file")
+        if additions is not None:
+            table = table.filter(pc.field("addition") <= additions)
+            if not len(table):
+                raise UserError(f"{folder} has no shards of split '{split}' among its first {additions} additions")
+        self.additions = int(pc.max(table["addition"]).as_py())
+        identity = table.select(["file", "sha256", "records", "slices"]).to_pylist()
+        self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self._files = table["file"].to_pylist()
+        for name, size in zip(self._files, table["bytes"].to_pylist(), strict=True):
+            path = self.folder / name
+            found = path.stat().st_size if path.is_file() else None
+            if found != size:
+                state = "is missing" if found is None else f"has {found:,} bytes"
+                raise UserError(f"shard {path} {state}, published with {size:,} bytes; build it again or copy it again")
+        self._records = table["records"].to_numpy()
+        counts = [
+            np.ones(n, np.int64) if slices is None else np.asarray(slices, np.int64)
+            for n, slices in zip(self._records, table["slice_counts"].to_pylist(), strict=True)
+        ]
+        # First slice of every record, over all shards; and first record of every shard.
+        self._first_slice = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
+        self._first_record = np.concatenate([[0], np.cumsum(self._records)])
+        self._single = bool(self._first_slice[-1] == self._first_record[-1])
+        self.largest = (int(pc.max(table["largest_height"]).as_py()), int(pc.max(table["largest_width"]).as_py()))
+        self._open: dict[int, Any] = {}
+        self._lock = threading.Lock()
+        self._index: pa.Table | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": {}, "_lock": None, "_index": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return int(self._first_slice[-1])
+
+    @property
+    def index(self) -> pa.Table:
+        """One row per slice of this split: the columns of index.parquet. Read at the first use."""
+        if self._index is None:
+            # While exams are added the index may name shards that are not part of this dataset yet.
+            table = pq.read_table(self.folder / INDEX, filters=[("split", "in", self._splits)])
+            table = table.filter(pc.field("shard").isin(self._files))
+            self._index = table.sort_by([("shard", "ascending"), ("record", "ascending"), ("slot", "ascending")])
+        return self._index
+
+    def __getitem__(self, number: int) -> records.DecodedSlice:
+        """Slice `number`, decoded.
+
+        Raises:
+          IndexError: beyond the end.
+          UserError: the shard cannot be opened, holds another number of records, or is damaged where the slice lies.
+        """
+        data, slot, where = self._read(number)
+        try:
+            return records.parse_slice(data, slot)
+        except Exception as error:  # protobuf and the codec each raise their own kinds
+            raise UserError(f"{where} is damaged; copy it again or build it again") from error
+
+    def read_into(
+        self, numbers: Sequence[int], images: UInt16[np.ndarray, "batch height width"]
+    ) -> tuple[list[tuple[int, int]], list[records.SliceFacts]]:
+        """Decodes slices to the top left of images, one each, with zeros right of them and below.
+
+        Returns:
+          Height and width of every slice, and what training needs to know of it.
+
+        Raises:
+          ValueError: the images are smaller than the largest slice.
+          IndexError, UserError: as reading a slice.
+        """
+        if images.shape[1] < self.largest[0] or images.shape[2] < self.largest[1]:
+            raise ValueError(f"slices of up to {self.largest} px do not fit into images of {images.shape[1:]}")
+        facts: list[records.SliceFacts] = []
+        where = ""
+
+        def encoded() -> Iterator[bytes]:
+            nonlocal where
+            for number in numbers:
+                data, slot, where = self._read(number)
+                one, known = records.training_slice(data, slot)
+                facts.append(known)
+                yield one
+
+        try:
+            return codec.decode_into(encoded(), images), facts
+        except (UserError, IndexError):
+            raise
+        except Exception as error:  # protobuf and the codec each raise their own kinds
+            raise UserError(f"{where} is damaged; copy it again or build it again") from error
+
+    def read(self, number: int) -> tuple[bytes, int]:
+        """The record that holds slice `number`, and the slice's place in it; raises what reading the slice raises."""
+        return self._read(number)[:2]
+
+    def _read(self, number: int) -> tuple[bytes, int, str]:
+        if not 0 <= number < len(self):
+            raise IndexError(f"slice {number} of {len(self)}")
+        record = number if self._single else int(np.searchsorted(self._first_slice, number, side="right")) - 1
+        shard = int(np.searchsorted(self._first_record, record, side="right")) - 1
+        reader, within = self._reader(shard), int(record - self._first_record[shard])
+        where = f"shard {self.folder / self._files[shard]}, record {within},"
+        try:
+            data = reader.read([within])[0]
+        except Exception as error:  # array_record raises several kinds
+            raise UserError(f"{where} is damaged; copy it again or build it again") from error
+        return data, 0 if self._single else int(number - self._first_slice[record]), where
+
+    def _reader(self, shard: int) -> Any:
+        reader = self._open.get(shard)
+        if reader is None:
+            with self._lock:
+                path = self.folder / self._files[shard]
+                try:
+                    reader = array_record_module.ArrayRecordReader(str(path), "")
+                    found = reader.num_records() if reader.ok() else 0
+                except Exception as error:  # array_record raises a RuntimeError for some kinds of damage
+                    raise UserError(f"shard {path} is damaged; copy it again or build it again") from error
+                if found != self._records[shard]:
+                    raise UserError(
+                        f"shard {path} holds {found} readable records, published with {self._records[shard]}; copy it again or build it again"
+                    )
+                self._open[shard] = reader
+        return reader

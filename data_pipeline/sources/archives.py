@@ -1,0 +1,578 @@
+"""Zip and tar archives as inputs: their members are read where they lie, each as a file of its own.
+
+A member has the path `archive.zip!/folder/name`. An archive is listed once; from then on a member is a place in a file, or
+in an object of a bucket, (offset, bytes, method), so that any worker reads it in one step, in any order, without the
+archive's table of contents.
+
+  .zip                              read in place; as it is (method 0) or deflated (8)
+  .tar                              read in place
+  .tar.gz .tar.zst .tar.bz2 .tar.xz have no random access: a plain tar of each is kept in the build folder until the commit
+
+Nothing is ever written under a name that an archive gives. Sizes are believed no further than the bytes go.
+"""
+
+import bz2
+import contextlib
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import re
+import shutil
+import stat
+import struct
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import pyarrow as pa
+
+from curia_common.errors import UserError
+from data_pipeline.sources import object_stores as objects
+from data_pipeline.sources import retry
+from data_pipeline.sources.base import Heartbeat, ReadError
+from data_pipeline.sources.retry import TRANSIENT
+
+SUFFIXES = (".zip", ".tar")
+COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+UNREAD = (".7z", ".rar", ".lzh", ".arj", ".cab", ".iso")
+
+MEMBERS = 2_000_000  # a public archive of 900,000 slices in one zip exists
+MEMBER_BYTES = 8 << 30
+RATIO, RATIO_BYTES = 200, 1 << 30  # what is larger than this many bytes and times its packed size is a bomb, no image
+PIECE = 1 << 16  # bytes read at a time, because a header is shorter
+NAME_BYTES = 1 << 20  # of an extended tar header; PATH_MAX is 4,096
+LONGEST_NAME = 4096
+STORED, DEFLATED = 0, 8
+NO_CHECKSUM = -1
+
+
+class Member(NamedTuple):
+    """Where the bytes of a member lie; plain values, so that it goes through JSON as a list.
+
+    Attributes:
+      archive: the archive's path; archive_size (bytes) and modified_ns tell whether it changed under the build.
+      copy: name of the unpacked copy in the build folder that holds the bytes, or "" for the archive itself.
+      offset: of the data in a tar, of the member's own header in a zip.
+      packed, size: bytes before and after unpacking.
+      method: of zip.
+      checksum: CRC-32 of the unpacked bytes, or NO_CHECKSUM.
+      problem: why it is not read, or "".
+    """
+
+    archive: str
+    archive_size: int
+    modified_ns: int
+    copy: str
+    name: str
+    offset: int
+    packed: int
+    size: int
+    method: int
+    checksum: int
+    problem: str
+
+    @property
+    def path(self) -> str:
+        return f"{self.archive}!/{self.name}"
+
+
+class Listing(NamedTuple):
+    """What is in an archive, and what is wrong with it as a whole, or ""."""
+
+    archive: str
+    size: int
+    modified_ns: int
+    members: list[Member]
+    problem: str
+
+
+def folder(output: str | Path) -> str:
+    """Where copies and single members of archives lie while a build runs: in its private folder, because they hold names."""
+    return os.path.join(output, ".build", "unpacked")
+
+
+def is_archive(path: str) -> bool:
+    """By its name: `dose.tar` is one, `dose.tar.dcm` is none."""
+    return path.lower().endswith((*SUFFIXES, *COMPRESSED))
+
+
+# ---- listing
+
+
+def list_members(task: tuple[str, str, int], skip: Mapping[str, str], touch: Heartbeat) -> Listing:
+    """The members of one archive; the work of one task of workers.run. Never raises for what an archive holds.
+
+    Args:
+      task: the archive, the folder for unpacked copies, and the bytes that all copies together may take.
+
+    Raises:
+      UserError: there is no room for the copy.
+      OSError: the disk is full.
+    """
+    path, folder, room = task
+    try:
+        listing, regular = retry.retry_transient(lambda: _state(path), touch, path)
+    except OSError as error:
+        return Listing(path, 0, 0, [], f"cannot be read: {error.strerror}")
+    if path in skip:
+        return listing._replace(problem=skip[path])
+    touch(path)
+    try:
+        if not regular:
+            raise ReadError("neither a file nor a folder")
+        if listing.size == 0:
+            raise ReadError("empty file")
+        members, problem = retry.retry_transient(lambda: _members(listing, folder, room, touch), touch, path)
+    except ReadError as error:
+        members, problem = [], str(error)
+    touch(None)
+    members = _tame(members)
+    if not members and not problem:
+        problem = "an archive without files"
+    return listing._replace(members=members, problem=problem)
+
+
+def _state(path: str) -> tuple[Listing, bool]:
+    """An archive before it is listed; and whether it is something that can be read."""
+    if objects.is_address(path):
+        return Listing(*objects.head(path), [], ""), True
+    status = os.stat(path)
+    return Listing(path, status.st_size, status.st_mtime_ns, [], ""), stat.S_ISREG(status.st_mode)
+
+
+def _members(listing: Listing, folder: str, room: int, touch: Heartbeat) -> tuple[list[Member], str]:
+    """What is in an archive, as it says itself, and what is wrong with the rest."""
+    if listing.archive.lower().endswith(".zip"):
+        return list(_zip_members(listing, touch)), ""
+    if listing.archive.lower().endswith(".tar"):
+        with _opened(listing, touch, listing.archive) as file:
+            return _tar_members(listing, file, listing.size, "")
+    copy, problem = _unpack(listing, folder, room, touch)
+    path = os.path.join(folder, copy)
+    with open(path, "rb") as file:
+        members, of_tar = _tar_members(listing, file, os.path.getsize(path), copy)
+    return members, problem or of_tar
+
+
+def _opened(source: "Listing | Member", touch: Heartbeat, item: str, first: int = objects.HEADER_BYTES) -> BinaryIO:
+    """The file or object that holds an archive. The first request to a bucket is for `first` bytes."""
+    if isinstance(source, Listing):
+        state = objects.Object(source.archive, source.size, source.modified_ns)
+    else:
+        state = objects.Object(source.archive, source.archive_size, source.modified_ns)
+    return _open(state, touch, item, first)
+
+
+def _open(source: objects.Object, touch: Heartbeat, item: str, first: int = objects.HEADER_BYTES) -> BinaryIO:
+    if objects.is_address(source.path):
+        return io.BufferedReader(objects.Reader(source, touch, item, first), PIECE)
+    return open(source.path, "rb")
+
+
+def _zip_members(listing: Listing, touch: Heartbeat) -> Iterator[Member]:
+    try:
+        with _opened(listing, touch, listing.archive) as raw, zipfile.ZipFile(raw) as file:
+            infos = file.infolist()
+    except UserError:
+        raise
+    except OSError as error:
+        if error.errno in TRANSIENT:
+            raise
+        raise ReadError(f"cannot be read: {error.strerror}") from error
+    except Exception as error:  # zipfile raises many kinds on damaged tables of contents
+        raise ReadError(
+            f"damaged zip archive: its table of contents cannot be read ({type(error).__name__})"
+        ) from error
+    if len(infos) > MEMBERS:
+        raise ReadError(f"{len(infos):,} members; an archive may have {MEMBERS:,}: unpack it")
+    end = 0
+    for info in sorted(infos, key=lambda info: info.header_offset):
+        if info.header_offset < end:
+            raise ReadError("a bomb: members of the archive share their bytes")
+        end = info.header_offset + info.compress_size
+    _check_ratio(listing.size, sum(info.file_size for info in infos))
+    for info in infos:
+        kind = stat.S_IFMT(info.external_attr >> 16)
+        if info.is_dir() or info.filename.endswith("\\"):
+            continue
+        problem = ""
+        if kind == stat.S_IFLNK:
+            problem = _LINK
+        elif kind not in (0, stat.S_IFREG):
+            problem = _NO_FILE
+        elif info.flag_bits & 0x1:
+            problem = "encrypted in its archive: unpack it with the password"
+        elif info.compress_type not in (STORED, DEFLATED):
+            problem = f"packed by method {info.compress_type}, which is not read: unpack it, or pack it deflated"
+        elif info.compress_type == STORED and info.compress_size != info.file_size:
+            problem = "damaged zip archive: two sizes for one member"
+        yield Member(
+            *listing[:3], "", info.filename, info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC, problem
+        )  # fmt: skip
+
+
+_LINK = "a link in an archive, which is not followed"
+_NO_FILE = "neither a file nor a folder"
+_CUT = "cut off with its archive"
+
+
+def _tar_members(listing: Listing, file: BinaryIO, end: int, copy: str) -> tuple[list[Member], str]:
+    """Members of a plain tar file of `end` bytes as far as they can be read, and what is wrong with the rest."""
+    members: list[Member] = []
+    own: dict[str, str] = {}  # what extended headers say of the next member
+    offset = 0
+    while offset < end:
+        file.seek(offset)
+        block = file.read(tarfile.BLOCKSIZE)
+        if not block.strip(b"\0"):
+            return members, ""  # a block of zeros ends the archive
+        try:
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            size = int(own.get("size", info.size))
+            if size < 0:
+                raise ValueError
+        except (tarfile.HeaderError, ValueError) as error:
+            if not members and offset == 0:
+                raise ReadError("damaged tar archive: it does not begin with a member") from error
+            return members, f"damaged tar archive: after {len(members):,} members nothing can be read"
+        offset += tarfile.BLOCKSIZE
+        if info.type in _EXTENDED:
+            if size > NAME_BYTES:
+                return members, f"damaged tar archive: an extended header of {size:,} bytes"
+            text = file.read(size)
+            if info.type == tarfile.GNUTYPE_LONGNAME:
+                own["path"] = text.rstrip(b"\0").decode("utf-8", "surrogateescape")
+            elif info.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
+                own |= _pax(text)
+            offset += _padded(size)
+            continue
+        regular = info.isreg() or info.type not in tarfile.SUPPORTED_TYPES
+        data = offset
+        if info.type == tarfile.GNUTYPE_SPARSE:
+            more = block[482]
+            while more and offset < end:
+                more = (file.read(tarfile.BLOCKSIZE) + b"\0" * tarfile.BLOCKSIZE)[504]
+                offset += tarfile.BLOCKSIZE
+        name, own = own.get("path", info.name), {key: "" for key in own if key.startswith("GNU.sparse.")}
+        if not info.isdir():
+            problem = ""
+            if info.issym() or info.islnk():
+                problem = _LINK
+            elif not regular:
+                problem = _NO_FILE
+            elif own or info.type == tarfile.GNUTYPE_SPARSE:
+                problem = "a sparse file in an archive: unpack it"
+            elif data + size > end:
+                problem = _CUT
+            members.append(
+                Member(*listing[:3], copy, name, data, size, size, STORED, NO_CHECKSUM, problem)
+            )  # fmt: skip
+            if len(members) > MEMBERS:
+                raise ReadError(f"more than {MEMBERS:,} members; an archive may have as many: unpack it")
+        own = {}
+        offset += _padded(size) if regular else 0
+    return members, "cut off: the end of the archive is missing" if offset > end else ""
+
+
+_EXTENDED = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE,
+)  # fmt: skip
+
+
+def _padded(size: int) -> int:
+    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+def _pax(text: bytes) -> dict[str, str]:
+    """Records "length key=value" of a pax header (POSIX.1-2001, pax, extended header)."""
+    found = {}
+    while match := re.match(rb"(\d{1,8}) ([^=\n]+)=", text):
+        record, text = text[: int(match[1])], text[max(int(match[1]), 1) :]
+        found[match[2].decode("utf-8", "replace")] = record[match.end() : -1].decode("utf-8", "surrogateescape")
+    return found
+
+
+def _check_ratio(packed: int, size: int) -> None:
+    if size > RATIO_BYTES and size > RATIO * packed:
+        raise ReadError(f"a bomb: {packed:,} bytes become {size:,}")
+
+
+def _tame(members: Sequence[Member]) -> list[Member]:
+    """Members in the order of their names, without hidden ones, and with a reason where one is not to be read."""
+    result: dict[str, Member] = {}
+    for number, member in enumerate(members):
+        # Some programs write backslashes for folders, and ./ before every name.
+        parts = [part for part in member.name.replace("\\", "/").split("/") if part not in ("", ".")]
+        if any(part.startswith(".") and part != ".." for part in parts) or parts[:1] == ["__MACOSX"]:
+            continue
+        problem = member.problem
+        name = "/".join(parts)
+        if ".." in parts or member.name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", name) or "\0" in name:
+            name = f"{number:07d}"  # the manifest is no place for tricks either
+            problem = "its name leads out of the archive"
+        elif len(os.fsencode(name)) > LONGEST_NAME or not name:
+            name, problem = f"{number:07d}", "no name, or one that is too long"
+        elif is_archive(name) or name.lower().endswith(UNREAD):
+            problem = problem or "an archive within an archive: unpack the outer one"
+        if not problem and member.size > MEMBER_BYTES:
+            problem = f"{member.size:,} bytes; a member of an archive may have {MEMBER_BYTES:,}"
+        if not problem and member.size > RATIO_BYTES and member.size > RATIO * member.packed:
+            problem = f"a bomb: {member.packed:,} bytes become {member.size:,}"
+        # Of two with one name the later is the newer, as tar's own users expect.
+        result[name] = member._replace(name=name, problem=problem)
+    return [result[name] for name in sorted(result)]
+
+
+# ---- compressed tars
+
+
+def _unpack(listing: Listing, folder: str, room: int, touch: Heartbeat) -> tuple[str, str]:
+    """A plain tar of a compressed one: the name of the copy, and what is wrong with the archive, or "".
+
+    A copy that an earlier build finished is used again.
+    """
+    copy = hashlib.sha256(os.fsencode(objects.absolute(listing.archive))).hexdigest()[:16] + ".tar"
+    target = os.path.join(folder, copy)
+    note, state = f"{target}.json", {"size": listing.size, "modified_ns": listing.modified_ns}
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(Path(note).read_text(encoding="utf-8"))
+        if os.path.exists(target) and {key: found[key] for key in state} == state:
+            return copy, found["problem"]
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    Path(note).unlink(missing_ok=True)
+    problem = ""
+    with open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        pieces = _decompressed(listing, touch)
+        while True:
+            try:
+                piece = next(pieces, b"")
+            except UserError:
+                raise
+            except Exception as error:  # noqa: BLE001 - each decompressor raises its own kinds
+                if isinstance(error, OSError) and error.errno in TRANSIENT:
+                    raise
+                problem = f"damaged archive: it cannot be decompressed to its end ({type(error).__name__})"
+                break
+            if not piece:
+                break
+            if not file.tell() and not _starts_a_tar(piece):
+                problem = "damaged archive: what it holds is no tar"
+                break
+            file.write(piece)
+            if file.tell() > RATIO_BYTES and file.tell() > RATIO * listing.size:
+                problem = f"a bomb: {listing.size:,} bytes become more than {file.tell():,}"
+                file.truncate(0)
+                break
+            if file.tell() // _CHECK != (file.tell() - len(piece)) // _CHECK:
+                touch(listing.archive)  # the time limit is for what hangs, not for what is large
+                _check_room(folder, room)
+    _check_room(folder, room)
+    if not os.path.getsize(target):
+        os.unlink(target)
+        raise ReadError(problem or "an archive without files")
+    _write(note, json.dumps(state | {"problem": problem}))
+    return copy, problem
+
+
+_CHECK = 64 << 20  # bytes
+
+
+def _starts_a_tar(piece: bytes) -> bool:
+    try:
+        tarfile.TarInfo.frombuf(piece[: tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
+    except tarfile.EOFHeaderError:
+        return True  # an empty one
+    except tarfile.HeaderError:
+        return False
+    return True
+
+
+def _check_room(folder: str, room: int) -> None:
+    used = 0
+    for copy in Path(folder).glob("*.tar"):
+        with contextlib.suppress(FileNotFoundError):  # another worker takes away what is no tar
+            used += copy.stat().st_size
+    if used > room:
+        raise UserError(
+            f"unpacked copies of compressed tar archives take more than the {room / 1e9:g} GB of --unpack-gb; raise it, or unpack the archives (plain .tar and .zip need no room)"
+        )
+
+
+def _decompressed(listing: Listing, touch: Heartbeat) -> Iterator[bytes]:
+    openers = {"gz": gzip.open, "tgz": gzip.open, "bz2": bz2.open, "tbz2": bz2.open, "xz": lzma.open, "txz": lzma.open}
+    opener = openers.get(listing.archive.lower().rsplit(".", 1)[1], _open_zstd)
+    with _opened(listing, touch, listing.archive, objects.LARGEST) as packed, opener(packed) as file:
+        while piece := file.read(1 << 20):
+            yield piece
+
+
+def _open_zstd(file: BinaryIO) -> pa.CompressedInputStream:
+    return pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")
+
+
+def _write(path: str, text: str) -> None:
+    beside = f"{path}.tmp"
+    with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(beside, path)
+
+
+# ---- reading
+
+
+class _Stream(io.RawIOBase):
+    """A member's bytes; what is deflated is inflated as far as it is asked for, and kept."""
+
+    name, mode = "", "rb"  # pydicom asks for a name; files have a mode
+
+    def __init__(self, member: Member, folder: str, touch: Heartbeat) -> None:
+        self._pieces = _pieces(member, folder, touch, objects.HEADER_BYTES)
+        self._data, self._at, self._size = bytearray(), 0, member.size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        while len(self._data) < self._at + len(buffer) and (piece := next(self._pieces, b"")):
+            self._data += piece
+        part = self._data[self._at : self._at + len(buffer)]
+        buffer[: len(part)] = part
+        self._at += len(part)
+        return len(part)
+
+
+@contextlib.contextmanager
+def stream(source: objects.Object, member: Sequence[Any] | None, folder: str, touch: Heartbeat) -> Iterator[BinaryIO]:
+    """An input as a binary file; `member` is a Member as a list, or None for a file of a folder or an object of a bucket.
+
+    Reading raises:
+      ReadError: the member is damaged.
+      UserError: what lies in a bucket changed since it was listed.
+    """
+    if member is None:
+        with _open(source, touch, source.path) as file:
+            yield file
+    else:
+        yield io.BufferedReader(_Stream(Member(*member), folder, touch), PIECE)
+
+
+@contextlib.contextmanager
+def at_hand(
+    source: objects.Object, member: Sequence[Any] | None, folder: str, scratch: str, touch: Heartbeat
+) -> Iterator[str]:
+    """The path under which an input can be opened, as readers written in C demand.
+
+    A member or an object lies there for as long as the context lasts, in a private folder within `scratch`, with a plain form
+    of its name.
+
+    Raises:
+      ReadError: the member is damaged.
+      UserError: it cannot be written there, for want of room as a rule, or it changed since it was listed.
+    """
+    if member is None and not objects.is_address(source.path):
+        yield source.path
+        return
+    try:
+        os.makedirs(scratch, mode=0o700, exist_ok=True)
+        place = tempfile.mkdtemp(prefix="m", dir=scratch)
+    except OSError as error:
+        raise UserError(_NO_ROOM.format(folder=scratch, error=error.strerror)) from error
+    try:
+        # Readers go by the ending, and label maps are known by their names.
+        target = os.path.join(place, re.sub(r"[^A-Za-z0-9._-]", "_", os.path.basename(source.path))[-80:])
+        with open(target, "wb", buffering=0) as file:
+            for piece in _whole(source, touch) if member is None else _pieces(Member(*member), folder, touch):
+                try:
+                    file.write(piece)
+                except OSError as error:
+                    raise UserError(_NO_ROOM.format(folder=scratch, error=error.strerror)) from error
+        yield target
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+_NO_ROOM = "no member of an archive or a bucket can be laid out in {folder}: {error}; make room there and start the build again"
+
+
+def is_unchanged(file: Mapping[str, Any]) -> bool:
+    """Whether an input of the plan is still what the inventory saw: by size and time of the file that holds it. What lies in a
+    bucket says so itself whenever it is read.
+
+    Raises:
+      OSError: it is gone.
+    """
+    member = file.get("member")
+    if objects.is_address(file["path"]):
+        return True
+    found = os.stat(file["path"] if member is None else member[0])
+    wanted = (file["size"], file["modified_ns"]) if member is None else tuple(member[1:3])
+    return (found.st_size, found.st_mtime_ns) == wanted
+
+
+def _whole(source: objects.Object, touch: Heartbeat) -> Iterator[bytes]:
+    with _open(source, touch, source.path, objects.LARGEST) as file:
+        while piece := file.read(objects.LARGEST):
+            yield piece
+
+
+def _pieces(member: Member, folder: str, touch: Heartbeat, first: int | None = None) -> Iterator[bytes]:
+    """A member's bytes, a piece at a time; at the end they are checked against size and checksum.
+
+    Args:
+      first: bytes of the first request to a bucket; the whole member unless given.
+    """
+    if member.copy:
+        opened: BinaryIO = open(os.path.join(folder, member.copy), "rb")  # noqa: SIM115 - closed below
+    else:
+        opened = _opened(member, touch, member.path, member.packed + PIECE if first is None else first)
+    with opened as file:
+        file.seek(member.offset)
+        if member.checksum != NO_CHECKSUM:
+            _skip_zip_header(file)
+        inflate = zlib.decompressobj(-zlib.MAX_WBITS) if member.method == DEFLATED else None
+        raw, left, size, checksum = b"", member.packed, 0, 0
+        while size < member.size:
+            if not raw:
+                raw = file.read(min(PIECE, left))
+                left -= len(raw)
+            ended = not raw
+            if inflate is None:
+                piece, raw = raw, b""
+            else:
+                try:
+                    piece = inflate.decompress(raw, min(PIECE, member.size - size))
+                except zlib.error as error:
+                    raise ReadError("damaged in its archive: it cannot be inflated") from error
+                raw = inflate.unconsumed_tail
+            if ended and not piece:
+                raise ReadError("damaged in its archive: it is cut off")
+            size += len(piece)
+            checksum = zlib.crc32(piece, checksum)
+            yield piece
+    if member.checksum not in (NO_CHECKSUM, checksum):
+        raise ReadError("damaged in its archive: its checksum is another")
+
+
+def _skip_zip_header(file: BinaryIO) -> None:
+    header = file.read(30)
+    if len(header) < 30 or header[:4] != b"PK\3\4":
+        raise ReadError("damaged in its archive: no member begins where the table of contents says")
+    name, extra = struct.unpack_from("<HH", header, 26)
+    file.seek(name + extra, os.SEEK_CUR)

@@ -1,0 +1,81 @@
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline.sources import pictures as images
+from data_pipeline.sources.base import ReadError
+
+RANDOM = np.random.default_rng(0)
+BYTES = RANDOM.integers(0, 256, (37, 41)).astype(np.uint8)
+WORDS = RANDOM.integers(0, 65536, (37, 41)).astype(np.uint16)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+@pytest.mark.parametrize("values", [BYTES, WORDS], ids=["8 bit", "16 bit"])
+def test_grey_values_come_back_as_they_are(tmp_path: Path, name: str, values: np.ndarray) -> None:
+    Image.fromarray(values).save(tmp_path / name)
+    read = images.read_image(str(tmp_path / name))
+    assert read.dtype == values.dtype
+    np.testing.assert_array_equal(read, values)
+
+
+def test_big_endian_tiff_is_read(tmp_path: Path) -> None:
+    Image.fromarray(WORDS.astype(">u2")).save(tmp_path / "a.tif")  # as ImageJ writes them
+    read = images.read_image(str(tmp_path / "a.tif"))
+    assert read.dtype == np.uint16
+    np.testing.assert_array_equal(read, WORDS)
+
+
+def test_grey_jpeg_in_three_channels_is_grey(tmp_path: Path) -> None:
+    smooth = np.add.outer(np.arange(64), np.arange(64)).astype(np.uint8)
+    Image.fromarray(smooth).convert("RGB").save(tmp_path / "a.jpg", quality=90)
+    assert np.abs(images.read_image(str(tmp_path / "a.jpg")).astype(int) - smooth).max() <= 6
+
+
+def test_grey_with_alpha_palette_or_one_bit_is_grey(tmp_path: Path) -> None:
+    grey = Image.fromarray(BYTES)
+    for mode in ("LA", "P"):
+        grey.convert(mode).save(tmp_path / f"{mode}.png")
+        np.testing.assert_array_equal(images.read_image(str(tmp_path / f"{mode}.png")), BYTES)
+    Image.fromarray(BYTES > 127).save(tmp_path / "1.png")
+    np.testing.assert_array_equal(images.read_image(str(tmp_path / "1.png")), np.where(BYTES > 127, 255, 0))
+
+
+def test_what_is_no_grey_picture_is_refused_with_its_reason(tmp_path: Path) -> None:
+    def refused(name: str) -> str:
+        with pytest.raises(ReadError) as caught:
+            images.read_image(str(tmp_path / name))
+        return str(caught.value)
+
+    colour = RANDOM.integers(0, 256, (40, 40, 3)).astype(np.uint8)
+    Image.fromarray(colour).save(tmp_path / "colour.png")
+    assert refused("colour.png") == "colour image"
+    Image.fromarray(BYTES).save(tmp_path / "pages.tif", save_all=True, append_images=[Image.fromarray(BYTES)] * 2)
+    assert refused("pages.tif") == "3 pages; a picture holds one slice"
+    Image.fromarray(RANDOM.random((40, 40)).astype(np.float32)).save(tmp_path / "float.tif")
+    assert "float32" in refused("float.tif")
+    Image.fromarray(WORDS).save(tmp_path / "whole.png")
+    whole = (tmp_path / "whole.png").read_bytes()
+    for name, data in (
+        ("cut.png", whole[: len(whole) // 2]),
+        ("header.png", whole[:20]),
+        ("broken.png", whole[:60] + b"\0" * 40 + whole[100:]),
+        ("text.png", b"no picture at all"),
+        ("empty.png", b""),
+    ):
+        (tmp_path / name).write_bytes(data)
+        assert "cannot be read" in refused(name)
+
+
+def test_absurd_sizes_are_refused_before_anything_is_decoded(tmp_path: Path) -> None:
+    Image.fromarray(BYTES).save(tmp_path / "a.png")
+    data = bytearray((tmp_path / "a.png").read_bytes())
+    data[16:24] = struct.pack(">II", 2_000_000, 1_000_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(ReadError, match="2,000,000 x 1,000,000 px; a picture may have 67,108,864"):
+        images.read_image(str(tmp_path / "a.png"))

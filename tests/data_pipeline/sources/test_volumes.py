@@ -1,0 +1,339 @@
+import gzip
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK
+
+from data_pipeline.sources import volumes
+from data_pipeline.sources.base import ReadError
+
+# An asymmetric volume in axes right, front, up: every voxel knows where it is.
+SHAPE = (6, 7, 4)
+TRUTH = np.arange(np.prod(SHAPE)).reshape(SHAPE).astype(np.int16) * 3 - 100
+SPACING = (1.0, 1.5, 4.0)
+
+
+def write_nifti(path: Path, axes: str, values: np.ndarray = TRUTH, spacing=SPACING) -> str:
+    """Stores the same volume with other array axes; the affine says which way they run."""
+    image = nibabel.Nifti1Image(values, np.diag([*spacing, 1.0]))
+    start, end = nibabel.io_orientation(np.eye(4)), nibabel.orientations.axcodes2ornt(axes)
+    image.as_reoriented(nibabel.orientations.ornt_transform(start, end)).to_filename(path)
+    return str(path)
+
+
+def read(path: object) -> tuple[volumes.Volume, np.ndarray]:
+    return volumes.read_volume(str(path))
+
+
+def axial(values: np.ndarray) -> np.ndarray:
+    """What a viewer shows: slices from the feet up, the front above, the patient's right on the left of the picture."""
+    return np.stack([values[::-1, ::-1, z].T for z in range(values.shape[2])])
+
+
+# The rows of an axial slice run from front to back and its columns from the patient's right: in axes right, front, up the
+# first pixel is the last voxel of both axes.
+def test_the_convention() -> None:
+    picture = axial(TRUTH)[0]
+    assert picture[0, 0] == TRUTH[-1, -1, 0]
+    assert picture.shape == (SHAPE[1], SHAPE[0])
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "LAS", "RPI", "SRA", "PSR", "AIL", "ILP"])
+def test_a_volume_is_the_same_however_it_is_stored(tmp_path: Path, axes: str) -> None:
+    volume, values = read(write_nifti(tmp_path / "v.nii.gz", axes))
+    np.testing.assert_array_equal(values, axial(TRUTH))
+    assert volume.plane == "axial"
+    assert volume.spacing == pytest.approx((1.5, 1.0, 4.0))
+    assert not volume.is_label_map
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("axes", ["RAS", "LPI", "SRA", "PSR", "ILP"])
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 4.0), (4.0, 1.0, 1.0), (1.0, 4.0, 1.0)])
+def test_a_volume_is_the_same_piece_by_piece(tmp_path: Path, monkeypatch, suffix: str, axes: str, spacing) -> None:
+    values = TRUTH.astype(np.float32) / 3
+    values[3, 2, 1] = np.nan
+    for name, one in (("whole", TRUTH), ("real", values)):
+        path = write_nifti(tmp_path / f"{name}{suffix}", axes, one, spacing)
+        monkeypatch.undo()
+        volume, wanted = read(path)
+        monkeypatch.setattr(volumes, "IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr(volumes, "SLAB_BYTES", 100)
+        monkeypatch.setattr(volumes, "BLOCK_BYTES", 250)
+        with volumes.open_volume(path, tmp_path) as again:
+            assert isinstance(again._stored, volumes._File)
+            found = list(again.slices())
+        np.testing.assert_array_equal(found, wanted)
+        assert (again.spacing, again.plane, again.low, again.high, again.integers, again.is_label_map) == (
+            volume.spacing, volume.plane, volume.low, volume.high, volume.integers, volume.is_label_map,
+        )  # fmt: skip
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"real{suffix}", f"whole{suffix}"]
+    Path(path).write_bytes(Path(path).read_bytes()[:-20])
+    with pytest.raises(ReadError, match="damaged volume"):
+        read(path)
+
+
+@pytest.mark.parametrize("suffix", [".nrrd", ".nhdr", ".mha", ".mhd"])
+@pytest.mark.parametrize("compress", [True, False])
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.float32, np.float64])
+def test_nrrd_and_metaimage_are_the_same_piece_by_piece(tmp_path: Path, monkeypatch, suffix, compress, kind) -> None:
+    image = SimpleITK.GetImageFromArray((TRUTH.transpose(2, 1, 0) / 2).astype(kind))
+    image.SetSpacing((1.0, 4.0, 1.0))
+    image.SetDirection([0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0])
+    path = tmp_path / f"v{suffix}"
+    SimpleITK.WriteImage(image, str(path), useCompression=compress)
+    volume, wanted = read(path)
+    monkeypatch.setattr(volumes, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(volumes, "SLAB_BYTES", 100)
+    with volumes.open_volume(str(path), tmp_path) as again:
+        assert isinstance(again._stored, volumes._File)
+        np.testing.assert_array_equal(list(again.slices()), wanted)
+        assert (again.plane, again.spacing, again.low) == (volume.plane, volume.spacing, volume.low)
+        monkeypatch.setattr(volumes, "SLAB_BYTES", 1)  # less than the head of a packed stream
+        with volumes.open_volume(str(path), tmp_path) as again:
+            assert again.high == volume.high
+    data = max(tmp_path.iterdir(), key=lambda one: one.stat().st_size)
+    data.write_bytes(data.read_bytes()[:-30])
+    with pytest.raises(ReadError, match="damaged volume"):
+        read(path)
+
+
+def test_what_is_laid_out_otherwise_is_read_whole(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(volumes, "IN_MEMORY_BYTES", 0)
+    (tmp_path / "v.raw").write_bytes(bytes(5) + TRUTH.astype(">i2").transpose(2, 1, 0).tobytes())
+    head = "NRRD0004\ntype: short\ndimension: 3\nsizes: 6 7 4\nendian: big\nencoding: raw\ndata file: v.raw\n"
+    for skip in ("byte skip: 5\n", "byteskip: -1\n"):
+        (tmp_path / "v.nhdr").write_text(head + skip)
+        assert read(tmp_path / "v.nhdr")[1].sum() == TRUTH.sum()
+    (tmp_path / "v.raw").write_bytes((tmp_path / "v.raw").read_bytes()[5:])
+    (tmp_path / "v.nhdr").write_text(head)
+    with volumes.open_volume(str(tmp_path / "v.nhdr")) as volume:
+        assert isinstance(volume._stored, volumes._File)
+        assert sum(int(one.sum()) for one in volume.slices()) == TRUTH.sum()
+    text = "NRRD0004\ntype: short\ndimension: 3\nsizes: 6 7 4\nencoding: text\n\n"
+    (tmp_path / "t.nrrd").write_text(text + " ".join(map(str, TRUTH.ravel(order="F"))))
+    assert read(tmp_path / "t.nrrd")[1].sum() == TRUTH.sum()
+
+
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha", ".mhd", ".nii"])
+@pytest.mark.parametrize(
+    "direction", [(1, 0, 0, 0, 1, 0, 0, 0, 1), (-1, 0, 0, 0, -1, 0, 0, 0, 1), (0, 0, 1, 1, 0, 0, 0, 1, 0)]
+)
+def test_itk_formats_agree_with_nifti(tmp_path: Path, suffix: str, direction: tuple[int, ...]) -> None:
+    image = SimpleITK.GetImageFromArray(TRUTH.transpose(2, 1, 0))
+    image.SetSpacing(SPACING)
+    image.SetDirection([float(v) for v in direction])
+    SimpleITK.WriteImage(image, str(tmp_path / f"v{suffix}"))
+    SimpleITK.WriteImage(image, str(tmp_path / "same.nii.gz"))
+    (volume, values), (same, expected) = (read(tmp_path / name) for name in (f"v{suffix}", "same.nii.gz"))
+    np.testing.assert_array_equal(values, expected)
+    assert (volume.plane, volume.spacing) == (same.plane, pytest.approx(same.spacing))
+
+
+def test_itk_axes_point_left_and_back(tmp_path: Path) -> None:
+    # The identity direction of ITK is an axial DICOM series: columns run to the patient's left, rows to the back.
+    image = SimpleITK.GetImageFromArray(TRUTH.transpose(2, 1, 0))
+    image.SetSpacing(SPACING)
+    SimpleITK.WriteImage(image, str(tmp_path / "v.mha"))
+    np.testing.assert_array_equal(read(tmp_path / "v.mha")[1], TRUTH.transpose(2, 1, 0))
+
+
+@pytest.mark.parametrize(
+    ("spacing", "plane", "through"),
+    [((4.0, 1.0, 1.0), "sagittal", 0), ((1.0, 4.0, 1.0), "coronal", 1), ((1.0, 1.0, 4.0), "axial", 2), ((1.0, 1.0, 1.0), "axial", 2)],
+)  # fmt: skip
+def test_slices_lie_in_the_finest_plane(tmp_path: Path, spacing, plane: str, through: int) -> None:
+    volume, values = read(write_nifti(tmp_path / "v.nii", "LPS", spacing=spacing))
+    assert volume.plane == plane
+    assert len(values) == SHAPE[through]
+    assert volume.spacing == pytest.approx((1.0, 1.0, spacing[through]))
+    first = np.take(TRUTH, 0, axis=through)
+    assert values[0][0, 0] == first[-1, -1]  # up or front above, the right or the face on the left
+    assert values[0][-1, -1] == first[0, 0]
+
+
+def test_one_slice_and_a_fourth_axis_of_one(tmp_path: Path) -> None:
+    path = write_nifti(tmp_path / "v.nii", "RAS", TRUTH[:, :1, :], spacing=(1.0, 1.0, 1.0))
+    assert read(path)[0].plane == "coronal"
+    nibabel.Nifti1Image(TRUTH[..., None], np.diag([*SPACING, 1.0])).to_filename(tmp_path / "t.nii")
+    np.testing.assert_array_equal(read(tmp_path / "t.nii")[1], axial(TRUTH))
+
+
+def test_scaled_values_are_real_values(tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(TRUTH, np.diag([*SPACING, 1.0]))
+    image.header.set_slope_inter(2.0, -24.0)
+    image.to_filename(tmp_path / "v.nii")
+    # nibabel resets the scaling of an array image, so set it in the file: floats at 112 and 116 of the header.
+    data = bytearray((tmp_path / "v.nii").read_bytes())
+    data[112:120] = np.array([2.0, -24.0], "<f4").tobytes()
+    (tmp_path / "v.nii").write_bytes(data)
+    volume, values = read(tmp_path / "v.nii")
+    np.testing.assert_array_equal(values, axial(TRUTH.astype(int) * 2 - 24))
+    assert (volume.low, volume.high) == (values.min(), values.max())
+    assert volume.integers and values.dtype.kind == "i"  # whole numbers stay whole
+
+
+def test_what_is_no_number_becomes_the_lowest_value(tmp_path: Path) -> None:
+    values = TRUTH.astype(np.float32)
+    values[0, 0, 0], values[1, 0, 0], values[2, 0, 0] = np.nan, -np.inf, np.inf
+    rest = np.delete(TRUTH.ravel(), [0, 28, 56])
+    volume, found = read(write_nifti(tmp_path / "v.nii", "RAS", values))
+    assert (volume.low, volume.high) == (found.min(), found.max()) == (rest.min(), rest.max())
+    assert found[0][-1, -1] == rest.min()
+    with pytest.raises(ReadError, match="none of its values is a finite number"):
+        read(write_nifti(tmp_path / "n.nii", "RAS", np.full(SHAPE, np.nan, np.float32)))
+
+
+@pytest.mark.parametrize(
+    ("name", "distinct", "kind", "expected"),
+    [
+        ("liver.nii", 24, np.uint8, True),
+        ("liver.nii", 25, np.uint8, False),
+        ("liver_seg.nii", 120, np.int16, True),
+        ("Labels.nii", 120, np.float32, True),
+        ("liver_seg.nii", 129, np.int16, False),
+        ("t1.nii", 120, np.int32, False),
+    ],
+)
+def test_label_maps(tmp_path: Path, name: str, distinct: int, kind: type, expected: bool) -> None:
+    values = (np.arange(np.prod(SHAPE)) % distinct).reshape(SHAPE).astype(kind)
+    assert read(write_nifti(tmp_path / name, "RAS", values))[0].is_label_map == expected
+
+
+def test_labels_that_lie_far_apart_are_labels_still(tmp_path: Path) -> None:
+    values = np.where(TRUTH > 0, 5, 200_000).astype(np.int32)
+    assert read(write_nifti(tmp_path / "a.nii", "RAS", values))[0].is_label_map
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "modality"), [(-1024, 1500, "CT"), (-3024, 900, "CT"), (0, 900, "MR"), (-600, 50, "MR")]
+)
+def test_modality_from_the_range(low: int, high: int, modality: str) -> None:
+    assert volumes.infer_modality(low, high) == modality
+
+
+def test_damage_is_a_reason_and_no_exception(tmp_path: Path) -> None:
+    whole = Path(write_nifti(tmp_path / "v.nii.gz", "RAS")).read_bytes()
+    image = SimpleITK.GetImageFromArray(TRUTH)
+    SimpleITK.WriteImage(image, str(tmp_path / "v.nrrd"))
+    cases = {
+        "cut.nii.gz": whole[: len(whole) // 2], "text.nii": b"no volume", "text.nrrd": b"NRRD0004\nno volume", "text.mha": b"x",
+        "cut.nrrd": (tmp_path / "v.nrrd").read_bytes()[:300], "bits.nii.gz": whole[:100] + bytes(50) + whole[150:],
+    }  # fmt: skip
+    for name, data in cases.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ReadError):
+            read(tmp_path / name)
+    nibabel.Nifti1Image(np.zeros((4, 4, 4, 3), np.int16), np.eye(4)).to_filename(tmp_path / "time.nii")
+    with pytest.raises(ReadError, match="4 dimensions"):
+        read(tmp_path / "time.nii")
+    colour = np.zeros((4, 4, 4), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
+    nibabel.Nifti1Image(colour, np.eye(4)).to_filename(tmp_path / "rgb.nii")
+    with pytest.raises(ReadError, match="colour"):
+        read(tmp_path / "rgb.nii")
+
+
+def test_scaling_that_is_not_whole_gives_real_values_without_doubling_the_memory(tmp_path: Path) -> None:
+    path = write_nifti(tmp_path / "v.nii", "RAS")
+    for slope, inter in ((0.5, -1024.0), (3.0, 0.25), (1e-3, 1e5)):
+        data = bytearray((tmp_path / "v.nii").read_bytes())
+        data[112:120] = np.array([slope, inter], "<f4").tobytes()
+        (tmp_path / "v.nii").write_bytes(data)
+        values = read(path)[1]
+        assert values.dtype.itemsize == 4
+        np.testing.assert_allclose(values, axial(TRUTH * np.float32(slope) + inter), rtol=1e-6)
+
+
+# ---- what a header must not do
+
+
+@pytest.mark.parametrize("form", ["nrrd", "mha"])
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("/etc/passwd", "outside its folder"), ("../secret.raw", "outside its folder"), ("sub/../../secret.raw", "outside its folder"),
+        ("link/secret.raw", "outside its folder"), ("LIST", "several data files"), ("%03d.raw 1 9 1", "several data files"),
+        ("gone.raw", "its data file is missing"),
+    ],
+)  # fmt: skip
+def test_a_header_names_no_data_outside_its_folder(tmp_path: Path, form: str, target: str, reason: str) -> None:
+    place = tmp_path / "exams"
+    place.mkdir()
+    (place / "link").symlink_to(tmp_path)
+    (tmp_path / "secret.raw").write_bytes(TRUTH.tobytes())
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(TRUTH), str(place / "whole.mha"))
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(TRUTH), str(place / "whole.nrrd"))
+    data = (place / f"whole.{form}").read_bytes()
+    if form == "mha":
+        # Both ways of writing it that the reader of the format takes.
+        texts = [data.replace(b"= LOCAL", mark + target.encode()) for mark in (b"= ", b":  ")]
+    else:
+        texts = [data.replace(b"\n\n", f"\n{key}: {target}\n\n".encode(), 1) for key in ("data file", "datafile")]
+    for text in texts:
+        (place / f"a.{form}").write_bytes(text)
+        with pytest.raises(ReadError, match=reason):
+            read(place / f"a.{form}")
+
+
+def test_zeros_in_a_header_and_a_flat_affine_are_reasons(tmp_path: Path) -> None:
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(TRUTH), str(tmp_path / "a.mha"))
+    data = (tmp_path / "a.mha").read_bytes()
+    (tmp_path / "a.mha").write_bytes(data.replace(b"= LOCAL", b"= LO\0AL"))
+    with pytest.raises(ReadError, match="damaged volume: zeros in its header"):
+        read(tmp_path / "a.mha")
+    data = bytearray(Path(write_nifti(tmp_path / "a.nii", "RAS")).read_bytes())
+    for affine in (
+        np.diag([1e-7, 1, 1, 1]),
+        np.array([[1, 1, 0, 0], [1, 1 + 1e-8, 0, 0], [0, 0, 1e5, 0], [0, 0, 0, 1]]),
+    ):
+        data[280:328] = affine[:3].astype("<f4").tobytes()
+        (tmp_path / "a.nii").write_bytes(data)
+        try:
+            read(tmp_path / "a.nii")
+        except ReadError as error:
+            assert "its affine is singular" in str(error)
+    data[280:328] = np.diag([1, 1, 1e7, 1])[:3].astype("<f4").tobytes()
+    (tmp_path / "a.nii").write_bytes(data)
+    with pytest.raises(ReadError, match="its affine has a value beyond 1,000,000 mm"):
+        read(tmp_path / "a.nii")
+
+
+def test_data_beside_a_header_is_read(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "v.raw").write_bytes(TRUTH.transpose(2, 1, 0).tobytes())
+    sizes = " ".join(map(str, SHAPE))
+    (tmp_path / "v.nhdr").write_text(
+        f"NRRD0004\ntype: short\ndimension: 3\nsizes: {sizes}\nendian: little\nencoding: raw\ndata file: raw/v.raw\n"
+    )
+    (tmp_path / "v.mhd").write_text(
+        f"ObjectType = Image\nNDims = 3\nDimSize = {sizes}\nElementType = MET_SHORT\nElementDataFile = raw/v.raw\n"
+    )
+    for name in ("v.nhdr", "v.mhd"):
+        assert read(tmp_path / name)[1].sum() == TRUTH.sum()
+
+
+def test_the_place_of_the_data_cannot_hide_behind_a_long_header(tmp_path: Path) -> None:
+    comment = "x" * volumes.HEADER_BYTES
+    (tmp_path / "a.mhd").write_text(f"ObjectType = Image\nComment = {comment}\nElementDataFile = /etc/passwd\n")
+    (tmp_path / "a.nhdr").write_text(f"NRRD0004\n# {comment}\ndata file: /etc/passwd\n\n")
+    for name in ("a.mhd", "a.nhdr"):
+        with pytest.raises(ReadError, match="its header does not end within 65,536 bytes"):
+            read(tmp_path / name)
+
+
+def test_a_header_that_promises_more_than_its_file_can_hold_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    data = bytearray(Path(write_nifti(tmp_path / "v.nii", "RAS")).read_bytes())
+    data[42:48] = np.array([32767, 32767, 32767], "<i2").tobytes()
+    (tmp_path / "v.nii").write_bytes(data)
+    (tmp_path / "v.nii.gz").write_bytes(gzip.compress(data))
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(TRUTH), str(tmp_path / "v.mha"))
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(TRUTH), str(tmp_path / "v.nrrd"))
+    for name, old in (("v.mha", b"DimSize = 4 7 6"), ("v.nrrd", b"sizes: 4 7 6")):
+        text = (tmp_path / name).read_bytes()
+        assert old in text
+        (tmp_path / name).write_bytes(text.replace(old, old.replace(b"4 7 6", b"30000 30000 30000")))
+    for name in ("v.nii", "v.nii.gz", "v.mha", "v.nrrd"):
+        with pytest.raises(ReadError, match="its header promises [0-9,]{18} bytes, which the file cannot hold"):
+            read(tmp_path / name)

@@ -1,0 +1,564 @@
+import builtins
+import itertools
+import os
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+from array_record.python import array_record_module
+from PIL import Image
+
+from curia_common.errors import UserError
+from data_pipeline.format import records
+from data_pipeline.sources import archives, dicom, geometry
+from data_pipeline.sources.base import NO_MEMORY, ReadError
+from data_pipeline.stages import assignment as plan
+from data_pipeline.stages import convert, inventory
+
+KEY = b"0123456789abcdef"
+PIXELS = np.random.default_rng(0).integers(0, 2400, (40, 48)).astype(np.uint16)
+
+
+class Converted:
+    """Files converted as one shard: its report, and slices in order."""
+
+    def __init__(
+        self, folder: Path, paths: list[Path], skip: dict | None = None, modality: str = "auto", **settings
+    ) -> None:
+        options = inventory.Options(KEY, modality=modality)
+        self.entries = inventory.inspect(([str(p) for p in paths], options), {}, lambda item: None)
+        made = plan.make(
+            self.entries,
+            plan.Options(KEY, 0.0, 0.0, 10**9, frozenset(), {"size": None, "slices_per_record": 1} | settings),
+        )
+        whole = {
+            "split": "train",
+            "number": 0,
+            "count": 1,
+            "series": [s for shard in made["shards"] for s in shard["series"]],
+        }
+        self.touched: list[str | None] = []
+        folder.mkdir(exist_ok=True)
+        self.report = convert.convert_shard(
+            (str(folder), "x", made["conversion"], whole), skip or {}, self.touched.append
+        )
+        self.path = folder / self.report["file"]
+        reader = array_record_module.ArrayRecordReader(str(self.path), "")
+        data = [reader.read([n])[0] for n in range(reader.num_records())]
+        self.slices = [
+            records.parse_slice(item, slot)
+            for item, count in zip(data, self.report["slice_counts"], strict=True)
+            for slot in range(count)
+        ]
+        self.index = self.report["index"]
+
+    def outcome(self, path: Path) -> tuple[str, str]:
+        return self.report["files"][str(path)]["fate"], self.report["files"][str(path)]["reason"]
+
+
+@pytest.fixture
+def converted(tmp_path: Path):
+    return lambda *paths, **settings: Converted(tmp_path / "out", list(paths), **settings)
+
+
+# ---- pixels
+
+
+def test_ct_is_stored_as_hu_plus_1024(converted, tmp_path: Path, write_dicom) -> None:
+    # The same HU under three ways of storing them.
+    hu = PIXELS.astype(np.int16) - 1024
+    paths = [
+        write_dicom(tmp_path / "a.dcm", PIXELS, SeriesInstanceUID="2.25.10"),
+        write_dicom(tmp_path / "b.dcm", hu, SeriesInstanceUID="2.25.11"),
+        write_dicom(
+            tmp_path / "c.dcm",
+            (hu + 1100) * 2,
+            SeriesInstanceUID="2.25.12",
+            RescaleSlope="0.5",
+            RescaleIntercept="-1100",
+        ),
+    ]
+    found = converted(*paths)
+    assert len(found.slices) == 3
+    for one in found.slices:
+        assert one["hu"]
+        np.testing.assert_allclose(one["pixels"] * one["slope"] + one["intercept"], hu)
+    whole = [one for one in found.slices if one["slope"] == 1]
+    assert [one["intercept"] for one in whole] == [-1024, -1024]
+    for one in whole:
+        np.testing.assert_array_equal(one["pixels"], PIXELS)
+
+
+def test_padding_below_air_is_raised_and_said(converted, tmp_path: Path, write_dicom) -> None:
+    hu = PIXELS.astype(np.int16) - 1024
+    hu[:5] = -2000
+    (one,) = converted(write_dicom(tmp_path / "a.dcm", hu)).slices
+    np.testing.assert_array_equal(one["pixels"].astype(int) - 1024, np.maximum(hu, -1024))
+    found = converted(write_dicom(tmp_path / "a.dcm", hu))
+    assert found.index[0]["flags"] & records.CLIPPED
+
+
+def test_mr_keeps_its_steps(converted, tmp_path: Path, write_dicom) -> None:
+    signed = PIXELS.astype(np.int16) - 300
+    path = write_dicom(tmp_path / "a.dcm", signed, Modality="MR", RescaleSlope="1.25", RescaleIntercept="3")
+    (one,) = converted(path).slices
+    assert not one["hu"] and one["slope"] == 1.25
+    np.testing.assert_allclose(one["pixels"] * one["slope"] + one["intercept"], signed * 1.25 + 3)
+
+
+def test_a_negative_slope_is_turned_round(converted, tmp_path: Path, write_dicom) -> None:
+    path = write_dicom(tmp_path / "a.dcm", PIXELS, Modality="MR", RescaleSlope="-0.5", RescaleIntercept="7")
+    (one,) = converted(path).slices
+    assert one["slope"] == 0.5
+    np.testing.assert_allclose(one["pixels"] * one["slope"] + one["intercept"], PIXELS * -0.5 + 7)
+    assert one["low"] < one["high"] and one["std"] > 0
+
+
+def test_monochrome1_is_turned_for_mr_and_means_nothing_for_hu(converted, tmp_path: Path, write_dicom) -> None:
+    fields = {"PhotometricInterpretation": "MONOCHROME1", "BitsStored": 12, "HighBit": 11}
+    paths = [
+        write_dicom(tmp_path / "a.dcm", PIXELS, SeriesInstanceUID="2.25.10", **fields),
+        write_dicom(tmp_path / "b.dcm", PIXELS, SeriesInstanceUID="2.25.11", Modality="MR", **fields),
+        write_dicom(
+            tmp_path / "c.dcm",
+            PIXELS // 2,
+            SeriesInstanceUID="2.25.11",
+            Modality="MR",
+            ImagePositionPatient=[0, 0, 9],
+            **fields,
+        ),
+    ]
+    found = converted(*paths)
+    ct = next(one for one in found.slices if one["hu"])
+    np.testing.assert_array_equal(ct["pixels"], PIXELS)
+    # Every slice of a series is turned about the same value.
+    first, second = (one for one in found.slices if not one["hu"])
+    np.testing.assert_array_equal(first["pixels"], 4095 - PIXELS)
+    np.testing.assert_array_equal(second["pixels"], 4095 - PIXELS // 2)
+
+
+@pytest.mark.parametrize("kind", ["u1", "i1", "<i2", ">i2", "u2", "i4", "i8"])
+@pytest.mark.parametrize("slope", [1.0, -1.0, 2.0, 0.5])
+@pytest.mark.parametrize("intercept", [0.0, -1024.0, -1000.0, 100.0, -40_000.0, 0.25])
+@pytest.mark.parametrize("hu", [True, False])
+def test_pixels_are_what_plain_arithmetic_makes_of_stored_values(
+    kind: str, slope: float, intercept: float, hu: bool
+) -> None:
+    span = np.iinfo(kind)
+    low, high = max(-3000, span.min), min(5000, span.max)
+    values = np.random.default_rng(1).integers(low, high, (9, 11), endpoint=True).astype(kind)
+    values[0, :2] = low, high
+    pixels, s, i, clipped = convert.to_uint16(values, slope, intercept, hu=hu)
+    real = values.astype(np.float64) * slope + intercept
+    whole = float(slope).is_integer() and float(intercept).is_integer()
+    wanted = np.maximum(real, -1024) if hu and whole else real
+    np.testing.assert_array_equal(pixels.astype(np.float64) * s + i, wanted)
+    assert pixels.dtype == np.uint16 and s > 0
+    assert clipped == (records.CLIPPED if (wanted != real).any() else 0)
+    assert (s, i) == (1.0, -1024.0) if hu and whole else s == abs(slope)
+
+
+def test_values_beyond_16_bit_are_refused() -> None:
+    wide = np.array([[0, 70_000]] * 2)
+    with pytest.raises(ReadError, match="70,001 steps; a slice holds 65,536"):
+        convert.to_uint16(wide, 1.0, 0.0, hu=False)
+    pixels, _, intercept, _ = convert.to_uint16(wide // 2 - 30_000, 1.0, 0.0, hu=False)
+    np.testing.assert_array_equal(pixels + intercept, wide // 2 - 30_000)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_volumes_beyond_16_bit_are_kept_in_65535_equal_steps(converted, tmp_path: Path, kind: type) -> None:
+    values = np.random.default_rng(1).normal(0, 40_000, (40, 44, 3)).astype(kind)
+    nibabel.Nifti1Image(values, np.diag([1, 1, 4, 1])).to_filename(tmp_path / "v.nii")
+    found = converted(tmp_path / "v.nii")
+    assert [one["modality"] for one in found.slices] == ["MR"] * 3
+    real = np.stack([one["pixels"] * one["slope"] + one["intercept"] for one in found.slices])
+    step = (float(values.max()) - float(values.min())) / 65535
+    # Half a step, and the single precision in which a record holds slope and intercept.
+    np.testing.assert_allclose(real, values[::-1, ::-1].transpose(2, 1, 0), atol=0.51 * step + 0.02)
+
+
+def test_modality_of_a_volume_from_its_range_or_as_told(converted, tmp_path: Path) -> None:
+    values = (np.random.default_rng(1).integers(-1000, 1200, (40, 44, 2))).astype(np.int16)
+    nibabel.Nifti1Image(values, np.eye(4)).to_filename(tmp_path / "v.nii")
+    found = converted(tmp_path / "v.nii")
+    assert found.slices[0]["modality"] == "CT" and found.slices[0]["hu"]
+    assert found.index[0]["flags"] & records.MODALITY_INFERRED
+    found = converted(tmp_path / "v.nii", modality="MR")
+    assert found.slices[0]["modality"] == "MR" and not found.slices[0]["hu"]
+    assert not found.index[0]["flags"] & records.MODALITY_INFERRED
+
+
+def test_reduction_keeps_shape_mean_and_field_of_view(converted, tmp_path: Path, write_dicom) -> None:
+    y, x = np.mgrid[:96, :160]
+    smooth = (1000 + 400 * np.sin(x / 17) + 300 * np.cos(y / 11)).astype(np.uint16)
+    (small,) = converted(write_dicom(tmp_path / "a.dcm", smooth), size=80).slices
+    assert small["pixels"].shape == (48, 80)
+    assert small["spacing"][:2].tolist() == [1.0, 1.5]
+    # Each pixel is close to the mean of the four that it stands for.
+    np.testing.assert_allclose(small["pixels"], smooth.reshape(48, 2, 80, 2).mean(axis=(1, 3)), atol=4)
+    (same,) = converted(write_dicom(tmp_path / "a.dcm", smooth), size=160).slices
+    np.testing.assert_array_equal(same["pixels"], smooth)
+
+
+# ---- series and records
+
+
+def test_slices_are_in_spatial_order_with_their_facts(converted, tmp_path: Path, write_series) -> None:
+    paths = write_series(tmp_path / "s", positions=[6.0, 0.0, 9.0, 3.0, 12.0])
+    found = converted(*paths)
+    assert [row["position"] for row in found.index] == [0, 3, 6, 9, 12]
+    assert [row["index"] for row in found.index] == [0, 1, 2, 3, 4]
+    stored = [pydicom.dcmread(paths[n]).pixel_array for n in (1, 3, 0, 2, 4)]
+    for one, pixels in zip(found.slices, stored, strict=True):
+        np.testing.assert_array_equal(one["pixels"], pixels)
+        assert one["spacing"].tolist() == [0.5, 0.75, 3.0]
+        assert (one["modality"], one["plane"]) == ("CT", "axial")
+    assert {row["manufacturer"] for row in found.index} == {"siemens"}
+    assert not any(row["flags"] for row in found.index)
+
+
+@pytest.mark.parametrize("per_record", [1, 2, 4, 100])
+def test_packing_changes_where_slices_lie_and_not_what_they_are(
+    converted, tmp_path: Path, write_series, per_record: int
+) -> None:
+    found = converted(*write_series(tmp_path / "s", 7), slices_per_record=per_record)
+    counts = found.report["slice_counts"]
+    assert sum(counts) == 7 and max(counts) <= per_record and len(counts) == -(-7 // per_record)
+    assert [row["index"] for row in found.index] == list(range(7))
+    for row, one in zip(found.index, found.slices, strict=True):
+        assert (row["mean"], row["patient"]) == (pytest.approx(one["mean"], rel=1e-6), one["patient"])
+    assert [row["slot"] for row in found.index] == [slot for count in counts for slot in range(count)]
+
+
+def test_slices_of_another_size_or_slope_get_records_of_their_own(converted, tmp_path: Path, write_dicom) -> None:
+    paths = [
+        write_dicom(tmp_path / f"{n}.dcm", PIXELS + n if n < 2 else PIXELS[:36], Modality="MR", ImagePositionPatient=[0, 0, n],
+                    RescaleSlope=2 if n == 0 else 1, RescaleIntercept=0)
+        for n in range(4)
+    ]  # fmt: skip
+    # Slices 2 and 3 have the same pixels; the fourth is a duplicate.
+    found = converted(*paths, slices_per_record=8)
+    assert found.report["slice_counts"] == [1, 1, 1]
+    assert found.outcome(paths[3]) == ("duplicate", convert.SAME_PIXELS)
+    assert found.report["largest"] == [40, 48]
+
+
+def test_irregular_series_are_kept_and_flagged(converted, tmp_path: Path, write_series) -> None:
+    paths = write_series(tmp_path / "s", positions=[0.0, 2.0, 4.0, 8.0, 10.0, 12.0])
+    found = converted(*paths)
+    assert len(found.slices) == 6
+    assert all(row["flags"] == records.IRREGULAR for row in found.index)
+    assert {found.outcome(path) for path in paths} == {("kept", geometry.GAP)}
+    few = converted(*write_series(tmp_path / "t", 3))
+    assert {row["flags"] for row in few.index} == {0}  # three slices in a row are regular, only few
+    assert {outcome["reason"] for outcome in few.report["files"].values()} == {geometry.FEW}
+
+
+def test_what_is_wrong_with_a_series_is_told_of_excluded_files_too(converted, tmp_path: Path, write_series) -> None:
+    paths = write_series(tmp_path / "s", positions=[0.0, 2.0, 4.0, 8.0, 10.0, 12.0], pixels=np.full((40, 40), 300))
+    found = converted(*paths)
+    assert found.slices == []
+    assert {(o["fate"], o["reason"], o["problems"]) for o in found.report["files"].values()} == {
+        ("excluded", "constant", geometry.GAP)
+    }
+
+
+def test_pictures_have_no_hu_whatever_they_show(converted, tmp_path: Path) -> None:
+    Image.fromarray((PIXELS % 256).astype(np.uint8)).save(tmp_path / "a.png")
+    (one,) = converted(tmp_path / "a.png", modality="CT").slices
+    assert (one["modality"], one["hu"], one["slope"], one["intercept"]) == ("CT", False, 1.0, 0.0)
+    np.testing.assert_array_equal(one["pixels"], PIXELS % 256)
+
+
+# ---- several slices in a file
+
+
+def multiframe(path: Path, frames: np.ndarray, positions: list[float]) -> Path:
+    """Turns a DICOM file into an Enhanced CT with these frames at these heights."""
+    data = pydicom.dcmread(path)
+    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.2.1"
+    data.NumberOfFrames, data.Rows, data.Columns, data.PixelData = *frames.shape, frames.tobytes()
+    del data.ImagePositionPatient
+    items = []
+    for z in positions:
+        item, place = pydicom.Dataset(), pydicom.Dataset()
+        place.ImagePositionPatient = [0, 0, z]
+        item.PlanePositionSequence = pydicom.Sequence([place])
+        items.append(item)
+    data.PerFrameFunctionalGroupsSequence = pydicom.Sequence(items)
+    data.save_as(path)
+    return path
+
+
+def test_frames_come_out_in_spatial_order_however_they_are_stored(converted, tmp_path: Path, write_dicom) -> None:
+    frames = np.stack([np.roll(PIXELS, n) + np.uint16(n) for n in range(6)])
+    frames[0] = frames[4]  # of two alike the lower one stays, which is read later
+    heights = [9.0, 7.5, 6.0, 4.5, 3.0, 1.5]
+    path = multiframe(write_dicom(tmp_path / "a.dcm", PIXELS), frames, heights)
+    found = converted(path, slices_per_record=16)
+    np.testing.assert_array_equal([one["pixels"] for one in found.slices], frames[:0:-1])
+    assert [row["index"] for row in found.index] == [0, 1, 2, 3, 4]
+    assert [row["position"] for row in found.index] == heights[:0:-1]
+    assert found.report["left_out"] == {convert.SAME_PIXELS: 1}
+    assert found.report["files"][str(path)]["stored_sha256"] == dicom.stored_sha256(frames)
+    assert [row["source"] for row in found.index] == [dicom.stored_sha256(frame) for frame in frames[:0:-1]]
+    # The one that is left out does not count for the series.
+    series = records.series_statistics(np.bincount(frames[1:].ravel()), 1.0, -1024.0)
+    assert found.index[0]["series_mean"] == pytest.approx(series["series_mean"], rel=1e-6)
+    assert sum(found.report["intensity"]["HU"]) == frames[1:].size
+
+
+@pytest.mark.parametrize("kind", ["files", "frames", "volume"])
+def test_statistics_are_those_of_the_pixels(converted, tmp_path: Path, write_dicom, kind: str) -> None:
+    # Brighter and brighter, so that what is known of one slice fits no other, and the histograms grow.
+    frames = np.stack([np.roll(PIXELS, n) * np.uint16(n + 1) for n in range(5)])
+    if kind == "files":
+        place = tmp_path / "in"
+        place.mkdir()
+        paths = [
+            write_dicom(place / f"{n}.dcm", frame, ImagePositionPatient=[0, 0, n]) for n, frame in enumerate(frames)
+        ]
+    elif kind == "frames":
+        paths = [multiframe(write_dicom(tmp_path / "a.dcm", PIXELS), frames, [0.0, 1.0, 2.0, 3.0, 4.0])]
+    else:
+        paths = [tmp_path / "v.nii"]
+        nibabel.Nifti1Image(frames.T.astype(np.int32), np.diag([1, 1, 4, 1])).to_filename(paths[0])
+    found = converted(*paths, slices_per_record=16)
+    assert len(found.slices) == 5
+    for one in found.slices:
+        wanted = records.slice_statistics(one["pixels"], one["slope"], one["intercept"])
+        assert [one[name] for name in ("low", "high", "mean", "std")] == pytest.approx(
+            [wanted[name] for name in ("low", "high", "mean", "std")], rel=1e-6
+        )
+        assert tuple(one["body_box"]) == wanted["body_box"]
+        assert one["mean"] == pytest.approx(float(np.mean(one["pixels"])) * one["slope"] + one["intercept"], rel=1e-6)
+    whole = np.concatenate([one["pixels"].ravel() for one in found.slices])
+    assert found.index[0]["series_mean"] == pytest.approx(whole.mean() + one["intercept"], rel=1e-6)
+    assert found.index[0]["series_std"] == pytest.approx(whole.std(), rel=1e-6)
+
+
+# ---- what can go wrong
+
+
+def test_a_bad_file_costs_itself_alone(converted, tmp_path: Path, write_series, monkeypatch) -> None:
+    paths = write_series(tmp_path / "s", 7)
+    paths[1].write_bytes(paths[1].read_bytes()[:-500])
+    read = convert.dicom.open_image
+
+    def fail(path: str):
+        if path == str(paths[2]):
+            raise LookupError("DOE^JOHN")
+        if path == str(paths[5]):
+            raise MemoryError
+        if path == str(paths[4]):
+            raise OSError(13, "Permission denied", path)
+        return read(path)
+
+    monkeypatch.setattr(convert.dicom, "open_image", fail)
+    found = converted(*paths, skip={str(paths[3]): "the decoder crashed on it (SIGSEGV)"})
+    assert [row["index"] for row in found.index] == [0, 6]
+    assert found.outcome(paths[1]) == ("quarantined", "truncated: the pixel data has 3,020 of 3,520 bytes")
+    fate, reason = found.outcome(paths[2])
+    assert fate == "quarantined" and "LookupError" in reason and "DOE" not in reason
+    assert found.outcome(paths[3]) == ("quarantined", "the decoder crashed on it (SIGSEGV)")
+    assert found.outcome(paths[4]) == ("quarantined", "cannot be read (Permission denied)")
+    assert found.outcome(paths[5]) == ("quarantined", NO_MEMORY)
+    assert str(paths[3]) not in found.touched and found.touched[-1] is None
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_storage_that_fails_is_asked_again_and_no_reason_to_leave_a_file_out(
+    converted, tmp_path: Path, write_series, monkeypatch, number
+) -> None:
+    monkeypatch.setattr(convert.files, "PAUSES", (0.0, 0.0))
+    paths = write_series(tmp_path / "s", 5)
+    wanted = converted(*paths).index
+    read, failed = convert.dicom.Image.stored, []
+
+    def fail(image):
+        if image.path == str(paths[2]) and len(failed) < number:
+            failed.append(image)
+            raise OSError(5, "Input/output error", image.path)
+        yield from read(image)
+
+    monkeypatch.setattr(convert.dicom.Image, "stored", fail)
+    if number < 3:
+        assert converted(*paths).index == wanted and len(failed) == number
+    else:
+        with pytest.raises(
+            UserError, match="cannot be read, tried 3 times .Input/output error.; start the build again"
+        ):
+            converted(*paths)
+
+
+@pytest.mark.parametrize("name", ["v.nii", "v.nii.gz", "v.nrrd", "p.png"])
+def test_readers_of_volumes_and_pictures_tell_storage_that_fails_from_damage(
+    converted, tmp_path: Path, monkeypatch, name
+) -> None:
+    monkeypatch.setattr(convert.files, "PAUSES", ())
+    values = np.random.default_rng(1).integers(0, 900, (40, 44, 4)).astype(np.int16)
+    path = tmp_path / name
+    if name.endswith("png"):
+        Image.fromarray(values[:, :, 0].astype(np.uint16)).save(path)
+    elif name.endswith("nrrd"):
+        path.write_bytes(b"NRRD0004\ntype: short\ndimension: 3\nsizes: 40 44 4\nencoding: gzip\n\nno gzip")
+    else:
+        path.write_bytes(b"no volume" * 100)
+    opened, count = builtins.open, itertools.count()
+
+    def fail(file, *words, **named):
+        # Of an NRRD volume Python reads the header, and the rest once SimpleITK could not.
+        if str(file) == str(path) and next(count) >= name.endswith("nrrd"):
+            raise OSError(5, "Input/output error", str(file))
+        return opened(file, *words, **named)
+
+    monkeypatch.setattr(builtins, "open", fail)
+    with pytest.raises(UserError, match="cannot be read, tried 1 times .Input/output error."):
+        converted(path)
+
+
+def test_a_full_disk_is_no_fault_of_the_files(converted, tmp_path: Path, write_series, monkeypatch) -> None:
+    paths = write_series(tmp_path / "s", 5)
+
+    def full(self, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(convert.tempfile.SpooledTemporaryFile, "write", full)
+    with pytest.raises(UserError, match="no room on the disk for what is in hand .No space left on device."):
+        converted(*paths)
+
+
+def test_a_file_of_several_frames_is_taken_whole_or_not_at_all(converted, tmp_path: Path) -> None:
+    # The second slice of a volume fails: none of it may stay, or the manifest would lie.
+    values = np.random.default_rng(1).integers(-1000, 1200, (40, 44, 4)).astype(np.int16)
+    nibabel.Nifti1Image(values, np.diag([1, 1, 4, 1])).to_filename(tmp_path / "v.nii")
+    rule = convert.rules.exclude_pixels
+
+    def fail(shape, distinct, counts, *, hu):
+        if abs(float(distinct @ counts) / counts.sum() - float(values[..., 1].mean())) < 1e-3:
+            raise ReadError("damaged")
+        return rule(shape, distinct, counts, hu=hu)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert.rules, "exclude_pixels", fail)
+        found = converted(tmp_path / "v.nii")
+    assert found.slices == [] and found.report["records"] == 0
+    assert found.outcome(tmp_path / "v.nii") == ("quarantined", "damaged")
+
+
+def test_a_file_counts_as_kept_if_any_of_its_slices_is(converted, tmp_path: Path) -> None:
+    values = np.random.default_rng(1).integers(-1000, 1200, (40, 44, 4)).astype(np.int16)
+    values[..., 0], values[..., 3] = values[..., 1], -1000
+    nibabel.Nifti1Image(values, np.diag([1, 1, 4, 1])).to_filename(tmp_path / "v.nii")
+    found = converted(tmp_path / "v.nii")
+    assert [row["index"] for row in found.index] == [0, 2]  # the second repeats the first, the last is empty
+    assert found.outcome(tmp_path / "v.nii") == ("kept", "")
+    outcomes: dict = {}
+    for fate in ("excluded", "kept", "quarantined"):
+        convert.merge_outcome(outcomes, "a", {"fate": fate})
+    assert outcomes["a"]["fate"] == "kept"
+
+
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_an_input_that_changes_under_the_build_ends_it(tmp_path: Path, write_series, monkeypatch, when: str) -> None:
+    paths = write_series(tmp_path / "s", 5)
+    entries = inventory.inspect(([str(p) for p in paths], inventory.Options(KEY)), {}, lambda item: None)
+    made = plan.make(entries, plan.Options(KEY, 0.0, 0.0, 10**9, frozenset(), {"size": None, "slices_per_record": 1}))
+    read = convert.dicom.open_image
+
+    def change(path: str):
+        os.utime(path, ns=(1, 1))  # the very file that is being read
+        return read(path)
+
+    if when == "before":
+        os.utime(paths[3], ns=(1, 1))
+    else:
+        monkeypatch.setattr(convert.dicom, "open_image", change)
+    (tmp_path / "out").mkdir()
+    task = (str(tmp_path / "out"), "x", made["conversion"], made["shards"][0])
+    with pytest.raises(UserError, match="an input changed while the build ran") as caught:
+        convert.convert_shard(task, {}, lambda item: None)
+    assert "/" not in str(caught.value)  # paths can hold names
+    paths[3].unlink()
+    with pytest.raises(UserError, match="an input (can no longer be read|changed)"):
+        convert.convert_shard(task, {}, lambda item: None)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_same_work_gives_the_same_bytes(tmp_path: Path, write_series) -> None:
+    paths = write_series(tmp_path / "s", 6)
+    first, second = (Converted(tmp_path / name, paths, slices_per_record=4) for name in ("a", "b"))
+    assert first.path.read_bytes() == second.path.read_bytes()
+    assert first.report == second.report
+
+
+def test_with_a_scratch_folder_nothing_but_the_finished_shard_and_its_report_touch_the_output(
+    tmp_path: Path, write_series, monkeypatch
+) -> None:
+    with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
+        for path in write_series(tmp_path / "s", 6):
+            archive.write(path, path.name)
+    whole = Converted(tmp_path / "plain", sorted((tmp_path / "s").iterdir()), planes=["coronal"])
+    listing = archives.list_members((str(tmp_path / "s.zip"), str(tmp_path / "unpacked"), 0), {}, lambda item: None)
+    entries = inventory.inspect((listing.members, inventory.Options(KEY)), {}, lambda item: None)
+    settings = {"size": None, "slices_per_record": 1, "planes": ["coronal"]}
+    made = plan.make(entries, plan.Options(KEY, 0.0, 0.0, 10**9, frozenset(), settings))
+    out, scratch = tmp_path / "out", tmp_path / "scratch"
+    (out / "sidecars").mkdir(parents=True)
+    short = plan.write(tmp_path, made)
+    task = {
+        "output": str(out), "sidecars": str(out / "sidecars"), "scratch": str(scratch), "plan": made["hash"],
+        "lines": str(plan.lines_of(tmp_path, made["hash"])), "at": short["shards"][0]["at"], "name": "x",
+        "conversion": made["conversion"],
+    }  # fmt: skip
+    seen: set[Path] = set()
+    convert.publish(task, {}, lambda item: seen.update(out.rglob("*")))
+    assert seen == {out / "sidecars"}
+    name = "x-train.array_record-00000"
+    assert {path.name for path in out.rglob("*")} == {"sidecars", name, f"{name}.json", f"{name}.parquet"}
+    assert (out / name).read_bytes() == whole.path.read_bytes()
+    assert [path for path in scratch.rglob("*") if path.is_file()] == []
+    # A build that took this one's place must not find shards of it.
+    (out / name).unlink()
+    lines = plan.lines_of(tmp_path, made["hash"])
+    with pytest.raises(UserError, match="another build has taken its place"):
+        convert.publish(task, {}, lambda item: lines.unlink(missing_ok=True))
+    assert not (out / name).exists()
+
+
+# ---- memory
+
+
+def test_memory_does_not_grow_with_the_series(tmp_path: Path, write_series, monkeypatch) -> None:
+    monkeypatch.setattr(convert, "SPOOL_BYTES", 1)
+    rng = np.random.default_rng(1)
+
+    def peak(count: int) -> int:
+        paths = []
+        for n in range(count):
+            pixels, place = rng.integers(0, 1900, (256, 256)), [0, 0, 2.0 * n]
+            paths += write_series(
+                tmp_path / f"{count}" / f"{n}", positions=[2.0 * n], pixels=pixels, ImagePositionPatient=place
+            )
+        Converted(tmp_path / f"out{count}", paths)
+        return peaks[-1]
+
+    work, peaks = convert.convert_shard, []
+
+    def traced(*arguments):
+        tracemalloc.start()
+        try:
+            return work(*arguments)
+        finally:
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+
+    monkeypatch.setattr(convert, "convert_shard", traced)
+    peak(6)  # what is loaded at the first use
+    # A slice has 131,072 bytes of pixels.
+    assert peak(46) - peak(6) < 40 * 131_072 / 4

@@ -1,0 +1,82 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from data_pipeline.sources import dicom
+from data_pipeline.stages import exclusion as rules
+
+CT = dicom.Header(
+    path="a", sop_class="1.2.840.10008.5.1.4.1.1.2", sop_uid="1", series_uid="2", study_uid="3", patient_id="P", modality="CT",
+    image_type=("ORIGINAL", "PRIMARY", "AXIAL"), rows=64, columns=64, frames=1,
+    photometric="MONOCHROME2", samples_per_pixel=1, bits_stored=12, signed=False, burned_in=False, called_localizer=False, body_part="", manufacturer="ge",
+    thickness=1.0, lossy=False, has_pixels=True, geometry=(),
+)  # fmt: skip
+AXIAL = dicom.FrameGeometry((1.0, 0.0, 0.0, 0.0, 1.0, 0.0), None, None, 1.0, 0.0)
+CORONAL = dicom.FrameGeometry((1.0, 0.0, 0.0, 0.0, 0.0, -1.0), None, None, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({}, None),
+        ({"sop_class": "1.2.840.10008.5.1.4.1.1.4", "modality": "MR", "image_type": ("ORIGINAL", "PRIMARY", "M")}, None),
+        ({"sop_class": "1.2.840.10008.5.1.4.1.1.2.1", "frames": 9}, None),
+        ({"sop_class": "1.2.840.10008.5.1.4.1.1.7"}, "not a CT or MR image object"),
+        ({"has_pixels": False}, "no pixel data"),
+        ({"samples_per_pixel": 3}, "colour image"),
+        ({"photometric": "PALETTE COLOR"}, "colour image"),
+        ({"photometric": "MONOCHROME1"}, None),
+        ({"burned_in": True}, "burned-in annotation"),
+        ({"image_type": ("ORIGINAL", "PRIMARY", "LOCALIZER")}, "localizer or screen"),
+        ({"image_type": ("DERIVED", "SECONDARY", "MPR")}, "projection or reformat"),
+        ({"image_type": ("DERIVED", "SECONDARY", "REFORMATTED", "AVERAGE")}, "projection or reformat"),
+        ({"image_type": ("DERIVED", "PRIMARY", "MPR", "CSA RESAMPLED")}, "projection or reformat"),
+        ({"image_type": ("ORIGINAL", "PRIMARY", "SCOUT")}, "localizer or screen"),
+        ({"image_type": ("DERIVED", "PRIMARY", "DIFFUSION", "ADC")}, None),
+        ({"called_localizer": True}, "localizer or screen"),
+        ({"image_type": (), "geometry": (CORONAL,)}, "a CT that is not axial and does not say what it is"),
+        ({"image_type": ("ORIGINAL", "PRIMARY"), "geometry": (CORONAL,)}, "a CT that is not axial and does not say what it is"),
+        ({"image_type": (), "geometry": (AXIAL,)}, None),
+        ({"geometry": (CORONAL,)}, None),
+        ({"modality": "MR", "image_type": (), "geometry": (CORONAL,)}, None),
+        ({"frames": 2}, "several frames in a single-frame object"),
+        ({"modality": "PT"}, "neither CT nor MR"),
+    ],
+)  # fmt: skip
+def test_header_rules(change: dict, rule: str | None) -> None:
+    assert rules.exclude_header(dataclasses.replace(CT, **change)) == rule
+
+
+def body(low: float, high: float) -> np.ndarray:
+    return np.linspace(low, high, 64 * 64).reshape(64, 64).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("values", "hu", "rule"),
+    [
+        (body(-1000, 800), True, None),
+        (body(30, 254), True, None),  # one slice may lie in bone; see series rules
+        (np.where(np.eye(64) > 0, 40.0, -1000.0), True, "all air"),
+        (body(0, 254), False, None),
+        (body(5, 5), False, "constant"),
+        (body(-1000, 800)[:31], True, "smaller than 32 px"),
+    ],
+)
+def test_pixel_rules(values: np.ndarray, hu: bool, rule: str | None) -> None:
+    assert rules.exclude_pixels(values.shape, *np.unique(values, return_counts=True), hu=hu) == rule
+
+
+@pytest.mark.parametrize(
+    ("values", "modality", "rule"),
+    [
+        (np.arange(-1000, 800), "CT", None),
+        (np.arange(0, 255), "CT", rules.NO_HU),  # MR stored as CT
+        (np.arange(-1024, -769), "CT", rules.NO_HU),  # 8-bit values with an intercept of -1024
+        (np.arange(0, 255), "MR", None),
+        (np.arange(-4096, 4095), "MR", None),  # phase
+        (np.concatenate([np.arange(-1030, -970), np.arange(0, 80)]), "MR", rules.HU_IN_MR),
+    ],
+)  # fmt: skip
+def test_series_rules(values: np.ndarray, modality: str, rule: str | None) -> None:
+    assert rules.exclude_series(values.astype(np.float64), np.ones(len(values), np.int64), modality) == rule
