@@ -83,6 +83,7 @@ def run(
 
     Args:
       action: gets the parsed arguments; returns an exit code, or None for 0.
+      argv: the words after the command; None takes the process's own.
       stopped: said when Ctrl-C or SIGTERM ended it.
       quote_faults: False says only type and line of an unforeseen error, because its text may quote header values.
     """
@@ -90,7 +91,8 @@ def run(
         args = parser.parse_args(argv)
     except SystemExit as error:  # argparse has printed what is wrong
         return int(error.code or 0)
-    ignore_working_directory()
+    if argv is None:  # else a program called it, whose search path is its own
+        ignore_working_directory()
     logs.configure()
     try:
         with _signals():
