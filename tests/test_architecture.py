@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("curia_common", "data_pipeline", "curia_jax", "configs", "launch")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-COMMANDS = sorted(path for path in FILES if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8"))
+COMMANDS = sorted(path for path in FILES if '\nif __name__ == "__main__":' in path.read_text(encoding="utf-8"))
 
 
 def module_of(path: Path) -> str:
