@@ -277,6 +277,8 @@ def test_description_follows_from_the_dimensions(fields: dict[str, Any], name: s
         ({"image_size": (60, 64)}, r"nearest that is: \(64, 64\)"),
         ({"patch_size": 0}, r"patch_size is \(0, 0\); it has to be at least 1"),
         ({"channels": 0}, "channels is 0; it has to be at least 1"),
+        ({"width": 0}, "width is 0; it has to be at least 1"),
+        ({"mlp_width": 0}, "mlp_width is 0; it has to be at least 1"),
         ({"width": 100, "heads": 3}, r"width 100 has to be a multiple of 4 and of heads \(3\); the next that is: 108"),
         ({"width": 90, "heads": 3}, "the next that is: 96"),
         ({"size": "custom", "width": 16, "heads": 2}, "a model of size 'custom' needs width, depth and heads"),
