@@ -1,4 +1,4 @@
-"""Buffers for the pixels of batches, reused as soon as nobody holds the batch they were used for.
+"""Buffers for the pixels of batches, reused as soon as the batch they were used for is gone.
 
 New memory costs as much as decoding does, in pages that the operating system has to zero. Pixels start at a multiple of 64
 bytes, which lets a CPU "device" use them in place, without a copy (XLA's alignment).

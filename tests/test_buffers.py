@@ -1,4 +1,4 @@
-"""Buffers are reused once nobody holds them, never before, and shared buffers reach the training process."""
+"""Buffers are reused once all views of them are gone, never before, and shared buffers reach the training process."""
 
 import gc
 
@@ -11,7 +11,7 @@ from tests.test_data import Slices
 shared_only = pytest.mark.skipif(not buffers.SharedBufferPool.supported(), reason="only Linux has in-memory files")
 
 
-def test_buffer_is_reused_once_nobody_holds_it_and_never_before() -> None:
+def test_buffer_is_reused_once_all_views_of_it_are_gone() -> None:
     pool = buffers.BufferPool((2, 3, 5))
     pixels = pool.take()
     assert pixels.ctypes.data % buffers.ALIGNMENT == 0
