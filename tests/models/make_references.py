@@ -3,8 +3,8 @@
   python -m tests.models.make_references       writes references/*.safetensors anew; needs PyTorch
 
 Weights, images and noise are drawn from numpy's RandomState, whose stream numpy promises never to change, so that a
-frozen file needs to hold results alone. The parity tests read the files where PyTorch is not installed; where it is,
-they compare with the live run and check that the files still say the same.
+frozen file holds results only. The parity tests read the files where PyTorch is not installed; where it is,
+they compare with the live run and check that the files still agree with it.
 """
 
 import math
@@ -34,7 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def random_params(config: mae.MAEConfig, seed: int) -> dict[str, Any]:
-    """Weights of plausible size, none of them zero or one, so that a tensor that goes astray shows."""
+    """Weights of plausible size, none of them zero or one, so that a misplaced tensor changes the results."""
     random = np.random.RandomState(seed)
     shapes = jax.eval_shape(lambda: mae.init(config, jax.random.key(0)))
 
