@@ -12,7 +12,7 @@ Item = TypeVar("Item")
 class Counter(Protocol):
     """What code that reports progress needs of a display."""
 
-    def step(self, amount: float = 1, text: str = "") -> None: ...
+    def step(self, amount: int | float = 1, text: str = "") -> None: ...
 
 
 class Progress:
@@ -60,11 +60,11 @@ class Progress:
             amount = self._done - self._start
             self._print(f"{amount:,.0f} {self._unit} in {format_seconds(seconds)}, {_format_rate(self._rate())}")
 
-    def step(self, amount: float = 1, text: str = "") -> None:
+    def step(self, amount: int | float = 1, text: str = "") -> None:
         """`amount` more are done; `text` says more about the newest (a loss, say)."""
         self.update(self._done + amount, text)
 
-    def update(self, done: float, text: str = "") -> None:
+    def update(self, done: int | float, text: str = "") -> None:
         """`done` are finished by now."""
         self._done = done
         if not self._enabled:
