@@ -63,7 +63,7 @@ class Compiled:
 class Job:
     """A config on a topology, traced but not compiled."""
 
-    objective: objective.Objective
+    objective: objective.MAEObjective
     mesh: jax.sharding.Mesh
     traced: Any
     total_steps: int
@@ -77,7 +77,7 @@ def job(
     *,
     examples: int,
     canvas: tuple[int, int],
-    make: Callable[..., objective.Objective] = objective.make,
+    make: Callable[..., objective.MAEObjective] = objective.make,
 ) -> Job:
     """Traces the step that `pretrain` runs with this config.
 

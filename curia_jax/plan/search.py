@@ -34,7 +34,7 @@ class Planner:
     topology: topologies.Topology
     data: dict[str, Any]
     prices: dict[str, Any]
-    make: Callable[..., objective.Objective] = objective.make
+    make: Callable[..., objective.MAEObjective] = objective.make
 
     def plan(self, config: ml_collections.ConfigDict) -> dict[str, Any]:
         """Compiles the config's step and says what a run does; see docs/planner.md for the fields.

@@ -37,7 +37,7 @@ def compare(name: str, text: str) -> None:
     assert text == golden.read_text(encoding="utf-8")
 
 
-def on_eight_devices(name: str, *overrides: str) -> objective.Objective:
+def on_eight_devices(name: str, *overrides: str) -> objective.MAEObjective:
     """The named run's step with its batch per chip, split over 8 simulated devices instead of 256 chips."""
     config = configs.load(str(ROOT / "configs" / f"{name}.py"))
     words = [f"--config.batch_size={config.batch_size // 256 * 8}", "--config.mesh.data=1", "--config.mesh.fsdp=8"]
