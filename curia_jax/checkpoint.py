@@ -5,8 +5,9 @@ The number of examples seen, together with the dataset it counts in, is the whol
 another number of hosts or chips, or another batch size.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -98,11 +99,11 @@ class Checkpointer:
     """
 
     def __init__(self, workdir: str, *, keep: int = 3, keep_every_steps: int | None = None) -> None:
-        policies: list[ocp.training.preservation_policies.PreservationPolicy] = [
-            ocp.training.preservation_policies.LatestN(keep)
-        ]
+        policies: list[Any] = [ocp.training.preservation_policies.LatestN(keep)]
         if keep_every_steps is not None:
             policies.append(ocp.training.preservation_policies.EveryNSteps(keep_every_steps))
+        # The annotations of Orbax 0.12's policies contradict each other.
+        any_policy: Any = ocp.training.preservation_policies.AnyPreservationPolicy(policies)
         # Without this Orbax takes `meta` for a tree of arrays and writes each of its numbers as one.
         context = ocp.Context()
         context.checkpointables.registry = ocp.handlers.local_registry()
@@ -112,7 +113,7 @@ class Checkpointer:
         self._orbax = ocp.training.Checkpointer(
             self._folder,
             context=context,
-            preservation_policy=ocp.training.preservation_policies.AnyPreservationPolicy(policies),
+            preservation_policy=any_policy,
             cleanup_tmp_directories=True,
         )
 
@@ -143,27 +144,37 @@ class Checkpointer:
         """
         folder = self._folder / str(self.latest_step)
         _check_shapes(folder, abstract)
-        try:
+        with _reading(folder):
             return ocp.load_checkpointables(folder, {"state": abstract})["state"]
-        except (OSError, ValueError, KeyError) as error:
-            raise _damaged(folder, error) from error
 
     def close(self) -> None:
         self._orbax.close()
 
 
-def _damaged(folder: epath.Path, error: Exception) -> DataError:
-    return DataError(
-        f"checkpoint {folder} is damaged ({str(error).splitlines()[0][:200] if str(error) else type(error).__name__}); "
-        "remove this folder to resume from the checkpoint before it"
-    )
+@contextlib.contextmanager
+def _reading(folder: epath.Path) -> Iterator[None]:
+    """Raises DataError where a checkpoint cannot be read."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise DataError(
+            f"checkpoint {folder} is damaged ({reason}); remove this folder to resume from the one before"
+        ) from error
 
 
 def _read_meta(folder: epath.Path) -> Meta:
-    try:
+    with _reading(folder):
         return Meta.from_json(ocp.load_checkpointables(folder, {"meta": None})["meta"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder, error) from error
+
+
+def _saved_tree(folder: epath.Path) -> Any:
+    """Shapes and dtypes of the saved state."""
+    with _reading(folder):
+        tree = ocp.metadata(folder).metadata
+        if tree is None:
+            raise ValueError("its arrays are not readable")
+        return tree
 
 
 def _finished_steps(folder: epath.Path) -> list[int]:
@@ -182,10 +193,7 @@ def _tensors(tree: PyTree) -> dict[str, tuple[int, ...]]:
 
 
 def _check_shapes(folder: epath.Path, abstract: PyTree) -> None:
-    try:
-        found = _tensors(ocp.metadata(folder).metadata)
-    except (OSError, ValueError, KeyError) as error:
-        raise _damaged(folder, error) from error
+    found = _tensors(_saved_tree(folder))
     wanted = _tensors(abstract)
     wrong = [
         f"{name} is {found[name]} in the checkpoint, {shape} in the config"
@@ -257,14 +265,10 @@ def load(path: str | Path, step: int | None = None) -> Loaded:
       DataError: the checkpoint cannot be read.
     """
     folder = find(str(path), step)
-    meta = _read_meta(folder)
-    try:
-        shapes = ocp.metadata(folder).metadata["params"]
-        abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
-        context = ocp.Context()
-        context.pytree.loading.partial_load = True
-        with context:
-            params = ocp.load_checkpointables(folder, {"state": {"params": abstract}})["state"]["params"]
-    except (OSError, ValueError, KeyError) as error:
-        raise _damaged(folder, error) from error
+    meta, shapes = _read_meta(folder), _saved_tree(folder)["params"]
+    abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context, _reading(folder):
+        params = ocp.load_checkpointables(folder, {"state": {"params": abstract}})["state"]["params"]
     return Loaded(params, dict(meta.config), int(folder.name), meta.examples_seen, str(folder))

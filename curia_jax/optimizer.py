@@ -29,12 +29,12 @@ def schedule(peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule
 
 
 def make(
-    config: ml_collections.ConfigDict, *, batch_size: int, warmup_steps: int, total_steps: int
+    config: settings.Optimizer | ml_collections.ConfigDict, *, batch_size: int, warmup_steps: int, total_steps: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """AdamW; the peak learning rate is `base_learning_rate` x batch_size / 256 (Goyal et al. 2017).
 
     Args:
-      config: `config.optimizer` of a run; see settings.Optimizer.
+      config: the settings, or `config.optimizer` of a run, which is checked.
 
     Returns:
       The transformation and its learning-rate schedule (step -> rate).
@@ -42,7 +42,7 @@ def make(
     Raises:
       UserError: a setting of the wrong type or out of its range.
     """
-    chosen = settings.Optimizer.of(config)
+    chosen = config if isinstance(config, settings.Optimizer) else settings.Optimizer.of(config)
     rate = schedule(chosen.base_learning_rate * batch_size / 256, warmup_steps, total_steps)
     adamw = optax.adamw(rate, b1=chosen.b1, b2=chosen.b2, weight_decay=chosen.weight_decay, mask=decay_mask)
     if chosen.clip_norm is None:

@@ -111,7 +111,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
     _check_workdir(workdir)
     step, meta = checkpoint.latest(workdir) or (0, None)
     source, dataset, dataset_start = _open_dataset(settings.data, meta)
-    mesh = sharding.make_mesh(**config.mesh)
+    mesh_sizes: Any = config.mesh
+    mesh = sharding.make_mesh(**mesh_sizes)
     canvas = data.canvas_size(source, settings.data.canvas)
 
     total_steps = configs.steps(settings.duration, batch_size=settings.batch_size, examples=len(source))
@@ -122,8 +123,11 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
         found = configs.steps(duration, batch_size=settings.batch_size, examples=len(source), total=total_steps)
         return max(1, found)
 
-    plain = json.loads(config.to_json_best_effort())
     save_every = steps(settings.save_every)
+    keep_every = None
+    if settings.keep_every is not None:  # only what is saved can stay: the next multiple of save_every
+        keep_every = -(-steps(settings.keep_every) // save_every) * save_every
+    plain = json.loads(config.to_json_best_effort())
     return Run(
         config=plain,
         settings=settings,
@@ -137,8 +141,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
         warmup_steps=steps(settings.warmup),
         save_every=save_every,
         log_every=steps(settings.log_every),
-        # Only saved steps can stay: the next multiple of save_every.
-        keep_every=settings.keep_every and -(-steps(settings.keep_every) // save_every) * save_every,
+        keep_every=keep_every,
         changes=configs.changes(meta.config, plain) if meta else {},
     )
 
@@ -296,11 +299,11 @@ def train(run: Run, objective: base.Objective, batches: Iterator[Mapping[str, ja
         # ---- compile
         began = time.perf_counter()
         train_step = objective.compile()
-        memory = train_step.memory_analysis()
-        logger.info(
-            f"compiled in {time.perf_counter() - began:.1f} s; per device {memory.argument_size_in_bytes / 2**20:,.0f} MiB arguments, "
-            f"{memory.temp_size_in_bytes / 2**20:,.0f} MiB temporaries"
-        )
+        text = f"compiled in {time.perf_counter() - began:.1f} s"
+        if (memory := train_step.memory_analysis()) is not None:
+            text += f"; per device {memory.argument_size_in_bytes / 2**20:,.0f} MiB arguments, "
+            text += f"{memory.temp_size_in_bytes / 2**20:,.0f} MiB temporaries"
+        logger.info(text)
 
         # ---- logs
         peak, peak_source = telemetry.peak_flops()

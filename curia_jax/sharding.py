@@ -54,7 +54,12 @@ def encoder_rules(prefix: str) -> Rules:
     )
 
 
-def make_mesh(replica: int = 1, data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    replica: int = 1,
+    data: int = -1,
+    fsdp: int = 1,
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm] - a class, which JAX's stub hides
+) -> Mesh:
     """Arranges the devices as (replica, data, fsdp).
 
     Args:

@@ -112,7 +112,12 @@ class _Span(NamedTuple):
     save_wait: float = 0.0
 
     def plus(self, later: "_Span") -> "_Span":
-        return _Span(*(a + b for a, b in zip(self, later, strict=True)))
+        return _Span(
+            self.seconds + later.seconds,
+            self.examples + later.examples,
+            self.input_wait + later.input_wait,
+            self.save_wait + later.save_wait,
+        )
 
 
 METRICS, EVENTS, BOARD = "metrics.jsonl", "events.jsonl", "tensorboard"

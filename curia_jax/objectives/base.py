@@ -90,7 +90,7 @@ class Objective:
         lowered = self.trace().lower()
         try:
             with memory_errors():
-                return lowered.compile(compiler_options=self.compiler_options)
+                return lowered.compile(compiler_options=dict[str, str | bool](self.compiler_options))
         except jax.errors.JaxRuntimeError as error:
             if "compile option" not in str(error):
                 raise

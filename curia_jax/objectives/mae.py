@@ -1,6 +1,7 @@
 """Stage one: the loss of a masked autoencoder on random views, its sharding rows and its FLOPs."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from curia_common.errors import UserError
 from curia_jax import augment, optimizer, sharding
 from curia_jax.models import mae
 from curia_jax.objectives import base
+from curia_jax.settings import Settings
 
 RULES: sharding.Rules = (
     *sharding.encoder_rules("encoder"),
@@ -35,15 +37,18 @@ def make(
     """The objective of a run's config on a mesh.
 
     Args:
-      config: `model`, `augment`, `optimizer`, `compiler_options`, `batch_size` and `seed` of a run.
+      config: a run's config; all of it is checked.
       canvas: height and width of the pixels in a batch.
 
     Raises:
       UserError: a setting is wrong, or image, patch, batch and mesh sizes do not fit together.
     """
-    sharding.check_batch(config.batch_size, mesh)
+    chosen = Settings.of(config)
+    sharding.check_batch(chosen.batch_size, mesh)
+    model_fields: Any = config.model
+    augment_fields: Any = config.augment
     try:
-        model = mae.config(**config.model)
+        model = mae.config(**model_fields)
     except (TypeError, ValueError) as error:
         raise UserError(f"config.model: {error}") from error
     if model.encoder.channels != 1:
@@ -51,7 +56,7 @@ def make(
             f"config.model: channels is {model.encoder.channels}, but CT and MR slices have 1; set --config.model.channels=1"
         )
     transform, learning_rate = optimizer.make(
-        config.optimizer, batch_size=config.batch_size, warmup_steps=warmup_steps, total_steps=total_steps
+        chosen.optimizer, batch_size=chosen.batch_size, warmup_steps=warmup_steps, total_steps=total_steps
     )
 
     def views_and_noise(
@@ -59,7 +64,7 @@ def make(
     ) -> tuple[Float[Array, "batch rows columns 1"], Float[Array, "batch patches"]]:
         view_key, mask_key = jax.random.split(key)
         with jax.named_scope("augment"):
-            images = augment.training_view(batch, view_key, config.augment, model.encoder.image_size)
+            images = augment.training_view(batch, view_key, augment_fields, model.encoder.image_size)
         return images, jax.random.uniform(mask_key, (images.shape[0], model.encoder.patches))
 
     def loss(
@@ -78,13 +83,13 @@ def make(
         optimizer=transform,
         learning_rate=learning_rate,
         mesh=mesh,
-        batch_size=config.batch_size,
+        batch_size=chosen.batch_size,
         canvas=canvas,
-        seed=config.seed,
+        seed=chosen.seed,
         gradient_dtype=jnp.dtype(model.encoder.dtype),
         # The backward pass has two matmuls for each of the forward pass.
         flops_per_example=3 * mae.flops(model),
-        compiler_options=config.get("compiler_options"),
+        compiler_options=chosen.compiler_options,
         progress_format="loss {loss:.4f} (mean predictor {baseline_loss:.4f})",
     )
     return MAEObjective(**vars(objective), model=model)
