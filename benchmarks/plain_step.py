@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import ml_collections
 
     from curia_jax.models import mae, vit
-    from curia_jax.objectives.mae import Objective
+    from curia_jax.objectives.mae import MAEObjective
     from curia_jax.plan.planner import Plan
     from curia_jax.plan.topologies import Topology
 
@@ -129,7 +129,7 @@ def loss(
 def objective_of(
     config: "ml_collections.ConfigDict", mesh: "jax.sharding.Mesh", *,
     canvas: tuple[int, int], warmup_steps: int, total_steps: int,
-) -> "Objective":  # fmt: skip
+) -> "MAEObjective":  # fmt: skip
     """The objective of `curia_jax.objectives.mae.make` with the plain step in place of its own."""
     import jax
     import optax

@@ -22,7 +22,7 @@ from curia_common import logs
 from curia_common.errors import UserError
 from curia_jax import config as configs
 from curia_jax import sharding
-from curia_jax.objectives import mae
+from curia_jax.objectives import base, mae
 from curia_jax.plan import topologies
 from curia_jax.plan.estimator import LargeTensor
 
@@ -72,7 +72,7 @@ class Compiled:
 class TracedStep:
     """The train step of a config, traced for a topology."""
 
-    objective: mae.Objective
+    objective: base.Objective
     mesh: jax.sharding.Mesh
     traced: jax.stages.Traced
     total_steps: int
@@ -84,7 +84,7 @@ def trace_step(
     *,
     examples: int,
     canvas: tuple[int, int],
-    make: Callable[..., mae.Objective] = mae.make,
+    make: Callable[..., base.Objective] = mae.make,
 ) -> TracedStep:
     """Traces the step that `pretrain` runs with this config.
 

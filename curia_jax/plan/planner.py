@@ -4,11 +4,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import ml_collections
 
-from curia_jax.models import mae as model
-from curia_jax.objectives import mae
+from curia_jax.objectives import base, mae
 from curia_jax.plan import compiler, estimator, flops, topologies
 from curia_jax.plan.estimator import LargeTensor, StepEstimate
 from curia_jax.plan.inputs import InputFacts, InputNeeds, input_needs
@@ -124,7 +122,7 @@ class Planner:
     topology: topologies.Topology
     data: InputFacts
     prices: PriceTable
-    make: Callable[..., mae.Objective] = mae.make
+    make: Callable[..., base.Objective] = mae.make
 
     def plan(self, config: ml_collections.ConfigDict) -> Plan:
         """Compiles the config's step, minutes if it is not in the cache.
@@ -149,7 +147,7 @@ class Planner:
             topology=topology,
             mesh=dict(step.mesh.shape),
             batch_size=config.batch_size,
-            parameters=sum(leaf.size for leaf in jax.tree.leaves(step.objective.abstract_state["params"])),
+            parameters=step.objective.parameters,
             data=self.data,
             compiler=version,
             compiler_tested=version.removeprefix("libtpu ") in estimator.TESTED_LIBTPU,
@@ -162,7 +160,7 @@ class Planner:
                 fits=compiled.fits,
                 largest=(*arguments[:LARGEST], *refused),
             ),
-            model_flops_per_step=3 * model.flops(step.objective.model) * config.batch_size,
+            model_flops_per_step=round(step.objective.flops_per_example) * config.batch_size,
             hardware_flops_per_step=flops.hardware_flops(step.traced).total,
         )
         if compiled.refused:

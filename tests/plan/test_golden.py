@@ -14,13 +14,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 from curia_jax import config as configs
 from curia_jax import sharding
-from curia_jax.models import mae as model
 from curia_jax.objectives import mae
 from curia_jax.plan import flops
 
@@ -37,7 +35,7 @@ def compare(name: str, text: str) -> None:
     assert text == golden.read_text(encoding="utf-8")
 
 
-def on_eight_devices(name: str, *overrides: str) -> mae.Objective:
+def on_eight_devices(name: str, *overrides: str) -> mae.MAEObjective:
     """The named run's step with its batch per chip, split over 8 simulated devices instead of 256 chips."""
     config = configs.load(str(ROOT / "configs" / f"{name}.py"))
     words = [f"--config.batch_size={config.batch_size // 256 * 8}", "--config.mesh.data=1", "--config.mesh.fsdp=8"]
@@ -58,9 +56,9 @@ def test_flops_and_argument_bytes_of_named_runs(name: str) -> None:
         size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
         held[path.split("/")[0]] += size
     lines = {
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(objective.abstract_state["params"])),
+        "parameters": objective.parameters,
         "images per device": batch // 8,
-        "model FLOPs per image": 3 * model.flops(objective.model),
+        "model FLOPs per image": round(objective.flops_per_example),
         "hardware FLOPs per image": hardware // batch,
         "of these in Pallas kernels": pallas // batch,
         "bytes of state per device": held["state"],
