@@ -57,7 +57,7 @@ class Objective:
     abstract_state: State
     abstract_batch: dict[str, jax.ShapeDtypeStruct]
     compiler_options: dict[str, str]
-    flops_per_example: float
+    flops_per_example: int | float
     progress_format: str = "loss {loss:.4f}"
 
     @property
@@ -130,7 +130,7 @@ def make(
     canvas: tuple[int, int],
     seed: int,
     gradient_dtype: DTypeLike,
-    flops_per_example: float,
+    flops_per_example: int | float,
     compiler_options: Mapping[str, str | int | float | bool | None] | None = None,
     progress_format: str = "loss {loss:.4f}",
 ) -> Objective:

@@ -19,19 +19,23 @@ SMALL_RUN = ["--topology=v5e:2x2", "--examples=1600", "--config.duration=100 epo
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
 
+def environment(folder: Path) -> dict[str, str]:
+    """That of the suite without its settings of XLA, and with a cache in `folder`."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    return kept | {"XDG_CACHE_HOME": str(folder / "cache")}
+
+
 def plan(folder: Path, *words: str, program: tuple[str, ...] = ("-m", "curia_jax.plan")):
-    """Runs the command with its cache in `folder`; the suite's own process has other settings of XLA.
+    """Runs the command in a process of its own, because the suite's has other settings of XLA.
 
     Returns:
       The finished process and the contents of --json.
     """
     file = folder / "plan.json"
     file.unlink(missing_ok=True)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
-    environment["XDG_CACHE_HOME"] = str(folder / "cache")
     done = subprocess.run(
         [sys.executable, *program, *TINY, f"--json={file}", *words],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500,
+        cwd=ROOT, env=environment(folder), capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     return done, json.loads(file.read_text()) if file.exists() else {}
 
@@ -155,9 +159,12 @@ print(json.dumps(found))
 
 
 @needs_libtpu
-def test_wrong_topology_mesh_or_option_is_one_line_and_exit_2():
+def test_wrong_topology_mesh_or_option_is_one_line_and_exit_2(tmp_path: Path):
     lines = json.dumps([[*TINY, *words] for words, _ in ERRORS])
-    done = subprocess.run([sys.executable, "-c", ASK, lines], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, lines],
+        cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for (words, message), (code, error) in zip(ERRORS, json.loads(done.stdout), strict=True):
         errors = [line for line in error.splitlines() if not line.startswith("compiling for")]
