@@ -104,40 +104,37 @@ def search(planner: Planner, file: str, overrides: Sequence[str], *, seconds: fl
         [(f"--config.batch_size={n}",) for n in tried.batch_size],
         [_mesh(planner.topology, n) for n in tried.fsdp],
     ]
-    plans: dict[tuple[tuple[str, str], ...], tuple[Overrides, Plan]] = {}
+    rows: dict[tuple[tuple[str, str], ...], SearchRow] = {}  # by the fields of their configs
     began = time.monotonic()
     with Progress("search", 1 + sum(len(step) - 1 for step in steps), "candidates") as progress:
 
-        def attempt(words: Overrides) -> tuple[Overrides, Plan] | None:
+        def attempt(words: Overrides) -> SearchRow:
             config = configs.load(file, list(words))
             key = tuple(sorted((name, str(value)) for name, value in configs.flatten(config).items()))
-            if key not in plans:
-                if plans and time.monotonic() - began > seconds:
-                    return None
+            if key not in rows:
                 logger.info("compiling %s", " ".join(words) or "the config as it is")
-                plans[key] = (words, planner.plan(config))
+                rows[key] = SearchRow(words, planner.plan(config))
                 progress.step()
-            return plans[key]
+            return rows[key]
 
         best = attempt(tuple(overrides))
-        assert best is not None  # the first attempt is always made
-        if best[1].estimate_error is not None:
+        if best.plan.estimate_error is not None:
             logger.warning("nothing to compare without step times")
-            return (SearchRow(*best),)
-        for step in steps:
-            for words in step:
-                changed = {word.split("=")[0] for word in words}
-                kept = (word for word in best[0] if word.split("=")[0] not in changed)
-                found = attempt((*kept, *words))
-                if found is not None and _rank(found[1]) > _rank(best[1]):
-                    best = found
-    fitting = [plan for _, plan in plans.values() if plan.fits]
-    front = {fitting[n].program_hash for n in pareto([(p.images_per_second_per_chip, p.memory.total) for p in fitting])}
-    rows = [
-        SearchRow(words, plan, plan.fits and plan.program_hash in front, plan is best[1] and plan.fits)
-        for words, plan in plans.values()
+            return (best,)
+        for words in (words for step in steps for words in step):
+            if time.monotonic() - began > seconds:
+                break
+            changed = {word.split("=")[0] for word in words}
+            row = attempt((*(word for word in best.overrides if word.split("=")[0] not in changed), *words))
+            best = max(best, row, key=lambda row: _rank(row.plan))
+    fitting = [row for row in rows.values() if row.plan.fits]
+    front = pareto([(row.plan.images_per_second_per_chip, row.plan.memory.total) for row in fitting])
+    on_front = [fitting[number] for number in front]
+    marked = [
+        dataclasses.replace(row, pareto=any(row is one for one in on_front), best=row is best and row.plan.fits)
+        for row in rows.values()
     ]
-    return tuple(sorted(rows, key=lambda row: -row.plan.images_per_second_per_chip))
+    return tuple(sorted(marked, key=lambda row: -row.plan.images_per_second_per_chip))
 
 
 def _rank(plan: Plan) -> tuple[bool, float]:

@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 import jax
+import numpy as np
+from jaxtyping import Float
 
 from curia_common.errors import fault_location
 from curia_jax.plan.estimator import accounting, hlo
@@ -154,17 +156,17 @@ def summarize(
     """The estimate from a program's account; arguments as for `estimate`."""
     topology, chip = network.topology, network.topology.chip
     compute = account.cycles / chip.clock
-    parts: defaultdict[str, _PartSum] = defaultdict(_PartSum)
+    parts: defaultdict[str, Float[np.ndarray, "5"]] = defaultdict(lambda: np.zeros(5))
     for op in account.costed:
-        parts[part_of(op.op_name)].add(op.cycles / chip.clock, op.cost, op.trips, chip)
+        parts[part_of(op.op_name)] += _times(op.cycles / chip.clock, op.cost, op.trips, chip)
     charged = 0.0
     for op in account.uncosted:
         flops = pallas_flops.get(op.shapes, 0) if op.flops is None else op.flops
         seconds = max(flops / chip.flops, op.bytes / chip.hbm_bandwidth) * chip.devices / ROOFLINE_EFFICIENCY
-        parts[part_of(op.op_name)].add(seconds * op.trips, Cost(flops, 0, op.hbm_bytes), op.trips, chip)
+        parts[part_of(op.op_name)] += _times(seconds * op.trips, Cost(flops, 0, op.hbm_bytes), op.trips, chip)
         charged += seconds * op.trips
     for copy in account.copies:
-        parts[part_of(copy.op_name)].hbm += copy.bytes * copy.trips / chip.hbm_bandwidth * chip.devices
+        parts[part_of(copy.op_name)][3] += copy.bytes * copy.trips / chip.hbm_bandwidth * chip.devices
     collectives = _collective_times(account, network)
     exposed = sum((row.exposed_seconds for row in collectives), 0.0)
     busy = compute + charged
@@ -182,32 +184,18 @@ def summarize(
         images_per_second=batch_size / step,
         collectives=collectives,
         parts=tuple(
-            PartTime(name, one.seconds / busy, one.seconds, one.matmul, one.vector, one.hbm, one.bound)
-            for name, one in sorted(parts.items(), key=lambda item: -item[1].seconds)
+            PartTime(name, float(row[0] / busy), *row.tolist())
+            for name, row in sorted(parts.items(), key=lambda item: -item[1][0])
         ),
     )
 
 
-@dataclasses.dataclass
-class _PartSum:
-    """A PartTime while it is added up; all in seconds."""
-
-    seconds: float = 0.0
-    matmul: float = 0.0
-    vector: float = 0.0
-    hbm: float = 0.0
-    bound: float = 0.0
-
-    def add(self, seconds: float, cost: Cost, trips: int, chip: Chip) -> None:
-        """Adds an instruction that takes `seconds` in all its trips and costs `cost` in each."""
-        matmul = cost.flops / chip.flops * chip.devices * trips
-        vector = cost.operations / (chip.vector * chip.clock) * chip.devices * trips
-        hbm = cost.bytes / chip.hbm_bandwidth * chip.devices * trips
-        self.seconds += seconds
-        self.matmul += matmul
-        self.vector += vector
-        self.hbm += hbm
-        self.bound += max(matmul, vector, hbm)
+def _times(seconds: float, cost: Cost, trips: int, chip: Chip) -> Float[np.ndarray, "5"]:
+    """`seconds` and the lower bounds of a PartTime, for an instruction that takes `seconds` in all its trips."""
+    matmul = cost.flops / chip.flops * chip.devices * trips
+    vector = cost.operations / (chip.vector * chip.clock) * chip.devices * trips
+    hbm = cost.bytes / chip.hbm_bandwidth * chip.devices * trips
+    return np.array([seconds, matmul, vector, hbm, max(matmul, vector, hbm)])
 
 
 def _collective_times(account: accounting.Account, network: Network) -> tuple[CollectiveTime, ...]:
