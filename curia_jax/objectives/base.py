@@ -57,7 +57,7 @@ class Objective:
     abstract_state: State
     abstract_batch: dict[str, jax.ShapeDtypeStruct]
     compiler_options: dict[str, str]
-    flops_per_example: float
+    flops_per_example: int | float
     progress_format: str = "loss {loss:.4f}"
 
     @property
@@ -88,9 +88,10 @@ class Objective:
           DoesNotFitError: the program needs more memory than a device has.
         """
         lowered = self.trace().lower()
+        options: dict[str, str | bool] = {**self.compiler_options}
         try:
             with memory_errors():
-                return lowered.compile(compiler_options=dict[str, str | bool](self.compiler_options))
+                return lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             if "compile option" not in str(error):
                 raise
@@ -130,7 +131,7 @@ def make(
     canvas: tuple[int, int],
     seed: int,
     gradient_dtype: DTypeLike,
-    flops_per_example: float,
+    flops_per_example: int | float,
     compiler_options: Mapping[str, str | int | float | bool | None] | None = None,
     progress_format: str = "loss {loss:.4f}",
 ) -> Objective:
