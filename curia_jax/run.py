@@ -85,7 +85,7 @@ class Outcome:
     finished: bool
     step: int
     examples_seen: int
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, int | float]
 
     @property
     def exit_code(self) -> ExitCode:
@@ -338,7 +338,7 @@ def train(run: Run, objective: base.Objective, batches: Iterator[Mapping[str, ja
             text = objective.progress_format.format(**report.metrics)
             if rates:
                 text += f"  {rates['images_per_second']:,.0f} images/s  MFU {rates['mfu']:.1%}"
-            progress.update(report.step, text)
+            progress.update(float(report.step), text)
 
         # ---- loop
         saver = training.Saver(checkpointer, schedule, run.meta, log)

@@ -62,7 +62,7 @@ class Meter:
       peak: FLOP/s of all devices together.
     """
 
-    def __init__(self, *, batch_size: int, flops_per_example: float, peak: float) -> None:
+    def __init__(self, *, batch_size: int, flops_per_example: int | float, peak: float) -> None:
         self._batch_size, self._flops, self._peak = batch_size, flops_per_example, peak
         self._interval, self._run = _Span(), _Span()
         self._last: float | None = None
@@ -156,7 +156,7 @@ class Log:
         os.replace(beside, path)
         return path.open("a", encoding="utf-8")
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+    def metrics(self, step: int, values: Mapping[str, int | float]) -> None:
         """Appends one line to `metrics.jsonl` and one point per value to TensorBoard."""
         from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue] - generated
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue] - generated

@@ -88,9 +88,10 @@ class Objective:
           DoesNotFitError: the program needs more memory than a device has.
         """
         lowered = self.trace().lower()
+        options: dict[str, str | bool] = {**self.compiler_options}
         try:
             with memory_errors():
-                return lowered.compile(compiler_options=dict[str, str | bool](self.compiler_options))
+                return lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             if "compile option" not in str(error):
                 raise
