@@ -167,7 +167,7 @@ def compile_for(
     began = time.perf_counter()
     try:
         compiled, text = _compile(lowered, options)
-    except Exception as error:  # noqa: BLE001 - jaxlib has no narrower type for a refusal
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
         refusal = out_of_memory(str(error))
         if refusal is None:
             raise UserError(f"the TPU compiler refuses the program for {topology}: {str(error)[:400]}") from error
@@ -176,7 +176,7 @@ def compile_for(
         result = Compiled("", True, memory, refusal.limit or limit, refusal.largest, seconds, False, key)
     else:
         stats = compiled.memory_analysis()
-        assert stats is not None  # every XLA backend but plugins of others has it
+        assert stats is not None  # libtpu always reports it
         memory = {
             "arguments": stats.argument_size_in_bytes,
             "temporaries": stats.temp_size_in_bytes,
@@ -248,7 +248,7 @@ def out_of_memory(message: str) -> Refusal | None:
         if (match := re.search(form, message)) is not None:
             used, limit = (int(float(match[i]) * UNITS[match[i + 1]]) for i in (1, 3))
             return Refusal({name: used}, limit, largest)
-    if "RESOURCE_EXHAUSTED" in message and "memory" in message:  # in words of another libtpu version
+    if "RESOURCE_EXHAUSTED" in message and "hbm" in message.lower():  # in words of another libtpu version; not VMEM
         return Refusal({}, None, largest)
     return None
 

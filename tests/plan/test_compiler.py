@@ -1,5 +1,7 @@
 """What the TPU compiler says of a program that does not fit."""
 
+import pytest
+
 from curia_jax.plan import compiler
 
 LIMIT = int(15.75 * 2**30)
@@ -45,8 +47,11 @@ def test_refusal_for_memory_of_temporaries_is_read():
 
 
 def test_refusal_for_memory_in_unknown_words_is_still_one():
-    assert compiler.out_of_memory("RESOURCE_EXHAUSTED: no memory left for the temporaries") == ({}, None, ())
+    assert compiler.out_of_memory("RESOURCE_EXHAUSTED: no HBM left for the temporaries") == ({}, None, ())
 
 
-def test_other_refusals_are_not_for_memory():
-    assert compiler.out_of_memory("INTERNAL: something else") is None
+@pytest.mark.parametrize(
+    "message", ["INTERNAL: something else", "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem."]
+)
+def test_refusals_without_hbm_are_not_for_memory(message: str):
+    assert compiler.out_of_memory(message) is None
