@@ -1,12 +1,11 @@
-"""The demo's own model on this machine's CPU, against transformers' ViTMAE on PyTorch with the same shapes.
+"""The demo's model on this machine's CPU, against transformers' ViTMAE on PyTorch with the same shapes.
 
   python -m benchmarks.cpu
 
 A training step (forward, backward, AdamW) and feature extraction, once on one core and once on all. Each side has its own
-process, with the allocator settings that the demo uses; they take turns, so that what else runs on the machine meets both, and
-ratios are medians over the rounds. On one core the images per CPU second are the ones to compare where the machine is shared.
-On all of them only a quiet machine tells: PyTorch's threads wait for each other by spinning, and where others are at work it
-loses up to nine tenths of its rate to that.
+process, with the allocator settings that the demo uses. The sides take turns, so that other load affects both, and ratios are
+medians over the rounds. On a shared machine compare images per CPU second on one core. Figures for all cores need an idle
+machine: PyTorch's threads wait by spinning, and under other load it loses up to nine tenths of its rate.
 
 Exit codes: 0 done, 2 wrong usage or torch is missing.
 """
@@ -38,10 +37,10 @@ def compare(
     others: list[str],
     compiled: bool,
 ) -> list[dict[str, Any]]:
-    """A row per side: median images/s, per second and per CPU second, and how many times that rate this project has.
+    """A row per side: median images per second and per CPU second, and this project's rate divided by the side's.
 
     Args:
-      cores: that each side keeps to; 0 for all.
+      cores: number of cores that each side uses; 0 for all.
     """
     environment = {**os.environ, **demo.ENVIRONMENT}
     names, sides = ["jax", *others], []
@@ -89,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     args, overrides = parser.parse_known_args(argv)
     try:
         need_torch()
-        config = configs.load(str(CONFIG), overrides)
+        config: Any = configs.load(str(CONFIG), overrides)
         model = json.loads(config.model.to_json())
         rows = []
         print("| task | cores | side | images/s | images per CPU second | JAX is x times, wall | per CPU second |")

@@ -2,16 +2,16 @@
 
   python -m benchmarks.gpu                                     B/16 and L/16 at 224 and 512 px
   python -m benchmarks.gpu --config=configs/pretrain_vit_b16_224.py
-  python -m benchmarks.gpu --batch=512,256,128,32              a batch for each of the four, known from before: 6 minutes on an H200
-  python -m benchmarks.gpu --platform=cpu --tiny               shows that it runs, on any machine; its figures mean nothing
+  python -m benchmarks.gpu --batch=512,256,128,32              one known batch per config: 6 minutes on an H200
+  python -m benchmarks.gpu --platform=cpu --tiny               smoke test on any machine; its figures mean nothing
 
-Forward, backward and AdamW, products in bfloat16, of the named configs' models: jax, this project; transformers, its ViTMAE
+Forward, backward and AdamW, matmuls in bfloat16, of the named configs' models: jax, this project; transformers, its ViTMAE
 with SDPA; timm, a MAE of timm's blocks with SDPA; both of these with torch.compile and fused AdamW. First each side's batch is
-doubled until memory is full, and its fastest one taken; then the sides take turns at their best batches, and the ratio is that to
-the faster PyTorch side, the median over the rounds. Every measurement has its own process and the card to itself. With --batch
-the sides of a model are started together, compile at the same time and stay in memory, and only one of them works at a time.
+doubled until memory is full, and the fastest batch is used. Then the sides take turns at their best batches; the ratio is to the
+faster PyTorch side, the median over the rounds. Every measurement has its own process and the card to itself. With --batch the
+sides of a model start together, compile at the same time and stay in memory, and one of them runs at a time.
 
-MFU counts the matrix products of the model, three forward passes a step, over the card's bf16 peak.
+MFU counts the matmuls of the model, three forward passes a step, over the card's bf16 peak.
 Exit codes: 0 done, 2 no GPU, wrong usage, or torch is missing.
 """
 
@@ -57,7 +57,7 @@ def check_gpu() -> str:
     found = subprocess.run(query, capture_output=True, text=True)
     if found.returncode or not found.stdout.strip():
         raise UserError(f"no NVIDIA GPU found: {(found.stderr or found.stdout).strip() or 'nvidia-smi names none'}")
-    # In processes of their own: a library that has seen the card keeps some of its memory.
+    # In separate processes: a library that has used the card keeps some of its memory.
     for code, remedy in (
         ("import jax; assert jax.default_backend() == 'gpu'", "JAX does not see it; pip install 'curia-jax[cuda]'"),
         ("import torch; assert torch.cuda.is_available()", "PyTorch does not see it; install torch with CUDA"),
@@ -68,10 +68,10 @@ def check_gpu() -> str:
 
 
 def start(spec: Spec, *, alone: bool) -> Side | None:
-    """A step in a process of its own, ready to run; None if the card's memory is too small.
+    """A step in its own process, ready to run; None if the card's memory is too small.
 
     Args:
-      alone: JAX may take nearly all of the card at once; else what it needs, as it needs it.
+      alone: JAX may preallocate nearly all of the card's memory; otherwise it allocates as needed.
     """
     environment = {**os.environ, "JAX_PLATFORMS": spec.platform}
     if alone:
@@ -86,7 +86,7 @@ def start(spec: Spec, *, alone: bool) -> Side | None:
 
 
 def rate(side: Side, seconds: float) -> float | None:
-    """Images/s over at least so many seconds; None if memory is too small."""
+    """Images/s, measured over at least `seconds`; None if memory is too small."""
     steps = 1
     while True:
         took = side.run(steps)
@@ -98,7 +98,7 @@ def rate(side: Side, seconds: float) -> float | None:
 
 
 def measure(spec: Spec, seconds: float) -> dict[str, Any] | None:
-    """Facts of a side and its images/s, in a new process; None if memory is too small."""
+    """A side's facts and images/s from a new process; None if memory is too small."""
     side = start(spec, alone=True)
     if side is None:
         return None
@@ -139,7 +139,9 @@ def best_batch(make: Any, *, first: int, most: int, seconds: float) -> tuple[int
     return best, found[best]
 
 
-def searched(make: Any, args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, int], dict[str, list[float]]]:
+def at_best_batches(
+    make: Any, args: argparse.Namespace
+) -> tuple[dict[str, Any], dict[str, int], dict[str, list[float]]]:
     """Facts, best batch and rates of every side, each measurement in a process of its own.
 
     Args:
@@ -161,20 +163,26 @@ def searched(make: Any, args: argparse.Namespace) -> tuple[dict[str, Any], dict[
     return {side: facts for side, (_, facts) in best.items()}, {side: batch for side, (batch, _) in best.items()}, rates
 
 
-def together(
+def at_one_batch(
     make: Any, batch: int, args: argparse.Namespace
 ) -> tuple[dict[str, Any], dict[str, int], dict[str, list[float]]]:
-    """As `searched`, at one batch for all, the sides started at once."""
+    """As `at_best_batches`, with one given batch for all sides, which start at once."""
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(args.sides)) as pool:
 
         def begin(name: str) -> Side | None:
             side = start(make(name, batch), alone=False)
             if side is not None:
-                stack.callback(side.close)  # also where another one fails
+                stack.callback(side.close)  # also if another side fails
             return side
 
-        started = dict(zip(args.sides, pool.map(begin, args.sides), strict=True))
-        if missing := [name for name, side in started.items() if side is None]:
+        started: dict[str, Side] = {}
+        missing = []
+        for name, side in zip(args.sides, pool.map(begin, args.sides), strict=True):
+            if side is None:
+                missing.append(name)
+            else:
+                started[name] = side
+        if missing:
             raise UserError(
                 f"{missing[0]} does not fit beside the others with a batch of {batch}; choose a smaller --batch"
             )
@@ -195,7 +203,7 @@ def compare(name: str, model: dict[str, Any], batch: int | None, args: argparse.
         cores = 1 if args.platform == "cpu" else 0
         return Spec(side, "train", model, batch, args.platform, compiled=args.compile and side != "jax", cores=cores)
 
-    facts, batches, rates = searched(make, args) if batch is None else together(make, batch, args)
+    facts, batches, rates = at_best_batches(make, args) if batch is None else at_one_batch(make, batch, args)
     check_same_model({side: facts[side]["parameters"] for side in args.sides})
     flops = 3 * mae.flops(mae.config(**model))
     medians = {side: statistics.median(values) for side, values in rates.items()}
@@ -262,7 +270,8 @@ def main(argv: list[str] | None = None) -> int:
         print("| config | side | batch | images/s | MFU | times the faster PyTorch | card |")
         print("|---|---|---|---|---|---|---|", flush=True)
         for file, batch in zip(args.config, args.batch or [None] * len(args.config), strict=True):
-            model = json.loads(configs.load(str(ROOT / file)).model.to_json())
+            config: Any = configs.load(str(ROOT / file))
+            model = json.loads(config.model.to_json())
             if args.tiny:
                 model |= TINY
             for row in compare(Path(file).stem, model, batch, args):

@@ -1,10 +1,10 @@
-"""One side of benchmarks/cpu.py and benchmarks/gpu.py: a step of a ViT-MAE in a process of its own.
+"""One side of benchmarks/cpu.py and benchmarks/gpu.py: a step of a ViT-MAE in its own process.
 
   python -m benchmarks.mae_step SPEC       SPEC is a JSON object with the fields of Spec
 
-Prints a JSON line when the step has been compiled and run once; then reads numbers of steps from standard input, takes so many
-and prints a line for each. Both sides get float32 images on the device and do forward, backward and AdamW, or the encoder on
-whole images and the mean of its patch tokens; augmentation and input are no part of it. Parameters are float32.
+Prints a JSON line once the step is compiled and has run; then reads numbers of steps from standard input, runs as many and prints
+a line for each. Every side gets float32 images on the device and does forward, backward and AdamW, or the encoder on whole
+images and the mean of its patch tokens. Augmentation and input are not measured. Parameters are float32.
 """
 
 import argparse
@@ -31,11 +31,11 @@ class Spec:
     Attributes:
       side: "jax", this project's model; "transformers", its ViTMAE; "timm", a MAE of timm's blocks: fused qkv and SDPA.
       task: "train" or "features".
-      model: the `model` part of a run's config; its dtype is that of the products on both sides.
+      model: the `model` section of a run's config; its dtype is that of the matmuls on every side.
       batch: images.
       platform: "cpu" or "cuda".
       compiled: torch.compile.
-      cores: of a CPU that the process keeps to, where the system allows it, and PyTorch's threads; 0 for all.
+      cores: number of CPU cores for the process, where the system allows it, and of PyTorch's threads; 0 for all.
     """
 
     side: str
@@ -47,19 +47,18 @@ class Spec:
     cores: int = 0
 
 
-Step = Callable[[], Any]  # starts a step; the result is waited for with the side's `wait`
+Step = Callable[[], Any]  # dispatches a step; the side's `wait` blocks on its result
 
 
 def jax_side(spec: Spec) -> tuple[Step, Callable[[Any], float], dict[str, Any]]:
-    """A step, how to wait for its result (the loss, or the mean feature), and facts."""
+    """A step, a function that waits for its result (the loss, or the mean feature), and facts."""
     import jax
     import jax.numpy as jnp
     import ml_collections
     import optax
 
-    from curia_jax import optimizer
+    from curia_jax import optimizer, xla_flags
     from curia_jax.models import mae, vit
-    from curia_jax.objectives import mae as objective
 
     model = mae.config(**spec.model)
     params = mae.init(model, jax.random.key(0))
@@ -91,7 +90,7 @@ def jax_side(spec: Spec) -> tuple[Step, Callable[[Any], float], dict[str, Any]]:
         return (optax.apply_updates(params, updates), opt_state, number + 1), loss
 
     state = [(params, jax.jit(transform.init)(params), jnp.zeros((), jnp.int32))]
-    options = objective.compiler_options(facts["device"], replicas=1)
+    options = xla_flags.compiler_options(facts["device"], replicas=1)
     compiled = jax.jit(step, donate_argnums=0).lower(state[0], images).compile(compiler_options=options)
 
     def run() -> Any:
@@ -150,7 +149,7 @@ def torch_side(spec: Spec) -> tuple[Step, Callable[[Any], float], dict[str, Any]
 
 
 def transformers_mae(model: Mapping[str, Any]) -> Any:
-    """transformers' ViTMAEForPreTraining of these shapes, square as it needs them; images -> loss."""
+    """transformers' ViTMAEForPreTraining of these shapes, which have to be square; images -> loss."""
     import torch
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
@@ -161,7 +160,8 @@ def transformers_mae(model: Mapping[str, Any]) -> Any:
         image_size=encoder.image_size[0], patch_size=encoder.patch_size[0], num_channels=encoder.channels,
         decoder_hidden_size=model["decoder_width"], decoder_num_hidden_layers=model["decoder_depth"],
         decoder_num_attention_heads=model["decoder_heads"], decoder_intermediate_size=4 * model["decoder_width"],
-        mask_ratio=model["mask_ratio"], norm_pix_loss=model["norm_pix"], attn_implementation="sdpa",
+        mask_ratio=model["mask_ratio"], norm_pix_loss=model["norm_pix"],
+        attn_implementation="sdpa",  # pyright: ignore[reportCallIssue] - of the base class, missing in its stub
     )  # fmt: skip
 
     class Loss(torch.nn.Module):
@@ -173,7 +173,7 @@ def transformers_mae(model: Mapping[str, Any]) -> Any:
             return self.mae(images).loss
 
         def features(self, images: Any) -> Any:
-            """Mean patch token of the whole image; the encoder's own way to see it all is to hide nothing."""
+            """Mean patch token of the whole image; the encoder sees all of it with a mask ratio of 0."""
             vit = self.mae.vit
             vit.embeddings.config.mask_ratio = 0.0
             return vit(images).last_hidden_state[:, 1:].mean(dim=1)
@@ -182,7 +182,7 @@ def transformers_mae(model: Mapping[str, Any]) -> Any:
 
 
 def timm_mae(model: Mapping[str, Any]) -> Any:
-    """A MAE as facebookresearch/mae has it, of timm's blocks with scaled_dot_product_attention; images -> loss."""
+    """facebookresearch/mae built from timm-like blocks with scaled_dot_product_attention; images -> loss."""
     import numpy as np
     import torch
     import torch.nn.functional as F
@@ -213,6 +213,9 @@ def timm_mae(model: Mapping[str, Any]) -> Any:
             return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate=approximate))
 
     class MAE(nn.Module):
+        position: torch.Tensor
+        decoder_position: torch.Tensor
+
         def __init__(self) -> None:
             super().__init__()
             values = encoder.patch_values
@@ -288,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for _ in range(2):
             value = wait(run())
         if spec.cores and os.path.isdir("/proc/self/task"):
-            # All threads, now that they are there: XLA's pool of threads, where it sees one core only, waits for itself.
+            # After the thread pools exist: XLA's deadlocks if it starts on a single core.
             for task in os.listdir("/proc/self/task"):
                 os.sched_setaffinity(int(task), sorted(os.sched_getaffinity(0))[-spec.cores :])
         print(json.dumps(facts | {"value": value}), flush=True)
@@ -316,7 +319,7 @@ class Side:
       facts: parameters, device, version, value; {"error": "out of memory"} where the batch does not fit.
 
     Raises:
-      UserError: the process failed; what it said is on standard error.
+      UserError: the process failed; its message is on standard error.
     """
 
     def __init__(self, spec: Spec, environment: Mapping[str, str]) -> None:
@@ -325,6 +328,8 @@ class Side:
             [sys.executable, "-m", "benchmarks.mae_step", json.dumps(dataclasses.asdict(spec))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(environment),
         )  # fmt: skip
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._requests, self._answers = self._process.stdin, self._process.stdout
         try:
             self.facts = self._read()
         except UserError:
@@ -332,35 +337,35 @@ class Side:
             raise
 
     def _read(self) -> dict[str, Any]:
-        line = self._process.stdout.readline()
+        line = self._answers.readline()
         if not line:
-            raise UserError(f"the step of {self.spec.side} failed; what it said stands above")
+            raise UserError(f"the step of {self.spec.side} failed; its message is above")
         return json.loads(line)
 
     def run(self, steps: int) -> dict[str, float]:
-        """Takes so many steps: {"seconds", "cpu_seconds", "value"}."""
-        self._process.stdin.write(f"{steps}\n")
-        self._process.stdin.flush()
+        """Runs so many steps: {"seconds", "cpu_seconds", "value"}."""
+        self._requests.write(f"{steps}\n")
+        self._requests.flush()
         return self._read()
 
     def close(self) -> None:
         """Ends the process."""
         self._process.kill()
         self._process.wait()
-        self._process.stdin.close()
-        self._process.stdout.close()
+        self._requests.close()
+        self._answers.close()
 
 
 def need_torch() -> None:
     """Raises UserError unless both libraries of the PyTorch sides are installed."""
     if not find_spec("torch") or not find_spec("transformers"):
         raise UserError(
-            "there is nothing to compare with: torch or transformers is not installed; pip install 'curia-jax[torch]'"
+            "nothing to compare with: torch or transformers is not installed; pip install 'curia-jax[torch]'"
         )
 
 
 def check_same_model(parameters: Mapping[str, int]) -> None:
-    """Raises UserError unless every side has as many parameters."""
+    """Raises UserError unless every side has the same number of parameters."""
     if len(set(parameters.values())) > 1:
         raise UserError(f"the sides have different models: {dict(parameters)} parameters")
 

@@ -1,30 +1,38 @@
-"""The baseline that docs/performance.md compares with: a ViT-MAE train step as one writes it first, and its plan.
+"""Plans the baseline of docs/performance.md: a ViT-MAE train step as one writes it first.
 
-The same method, parameters, augmentation and optimizer as `curia_jax.pretrain`, in array operations alone, with automatic
-derivatives: bf16 products, float32 LayerNorm and softmax, exact GELU, the reference's decoder with 16 heads, gathers for the
-mask, a scan over the layers, parameters copied to every device. `loss` computes what `mae.MAE` computes (tests/benchmarks).
-
-Usage: python benchmarks/plain_step.py [--config=FILE ...] [--topology=v5e:16x16] [--json=FILE]. Compiles for minutes each; the
-compiler's answers are kept. Where the step does not fit without rematerialisation, it is planned with.
+The method, parameters, augmentation and optimizer are those of `curia_jax.pretrain`, in array operations alone, with automatic
+derivatives: bf16 matmuls, float32 LayerNorm and softmax, exact GELU, the reference's decoder with 16 heads, gathers for the
+mask, a scan over layers, replicated parameters. `loss` computes what `mae.MAE` computes (tests/benchmarks/test_plain_step.py).
+A run that does not fit without rematerialisation is planned with it. Takes minutes each; the compiler's answers are cached.
 """
 
 import argparse
 import dataclasses
-import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from curia_jax.plan import topology as topologies
+from curia_common import cli
+from curia_common.exit_codes import ExitCode
+
+if TYPE_CHECKING:
+    import jax
+    import ml_collections
+
+    from curia_jax.models import mae, vit
+    from curia_jax.objectives.mae import MAEObjective
+    from curia_jax.plan.planner import Plan
+    from curia_jax.plan.topologies import Topology
 
 NAMED = [f"configs/pretrain_vit_{size}16_{px}.py" for px in (224, 512) for size in "blh"]
+Params = Any  # nested dict of arrays
 
 
 # ---- the model
 
 
-def layer_norm(x: Any, p: Mapping[str, Any], eps: float) -> Any:
+def layer_norm(x: "jax.Array", p: "Params", eps: float) -> "jax.Array":
     import jax
     import jax.numpy as jnp
 
@@ -34,11 +42,11 @@ def layer_norm(x: Any, p: Mapping[str, Any], eps: float) -> Any:
     return (y * p["scale"] + p["bias"]).astype(x.dtype)
 
 
-def linear(x: Any, p: Mapping[str, Any]) -> Any:
+def linear(x: "jax.Array", p: "Params") -> "jax.Array":
     return x @ p["kernel"].astype(x.dtype) + p["bias"].astype(x.dtype)
 
 
-def block(x: Any, p: Mapping[str, Any], heads: int, eps: float, approximate: bool) -> Any:
+def block(x: "jax.Array", p: "Params", heads: int, eps: float, approximate: bool) -> "jax.Array":
     import jax
     import jax.numpy as jnp
 
@@ -55,10 +63,10 @@ def block(x: Any, p: Mapping[str, Any], heads: int, eps: float, approximate: boo
         return x + linear(jax.nn.gelu(y, approximate=approximate), p["mlp"]["fc2"])
 
 
-def blocks(x: Any, stack: Any, heads: int, encoder: Any) -> Any:
+def blocks(x: "jax.Array", stack: "Params", heads: int, encoder: "vit.ViTConfig") -> "jax.Array":
     import jax
 
-    def run(x: Any, p: Any) -> Any:
+    def run(x: jax.Array, p: Params) -> jax.Array:
         return block(x, p, heads, encoder.layer_norm_eps, encoder.activation == "gelu_tanh")
 
     if encoder.remat == "full":
@@ -66,8 +74,10 @@ def blocks(x: Any, stack: Any, heads: int, encoder: Any) -> Any:
     return jax.lax.scan(lambda x, p: (run(x, p), None), x, stack)[0]
 
 
-def loss(config: Any, params: Mapping[str, Any], images: Any, noise: Any) -> tuple[Any, Any]:
-    """Loss over the hidden patches, and that of predicting nothing but the mean."""
+def loss(
+    config: "mae.MAEConfig", params: "Params", images: "jax.Array", noise: "jax.Array"
+) -> "tuple[jax.Array, jax.Array]":
+    """Loss over the masked patches, and that of predicting zero."""
     import jax
     import jax.numpy as jnp
 
@@ -116,21 +126,24 @@ def loss(config: Any, params: Mapping[str, Any], images: Any, noise: Any) -> tup
 # ---- its train step
 
 
-def objective_of(config: Any, mesh: Any, *, canvas: tuple[int, int], warmup_steps: int, total_steps: int) -> Any:
-    """As objective.make, with the plain step."""
+def objective_of(
+    config: "ml_collections.ConfigDict", mesh: "jax.sharding.Mesh", *,
+    canvas: tuple[int, int], warmup_steps: int, total_steps: int,
+) -> "MAEObjective":  # fmt: skip
+    """The objective of `curia_jax.objectives.mae.make` with the plain step in place of its own."""
     import jax
     import optax
 
     from curia_jax import augment, optimizer
-    from curia_jax.objectives import mae as objective
+    from curia_jax.objectives import mae
 
-    made = objective.make(config, mesh, canvas=canvas, warmup_steps=warmup_steps, total_steps=total_steps)
+    made = mae.make(config, mesh, canvas=canvas, warmup_steps=warmup_steps, total_steps=total_steps)
     model = made.model
     transform, rate = optimizer.make(
         config.optimizer, batch_size=config.batch_size, warmup_steps=warmup_steps, total_steps=total_steps
     )
 
-    def step(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
+    def step(state: Any, batch: augment.Batch) -> tuple[Any, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
         view_key, mask_key = jax.random.split(key)
         with jax.named_scope("augment"):
@@ -153,58 +166,67 @@ def objective_of(config: Any, mesh: Any, *, canvas: tuple[int, int], warmup_step
     return dataclasses.replace(made, step=step, compiler_options={})
 
 
-def plain(config: Any, topology: topologies.Topology) -> Any:
-    """A named config with the reference's decoder, exact GELU and parameters on every device of the topology."""
-    config.model.decoder_heads = 16
-    config.model.activation = "gelu"
-    config.model.remat = "none"
-    config.mesh.update({"replica": topology.slices, "data": topology.devices // topology.slices, "fsdp": 1})
-    return config
-
-
-def plan(file: str, topology: topologies.Topology) -> dict[str, Any]:
-    """Plans the plain step of a config; with rematerialisation if it does not fit without."""
+def plain_config(file: str, topology: "Topology", remat: str) -> "ml_collections.ConfigDict":
+    """A named config with the reference's decoder, exact GELU and replicated parameters."""
     from curia_jax import config as configs
-    from curia_jax.plan import __main__ as command
-    from curia_jax.plan import search
-    from curia_jax.plan.estimator import estimate
 
-    config = plain(configs.load(file), topology)
-    planner = search.Planner(topology, command.input_facts(config, None), estimate.PRICES, objective_of)
+    words = ("model.decoder_heads=16", "model.activation=gelu", f"model.remat={remat}")
+    mesh = f"mesh.replica={topology.slices}", f"mesh.data={topology.devices // topology.slices}", "mesh.fsdp=1"
+    return configs.load(file, [f"--config.{word}" for word in (*words, *mesh)])
+
+
+def plan(file: str, topology: "Topology") -> "tuple[str, Plan]":
+    """Plans the plain step of a config; returns its rematerialisation, "full" if it does not fit without, and the plan."""
+    from curia_jax.plan import inputs, prices
+    from curia_jax.plan.planner import Planner
+
     for remat in ("none", "full"):
-        config.model.remat = remat
-        found = planner.plan(config)
-        if found["fits"]:
+        config = plain_config(file, topology, remat)
+        found = Planner(topology, inputs.input_facts(config, None), prices.PRICES, objective_of).plan(config)
+        if found.fits:
             break
-    return {"config": file, "remat": remat} | found
+    return remat, found
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--config", action="append", metavar="FILE", help="may be repeated; the six named ones if absent"
+def parser() -> argparse.ArgumentParser:
+    made = cli.parser(
+        "python benchmarks/plain_step.py",
+        __doc__,
+        examples="python benchmarks/plain_step.py --config=configs/pretrain_vit_b16_224.py",
+        codes=(ExitCode.DOES_NOT_FIT,),
     )
-    parser.add_argument("--topology", default="v5e:16x16", metavar="CHIP:SHAPE")
-    parser.add_argument("--json", metavar="FILE", help="write the plans here")
-    args = parser.parse_args()
+    made.add_argument("--config", action="append", metavar="FILE", help="may be repeated; the six named runs if absent")
+    made.add_argument("--topology", default="v5e:16x16", metavar="CHIP:SHAPE")
+    cli.add_json(made, "the plans")
+    return made
+
+
+def run(args: argparse.Namespace) -> ExitCode:
+    from curia_jax.plan import topologies
+
     topologies.prepare_environment()
     topology = topologies.parse(args.topology)
-    rows = []
+    rows, fits = [], True
     print("| config | images per chip | remat | MFU | images/s/chip | GiB per chip | exposed communication |")
     print("|---|---|---|---|---|---|---|")
     for file in args.config or NAMED:
-        rows.append(plan(file, topology))
-        row = rows[-1]
+        remat, found = plan(file, topology)
+        memory, step = f"{found.memory.total / 2**30:.1f}", found.step
         figures = (
-            f"{row['estimated_mfu']:.3f} | {row['images_per_second_per_chip']:.0f} | "
-            f"{row['hbm_bytes_per_chip'] / 2**30:.1f} | {row['exposed_collective_fraction']:.1%}"
-            if row["fits"]
-            else f"does not fit | - | {row['hbm_bytes_per_chip'] / 2**30:.1f} | -"
+            f"{step.estimated_mfu:.3f} | {step.images_per_second_per_chip:.0f} | {memory} | "
+            f"{step.exposed_collective_fraction:.1%}"
+            if step is not None
+            else f"{'not estimated' if found.fits else 'does not fit'} | - | {memory} | -"
         )
-        print(f"| {Path(file).stem} | {row['batch_per_chip']:g} | {row['remat']} | {figures} |", flush=True)
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    return 0 if all(row["fits"] for row in rows) else 1
+        print(f"| {Path(file).stem} | {found.batch_size / topology.chips:g} | {remat} | {figures} |", flush=True)
+        rows.append({"config": file, "remat": remat, **found.to_json()})
+        fits = fits and found.fits
+    cli.write_json(args.json, rows)
+    return ExitCode.DONE if fits else ExitCode.DOES_NOT_FIT
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,32 @@
-"""Holds the planner's estimate to two runs that were made on a real pod and published.
+"""Compares the planner's estimate with two runs that were made on a TPU pod and published.
 
-affjljoo3581/deit3-jax trained DeiT III (Touvron et al. 2022) on 13,151,276 images of ImageNet-21k for 90 epochs in batches of 2,048 on
-a TPU v4-64 (32 chips): ViT-B/16 in 12 h 12 min, ViT-L/16 in 37 h 13 min, everything included. This compiles a step of the same
-shapes and the same arithmetic for v4:2x4x4 and prints the estimate beside the published rate. The step is this project's own
-ViT, with what the published one has besides: float32 with products by the TPU's default (one pass of bf16), tanh GELU, q, k
-and v by products of their own, LayerScale, stochastic depth, CutMix, smoothed labels, clipped gradients, LAMB.
+affjljoo3581/deit3-jax trained DeiT III (Touvron et al. 2022) on 13,151,276 images of ImageNet-21k for 90 epochs with a batch of
+2,048 on a TPU v4-64 (32 chips): ViT-B/16 in 12 h 12 min, ViT-L/16 in 37 h 13 min, everything included. This compiles a step of
+the same shapes and arithmetic for v4:2x4x4 and prints the estimate beside the published rate. The step is this project's ViT
+with what the published one has besides: float32 with the TPU's default matmul precision (one pass of bf16), tanh GELU, separate
+matmuls for q, k and v, LayerScale, stochastic depth, CutMix, smoothed labels, clipped gradients, LAMB.
 
-With --published=FOLDER, a checkout of deit3-jax, its own program is compiled instead: modules and step as they stand there, its
-modules for data and logs replaced by empty ones.
-
-Usage: python benchmarks/plan_check.py [--size=B] [--published=FOLDER] [--json=FILE]. Half an hour on 2 cores; the compiler's
-answers are kept.
+With --published=FOLDER, a checkout of deit3-jax, its own program is compiled instead: its modules and step, with its modules for
+data and logs replaced by empty ones. Takes half an hour on 2 cores; the compiler's answers are cached.
 """
 
 import argparse
-import json
+import dataclasses
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from curia_jax.plan import topology as topologies
+from curia_common import cli
+from curia_common.errors import DoesNotFitError
+from curia_common.exit_codes import ExitCode
+
+if TYPE_CHECKING:
+    import jax
+
+    from curia_jax.plan.estimator import StepEstimate
+    from curia_jax.plan.topologies import Topology
 
 # The published settings: config/deit3/in21k/deit3-{b,l}16-pt-224-in21k-90ep.sh of deit3-jax.
 IMAGES, EPOCHS, CLASSES, BATCH, CHIPS = 13_151_276, 90, 19_167, 2048, 32
@@ -36,8 +41,19 @@ def published_rate(size: str) -> float:
     return IMAGES * EPOCHS / (PUBLISHED_HOURS[size] * 3600) / CHIPS
 
 
-def own_step(size: str, mesh: Any) -> tuple[Callable[..., Any], Any, tuple[int, ...]]:
-    """The train step of a DeiT III classifier, made of this project's ViT; its state's shapes; the shape of its images."""
+Params = Any  # nested dict of arrays
+
+
+class Step(NamedTuple):
+    """A train step: (state, batch) -> (state, metrics), the shapes of its state, and the shape of its images."""
+
+    function: Callable[..., Any]
+    state: Any
+    images: tuple[int, ...]
+
+
+def own_step(size: str, mesh: "jax.sharding.Mesh") -> Step:
+    """The train step of a DeiT III classifier made of this project's ViT."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -48,18 +64,18 @@ def own_step(size: str, mesh: Any) -> tuple[Callable[..., Any], Any, tuple[int, 
 
     config = vit.config(size, image_size=224, channels=3, dtype="float32", activation="gelu_tanh")
 
-    def kernels(params: Any) -> Any:
+    def weights(params: Params) -> Params:
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
     transform = optax.chain(
         optax.clip_by_global_norm(CLIP),
         optax.scale_by_adam(),
-        optax.add_decayed_weights(DECAY, mask=kernels),
-        optax.masked(optax.scale_by_trust_ratio(), mask=kernels),  # LAMB
+        optax.add_decayed_weights(DECAY, mask=weights),
+        optax.masked(optax.scale_by_trust_ratio(), mask=weights),  # LAMB
         optax.scale_by_learning_rate(RATE),
     )
 
-    def init() -> dict[str, Any]:
+    def init() -> Params:
         encoder = vit.init(config, jax.random.key(0))
         scales = jnp.full((2, config.depth, config.width), 1e-4)
         head = {"kernel": jnp.zeros((config.width, CLASSES)), "bias": jnp.zeros(CLASSES)}
@@ -67,7 +83,7 @@ def own_step(size: str, mesh: Any) -> tuple[Callable[..., Any], Any, tuple[int, 
         return {"params": params, "opt_state": transform.init(params), "step": jnp.zeros((), jnp.int32)}
 
     def attend(attention: vit.Attention, x: jax.Array) -> jax.Array:
-        """As Attention does it, but for the three products: each leaves its result as the heads need it."""
+        """Attention with separate matmuls for q, k and v, each with the heads as a dimension of its result."""
         heads = config.heads, config.width // config.heads
         parts = (jnp.split(array, 3, axis=-1) for array in (attention.qkv.kernel[...], attention.qkv.bias[...]))
         q, k, v = (
@@ -77,7 +93,7 @@ def own_step(size: str, mesh: Any) -> tuple[Callable[..., Any], Any, tuple[int, 
         weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q * heads[1] ** -0.5, k))
         return attention.proj(jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape))
 
-    def logits(params: dict[str, Any], images: jax.Array, key: jax.Array) -> jax.Array:
+    def logits(params: Params, images: jax.Array, key: jax.Array) -> jax.Array:
         model = vit.bind(config, params["encoder"])
         with jax.named_scope("encoder"):
             x = model.embed(images)
@@ -105,7 +121,7 @@ def own_step(size: str, mesh: Any) -> tuple[Callable[..., Any], Any, tuple[int, 
         share, order = kept.mean(), jax.random.permutation(keys[2], images.shape[0])
         return kept * images + (1 - kept) * images[order], share * targets + (1 - share) * targets[order]
 
-    def loss(params: dict[str, Any], batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+    def loss(params: Params, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
         drop, mix = jax.random.split(key)
         with jax.named_scope("augment"):
             images = (batch["images"].astype(jnp.float32) / 255 - jnp.array(MEAN)) / jnp.array(DEVIATION)
@@ -117,7 +133,7 @@ def own_step(size: str, mesh: Any) -> tuple[Callable[..., Any], Any, tuple[int, 
         with jax.named_scope("loss"):
             return jnp.mean(optax.softmax_cross_entropy(found, targets))
 
-    def step(state: dict[str, Any], batch: dict[str, jax.Array]) -> tuple[dict[str, Any], jax.Array]:
+    def step(state: Any, batch: dict[str, jax.Array]) -> tuple[Any, jax.Array]:
         key = jax.random.fold_in(jax.random.key(0), state["step"])
         found, gradients = jax.value_and_grad(loss)(state["params"], batch, key)
         with jax.named_scope("optimizer"):
@@ -125,11 +141,11 @@ def own_step(size: str, mesh: Any) -> tuple[Callable[..., Any], Any, tuple[int, 
             params = optax.apply_updates(state["params"], updates)
         return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, found
 
-    return step, jax.eval_shape(init), (BATCH, 224, 224, 3)
+    return Step(step, jax.eval_shape(init), (BATCH, 224, 224, 3))
 
 
-def published_step(size: str, mesh: Any, folder: Path) -> tuple[Callable[..., Any], Any, tuple[int, ...]]:
-    """As `own_step`, of the program in a checkout of deit3-jax."""
+def published_step(size: str, mesh: "jax.sharding.Mesh", folder: Path) -> Step:
+    """The train step in a checkout of deit3-jax."""
     import flax.linen as nn
     import jax
     import numpy as np
@@ -139,19 +155,23 @@ def published_step(size: str, mesh: Any, folder: Path) -> tuple[Callable[..., An
 
     # What the step does not use: types for annotations, and the modules that load data.
     empty = {"chex": {"Array": jax.Array, "ArrayTree": Any, "PRNGKey": Any}, "webdataset": {"gopen": None}}
-    pixels = {"IMAGENET_DEFAULT_MEAN": np.float32(MEAN), "IMAGENET_DEFAULT_STD": np.float32(DEVIATION)}
+    pixels = {
+        "IMAGENET_DEFAULT_MEAN": np.asarray(MEAN, np.float32),
+        "IMAGENET_DEFAULT_STD": np.asarray(DEVIATION, np.float32),
+    }
     for name, contents in {**empty, "dataset": pixels}.items():
         sys.modules[name] = types.ModuleType(name)
         vars(sys.modules[name]).update(contents)
-    # It was written for an older JAX: tree_map has moved, and pmap, which shard_map stands for here, takes no described devices.
-    # The beta distribution, of (1, 1) here and so uniform, is drawn by a loop of which nobody can count the trips.
+    # It was written for an older JAX: tree_map has moved, and pmap, replaced by shard_map, cannot compile for absent devices.
+    # The beta distribution, here of (1, 1) and so uniform, is drawn by a loop whose trip count depends on data.
     pmean = jax.lax.pmean
-    jax.tree_map, jax.pmap = jax.tree.map, lambda function, **_: function
+    jax.tree_map = jax.tree.map  # pyright: ignore[reportAttributeAccessIssue] - a name of older versions
+    jax.pmap = lambda function, **_: function
     jax.lax.pmean = lambda x, axis_name: pmean(x, mesh.axis_names)
     jax.random.beta = lambda key, a, b: jax.random.uniform(key)
     nn.Module.tabulate = lambda *_, **__: ""
     sys.path.insert(0, str(folder / "src"))
-    import training
+    import training  # pyright: ignore[reportMissingImports] - in the checkout
 
     width, depth, heads = vit.SIZES[size]
     settings = types.SimpleNamespace(
@@ -167,11 +187,11 @@ def published_step(size: str, mesh: Any, folder: Path) -> tuple[Callable[..., An
         run = jax.shard_map(training.training_step, in_specs=(P(), split), out_specs=P(), check_vma=False)
         return run(state, (batch["images"], batch["labels"]))
 
-    return step, jax.eval_shape(lambda: training.create_train_state(settings)), (BATCH, 3, 224, 224)
+    return Step(step, jax.eval_shape(lambda: training.create_train_state(settings)), (BATCH, 3, 224, 224))
 
 
-def trace(size: str, topology: topologies.Topology, published: Path | None = None) -> tuple[Any, Any]:
-    """The step, traced for the topology, parameters whole on every chip; and its mesh."""
+def trace(step: Step, mesh: "jax.sharding.Mesh") -> "jax.stages.Traced":
+    """The step, traced for the mesh with replicated parameters."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding
@@ -179,81 +199,91 @@ def trace(size: str, topology: topologies.Topology, published: Path | None = Non
 
     from curia_jax import sharding
 
-    mesh = sharding.make_mesh(data=topology.devices, devices=topologies.devices(topology))
-    whole, split = NamedSharding(mesh, P()), sharding.batch_sharding(mesh)
-    step, shapes, images = own_step(size, mesh) if published is None else published_step(size, mesh, published)
-    state = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), shapes)
+    replicated, split = NamedSharding(mesh, P()), sharding.batch_sharding(mesh)
+    state = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated), step.state)
     batch = {
-        "images": jax.ShapeDtypeStruct(images, jnp.uint8, sharding=split),
+        "images": jax.ShapeDtypeStruct(step.images, jnp.uint8, sharding=split),
         "labels": jax.ShapeDtypeStruct((BATCH,), jnp.int32, sharding=split),
     }
     with jax.set_mesh(mesh):
-        return jax.jit(step, donate_argnums=0, out_shardings=(whole, whole)).trace(state, batch), mesh
+        function = jax.jit(step.function, donate_argnums=0, out_shardings=(replicated, replicated))
+        return function.trace(state, batch)
 
 
-def check(size: str, published: Path | None = None) -> dict[str, Any]:
-    """The estimate beside the published rate."""
+def check(size: str, topology: "Topology", published: Path | None = None) -> "StepEstimate":
+    """The estimate of a step.
+
+    Raises:
+      DoesNotFitError: it needs more memory than the topology has.
+    """
+    from curia_jax import sharding
     from curia_jax.models import vit
-    from curia_jax.plan import compile as compiling
-    from curia_jax.plan import report
-    from curia_jax.plan.estimator import accounting, estimate, hlo
+    from curia_jax.plan import compiler, estimator, flops, topologies
 
-    topology = topologies.parse("v4:2x4x4")
-    traced, mesh = trace(size, topology, published)
-    with report.waiting(f"compiling ViT-{size}/16 for {topology}", None):
-        compiled = compiling.compile(traced, topology, argument_bytes=0)
-    if not compiled.text:
-        raise SystemExit(f"ViT-{size}/16 does not fit {topology}: {compiled.memory}")
-    wiring = estimate.Wiring.of(mesh, topology)
+    mesh = sharding.make_mesh(data=topology.devices, devices=topologies.devices(topology))
+    traced = trace(own_step(size, mesh) if published is None else published_step(size, mesh, published), mesh)
+    compiled = compiler.compile_for(topology, traced)
+    if compiled.refused:
+        raise DoesNotFitError(f"ViT-{size}/16 does not fit {topology}: {dict(compiled.memory)} bytes per chip")
     config = vit.config(size, channels=3)
-    found = estimate.estimate(
-        accounting.account(hlo.parse(compiled.text), estimate.link_time(wiring)),
-        wiring,
+    return estimator.estimate(
+        compiled.text,
+        topology,
+        mesh,
         batch_size=BATCH,
         model_flops=3 * (vit.flops(config) + 2 * config.width * CLASSES) * BATCH,
-        hardware_flops=compiling.hardware_flops(traced)[0],
-        kernel_flops=compiling.kernel_flops(traced),
+        hardware_flops=flops.hardware_flops(traced).total,
+        pallas_flops=flops.pallas_flops(traced),
     )
-    rate, measured = BATCH / CHIPS / found["compute_seconds"], published_rate(size)
-    names = (
-        "images_per_second_per_chip", "compute_seconds", "exposed_collective_seconds", "unestimated_fraction",
-        "estimated_mfu", "parts",
-    )  # fmt: skip
-    return {
-        "size": size,
-        "program": "deit3-jax" if published else "this project's ViT",
-        "computation_images_per_second_per_chip": rate,
-        "published_images_per_second_per_chip": measured,
-        "computation_ratio": rate / measured,
-        "ratio": found["images_per_second_per_chip"] / measured,
-        **{name: found[name] for name in names},
-        "compile_seconds": compiled.seconds,
-    }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=sorted(PUBLISHED_HOURS), help="one of the two; both unless given")
-    parser.add_argument("--published", type=Path, metavar="FOLDER", help="compile the deit3-jax in this folder instead")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here")
-    args = parser.parse_args()
+def parser() -> argparse.ArgumentParser:
+    made = cli.parser(
+        "python benchmarks/plan_check.py",
+        __doc__,
+        examples="python benchmarks/plan_check.py --size=B\npython benchmarks/plan_check.py --published=deit3-jax",
+        codes=(ExitCode.DOES_NOT_FIT,),
+    )
+    made.add_argument("--size", choices=sorted(PUBLISHED_HOURS), help="one of the two; both unless given")
+    made.add_argument("--published", type=Path, metavar="FOLDER", help="compile the deit3-jax in this folder instead")
+    cli.add_json(made, "the figures")
+    return made
+
+
+def run(args: argparse.Namespace) -> None:
+    from curia_jax.plan import topologies
+
     topologies.prepare_environment()
+    topology = topologies.parse("v4:2x4x4")
+    program = "deit3-jax" if args.published else "this project's ViT"
     print("| model | published, images/s/chip | computation alone | ratio | with communication | ratio | step ms |")
     print("|---|---|---|---|---|---|---|")
     rows = []
     for size in [args.size] if args.size else sorted(PUBLISHED_HOURS):
-        row = check(size, args.published)
-        rows.append(row)
+        found, measured = check(size, topology, args.published), published_rate(size)
+        rate = BATCH / CHIPS / found.compute_seconds
         print(
-            f"| ViT-{size}/16, {row['program']} | {row['published_images_per_second_per_chip']:.0f} | "
-            f"{row['computation_images_per_second_per_chip']:.0f} | {row['computation_ratio']:.3f} | "
-            f"{row['images_per_second_per_chip']:.0f} | {row['ratio']:.3f} | "
-            f"{row['compute_seconds'] * 1e3:.1f} + {row['exposed_collective_seconds'] * 1e3:.1f} |",
+            f"| ViT-{size}/16, {program} | {measured:.0f} | {rate:.0f} | {rate / measured:.3f} | "
+            f"{found.images_per_second_per_chip:.0f} | {found.images_per_second_per_chip / measured:.3f} | "
+            f"{found.compute_seconds * 1e3:.1f} + {found.exposed_collective_seconds * 1e3:.1f} |",
             flush=True,
         )
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    return 0
+        rows.append(
+            {
+                "size": size,
+                "program": program,
+                "computation_images_per_second_per_chip": rate,
+                "published_images_per_second_per_chip": measured,
+                "computation_ratio": rate / measured,
+                "ratio": found.images_per_second_per_chip / measured,
+                **dataclasses.asdict(found),
+            }
+        )
+    cli.write_json(args.json, rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(parser(), run, argv)
 
 
 if __name__ == "__main__":

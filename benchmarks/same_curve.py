@@ -1,9 +1,9 @@
-"""Does the fast step learn what the plain one learns? Trains both on the same shards and compares their losses, step by step.
+"""Compares the losses of the fast and the plain train step on the same shards, step by step.
 
 Three runs from the same seed, with the same batches, views and masks: the plain step (benchmarks/plain_step.py) with 16 decoder
 heads of 32 and exact GELU; the project's step with the same model; and the project's step as the named configs have it, with 4
-decoder heads of 128 and the tanh GELU. The first two compute the same function and should differ by rounding alone; the third is
-another model, and should learn as well. Everything in bfloat16 products, as the named configs.
+decoder heads of 128 and tanh GELU. The first two compute the same function and should differ by rounding alone; the third is
+another model and should learn as well. Matmuls are in bfloat16, as in the named configs.
 
 Usage: python benchmarks/same_curve.py --shards=FOLDER [--steps=300] [--batch=32] [--size=Ti] [--depth=4] [--json=FILE].
 Makes phantom shards if none are given. On a CPU a step of the default model takes about a second.
@@ -44,23 +44,23 @@ def curve(kind: str, model: dict[str, Any], shards: Path, args: argparse.Namespa
 
     from curia_jax import config as configs
     from curia_jax import data, sharding
-    from curia_jax.objectives import mae as objective
+    from curia_jax.objectives import mae
     from data_pipeline.format.shards import SliceSource
 
     config = configs.load("configs/pretrain_vit.py")
-    config.unlock()
-    config.batch_size = args.batch
-    config.model.update({"size": args.size, "depth": args.depth, "image_size": (64, 64), "patch_size": (8, 8)})
-    config.model.update({"decoder_depth": 2, "attention": "xla", "unroll": 1} | model)
-    config.optimizer.base_learning_rate = 4e-3
+    sections: Any = config.unlock()
+    sections.batch_size = args.batch
+    sections.model.update({"size": args.size, "depth": args.depth, "image_size": (64, 64), "patch_size": (8, 8)})
+    sections.model.update({"decoder_depth": 2, "attention": "xla", "unroll": 1} | model)
+    sections.optimizer.base_learning_rate = 4e-3
     source = SliceSource(str(shards), "train")
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    make = objective.make if kind == "fast" else plain_step.objective_of
+    make = mae.make if kind == "fast" else plain_step.objective_of
     canvas = data.canvas_size(source, None)
-    job = make(config, mesh, canvas=canvas, warmup_steps=max(1, args.steps // 10), total_steps=args.steps)
-    state, step = job.initial_state(config.seed), job.compile()
+    objective = make(config, mesh, canvas=canvas, warmup_steps=max(1, args.steps // 10), total_steps=args.steps)
+    state, step = objective.initial_state(0), objective.compile()
     batches = data.training_batches(
-        source, batch_size=args.batch, canvas=canvas, seed=config.seed, threads=1, prefetch=args.batch, workers=0
+        source, batch_size=args.batch, canvas=canvas, seed=0, threads=1, prefetch=args.batch, workers=0
     )
     losses = []
     for _, batch in zip(range(args.steps), batches, strict=False):

@@ -1,25 +1,73 @@
-"""Checkpoints: what is saved, when, and how it is found again.
+"""Checkpoints: what is saved and how it is found again.
 
-`<workdir>/checkpoints/<step>/` holds two items: `state`, the arrays of the train state, and `meta`, a small JSON with
-the run's config and the number of examples seen. That number is the whole data state, so a run goes on with another
-number of hosts, chips or another batch size.
+`<workdir>/checkpoints/<step>/` holds two items: `state`, the arrays of the train state, and `meta`, a small JSON (`Meta`).
+The number of examples seen, together with the dataset it counts in, is the whole data state, so a run may be resumed with
+another number of hosts or chips, or another batch size.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from etils import epath
+from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
-from curia_common.errors import UserError
+import curia_common
+from curia_common.errors import DataError, UserError
 
 FOLDER = "checkpoints"
 # Orbax writes it last, on every file system. It takes a folder without it, half copied say, for a checkpoint.
 COMMITTED = "commit_success.txt"
+State = TypeVar("State")
+
+
+class Dataset(NamedTuple):
+    """Identity of the slices that a run trains on.
+
+    Attributes:
+      fingerprint: SliceSource.fingerprint, over names, digests and counts of the shards.
+      additions: newest addition among them; 0 where there is the first build alone.
+      slices: their number.
+    """
+
+    fingerprint: str
+    additions: int
+    slices: int
+    split: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+    """What a checkpoint says of itself.
+
+    Attributes:
+      config: the run's config as plain JSON.
+      examples_seen: examples that the steps consumed.
+      dataset: what the run trained on; None in checkpoints of versions before 0.2.
+      dataset_start: value of examples_seen at which training on `dataset` began.
+      version: of this package when the checkpoint was saved; None in checkpoints of versions before 0.2.
+    """
+
+    config: Mapping[str, Any]
+    examples_seen: int
+    dataset: Dataset | None = None
+    dataset_start: int = 0
+    version: str | None = curia_common.__version__
+
+    def to_json(self) -> dict[str, Any]:
+        dataset = self.dataset and self.dataset._asdict()
+        return {**vars(self), "config": dict(self.config), "dataset": dataset}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Meta":
+        known = {field.name: content[field.name] for field in dataclasses.fields(cls) if field.name in content}
+        dataset = content.get("dataset")
+        return cls(**{"version": None, **known, "dataset": dataset and Dataset(**dataset)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +94,16 @@ class Checkpointer:
 
     Args:
       workdir: folder of the run.
-      keep: newest checkpoints kept.
-      keep_every_steps: checkpoints at multiples of this are kept for good; None for none.
+      keep: newest checkpoints that stay.
+      keep_every_steps: checkpoints at multiples of this stay for good; None for none.
     """
 
     def __init__(self, workdir: str, *, keep: int = 3, keep_every_steps: int | None = None) -> None:
         policies: list[Any] = [ocp.training.preservation_policies.LatestN(keep)]
         if keep_every_steps is not None:
             policies.append(ocp.training.preservation_policies.EveryNSteps(keep_every_steps))
+        # The annotations of Orbax 0.12's policies contradict each other.
+        any_policy: Any = ocp.training.preservation_policies.AnyPreservationPolicy(policies)
         # Without this Orbax takes `meta` for a tree of arrays and writes each of its numbers as one.
         context = ocp.Context()
         context.checkpointables.registry = ocp.handlers.local_registry()
@@ -63,7 +113,7 @@ class Checkpointer:
         self._orbax = ocp.training.Checkpointer(
             self._folder,
             context=context,
-            preservation_policy=ocp.training.preservation_policies.AnyPreservationPolicy(policies),
+            preservation_policy=any_policy,
             cleanup_tmp_directories=True,
         )
 
@@ -72,32 +122,59 @@ class Checkpointer:
         """Newest finished checkpoint."""
         return max(_finished_steps(self._folder), default=None)
 
-    def save(self, step: int, state: Any, *, config: Mapping[str, Any], examples_seen: int) -> None:
+    def save(self, step: int, state: PyTree, meta: Meta) -> None:
         """Starts saving in the background; waits first for a save that is still running."""
-        meta = {"config": dict(config), "examples_seen": int(examples_seen)}
-        # What may be there already is half written: a finished step is never saved again.
-        self._orbax.save_checkpointables_async(step, {"state": state, "meta": meta}, force=True, overwrite=True)
+        # A folder of this step that exists is half written: a finished step is never saved again.
+        items = {"state": state, "meta": meta.to_json()}
+        self._orbax.save_checkpointables_async(step, items, force=True, overwrite=True)
 
     def wait(self) -> None:
-        """Returns when what was saved is on disk."""
+        """Returns when everything saved is on disk."""
         self._orbax.wait()
 
-    def restore(self, abstract: Any) -> tuple[Any, dict[str, Any]]:
-        """The newest state on the devices, and its meta.
+    def restore(self, abstract: State) -> State:
+        """The newest state, on the devices.
 
         Args:
           abstract: ShapeDtypeStructs with shardings; any mesh will do, whatever the one it was saved from.
 
         Raises:
           UserError: the checkpoint holds other tensors than `abstract` (another model size, say).
+          DataError: the checkpoint cannot be read.
         """
         folder = self._folder / str(self.latest_step)
         _check_shapes(folder, abstract)
-        loaded = ocp.load_checkpointables(folder, {"state": abstract, "meta": None})
-        return loaded["state"], loaded["meta"]
+        with _reading(folder):
+            return ocp.load_checkpointables(folder, {"state": abstract})["state"]
 
     def close(self) -> None:
         self._orbax.close()
+
+
+@contextlib.contextmanager
+def _reading(folder: epath.Path) -> Iterator[None]:
+    """Raises DataError where a checkpoint cannot be read."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise DataError(
+            f"checkpoint {folder} is damaged ({reason}); remove this folder to resume from the one before"
+        ) from error
+
+
+def _read_meta(folder: epath.Path) -> Meta:
+    with _reading(folder):
+        return Meta.from_json(ocp.load_checkpointables(folder, {"meta": None})["meta"])
+
+
+def _saved_tree(folder: epath.Path) -> Any:
+    """Shapes and dtypes of the saved state."""
+    with _reading(folder):
+        tree = ocp.metadata(folder).metadata
+        if tree is None:
+            raise ValueError("its arrays are not readable")
+        return tree
 
 
 def _finished_steps(folder: epath.Path) -> list[int]:
@@ -106,7 +183,7 @@ def _finished_steps(folder: epath.Path) -> list[int]:
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / COMMITTED).exists())
 
 
-def _tensors(tree: Any) -> dict[str, tuple[int, ...]]:
+def _tensors(tree: PyTree) -> dict[str, tuple[int, ...]]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     # A restored tree has plain containers where the live one has named tuples: compare names without the brackets.
     return {
@@ -115,8 +192,8 @@ def _tensors(tree: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _check_shapes(folder: epath.Path, abstract: Any) -> None:
-    found = _tensors(ocp.metadata(folder).metadata)
+def _check_shapes(folder: epath.Path, abstract: PyTree) -> None:
+    found = _tensors(_saved_tree(folder))
     wanted = _tensors(abstract)
     wrong = [
         f"{name} is {found[name]} in the checkpoint, {shape} in the config"
@@ -165,6 +242,17 @@ def find(path: str, step: int | None = None) -> epath.Path:
     return folder / str(steps[-1] if step is None else step)
 
 
+def latest(workdir: str) -> tuple[int, Meta] | None:
+    """Step of the newest checkpoint of a work directory, and what it says of itself; None where there is none.
+
+    Raises:
+      DataError: the checkpoint cannot be read.
+    """
+    folder = epath.Path(workdir).expanduser().absolute() / FOLDER
+    steps = _finished_steps(folder)
+    return (steps[-1], _read_meta(folder / str(steps[-1]))) if steps else None
+
+
 def load(path: str | Path, step: int | None = None) -> Loaded:
     """Reads parameters and config as numpy, whatever mesh they were saved from. Needs no accelerator.
 
@@ -174,13 +262,13 @@ def load(path: str | Path, step: int | None = None) -> Loaded:
 
     Raises:
       UserError: there is no finished checkpoint, or not of this step.
+      DataError: the checkpoint cannot be read.
     """
     folder = find(str(path), step)
-    shapes = ocp.metadata(folder).metadata["params"]
+    meta, shapes = _read_meta(folder), _saved_tree(folder)["params"]
     abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    with context:
-        loaded = ocp.load_checkpointables(folder, {"state": {"params": abstract}, "meta": None})
-    meta = loaded["meta"]
-    return Loaded(loaded["state"]["params"], meta["config"], int(folder.name), int(meta["examples_seen"]), str(folder))
+    with context, _reading(folder):
+        params = ocp.load_checkpointables(folder, {"state": {"params": abstract}})["state"]["params"]
+    return Loaded(params, dict(meta.config), int(folder.name), meta.examples_seen, str(folder))

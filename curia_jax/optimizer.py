@@ -1,18 +1,19 @@
 """AdamW with the schedule and the weight-decay mask of the MAE paper (He et al. 2021, appendix A.1)."""
 
-from typing import Any
-
 import jax
 import ml_collections
 import optax
+from jaxtyping import PyTree
 
-# The reference decays what has more than one dimension in PyTorch. Names decide here, because biases of stacked blocks
+from curia_jax import settings
+
+# The reference decays parameters with more than one dimension in PyTorch. Here names decide, because biases of stacked blocks
 # have two dimensions too. cls_token and mask_token are (1, 1, width) in the reference and therefore decayed.
 DECAYED = ("kernel", "cls_token", "mask_token")
 
 
-def decay_mask(params: Any) -> Any:
-    """True for the parameters that are decayed, in the tree of `params`."""
+def decay_mask(params: PyTree) -> PyTree[bool]:
+    """True for the parameters with weight decay, in the tree of `params`."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
 
 
@@ -28,18 +29,22 @@ def schedule(peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule
 
 
 def make(
-    config: ml_collections.ConfigDict, *, batch_size: int, warmup_steps: int, total_steps: int
+    config: settings.Optimizer | ml_collections.ConfigDict, *, batch_size: int, warmup_steps: int, total_steps: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """AdamW; the peak learning rate is `base_learning_rate` x batch_size / 256 (Goyal et al. 2017).
 
     Args:
-      config: `config.optimizer` of a run: base_learning_rate, b1, b2, weight_decay, clip_norm (None for none).
+      config: the settings, or `config.optimizer` of a run, which is checked.
 
     Returns:
       The transformation and its learning-rate schedule (step -> rate).
+
+    Raises:
+      UserError: a setting of the wrong type or out of its range.
     """
-    rate = schedule(config.base_learning_rate * batch_size / 256, warmup_steps, total_steps)
-    adamw = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=decay_mask)
-    if config.clip_norm is None:
+    chosen = config if isinstance(config, settings.Optimizer) else settings.Optimizer.of(config)
+    rate = schedule(chosen.base_learning_rate * batch_size / 256, warmup_steps, total_steps)
+    adamw = optax.adamw(rate, b1=chosen.b1, b2=chosen.b2, weight_decay=chosen.weight_decay, mask=decay_mask)
+    if chosen.clip_norm is None:
         return adamw, rate
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw), rate
+    return optax.chain(optax.clip_by_global_norm(chosen.clip_norm), adamw), rate

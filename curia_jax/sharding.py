@@ -1,4 +1,4 @@
-"""The mesh, the one table from parameter path to PartitionSpec, and the sums of gradients between TPU slices.
+"""The mesh, the table from parameter path to PartitionSpec, and explicit gradient all-reduces between TPU slices.
 
 Mesh axes, outermost first:
   replica  between TPU slices, over the data-centre network: parameters are copied, gradients are summed.
@@ -9,7 +9,7 @@ The batch is split over all three.
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,30 +20,50 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from curia_common.errors import UserError
 
 AXES = ("replica", "data", "fsdp")
 
-# First match wins; "blocks" are stacked over depth, so their first dimension is the layer and is never split (a scan
-# over a split dimension would gather it in every iteration). Kernels are split along their input features.
-RULES: tuple[tuple[str, P], ...] = (
-    (r"(encoder|decoder)/blocks/(attn/qkv|attn/proj|mlp/fc1|mlp/fc2)/kernel", P(None, "fsdp", None)),
-    (r"(encoder|decoder)/blocks/(attn/qkv|attn/proj|mlp/fc1|mlp/fc2)/bias", P()),
-    (r"(encoder|decoder)/blocks/norm[12]/(scale|bias)", P()),
-    (r"encoder/patch_embed/kernel", P(None, "fsdp")),
-    (r"decoder/(embed|pred)/kernel", P("fsdp", None)),
-    (r"encoder/patch_embed/bias|decoder/(embed|pred)/bias", P()),
-    (r"(encoder|decoder)/norm/(scale|bias)", P()),
-    (r"encoder/cls_token|decoder/mask_token", P()),
-)
+# Pattern of a whole parameter path ("encoder/blocks/mlp/fc1/kernel") and the PartitionSpec of its dimensions; the first match
+# applies.
+Rules = Sequence[tuple[str, P]]
 
 
-def make_mesh(replica: int = 1, data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Lays the devices out as (replica, data, fsdp).
+def block_rules(prefix: str) -> Rules:
+    """Rows of stacked transformer blocks and the norm after them (models/vit.py), below the path `prefix`.
+
+    Kernels are split along their input features. The first dimension is the layer and is never split: a scan over a split
+    dimension would gather it in every iteration.
+    """
+    return (
+        (rf"{prefix}/blocks/(attn/qkv|attn/proj|mlp/fc1|mlp/fc2)/kernel", P(None, "fsdp", None)),
+        (rf"{prefix}/blocks/(attn/qkv|attn/proj|mlp/fc1|mlp/fc2)/bias", P()),
+        (rf"{prefix}/blocks/norm[12]/(scale|bias)", P()),
+        (rf"{prefix}/norm/(scale|bias)", P()),
+    )
+
+
+def encoder_rules(prefix: str) -> Rules:
+    """Rows of a whole vit.ViT below the path `prefix`."""
+    return (
+        *block_rules(prefix),
+        (rf"{prefix}/patch_embed/kernel", P(None, "fsdp")),
+        (rf"{prefix}/patch_embed/bias|{prefix}/cls_token", P()),
+    )
+
+
+def make_mesh(
+    replica: int = 1,
+    data: int = -1,
+    fsdp: int = 1,
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm] - a class, which JAX's stub hides
+) -> Mesh:
+    """Arranges the devices as (replica, data, fsdp).
 
     Args:
-      replica, data, fsdp: axis sizes; one of them may be -1, which takes what is left.
+      replica, data, fsdp: axis sizes; one of them may be -1 and takes the remaining devices.
       devices: all devices of the run unless given.
 
     Raises:
@@ -89,22 +109,21 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
         )
 
 
-def paths(tree: Any) -> dict[str, Any]:
+def paths(tree: PyTree) -> dict[str, Any]:
     """Leaves of a nested dict by their slash-separated paths."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def parameter_specs(params: Mapping[str, Any], rules: Sequence[tuple[str, P]] = RULES) -> Any:
-    """PartitionSpecs in the tree of `params` (arrays or ShapeDtypeStructs).
+def parameter_specs(shapes: PyTree, rules: Rules) -> PyTree[P]:
+    """PartitionSpecs in the tree of `shapes` (arrays or ShapeDtypeStructs).
 
     Raises:
-      ValueError: a parameter that no rule matches, or a rule that matches no parameter: both mean that table and
-        model have drifted apart.
+      ValueError: a parameter that no rule matches, or a rule that matches no parameter: table and model have drifted apart.
     """
     used: set[int] = set()
 
-    def spec(path: Any, leaf: Any) -> P:
+    def spec(path: tuple[Any, ...], leaf: jax.Array | jax.ShapeDtypeStruct) -> P:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         for number, (pattern, rule) in enumerate(rules):
             if re.fullmatch(pattern, name):
@@ -115,73 +134,76 @@ def parameter_specs(params: Mapping[str, Any], rules: Sequence[tuple[str, P]] = 
                     )
                 return rule
         raise ValueError(
-            f"no sharding rule matches parameter {name} {tuple(leaf.shape)}; add one to RULES in sharding.py"
+            f"no sharding rule matches parameter {name} {tuple(leaf.shape)}; add a row to the objective's table"
         )
 
-    specs = jax.tree_util.tree_map_with_path(spec, params)
+    specs = jax.tree_util.tree_map_with_path(spec, shapes)
     unused = [pattern for number, (pattern, _) in enumerate(rules) if number not in used]
     if unused:
-        raise ValueError(f"sharding rules that match no parameter: {unused}; remove them from RULES in sharding.py")
+        raise ValueError(f"sharding rules that match no parameter: {unused}; remove them from the objective's table")
     return specs
 
 
-def parameter_shardings(params: Mapping[str, Any], mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES) -> Any:
-    """NamedShardings in the tree of `params`.
+def parameter_shardings(shapes: PyTree, mesh: Mesh, rules: Rules) -> PyTree[NamedSharding]:
+    """NamedShardings in the tree of `shapes`.
 
     Raises:
       UserError: a dimension does not divide over its mesh axis.
+      ValueError: as `parameter_specs`.
     """
 
-    def check(path: Any, leaf: Any, spec: P) -> NamedSharding:
+    def check(path: tuple[Any, ...], leaf: jax.Array | jax.ShapeDtypeStruct, spec: P) -> NamedSharding:
         for size, axis in zip(leaf.shape, spec, strict=False):
             if axis is not None and size % mesh.shape[axis]:
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise UserError(
-                    f"{name} has a side of {size}, which does not divide over {axis}={mesh.shape[axis]}; choose --config.mesh.{axis} so that it divides {size}"
+                    f"{name} has a dimension of {size}, which does not divide over {axis}={mesh.shape[axis]}; choose --config.mesh.{axis} so that it divides {size}"
                 )
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(check, params, parameter_specs(params, rules))
+    return jax.tree_util.tree_map_with_path(check, shapes, parameter_specs(shapes, rules))
 
 
-def with_sums_by_hand(
-    value_and_gradients: Callable[..., tuple[Any, Any]], specs: Any, mesh: Mesh, dtype: DTypeLike
-) -> Callable[..., tuple[Any, Any]]:
-    """`value_and_gradients`, with its sums over `replica` and `data` written out: one for all layers of a kernel.
+def with_explicit_gradient_allreduce(
+    value_and_grad: Callable[..., tuple[PyTree, PyTree]], specs: PyTree[P], mesh: Mesh, dtype: DTypeLike
+) -> Callable[..., tuple[PyTree, PyTree]]:
+    """`value_and_grad` with explicit all-reduces over `replica` and `data`: one per stacked weight, for all of its layers.
 
-    The compiler, left alone, sums each kernel of each layer by itself, once its part of `fsdp` is known. Between TPU slices
-    that is a reduce-scatter over `data`, a sum over the data-centre network and an all-gather over `data`, and the
-    many small ones cost their hops.
+    Left alone, the compiler all-reduces each weight of each layer separately once its fsdp shard is known. Between TPU slices
+    that is a reduce-scatter over `data`, an all-reduce over the data-centre network and an all-gather over `data`, and the
+    latency of many small ones adds up.
 
     Args:
-      value_and_gradients: (params, *examples) -> (values, gradients); values and gradients are means over examples.
-      specs: PartitionSpecs in the tree of params (`parameter_specs`).
-      dtype: in which gradients of what is split travel; those of the rest are float32.
+      value_and_grad: (params, *examples) -> (values, gradients); values and gradients are means over examples.
+      specs: PartitionSpecs in the tree of params (`parameter_specs`); at least one parameter is split over fsdp and at least
+        one is not.
+      mesh: the mesh of `specs`.
+      dtype: type in which gradients of split parameters are communicated; those of the rest are float32.
 
     Returns:
-      A function of the same arguments, for jax.jit. `specs` has at least one parameter that is split over fsdp and one that is
-      not; every array of examples has the batch first, which divides over the mesh (`check_batch`).
+      A function of the same arguments, for jax.jit. Every array of examples has the batch first, which divides over the mesh
+      (`check_batch`).
     """
     axes = ("replica", "data")
     groups = mesh.shape["replica"] * mesh.shape["data"]
     # Whole tiles for each device, or the compiler cannot scatter the sum.
     unit = 1024 * mesh.shape["data"]
 
-    def mean(x: jax.Array) -> jax.Array:
-        """Of one device's part, between groups."""
+    def mean_of_shard(x: jax.Array) -> jax.Array:
+        """Mean over the groups of one device's shard."""
         flat = jnp.pad(x.reshape(-1), (0, -x.size % unit))
         return (jax.lax.psum(flat, axes)[: x.size].astype(jnp.float32) / groups).reshape(x.shape)
 
-    def mean_of_whole(x: jax.Array) -> jax.Array:
-        """The same for what every device of fsdp has: each sends a part of it."""
+    def mean_of_replicated(x: jax.Array) -> jax.Array:
+        """Mean over the groups of what every fsdp device holds whole: each device sends a part of it."""
         parts = jnp.pad(x, (0, -x.size % (unit * mesh.shape["fsdp"]))).reshape(mesh.shape["fsdp"], -1)
-        part = mean(parts[jax.lax.axis_index("fsdp")])
+        part = mean_of_shard(parts[jax.lax.axis_index("fsdp")])
         return jax.lax.all_gather(part, "fsdp", tiled=True)[: x.size]
 
-    def of_group(params: Any, *examples: jax.Array) -> tuple[Any, Any]:
-        """With a group's examples, which are split over fsdp as the parameters are."""
+    def in_group(params: PyTree, *examples: jax.Array) -> tuple[PyTree, PyTree]:
+        """Values and gradients of one group's examples, which are split over fsdp as the parameters are."""
         examples = tuple(jax.lax.with_sharding_constraint(x, P("fsdp")) for x in examples)
-        values, gradients = value_and_gradients(params, *examples)
+        values, gradients = value_and_grad(params, *examples)
         leaves, tree = jax.tree.flatten(gradients)
         leaf_specs = tree.flatten_up_to(specs)
         split = [n for n, spec in enumerate(leaf_specs) if any(spec)]
@@ -189,7 +211,7 @@ def with_sums_by_hand(
         small = jnp.concatenate([leaves[n].astype(jnp.float32).reshape(-1) for n in whole])
         part_specs = (*(leaf_specs[n] for n in split), P())
         *large, small = jax.shard_map(
-            lambda *parts: (*map(mean, parts[:-1]), mean_of_whole(parts[-1])),
+            lambda *parts: (*map(mean_of_shard, parts[:-1]), mean_of_replicated(parts[-1])),
             in_specs=part_specs, out_specs=part_specs, axis_names={"fsdp"}, check_vma=False,
         )(*(leaves[n].astype(dtype) for n in split), small)  # fmt: skip
         ends = np.cumsum([leaves[n].size for n in whole])
@@ -197,33 +219,32 @@ def with_sums_by_hand(
             leaves[n] = leaf.reshape(leaves[n].shape)
         return jax.tree.map(lambda x: jax.lax.pmean(x, axes), values), jax.tree.unflatten(tree, leaves)
 
-    def by_hand(params: Any, *examples: jax.Array) -> tuple[Any, Any]:
+    def explicit(params: PyTree, *examples: jax.Array) -> tuple[PyTree, PyTree]:
         in_specs = (P(), *[P(axes)] * len(examples))
         return jax.shard_map(
-            of_group, mesh=mesh, in_specs=in_specs, out_specs=P(), axis_names=set(axes), check_vma=False
+            in_group, mesh=mesh, in_specs=in_specs, out_specs=P(), axis_names=set(axes), check_vma=False
         )(params, *examples)
 
-    return by_hand
+    return explicit
 
 
 def optimizer_shardings(
-    optimizer: optax.GradientTransformation, params: Mapping[str, Any], shardings: Any, mesh: Mesh
-) -> Any:
-    """Shardings of `optimizer.init(params)`: moments like their parameters, everything else on every device.
+    optimizer: optax.GradientTransformation, shapes: PyTree, shardings: PyTree[NamedSharding], mesh: Mesh
+) -> PyTree[NamedSharding]:
+    """Shardings of `optimizer.init(params)`: moments like their parameters, everything else replicated.
 
-    Without these, `jit(optimizer.init)` leaves the moments whole on every device, silently.
+    Without these, `jit(optimizer.init)` silently replicates the moments on every device.
     """
-    abstract = jax.eval_shape(optimizer.init, params)
     return optax.tree.map_params(
         optimizer,
         lambda _, sharding: sharding,
-        abstract,
+        jax.eval_shape(optimizer.init, shapes),
         shardings,
         transform_non_params=lambda _: NamedSharding(mesh, P()),
     )
 
 
-def describe(tree: Any, shardings: Any) -> str:
-    """One line a leaf: path, shape, PartitionSpec. The golden files of the suite are made of these lines."""
+def describe(tree: PyTree, shardings: PyTree[NamedSharding]) -> str:
+    """One line per leaf: path, shape, PartitionSpec. The golden files tests/golden/sharding_*.txt are made of these lines."""
     specs = paths(jax.tree.map(lambda s: s.spec, shardings, is_leaf=lambda s: isinstance(s, NamedSharding)))
     return "".join(f"{path} {tuple(leaf.shape)} {specs[path]}\n" for path, leaf in sorted(paths(tree).items()))

@@ -1,19 +1,16 @@
-"""Clocks, throughput, MFU, writers and the progress line of a run."""
+"""Clocks, throughput, MFU and the files that a run writes."""
 
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-# Dense bf16 FLOP/s per chip as the makers publish them: cloud.google.com/tpu/docs/system-architecture-tpu-vm, and the
+# Dense bf16 FLOP/s per chip as their makers publish them: cloud.google.com/tpu/docs/system-architecture-tpu-vm, and the
 # H100 SXM, H200 and A100 data sheets (without sparsity).
 PEAK_FLOPS = {
     "TPU v3": 61.5e12,  # jax lists the two cores of a v3 chip as two devices
@@ -32,99 +29,95 @@ PEAK_FLOPS = {
 
 
 def peak_flops() -> tuple[float, str]:
-    """Peak FLOP/s of all devices of the run together, and where the figure comes from.
+    """Peak FLOP/s of all devices of the run together, and the source of the figure.
 
-    A device that PEAK_FLOPS does not list is timed on products of square matrices: 1024 wide and float32 on a CPU, 4096
-    wide and bfloat16 elsewhere. Simulated CPU devices share one machine, so their figure is the machine's.
+    A device that PEAK_FLOPS does not list is timed on matmuls: 1024 x 1024 in float32 on a CPU, 4096 x 4096 in bfloat16
+    elsewhere. Simulated CPU devices share one machine, so their figure is the machine's.
     """
     kind = jax.devices()[0].device_kind
     if kind in PEAK_FLOPS:
         return PEAK_FLOPS[kind] * jax.device_count(), f"data sheet of {kind}"
     cpu = jax.default_backend() == "cpu"
     n, dtype, repeats = (1024, jnp.float32, 8) if cpu else (4096, jnp.bfloat16, 32)
-    product = jax.jit(lambda a: a @ a)
+    matmul = jax.jit(lambda a: a @ a)
     a = jax.device_put(jnp.full((n, n), 1 / n, dtype), jax.local_devices()[0])
-    jax.block_until_ready(product(a))
+    jax.block_until_ready(matmul(a))
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()
         for _ in range(repeats):
-            a = product(a)
+            a = matmul(a)
         jax.block_until_ready(a)
         best = min(best, (time.perf_counter() - start) / repeats)
     machines = jax.process_count() if cpu else jax.device_count()
-    return 2 * n**3 / best * machines, f"measured {a.dtype} matrix product on {kind}"
+    return 2 * n**3 / best * machines, f"measured {a.dtype} matmul on {kind}"
 
 
 class Meter:
-    """Throughput without start-up and compilation, and the shares of the time spent waiting for input and for saves.
+    """Throughput without start-up and compilation, and the fractions of the time spent waiting for input and for saves.
 
     Args:
-      flops_per_image: model FLOPs of a training step per image (no credit for rematerialisation).
+      batch_size: examples per step, over all hosts.
+      flops_per_example: model FLOPs of a training step per example (no credit for rematerialisation).
       peak: FLOP/s of all devices together.
     """
 
-    def __init__(self, *, flops_per_image: float, peak: float) -> None:
-        self._flops, self._peak = flops_per_image, peak
-        self._interval: _Span | None = None
-        self._run: _Span | None = None
+    def __init__(self, *, batch_size: int, flops_per_example: int | float, peak: float) -> None:
+        self._batch_size, self._flops, self._peak = batch_size, flops_per_example, peak
+        self._interval, self._run = _Span(), _Span()
+        self._last: float | None = None
 
-    def waited(self, seconds: float) -> None:
-        """Adds time in which the devices had nothing to do because the input was not there."""
-        if self._interval is not None:
-            self._interval.waited += seconds
+    def finished(self, *, input_wait: float, save_wait: float) -> None:
+        """Counts a step whose result is known. The first one only starts the clock.
 
-    def saved(self, seconds: float) -> None:
-        """Adds time in which a save kept the loop."""
-        if self._interval is not None:
-            self._interval.saving += seconds
-
-    def finished(self, images: int) -> None:
-        """Counts a step whose result is known to be there. The first one only starts the clock."""
+        Args:
+          input_wait, save_wait: seconds since the step before in which the devices had no input, and in which a save held up
+            the loop.
+        """
         now = time.perf_counter()
-        if self._interval is None:
-            self._interval, self._run = _Span(now), _Span(now)
-        else:
-            self._interval.images += images
-        self._interval.end = now
+        if self._last is not None:
+            step = _Span(now - self._last, self._batch_size, input_wait, save_wait)
+            self._interval, self._run = self._interval.plus(step), self._run.plus(step)
+        self._last = now
 
     def read(self) -> dict[str, float]:
-        """images_per_second, data_stall_fraction, save_stall_fraction and mfu of the steps since the last call; empty
-        while there is nothing to divide."""
-        if self._interval is None or not self._interval.images:
-            return {}
-        span = self._interval
-        self._run.add(span)
-        self._interval = _Span(span.end)
-        return self._rates(span)
+        """images_per_second, data_stall_fraction, save_stall_fraction and mfu of the steps since the last call; empty where there
+        are none."""
+        rates = self._rates(self._interval)
+        self._interval = _Span()
+        return rates
 
     def total(self) -> dict[str, float]:
-        """The same of all steps that were read."""
-        return self._rates(self._run) if self._run is not None and self._run.images else {}
+        """The same of all steps."""
+        return self._rates(self._run)
 
     def _rates(self, span: "_Span") -> dict[str, float]:
-        seconds = span.end - span.start
-        rate = span.images / seconds
+        if not span.examples:
+            return {}
+        rate = span.examples / span.seconds
         return {
             "images_per_second": rate,
-            "data_stall_fraction": min(1.0, span.waited / seconds),
-            "save_stall_fraction": min(1.0, span.saving / seconds),
+            "data_stall_fraction": min(1.0, span.input_wait / span.seconds),
+            "save_stall_fraction": min(1.0, span.save_wait / span.seconds),
             "mfu": rate * self._flops / self._peak,
         }
 
 
-class _Span:
-    """From the end of one step to the end of a later one."""
+class _Span(NamedTuple):
+    """Time from the end of one step to the end of a later one, in seconds."""
 
-    def __init__(self, start: float) -> None:
-        self.start = self.end = start
-        self.images, self.waited, self.saving = 0, 0.0, 0.0
+    seconds: float = 0.0
+    examples: int = 0
+    input_wait: float = 0.0
+    save_wait: float = 0.0
 
-    def add(self, later: "_Span") -> None:
-        self.end = later.end
-        self.images += later.images
-        self.waited += later.waited
-        self.saving += later.saving
+    def plus(self, later: "_Span") -> "_Span":
+        return _Span(
+            self.seconds + later.seconds,
+            self.examples + later.examples,
+            self.input_wait + later.input_wait,
+            self.save_wait + later.save_wait,
+        )
 
 
 METRICS, EVENTS, BOARD = "metrics.jsonl", "events.jsonl", "tensorboard"
@@ -133,16 +126,16 @@ METRICS, EVENTS, BOARD = "metrics.jsonl", "events.jsonl", "tensorboard"
 class Log:
     """`metrics.jsonl`, `events.jsonl` and TensorBoard events of a work directory. Only one host of a run has one.
 
-    A run that goes on from step n drops the lines after step n that its killed predecessor had written, and tells
-    TensorBoard to do so.
+    A run that resumes from step n drops the lines after step n that its killed predecessor wrote, and tells TensorBoard to do
+    so.
 
     Args:
-      start_step: step of the checkpoint that the run goes on from; 0 for a new run.
+      start_step: step of the checkpoint that the run resumes from; 0 for a new run.
     """
 
     def __init__(self, workdir: str, *, start_step: int) -> None:
         # Imported here because a host that writes nothing does not need it.
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] - generated
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._folder = Path(workdir)
@@ -151,11 +144,11 @@ class Log:
         self._events = self._open(EVENTS, lambda line: True)
         self._board = EventFileWriter(str(self._folder / BOARD))
         if start_step:
-            again = SessionLog(status=SessionLog.START)
-            self._board.add_event(Event(wall_time=time.time(), step=start_step + 1, session_log=again))
+            restart = SessionLog(status=SessionLog.START)
+            self._board.add_event(Event(wall_time=time.time(), step=start_step + 1, session_log=restart))
 
     def _open(self, name: str, keep: Callable[[dict[str, Any]], bool]) -> TextIO:
-        """Opens a file of JSON lines for appending, after dropping a torn last line and those that are not to be kept."""
+        """Opens a file of JSON lines for appending, after dropping a torn last line and those that `keep` rejects."""
         path = self._folder / name
         kept = [line for line in _json_lines(path) if keep(line)] if path.exists() else []
         beside = path.with_suffix(".tmp")
@@ -163,10 +156,10 @@ class Log:
         os.replace(beside, path)
         return path.open("a", encoding="utf-8")
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+    def metrics(self, step: int, values: Mapping[str, int | float]) -> None:
         """Appends one line to `metrics.jsonl` and one point per value to TensorBoard."""
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue] - generated
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue] - generated
 
         now = time.time()
         self._metrics.write(json.dumps({"step": step, **values, "time": round(now, 3)}) + "\n")
@@ -193,7 +186,7 @@ def last_metrics(workdir: str) -> dict[str, Any]:
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file up to a torn one, which a killed run leaves at the end."""
+    """The lines of a file up to a torn one, which a killed run may leave at the end."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -201,50 +194,3 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return lines
-
-
-class ProgressLine:
-    """Progress of a run on standard error: a bar on a terminal, a line every few seconds elsewhere."""
-
-    def __init__(self, *, start_step: int, total_steps: int, seconds_between_lines: float = 10.0) -> None:
-        self._total = total_steps
-        self._every = seconds_between_lines
-        self._first = self._last = time.monotonic()
-        self._start_step = start_step
-        self._bar: Progress | None = None
-        console = Console(stderr=True)
-        if console.is_terminal:
-            self._bar = Progress(
-                TextColumn("pretraining"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
-                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
-            )  # fmt: skip
-            self._task = self._bar.add_task("", total=total_steps, completed=start_step, text="")
-            self._bar.start()
-
-    def update(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows the newest figures: `loss`, `baseline_loss` and, once known, `images_per_second` and `mfu`."""
-        text = f"loss {values['loss']:.4f} (mean predictor {values['baseline_loss']:.4f})"
-        if "images_per_second" in values:
-            text += f"  {values['images_per_second']:,.0f} images/s  MFU {values['mfu']:.1%}"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, text=text)
-            return
-        now = time.monotonic()
-        if now - self._last >= self._every or step == self._total:
-            self._last = now
-            left = (now - self._first) / max(1, step - self._start_step) * (self._total - step)
-            print(f"step {step}/{self._total}  {text}  {_duration(left)} left", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )

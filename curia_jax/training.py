@@ -1,55 +1,181 @@
-"""The loop both stages share.
+"""The training loop of both stages, and the hooks that save and check.
 
-The order inside a step is a contract, because it says which examples a checkpoint has counted:
+The order inside a step is a contract, because it decides which examples a checkpoint counts:
 
   save the state of step n  ->  pull batch n  ->  dispatch step n  ->  report step n - 1
 
-so the checkpoint of step n has seen the batches 0 … n - 1 and no other, and the devices always have a step queued while
-the host reads the figures of the one before.
+The checkpoint of step n has seen the batches 0 … n - 1 and no other, and the devices always have a step queued while the host
+reads the metrics of the step before.
 """
 
 import contextlib
+import dataclasses
 import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax.experimental import multihost_utils
+from jaxtyping import PyTree
 
+from curia_common.errors import DivergedError
 from curia_jax import checkpoint, telemetry
 
-# A launcher starts the same command again after this one (EX_TEMPFAIL of sysexits.h): the state is saved, nothing failed.
-EXIT_PREEMPTED = 75
+State = TypeVar("State")
+Batch = TypeVar("Batch")
 
 
-class NonFinite(Exception):
-    """A loss or norm is not a number: the message has the step, the quantity and the last good checkpoint."""
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Where a run starts and ends.
+
+    Attributes:
+      start_step: steps that the first state has taken.
+      total_steps: step at which the run is finished.
+      batch_size: examples per step, over all hosts.
+      examples_seen: examples that the first state was trained on.
+    """
+
+    start_step: int
+    total_steps: int
+    batch_size: int
+    examples_seen: int
+
+    def examples_at(self, step: int) -> int:
+        """Examples that the state of this step was trained on."""
+        return self.examples_seen + (step - self.start_step) * self.batch_size
+
+
+class Report(NamedTuple):
+    """A step whose metrics are on the host.
+
+    Attributes:
+      step: steps taken, this one included.
+      input_wait: seconds since the last report in which the devices were idle because the next batch was not there.
+      hook_wait: seconds since the last report in which state hooks (saving, say) held up the loop.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    input_wait: float
+    hook_wait: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Hook:
+    """`fn` gets the report of every `every`-th step, and those of the first and the last step of this start."""
+
+    fn: Callable[[Report], None]
+    every: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class StateHook:
+    """`fn` gets every `every`-th step with the state after it, and the last one, before the next batch is pulled.
+
+    It may copy the state to the host, and must not keep it: the next step reuses its memory. `finish` is called once, after the
+    last step.
+    """
+
+    fn: Callable[[int, Any], None]
+    every: int
+    finish: Callable[[], None] = lambda: None
+
+
+def fit(
+    state: State,
+    train_step: Callable[[State, Batch], tuple[State, Mapping[str, jax.Array]]],
+    batches: Iterator[Batch],
+    schedule: Schedule,
+    hooks: Sequence[Hook | StateHook],
+) -> tuple[State, bool]:
+    """Trains to `schedule.total_steps`, or until a signal asks to stop.
+
+    Args:
+      state: train state on the devices; donated.
+      train_step: compiled (state, batch) -> (state, metrics); metrics are scalars.
+      batches: global batches on the devices.
+      hooks: called in their order. What one raises ends the run.
+
+    Returns:
+      The state, and whether it is finished (False: a signal asked to stop).
+    """
+    start, total = schedule.start_step, schedule.total_steps
+    report_hooks = [hook for hook in hooks if isinstance(hook, Hook)]
+    state_hooks = [hook for hook in hooks if isinstance(hook, StateHook)]
+    pending: tuple[int, Mapping[str, jax.Array]] | None = None
+    input_wait = hook_wait = 0.0
+
+    def report(last: bool = False) -> None:
+        """Waits for the pending step and passes its metrics to the hooks."""
+        nonlocal pending, input_wait, hook_wait
+        if pending is None:
+            return
+        step, metrics = pending
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        done = Report(step, values, input_wait, hook_wait)
+        pending, input_wait, hook_wait = None, 0.0, 0.0
+        for hook in report_hooks:
+            if last or step % hook.every == 0 or step == start + 1:
+                hook.fn(done)
+
+    with Stop().listening() as stop, jax.transfer_guard("disallow"):
+        for step in range(start, total + 1):
+            last = stop.agreed(step) or step == total
+            due = [hook for hook in state_hooks if last or (step > start and step % hook.every == 0)]
+            if due or last:
+                report(last)
+                began = time.perf_counter()
+                with jax.transfer_guard("allow"):
+                    for hook in due:
+                        hook.fn(step, state)
+                hook_wait += time.perf_counter() - began
+            if last:
+                break
+
+            began = time.perf_counter()
+            with jax.transfer_guard_host_to_device(
+                "allow"
+            ):  # with several hosts, JAX counts this as an implicit transfer
+                batch = next(batches)
+            # Devices that are still busy did not wait.
+            if pending is None or all(value.is_ready() for value in pending[1].values()):  # pyright: ignore[reportAttributeAccessIssue] - missing in JAX's stub
+                input_wait += time.perf_counter() - began
+
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = train_step(state, batch)
+            report()
+            pending = step + 1, metrics
+        for hook in state_hooks:
+            hook.finish()
+    return state, step == total
 
 
 class Stop:
-    """Remembers SIGTERM and SIGINT until the loop gets to it. A second SIGINT interrupts at once.
+    """Remembers SIGTERM and SIGINT until the loop reaches its next step. A second SIGINT raises KeyboardInterrupt.
 
-    With several hosts SIGTERM stays with JAX's preemption service, which tells the other hosts; a handler of our own would
-    take it away from the service. SIGINT is passed on to it.
+    With several hosts SIGTERM belongs to JAX's preemption service, which tells the other hosts; a handler of our own would
+    replace the service's. SIGINT is passed on to it.
     """
 
     def __init__(self) -> None:
         self._requested = False
-        self._alone = jax.process_count() == 1
+        self._single_host = jax.process_count() == 1
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["Stop"]:
-        def request(number: int, frame: Any) -> None:
+        def request(number: int, frame: FrameType | None) -> None:
             if self._requested and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self._requested = True
-            if not self._alone:
+            if not self._single_host:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        numbers = (signal.SIGINT, signal.SIGTERM) if self._alone else (signal.SIGINT,)
+        numbers = (signal.SIGINT, signal.SIGTERM) if self._single_host else (signal.SIGINT,)
         previous = {number: signal.signal(number, request) for number in numbers}
         try:
             yield self
@@ -59,100 +185,53 @@ class Stop:
 
     def agreed(self, step: int) -> bool:
         """True on every host in the same step, as soon as one host was told to stop."""
-        return self._requested if self._alone else multihost_utils.reached_preemption_sync_point(step)
+        return self._requested if self._single_host else multihost_utils.reached_preemption_sync_point(step)
 
 
-def fit(
-    state: Any,
-    train_step: Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]],
-    batches: Iterator[Any],
-    *,
-    start_step: int,
-    total_steps: int,
-    batch_size: int,
-    examples_seen: int,
-    save_every_steps: int,
-    log_every_steps: int,
-    config: Mapping[str, Any],
-    checkpointer: checkpoint.Checkpointer,
-    meter: telemetry.Meter,
-    log: telemetry.Log | None,
-    progress: telemetry.ProgressLine | None,
-) -> tuple[Any, bool]:
-    """Trains from `start_step` to `total_steps`, or until a signal asks to stop.
+class Saver:
+    """Saves the state, and checks that what is saved is finite.
 
     Args:
-      state: train state on the devices; donated.
-      train_step: compiled (state, batch) -> (state, metrics). Metrics are scalars; all of them have to stay finite,
-        `loss` and `baseline_loss` are shown.
-      batches: global batches on the devices.
-      examples_seen: examples that the state has been trained on.
-      save_every_steps, log_every_steps: distances; the last step is saved and logged in any case.
-      config: stored with each checkpoint.
-      log, progress: None on all hosts but one.
+      meta: examples seen -> what is saved with the state.
+      log: None on all hosts but one.
 
-    Returns:
-      The state, and whether it is finished (False: saved because a signal asked to stop).
-
-    Raises:
-      NonFinite: a metric is not finite. The state that led to it is not saved.
+    Attributes:
+      saved_step: newest checkpoint; None where there is none.
     """
-    saved_step = start_step if checkpointer.latest_step == start_step else None
-    pending: tuple[int, dict[str, jax.Array]] | None = None
 
-    def report(last: bool = False) -> None:
-        """Waits for the pending step, checks it and passes its figures on; in any case if it is the last one."""
-        nonlocal pending
-        if pending is None:
-            return
-        step, metrics = pending[0], {name: float(value) for name, value in jax.device_get(pending[1]).items()}
-        pending = None
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                good = (
-                    f"the last good checkpoint is step {saved_step}"
-                    if saved_step is not None
-                    else "there is no checkpoint yet"
-                )
-                if log is not None:
-                    log.event("non-finite", step=step, quantity=name, last_good_step=saved_step)
-                raise NonFinite(
-                    f"{name} is {value} at step {step}; {good}. Try a lower learning rate or --config.optimizer.clip_norm=1.0"
-                )
-        meter.finished(batch_size)
-        if last or step % log_every_steps == 0 or step == start_step + 1:
-            values = {"examples_seen": examples_seen + (step - start_step) * batch_size, **metrics, **meter.read()}
-            if log is not None:
-                log.metrics(step, values)
-            if progress is not None:
-                progress.update(step, values)
+    def __init__(
+        self,
+        checkpointer: checkpoint.Checkpointer,
+        schedule: Schedule,
+        meta: Callable[[int], checkpoint.Meta],
+        log: telemetry.Log | None,
+    ) -> None:
+        self._checkpointer, self._schedule, self._meta, self._log = checkpointer, schedule, meta, log
+        self.saved_step = checkpointer.latest_step
 
-    with Stop().listening() as stop, jax.transfer_guard("disallow"):
-        for step in range(start_step, total_steps + 1):
-            done = stop.agreed(step) or step == total_steps
-            if step != saved_step and (done or (step > start_step and step % save_every_steps == 0)):
-                report(last=done)
-                seen = examples_seen + (step - start_step) * batch_size
-                asked = time.perf_counter()
-                with jax.transfer_guard("allow"):  # a save copies the state to the host; that is its purpose
-                    checkpointer.save(step, state, config=config, examples_seen=seen)
-                meter.saved(time.perf_counter() - asked)
-                saved_step = step
-                if log is not None:
-                    log.event("saved", step=step, examples_seen=seen)
-            if done:
-                break
+    def hooks(self, every: int) -> list[Hook | StateHook]:
+        """Checks every step, saves every `every`-th and the last one."""
+        return [Hook(self._check), StateHook(self._save, every, finish=self._checkpointer.wait)]
 
-            asked = time.perf_counter()
-            with jax.transfer_guard_host_to_device("allow"):  # with several hosts, JAX counts this as a hidden transfer
-                batch = next(batches)
-            # Devices that are still at work did not wait.
-            if pending is None or all(value.is_ready() for value in pending[1].values()):
-                meter.waited(time.perf_counter() - asked)
+    def _save(self, step: int, state: PyTree) -> None:
+        if step == self.saved_step:
+            return  # resumed from it and stopped at once
+        seen = self._schedule.examples_at(step)
+        self._checkpointer.save(step, state, self._meta(seen))
+        self.saved_step = step
+        if self._log is not None:
+            self._log.event("saved", step=step, examples_seen=seen)
 
-            with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, metrics = train_step(state, batch)
-            report()
-            pending = step + 1, metrics
-        checkpointer.wait()
-    return state, step == total_steps
+    def _check(self, report: Report) -> None:
+        """Raises DivergedError where a metric is not finite, before the state that it belongs to is saved."""
+        for name, value in report.metrics.items():
+            if math.isfinite(value):
+                continue
+            good = "there is no checkpoint yet"
+            if self.saved_step is not None:
+                good = f"the last good checkpoint is step {self.saved_step}"
+            if self._log is not None:
+                self._log.event("non-finite", step=report.step, quantity=name, last_good_step=self.saved_step)
+            raise DivergedError(
+                f"{name} is {value} at step {report.step}; {good}. Try a lower learning rate or --config.optimizer.clip_norm=1.0"
+            )

@@ -43,7 +43,7 @@ def real_data() -> Path:
 def uncached() -> Callable[[], AbstractContextManager[None]]:
     """Context in which programs are neither read from the compilation cache nor written to it.
 
-    For programs with several collectives: read from the cache they deadlock on simulated devices (see pretrain.use_devices).
+    For programs with several collectives: read from the cache they deadlock on simulated devices (see run.use_devices).
     """
 
     @contextlib.contextmanager
@@ -57,6 +57,21 @@ def uncached() -> Callable[[], AbstractContextManager[None]]:
             compilation_cache.reset_cache()
 
     return switched_off
+
+
+@pytest.fixture
+def one_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs of the test use one of this process's devices; settings that `run.use_devices` changes are restored."""
+    from curia_jax import sharding
+
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda **sizes: make_mesh(**sizes, devices=jax.devices()[:1]))
+    settings = ("jax_enable_compilation_cache", "jax_compilation_cache_dir")
+    before = {name: getattr(jax.config, name) for name in settings}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

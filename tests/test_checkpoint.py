@@ -1,4 +1,4 @@
-"""Checkpoints: the same bits back, on any mesh and on none, and a clear line where there are none to be had."""
+"""Checkpoints: the same bits come back on any mesh and on none; what cannot be read is one clear line."""
 
 import json
 import os
@@ -17,16 +17,19 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from curia_common.errors import UserError
+import curia_common
+from curia_common.errors import DataError, UserError
 from curia_jax import checkpoint, sharding
+from curia_jax.checkpoint import Meta
 
 CONFIG = {"seed": 3, "data": {"canvas": None, "split": "train"}, "model": {"size": "Ti", "image_size": [16, 24]}}
+DATASET = checkpoint.Dataset("abc", additions=1, slices=48, split="train")
 SPECS = {"kernel": P("fsdp", None), "bias": P()}
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def host_state(width: int = 16, step: int = 8) -> Any:
-    """Parameters of random bits that are numbers, among them subnormal ones and -0, with AdamW's moments."""
+    """Random finite parameters, subnormal ones and -0 among them, with AdamW's moments."""
     random = np.random.default_rng(step)
     bits = random.integers(0, 2**32, (8, width), dtype=np.uint32) & 0xBFFFFFFF  # an exponent below that of infinity
     params = {"layer": {"kernel": bits.view(np.float32), "bias": np.linspace(-0.0, 1e-40, width, dtype=np.float32)}}
@@ -60,11 +63,11 @@ def save(workdir: Path, *steps: int, width: int = 16, mesh: dict[str, int] | Non
     checkpointer = checkpoint.Checkpointer(str(workdir), **settings)
     for step in steps:
         state = placed(host_state(width, step), sharding.make_mesh(**(mesh or {"data": 2, "fsdp": 4})))
-        checkpointer.save(step, state, config=CONFIG, examples_seen=step * 2**40)
+        checkpointer.save(step, state, Meta(CONFIG, step * 2**40, DATASET, 5))
     checkpointer.close()
 
 
-def restore(workdir: Path, wanted: Any) -> tuple[Any, dict[str, Any]]:
+def restore(workdir: Path, wanted: Any) -> Any:
     checkpointer = checkpoint.Checkpointer(str(workdir))
     try:
         return checkpointer.restore(wanted)
@@ -86,37 +89,35 @@ def copy(saved: Path, tmp_path: Path) -> Iterator[Path]:
     yield tmp_path / "run"
 
 
-# ---- the way there and back
+# ---- save and restore
 
 
 @pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 4}, {"data": 1, "fsdp": 8}, {"replica": 2, "data": 4}, None])
-def test_every_bit_comes_back_on_any_mesh(saved: Path, mesh: dict[str, int] | None) -> None:
+def test_restore_returns_every_bit_on_any_mesh(saved: Path, mesh: dict[str, int] | None) -> None:
     devices = jax.devices() if mesh else jax.devices()[:1]
     wanted = placed(host_state(), sharding.make_mesh(**(mesh or {}), devices=devices))
-    state, meta = restore(saved, abstract(wanted))
+    state = restore(saved, abstract(wanted))
     assert_same_bits(state, wanted)
     for found, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
         assert found.sharding == leaf.sharding
-    assert meta == {"config": CONFIG, "examples_seen": 8 * 2**40}
+    assert checkpoint.latest(str(saved)) == (8, Meta(CONFIG, 8 * 2**40, DATASET, 5))
 
 
-def test_what_is_saved_is_the_state_of_that_moment(tmp_path: Path) -> None:
-    """Saving goes on in the background while the next steps overwrite the state's memory."""
+def test_saved_state_is_that_of_its_step(tmp_path: Path) -> None:
+    """The save runs in the background while the next steps overwrite the state's memory."""
     advance = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
     state = {"step": jnp.int32(0), "params": {"kernel": jnp.zeros((1024, 1024), jnp.float32)}}
     checkpointer = checkpoint.Checkpointer(str(tmp_path))
     for step in range(1, 41):
         state = advance(state)
         if step == 20:
-            checkpointer.save(step, state, config=CONFIG, examples_seen=0)
+            checkpointer.save(step, state, Meta(CONFIG, 0))
     checkpointer.close()
     kernel = checkpoint.load(str(tmp_path)).params["kernel"]
     assert kernel.min() == kernel.max() == 20
 
 
-def test_parameters_are_read_without_an_accelerator_and_without_the_mesh_they_came_from(
-    saved: Path, tmp_path: Path
-) -> None:
+def test_load_needs_no_accelerator_and_no_mesh(saved: Path, tmp_path: Path) -> None:
     program = """
 import sys
 import jax
@@ -138,22 +139,31 @@ print(loaded.step, loaded.examples_seen, loaded.config["model"]["image_size"], l
         assert_same_bits(dict(found), host_state()["params"]["layer"])
 
 
-def test_meta_is_json_as_it_was_given(saved: Path) -> None:
+def test_meta_on_disk_is_json(saved: Path) -> None:
     assert json.loads((saved / "checkpoints/8/meta/data.json").read_text()) == {
         "config": CONFIG,
         "examples_seen": 8 * 2**40,
+        "dataset": {"fingerprint": "abc", "additions": 1, "slices": 48, "split": "train"},
+        "dataset_start": 5,
+        "version": curia_common.__version__,
     }
 
 
-# ---- which ones there are
+def test_meta_of_an_old_checkpoint_has_no_dataset_and_no_version(copy: Path) -> None:
+    (copy / "checkpoints/8/meta/data.json").write_text(json.dumps({"config": CONFIG, "examples_seen": 7}))
+    assert checkpoint.latest(str(copy)) == (8, Meta(CONFIG, 7, None, 0, version=None))
+    assert checkpoint.load(str(copy)).examples_seen == 7
 
 
-def test_the_newest_ones_and_every_so_many_steps_stay(tmp_path: Path) -> None:
+# ---- finding checkpoints
+
+
+def test_newest_and_every_n_steps_stay(tmp_path: Path) -> None:
     save(tmp_path, 1, 2, 3, 4, 5, 6, 7, keep=2, keep_every_steps=3)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["3", "6", "7"]
 
 
-def test_a_checkpoint_is_found_by_any_of_its_folders(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_takes_any_folder_of_a_checkpoint(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(saved.parent)
     for path, step, name in [
         (saved, None, "8"), (saved, 4, "4"), (saved / "checkpoints", None, "8"), (saved / "checkpoints/4", None, "4"),
@@ -173,16 +183,14 @@ def test_a_checkpoint_is_found_by_any_of_its_folders(saved: Path, monkeypatch: p
         ("checkpoints/4/_CHECKPOINT_METADATA", None, "no finished checkpoint in "),
     ],
 )
-def test_a_checkpoint_that_is_not_there_is_one_clear_line(
-    saved: Path, path: str, step: int | None, message: str
-) -> None:
+def test_find_of_a_missing_checkpoint_is_one_line(saved: Path, path: str, step: int | None, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         checkpoint.find(str(saved / path), step)
     assert "\n" not in str(error.value)
 
 
-def test_half_written_steps_are_ignored_and_overwritten(copy: Path) -> None:
-    """A killed save leaves its temporary folder, a broken copy a folder without the mark that is written last."""
+def test_half_written_checkpoints_are_ignored_and_overwritten(copy: Path) -> None:
+    """A killed save leaves its temporary folder, an interrupted copy a folder without the file that is written last."""
     steps = copy / "checkpoints"
     shutil.copytree(steps / "8", steps / "12")
     (steps / "12/commit_success.txt").unlink()
@@ -193,25 +201,39 @@ def test_half_written_steps_are_ignored_and_overwritten(copy: Path) -> None:
     with pytest.raises(UserError, match="no finished checkpoint in"):
         checkpoint.find(str(steps / "12"))
     wanted = placed(host_state(), sharding.make_mesh())
-    state, meta = restore(copy, abstract(wanted))
-    assert int(state["step"]) == 8 and meta["examples_seen"] == 8 * 2**40
+    assert int(restore(copy, abstract(wanted))["step"]) == 8
+    assert checkpoint.latest(str(copy)) == (8, Meta(CONFIG, 8 * 2**40, DATASET, 5))
     save(copy, 12)
     assert checkpoint.load(str(copy)).examples_seen == 12 * 2**40
 
 
-def test_a_new_work_directory_has_no_checkpoint(tmp_path: Path) -> None:
+def test_new_work_directory_has_no_checkpoint(tmp_path: Path) -> None:
     checkpointer = checkpoint.Checkpointer(str(tmp_path / "new"))
-    assert checkpointer.latest_step is None
+    assert checkpointer.latest_step is None and checkpoint.latest(str(tmp_path / "new")) is None
     checkpointer.close()
     (tmp_path / "new").mkdir(exist_ok=True)
     with pytest.raises(UserError, match="no finished checkpoint in .*/new; a work directory"):
         checkpoint.find(str(tmp_path / "new"))
 
 
-# ---- what does not fit
+# ---- checkpoints that do not fit
 
 
-def test_another_model_size_is_one_clear_line(saved: Path) -> None:
+def test_damaged_checkpoint_is_a_data_error(copy: Path) -> None:
+    (copy / "checkpoints/8/meta/data.json").write_text('{"config": {"se')
+    with pytest.raises(
+        DataError, match=r"checkpoints/8 is damaged .*; remove this folder to resume from the one before"
+    ):
+        checkpoint.latest(str(copy))
+    with pytest.raises(DataError, match="checkpoints/8 is damaged"):
+        checkpoint.load(str(copy))
+    shutil.rmtree(copy / "checkpoints/4/state/d", ignore_errors=True)
+    shutil.rmtree(copy / "checkpoints/4/state/ocdbt.process_0", ignore_errors=True)
+    with pytest.raises(DataError, match="checkpoints/4 is damaged"):
+        checkpoint.load(str(copy), 4)
+
+
+def test_restore_of_another_model_size_is_one_line(saved: Path) -> None:
     wanted = placed(host_state(width=32), sharding.make_mesh())
     with pytest.raises(UserError) as error:
         restore(saved, abstract(wanted))
@@ -232,7 +254,7 @@ def test_another_model_size_is_one_clear_line(saved: Path) -> None:
         ("bias", "", r"\(tensors that differ: 1\): params/layer/bias is in the checkpoint alone"),
     ],
 )
-def test_tensors_that_are_missing_or_left_over_are_named(saved: Path, old: str, new: str, message: str) -> None:
+def test_restore_names_missing_and_extra_tensors(saved: Path, old: str, new: str, message: str) -> None:
     state = host_state()
     trees = [state["params"]["layer"]]
     if old and new:  # another name everywhere

@@ -1,17 +1,20 @@
+"""AdamW, its schedule and which parameters decay."""
+
 import jax
 import numpy as np
 import pytest
 
+from curia_common.errors import UserError
 from curia_jax import config as configs
 from curia_jax import optimizer, sharding
 from curia_jax.models import mae
 
 
-def test_what_is_decayed_is_decided_by_name() -> None:
+def test_weight_decay_is_decided_by_parameter_name() -> None:
     params = jax.eval_shape(lambda: mae.init(mae.config(size="Ti"), jax.random.key(0)))
     decayed = {path for path, yes in sharding.paths(optimizer.decay_mask(params)).items() if yes}
     everything = set(sharding.paths(params))
-    # Biases and norms of stacked blocks have two dimensions; they must not be decayed for all that.
+    # Biases and norms of stacked blocks have two dimensions; they must not decay nevertheless.
     assert decayed == {p for p in everything if p.endswith(("kernel", "cls_token", "mask_token"))}
     assert not any("bias" in p or "scale" in p for p in decayed)
     assert "encoder/blocks/attn/qkv/kernel" in decayed
@@ -24,7 +27,7 @@ def test_schedule_warms_up_linearly_and_ends_at_zero() -> None:
 
 
 @pytest.mark.parametrize("clip", [None, 1.0])
-def test_one_step_is_torchs_adamw(clip: float | None) -> None:
+def test_update_is_adamw_by_its_formula(clip: float | None) -> None:
     """AdamW by its formula (Loshchilov and Hutter 2019), with the learning rate scaled by batch / 256."""
     settings = configs.load("configs/demo.py", [f"--config.optimizer.clip_norm={clip}"]).optimizer
     transform, rate = optimizer.make(settings, batch_size=512, warmup_steps=1, total_steps=100)
@@ -35,6 +38,23 @@ def test_one_step_is_torchs_adamw(clip: float | None) -> None:
     updates, _ = transform.update(gradients, state, params)
     peak = settings.base_learning_rate * 2
     assert float(rate(1)) == pytest.approx(peak)
-    # Constant gradients: both moments are unbiased, so that m / sqrt(v) is the gradient's sign, whatever the clipping.
+    # With constant gradients m / sqrt(v) is the gradient's sign, whatever the clipping.
     np.testing.assert_allclose(updates["layer"]["kernel"], -peak * (1 + settings.weight_decay * 3.0), rtol=1e-4)
     np.testing.assert_allclose(updates["layer"]["bias"], peak, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("clip_norm", "abc", "optimizer.clip_norm is 'abc'; it has to be a number above 0, or None; set --config.optimizer.clip_norm"),
+        ("b2", 1.0, "optimizer.b2 is 1.0; it has to be a number from 0 to below 1"),
+        ("weight_decay", -0.1, "optimizer.weight_decay is -0.1; it has to be a number of at least 0"),
+        ("base_learning_rate", float("nan"), "optimizer.base_learning_rate is nan; it has to be a number above 0"),
+    ],
+)  # fmt: skip
+def test_wrong_optimizer_setting_is_one_line(field: str, value: object, message: str) -> None:
+    config = configs.load("configs/demo.py").optimizer
+    with config.ignore_type():
+        config[field] = value
+    with pytest.raises(UserError, match=message):
+        optimizer.make(config, batch_size=512, warmup_steps=1, total_steps=100)

@@ -1,3 +1,5 @@
+"""Meshes, the table from parameter to PartitionSpec, and the sharding of moments."""
+
 import itertools
 import re
 from pathlib import Path
@@ -14,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 from curia_common.errors import UserError
 from curia_jax import config as configs
 from curia_jax import optimizer, sharding
-from curia_jax.models import mae
+from curia_jax.models import mae, vit
+from curia_jax.objectives.mae import RULES
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -24,27 +27,27 @@ def mesh() -> Mesh:
     return sharding.make_mesh(replica=2, data=2, fsdp=2)
 
 
-def state_of(size: str, mesh):
+def state_of(size: str, mesh: Mesh) -> Any:
     model = mae.config(size=size)
     params = jax.eval_shape(lambda: mae.init(model, jax.random.key(0)))
     transform, _ = optimizer.make(
         configs.load("configs/demo.py").optimizer, batch_size=256, warmup_steps=1, total_steps=10
     )
-    shardings = sharding.parameter_shardings(params, mesh)
+    shardings = sharding.parameter_shardings(params, mesh, RULES)
     moments = sharding.optimizer_shardings(transform, params, shardings, mesh)
     return params, shardings, jax.eval_shape(transform.init, params), moments
 
 
 @pytest.mark.parametrize("size", ["B", "L", "H"])
-def test_every_partition_spec_is_the_golden_one(size: str, mesh: Mesh) -> None:
-    """After a wanted change: rm tests/golden/sharding_*.txt, run this test once and look at the diff."""
+def test_partition_specs_are_the_golden_ones(size: str, mesh: Mesh) -> None:
+    """After an intended change: rm tests/golden/sharding_*.txt, run this test once and look at the diff."""
     params, shardings, opt_state, moments = state_of(size, mesh)
     text = "parameters\n" + sharding.describe(params, shardings) + "optimizer\n" + sharding.describe(opt_state, moments)
     golden = GOLDEN / f"sharding_{size}.txt"
     if not golden.exists():
         golden.parent.mkdir(exist_ok=True)
         golden.write_text(text)
-        pytest.fail(f"{golden} did not exist; it is written now, look at it and run the test again")
+        pytest.fail(f"{golden} did not exist; it was written now; review it and run the test again")
     assert text == golden.read_text()
 
 
@@ -72,44 +75,52 @@ def test_moments_on_devices_have_the_promised_sharding(mesh: Mesh) -> None:
     assert kernel.addressable_shards[0].data.shape[1] * 2 == kernel.shape[1]
 
 
-def test_at_most_two_percent_of_the_bytes_are_replicated(mesh: Mesh) -> None:
+def test_at_most_two_percent_of_bytes_are_replicated(mesh: Mesh) -> None:
     params, shardings, _, _ = state_of("L", mesh)
     sizes = {path: leaf.size for path, leaf in sharding.paths(params).items()}
     whole = sum(sizes[path] for path, s in sharding.paths(shardings).items() if "fsdp" not in s.spec)
     assert whole / sum(sizes.values()) < 0.02
 
 
-def test_a_parameter_without_a_rule_is_an_error() -> None:
+def test_parameter_without_a_rule_is_an_error() -> None:
     with pytest.raises(ValueError, match="no sharding rule matches parameter surprise/kernel"):
         sharding.parameter_specs(
             {"surprise": {"kernel": jax.ShapeDtypeStruct((2, 2), jnp.float32)}}, ((r"other", P()),)
         )
 
 
-def test_a_rule_without_a_parameter_is_an_error() -> None:
+def test_rule_without_a_parameter_is_an_error() -> None:
     params = {"a": jax.ShapeDtypeStruct((2,), jnp.float32)}
     with pytest.raises(ValueError, match=r"match no parameter.*ghost"):
         sharding.parameter_specs(params, ((r"a", P()), (r"ghost", P())))
 
 
-def test_a_dimension_that_does_not_divide_names_parameter_and_axis() -> None:
+def test_encoder_only_model_has_a_table_of_its_own(mesh: Mesh) -> None:
+    params = {"encoder": jax.eval_shape(lambda: vit.init(vit.config(size="Ti"), jax.random.key(0)))}
+    specs = sharding.paths(sharding.parameter_specs(params, sharding.encoder_rules("encoder")))
+    assert specs["encoder/blocks/attn/qkv/kernel"] == P(None, "fsdp", None)
+    with pytest.raises(ValueError, match="match no parameter.*decoder"):
+        sharding.parameter_specs(params, RULES)
+
+
+def test_dimension_that_does_not_divide_names_parameter_and_axis() -> None:
     mesh = sharding.make_mesh(data=1, fsdp=8)
     rules = ((r"odd", P("fsdp")),)
-    with pytest.raises(UserError, match=r"odd has a side of 12, which does not divide over fsdp=8"):
+    with pytest.raises(UserError, match=r"odd has a dimension of 12, which does not divide over fsdp=8"):
         sharding.parameter_shardings({"odd": jax.ShapeDtypeStruct((12,), jnp.float32)}, mesh, rules)
 
 
 @pytest.mark.parametrize(
     ("sizes", "shape"), [({}, (1, 8, 1)), ({"fsdp": 4}, (1, 2, 4)), ({"replica": 2, "data": 1, "fsdp": -1}, (2, 1, 4))]
 )
-def test_mesh_sizes(sizes: dict[str, int], shape: tuple[int, ...]) -> None:
+def test_mesh_has_the_wanted_sizes(sizes: dict[str, int], shape: tuple[int, ...]) -> None:
     mesh = sharding.make_mesh(**sizes)
     assert tuple(mesh.shape.values()) == shape
     assert all(kind == AxisType.Auto for kind in mesh.axis_types)
 
 
 def chips(slices: int, side: int) -> list[Any]:
-    """TPU slices of side x side chips, as far as a mesh asks."""
+    """Fake TPU slices of side x side chips."""
     of_all = {"platform": "tpu", "device_kind": "TPU v5 lite", "process_index": 0, "core_on_chip": 0}
     places = itertools.product(range(slices), range(side), range(side))
     return [
@@ -119,8 +130,8 @@ def chips(slices: int, side: int) -> list[Any]:
 
 
 @pytest.mark.parametrize("slices", [1, 2])
-def test_an_axis_may_take_a_part_of_a_torus_dimension(slices: int) -> None:
-    """On several TPU slices as on one; the replicas are the slices."""
+def test_mesh_axis_may_split_a_torus_dimension(slices: int) -> None:
+    """On several TPU slices as on one; each replica is a TPU slice."""
     mesh = sharding.make_mesh(slices, data=2, fsdp=8, devices=chips(slices, side=4))
     assert mesh.devices.shape == (slices, 2, 8)
     for number, of_slice in enumerate(mesh.devices):
@@ -131,19 +142,19 @@ def test_an_axis_may_take_a_part_of_a_torus_dimension(slices: int) -> None:
 @pytest.mark.parametrize(
     "sizes", [{"data": 3}, {"fsdp": 16}, {"data": 4, "fsdp": 4}, {"data": -1, "fsdp": -1}, {"data": 0}]
 )
-def test_a_mesh_that_does_not_fit_is_an_error(sizes: dict[str, int]) -> None:
+def test_mesh_that_does_not_fit_the_devices_is_an_error(sizes: dict[str, int]) -> None:
     with pytest.raises(UserError, match="there are 8"):
         sharding.make_mesh(**sizes)
 
 
-def test_a_batch_that_does_not_divide_names_the_nearest_that_do() -> None:
+def test_batch_that_does_not_divide_names_the_nearest() -> None:
     with pytest.raises(
         UserError, match=r"batch_size 100 does not divide over 8 devices .*--config.batch_size=96 or 104"
     ):
         sharding.check_batch(100, sharding.make_mesh())
 
 
-def test_the_batch_is_split_over_every_device() -> None:
+def test_batch_is_split_over_every_device() -> None:
     mesh = sharding.make_mesh(replica=2, data=2, fsdp=2)
     batch = jax.device_put(jnp.arange(16), sharding.batch_sharding(mesh))
     assert isinstance(batch.sharding, NamedSharding)

@@ -1,7 +1,6 @@
-"""What a run says about itself: rates without start-up, FLOPs, files that survive a kill, lines for a person."""
+"""What a run reports: rates without start-up, FLOPs, and files that survive a kill."""
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from curia_jax.models import mae
 
 
 class Clock:
-    """Stands for time.perf_counter and time.monotonic: it stands still until told."""
+    """A fake time.perf_counter that a test sets."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -28,23 +27,20 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(telemetry.time, "perf_counter", clock)
-    monkeypatch.setattr(telemetry.time, "monotonic", clock)
     return clock
 
 
 # ---- Meter
 
 
-def test_the_meter_leaves_out_start_up_and_compilation(clock: Clock) -> None:
-    meter = telemetry.Meter(flops_per_image=3e9, peak=1e12)
+def test_meter_leaves_out_start_up_and_compilation(clock: Clock) -> None:
+    meter = telemetry.Meter(batch_size=64, flops_per_example=3e9, peak=1e12)
     clock.now += 300  # until the first step is compiled and done
-    meter.waited(200.0)
-    meter.saved(50.0)
-    meter.finished(64)
+    meter.finished(input_wait=200.0, save_wait=50.0)
     assert meter.read() == meter.total() == {}
     for _ in range(4):
         clock.now += 0.5
-        meter.finished(64)
+        meter.finished(input_wait=0.0, save_wait=0.0)
     clock.now += 7  # what comes after the last result belongs to no step
     rates = meter.read()
     assert rates == {
@@ -57,30 +53,27 @@ def test_the_meter_leaves_out_start_up_and_compilation(clock: Clock) -> None:
     assert meter.total() == rates
 
 
-def test_the_meter_tells_waiting_for_input_from_waiting_for_a_save(clock: Clock) -> None:
-    meter = telemetry.Meter(flops_per_image=1.0, peak=1.0)
-    meter.finished(8)
+def test_meter_separates_waiting_for_input_from_saving(clock: Clock) -> None:
+    meter = telemetry.Meter(batch_size=8, flops_per_example=1.0, peak=1.0)
+    meter.finished(input_wait=0.0, save_wait=0.0)
     for wait, save in ((0.5, 0.0), (0.1, 1.0)):
         clock.now += 2.0
-        meter.waited(wait)
-        meter.saved(save)
-        meter.finished(8)
+        meter.finished(input_wait=wait, save_wait=save)
     rates = meter.read()
     assert rates["data_stall_fraction"] == pytest.approx(0.6 / 4)
     assert rates["save_stall_fraction"] == pytest.approx(1.0 / 4)
     assert rates["images_per_second"] == pytest.approx(16 / 4)
 
 
-def test_intervals_follow_one_another_and_the_total_is_of_all(clock: Clock) -> None:
-    """Fast steps, a slow interval with stalls, fast steps: each read is of its own interval."""
-    meter = telemetry.Meter(flops_per_image=1.0, peak=10.0)
-    meter.finished(10)
+def test_meter_reads_each_interval_by_itself_and_totals_all(clock: Clock) -> None:
+    """Fast steps, a slow interval with stalls, fast steps."""
+    meter = telemetry.Meter(batch_size=10, flops_per_example=1.0, peak=10.0)
+    meter.finished(input_wait=0.0, save_wait=0.0)
     reads = []
     for seconds, wait in ((1.0, 0.0), (4.0, 3.0), (1.0, 0.0)):
         for _ in range(2):
             clock.now += seconds
-            meter.waited(wait)
-            meter.finished(10)
+            meter.finished(input_wait=wait, save_wait=0.0)
         reads.append(meter.read())
     assert [r["images_per_second"] for r in reads] == pytest.approx([10, 2.5, 10])
     assert [r["data_stall_fraction"] for r in reads] == pytest.approx([0, 0.75, 0])
@@ -89,14 +82,14 @@ def test_intervals_follow_one_another_and_the_total_is_of_all(clock: Clock) -> N
     assert meter.total()["data_stall_fraction"] == pytest.approx(6 / 12)
 
 
-def test_the_peak_of_a_device_without_a_data_sheet_is_measured() -> None:
+def test_peak_of_an_unlisted_device_is_measured() -> None:
     assert jax.devices()[0].device_kind not in telemetry.PEAK_FLOPS
     peak, source = telemetry.peak_flops()
     assert 1e8 < peak < 1e14  # of this machine, not of its 8 simulated devices
-    assert source == f"measured float32 matrix product on {jax.devices()[0].device_kind}"
+    assert source == f"measured float32 matmul on {jax.devices()[0].device_kind}"
 
 
-def test_the_peak_of_a_known_device_is_its_data_sheets_times_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_of_a_listed_device_is_its_data_sheets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(telemetry.PEAK_FLOPS, jax.devices()[0].device_kind, 3e12)
     assert telemetry.peak_flops() == (8 * 3e12, f"data sheet of {jax.devices()[0].device_kind}")
 
@@ -105,7 +98,7 @@ def test_the_peak_of_a_known_device_is_its_data_sheets_times_the_devices(monkeyp
 
 
 def xla_flops(function: Callable, *arguments: object) -> float:
-    """FLOPs that XLA counts in a program before it optimises it; other arithmetic than products counts too."""
+    """FLOPs that XLA counts in a program before it optimises it, elementwise arithmetic included."""
     return jax.jit(function).lower(*arguments).cost_analysis()["flops"]
 
 
@@ -116,9 +109,9 @@ def xla_flops(function: Callable, *arguments: object) -> float:
         {"image_size": (32, 32), "patch_size": (4, 4), "mask_ratio": 0.5, "mlp_width": 768, "decoder_mlp_width": 2560},
     ],
 )
-def test_flops_are_those_of_xla_forward_and_three_times_with_backward(shape: dict) -> None:
-    """XLA counts elementwise arithmetic too, up to 3 % above the products at these widths; a wrong factor anywhere (tokens,
-    MLP width, CLS, masked patches) would be more. Unrolled, because XLA counts the body of a loop once."""
+def test_flops_match_xla_forward_and_backward(shape: dict) -> None:
+    """XLA counts elementwise arithmetic too, up to 3 % above the matmuls at these widths; a wrong factor anywhere (tokens, MLP
+    width, CLS, masked patches) would be more. Unrolled, because XLA counts the body of a loop once."""
     model = mae.config(
         width=768, depth=3, heads=12, unroll=3, dtype="float32", decoder_width=512, decoder_depth=3, decoder_heads=8, **shape
     )  # fmt: skip
@@ -132,7 +125,7 @@ def test_flops_are_those_of_xla_forward_and_three_times_with_backward(shape: dic
 
     forward = xla_flops(loss, params, images, noise) / batch
     assert 1.0 < forward / mae.flops(model) < 1.03
-    # The embedding has no product for the gradient of its input.
+    # The embedding needs no gradient of its input.
     embed = 2 * model.encoder.patches * model.encoder.patch_values * model.encoder.width
     both = xla_flops(jax.grad(loss), params, images, noise) / batch
     assert 1.0 < both / (3 * mae.flops(model) - embed) < 1.03
@@ -145,7 +138,7 @@ def read_lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_metrics_and_events_are_on_disk_at_once(tmp_path: Path) -> None:
+def test_log_writes_metrics_and_events_at_once(tmp_path: Path) -> None:
     log = telemetry.Log(str(tmp_path / "run"), start_step=0)
     log.event("started", step=0, mesh={"data": 2})
     log.metrics(1, {"loss": 0.5, "images_per_second": 12.25})
@@ -159,7 +152,7 @@ def test_metrics_and_events_are_on_disk_at_once(tmp_path: Path) -> None:
     log.close()
 
 
-def test_a_resumed_run_drops_what_it_repeats_and_a_torn_last_line(tmp_path: Path) -> None:
+def test_log_of_resumed_run_drops_repeated_and_torn_lines(tmp_path: Path) -> None:
     log = telemetry.Log(str(tmp_path), start_step=0)
     for step in range(1, 7):
         log.metrics(step, {"loss": 1.0 / step})
@@ -167,7 +160,7 @@ def test_a_resumed_run_drops_what_it_repeats_and_a_torn_last_line(tmp_path: Path
     log.close()
     for name in ("metrics.jsonl", "events.jsonl"):
         with (tmp_path / name).open("a") as file:
-            file.write('{"step": 3, "event": "sav')  # killed while it wrote
+            file.write('{"step": 3, "event": "sav')  # killed during a write
     assert telemetry.last_metrics(str(tmp_path))["step"] == 6
     log = telemetry.Log(str(tmp_path), start_step=4)
     log.event("resumed", step=4)
@@ -176,14 +169,14 @@ def test_a_resumed_run_drops_what_it_repeats_and_a_torn_last_line(tmp_path: Path
     assert [(line["step"], line["loss"]) for line in read_lines(tmp_path / "metrics.jsonl")] == [
         (1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.25), (5, 7.0),
     ]  # fmt: skip
-    # Events are history: a save that was lost again did happen.
+    # Events are a history: a save whose steps were repeated did happen.
     assert [(line["event"], line["step"]) for line in read_lines(tmp_path / "events.jsonl")] == [
         ("saved", 4), ("resumed", 4),
     ]  # fmt: skip
     assert {p.name for p in tmp_path.iterdir()} == {"metrics.jsonl", "events.jsonl", "tensorboard"}
 
 
-def test_a_run_that_starts_anew_drops_the_lines_of_one_without_a_checkpoint(tmp_path: Path) -> None:
+def test_log_of_restarted_run_drops_all_lines(tmp_path: Path) -> None:
     for loss in (1.0, 2.0):
         log = telemetry.Log(str(tmp_path), start_step=0)
         log.metrics(1, {"loss": loss})
@@ -191,7 +184,7 @@ def test_a_run_that_starts_anew_drops_the_lines_of_one_without_a_checkpoint(tmp_
     assert [line["loss"] for line in read_lines(tmp_path / "metrics.jsonl")] == [2.0]
 
 
-def test_tensorboard_shows_the_same_points(tmp_path: Path) -> None:
+def test_tensorboard_shows_the_points_of_the_log(tmp_path: Path) -> None:
     log = telemetry.Log(str(tmp_path), start_step=0)
     for step in (1, 2, 3, 4):
         log.metrics(step, {"loss": 0.5**step, "mfu": 0.25})
@@ -207,50 +200,5 @@ def test_tensorboard_shows_the_same_points(tmp_path: Path) -> None:
     assert [point.value for point in board.Scalars("mfu")] == [0.25, 0.25, 0.5]
 
 
-def test_there_is_no_last_line_where_there_is_no_file(tmp_path: Path) -> None:
+def test_last_metrics_of_a_new_folder_are_empty(tmp_path: Path) -> None:
     assert telemetry.last_metrics(str(tmp_path)) == {}
-
-
-# ---- ProgressLine
-
-
-VALUES = {"loss": 0.123456, "baseline_loss": 1.0}
-RATES = {"images_per_second": 1234.4, "mfu": 0.4567}
-
-
-def test_without_a_terminal_there_is_a_line_every_few_seconds_with_rate_and_time_left(
-    clock: Clock, capsys: pytest.CaptureFixture[str]
-) -> None:
-    progress = telemetry.ProgressLine(start_step=100, total_steps=1100)
-    for step in range(101, 131):
-        clock.now += 1.0
-        progress.update(step, VALUES if step == 101 else VALUES | RATES)
-    progress.close()
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    # 10 steps in 10 s leave 990; the steps before the start took this run no time.
-    assert shown.err.splitlines() == [
-        f"step {step}/1100  loss 0.1235 (mean predictor 1.0000)  1,234 images/s  MFU 45.7%  {left} min left"
-        for step, left in ((110, 16), (120, 16), (130, 16))
-    ]
-
-
-def test_the_last_step_has_a_line_in_any_case(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    progress = telemetry.ProgressLine(start_step=0, total_steps=2)
-    progress.update(1, VALUES)
-    clock.now += 0.1
-    progress.update(2, VALUES)
-    assert capsys.readouterr().err == "step 2/2  loss 0.1235 (mean predictor 1.0000)  0 s left\n"
-
-
-@pytest.mark.parametrize(
-    ("steps_left", "text"),
-    [(30, "30 s"), (119, "119 s"), (121, "2 min"), (7100, "118 min"), (7201, "2.0 h"), (400000, "111.1 h")],
-)
-def test_the_time_left_has_the_unit_that_a_person_takes(
-    steps_left: int, text: str, clock: Clock, capsys: pytest.CaptureFixture[str]
-) -> None:
-    progress = telemetry.ProgressLine(start_step=0, total_steps=10 + steps_left)
-    clock.now += 10
-    progress.update(10, VALUES)
-    assert re.search(rf"  {text} left$", capsys.readouterr().err.strip())

@@ -1,1 +1,1 @@
-"""Knows before a run what it will do on a pod: memory, step time, communication, input and cost, without the hardware."""
+"""Plans a run on a TPU pod without the hardware: memory, step time, communication, input and cost."""

@@ -1,6 +1,6 @@
-"""What the named runs cost in FLOPs, memory and communication, against golden files, so that a change shows in review.
+"""FLOPs, memory and communication of the named runs against golden files, so that a change shows in review.
 
-After a wanted change: rm tests/golden/step_*.txt (or plan_*.txt, with `make golden`), run the tests once and look at the diff.
+After an intended change: rm tests/golden/step_*.txt (or plan_*.txt, with `make golden`), run the tests once and look at the diff.
 """
 
 import json
@@ -14,15 +14,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 from curia_jax import config as configs
 from curia_jax import sharding
-from curia_jax.models import mae
-from curia_jax.objectives import mae as objective
-from curia_jax.plan import compile as compiling
+from curia_jax.objectives import mae
+from curia_jax.plan import flops
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -37,32 +35,32 @@ def compare(name: str, text: str) -> None:
     assert text == golden.read_text(encoding="utf-8")
 
 
-def on_eight_devices(name: str, *overrides: str) -> objective.Objective:
+def on_eight_devices(name: str, *overrides: str) -> mae.MAEObjective:
     """The named run's step with its batch per chip, split over 8 simulated devices instead of 256 chips."""
     config = configs.load(str(ROOT / "configs" / f"{name}.py"))
     words = [f"--config.batch_size={config.batch_size // 256 * 8}", "--config.mesh.data=1", "--config.mesh.fsdp=8"]
     config = configs.load(str(ROOT / "configs" / f"{name}.py"), [*words, "--config.model.unroll=1", *overrides])
-    return objective.make(
+    return mae.make(
         config, sharding.make_mesh(**config.mesh), canvas=tuple(config.data.canvas), warmup_steps=1, total_steps=100
     )
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_flops_and_arguments_of_the_named_runs(name: str) -> None:
+def test_flops_and_argument_bytes_of_named_runs(name: str) -> None:
     """Per image, and bytes per device of what the step takes; from tracing alone."""
-    job = on_eight_devices(name)
-    batch = job.abstract_batch["pixels"].shape[0]
-    hardware, of_kernels = compiling.hardware_flops(job.trace())
+    objective = on_eight_devices(name)
+    batch = objective.abstract_batch["pixels"].shape[0]
+    hardware, pallas = flops.hardware_flops(objective.trace())
     held = Counter()
-    for path, leaf in sharding.paths({"state": job.abstract_state, "batch": job.abstract_batch}).items():
+    for path, leaf in sharding.paths({"state": objective.abstract_state, "batch": objective.abstract_batch}).items():
         size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
         held[path.split("/")[0]] += size
     lines = {
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(job.abstract_state["params"])),
+        "parameters": objective.parameters,
         "images per device": batch // 8,
-        "model FLOPs per image": 3 * mae.flops(job.model),
+        "model FLOPs per image": round(objective.flops_per_example),
         "hardware FLOPs per image": hardware // batch,
-        "of these in kernels": of_kernels // batch,
+        "of these in Pallas kernels": pallas // batch,
         "bytes of state per device": held["state"],
         "bytes of batch per device": held["batch"],
     }
@@ -80,24 +78,23 @@ def collectives(text: str) -> str:
     return "".join(f"{kind} {shape} x {count}\n" for (kind, shape), count in sorted(found.items()))
 
 
-def test_communication_of_a_named_run(uncached: Callable[[], AbstractContextManager[None]]) -> None:
-    """B/16 over fsdp=8, by the CPU's compiler: kernels are gathered, gradients summed, activations stay."""
-    job = on_eight_devices("pretrain_vit_b16_224", "--config.batch_size=8", "--config.data.canvas=64")
+def test_collectives_of_a_named_run(uncached: Callable[[], AbstractContextManager[None]]) -> None:
+    """B/16 over fsdp=8, by XLA for CPUs: weights are gathered, gradients reduced, activations stay."""
+    objective = on_eight_devices("pretrain_vit_b16_224", "--config.batch_size=8", "--config.data.canvas=64")
     with uncached():
-        text = collectives(job.compile().as_text())
+        text = collectives(objective.compile().as_text())
     compare("collectives_pretrain_vit_b16_224.txt", text)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(f.stem.removeprefix("plan_") for f in GOLDEN.glob("plan_*.txt")))
-def test_plans_of_the_named_runs(name: str, tmp_path: Path) -> None:
-    """Memory, communication and the compiler's estimate for v5e:16x16, by the TPU compiler; minutes each."""
+def test_plans_of_named_runs_by_the_tpu_compiler(name: str, tmp_path: Path) -> None:
+    """Memory, communication and step time on v5e:16x16; minutes each."""
     compare(f"plan_{name}.txt", planned(name, tmp_path / "plan.json"))
 
 
 def planned(name: str, file: Path) -> str:
-    """The golden lines of a named run: what `python -m curia_jax.plan` says, rounded to 1 % where it depends on the order in
-    which the compiler schedules."""
+    """The golden lines of a plan; figures that depend on the compiler's schedule have two digits."""
     words = [f"--config=configs/{name}.py", "--topology=v5e:16x16", f"--json={file}"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-m", "curia_jax.plan", *words], cwd=ROOT, env=environment, check=False)

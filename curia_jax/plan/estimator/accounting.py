@@ -1,60 +1,59 @@
-"""What a compiled program does: cycles, custom kernels, collectives and copies, each with the part of the model that it is for.
+"""What one execution of a compiled program does: cycles, uncosted instructions, collectives, asynchronous copies.
 
 A fusion's `backend_config` carries the compiler's "estimated_cycles". Their sum over the entry computation, with the body
-of each loop times its trips, is the compiler's own estimate of the step. Collectives carry none, and neither do custom
-kernels: the first are returned for the caller to time, the second too, with their FLOPs and bytes.
+of each loop times its trip count, is the compiler's own estimate of the computation. Collectives and Pallas kernels carry
+none; they are listed with the bytes and FLOPs from which `step` charges them.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from curia_jax.plan.estimator.cost import MOVES, Cost, Results, cost, results_of
-from curia_jax.plan.estimator.hlo import HloError, Instruction, Program, Tensor, trips
+from curia_jax.plan.estimator.cost import DATA_MOVEMENT, MATMULS, Cost, Results, cost, results_of
+from curia_jax.plan.estimator.hlo import HloError, Instruction, Program, Tensor, search, trip_count
 
 Groups = tuple[tuple[int, ...], ...]
 Shapes = tuple[tuple[int, ...], ...]
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
-# Custom calls that compute nothing.
+# Targets of custom calls that compute nothing.
 BOOKKEEPING = {
     "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveStart", "AsyncCollectiveDone", "ConcatBitcast",
     "GatherScatterIndicesBitpacked", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "LayoutConstraint",
     "SliceId", "ZeroCrop", "annotate_device_placement", "InspectSharding", "BitcastPad", "SliceToDynamic", "PadToStatic",
 }  # fmt: skip
-# What makes no array of its own.
-_NO_TENSORS = {
+# Opcodes that allocate no array.
+_NO_ALLOCATION = {
     "parameter", "get-tuple-element", "tuple", "bitcast", "copy-done", "async-start", "async-update",
 }  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """Cycles of one instruction, over all trips of the loops around it."""
+class CostedOp:
+    """An instruction with the compiler's estimate.
+
+    Attributes:
+      cycles: over all trips of the loops around it.
+      cost: of one trip.
+    """
 
     op_name: str
     cycles: int
     trips: int
-    cost: Cost = Cost()  # of one trip
+    cost: Cost = Cost()
 
 
 @dataclasses.dataclass(frozen=True)
-class Transfer:
-    """A copy between HBM and the chip's own memory that goes on beside computation, bytes per trip."""
+class UncostedOp:
+    """An instruction that computes, for which the compiler has no estimate: a Pallas kernel, a sort.
 
-    op_name: str  # of what it is for
-    bytes: int
-    trips: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """An instruction that computes without an estimate of the compiler: a custom kernel, a sort.
-
-    `bytes` are those of its arguments and results, wherever they are; `flops` is None where the program does not say;
-    `shapes` are those of its results.
+    Attributes:
+      bytes: of its arguments and results, in HBM and VMEM, per trip.
+      flops: per trip; None if the program does not state them.
+      hbm_bytes: those of `bytes` in HBM.
+      shapes: of its results.
     """
 
     name: str
@@ -67,14 +66,23 @@ class Kernel:
 
 
 @dataclasses.dataclass(frozen=True)
+class AsyncCopy:
+    """A copy between HBM and VMEM that runs beside computation; `op_name` is what it is for, `bytes` are per trip."""
+
+    op_name: str
+    bytes: int
+    trips: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Collective:
     """One collective operation.
 
     Attributes:
       bytes: of the whole tensor per trip: what all-gather returns, what reduce-scatter and all-reduce take.
       groups: partition numbers, within a TPU slice, that take part together; None between TPU slices.
-      cycles: it takes per trip.
-      hidden: of these, cycles behind computation that the compiler scheduled between its start and its end.
+      cycles: per trip.
+      hidden: of these, cycles behind computation that is scheduled between its start and its end.
       overlapped: it has a separate start and end with computation between them.
     """
 
@@ -94,159 +102,167 @@ LinkTime = Callable[[str, int, Groups | None], float]
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    work: tuple[Work, ...]
-    kernels: tuple[Kernel, ...]
+    """Everything that one execution of a program does."""
+
+    costed: tuple[CostedOp, ...]
+    uncosted: tuple[UncostedOp, ...]
     collectives: tuple[Collective, ...]
-    transfers: tuple[Transfer, ...] = ()
+    copies: tuple[AsyncCopy, ...] = ()
 
     @property
     def cycles(self) -> int:
-        return sum(w.cycles for w in self.work)
-
-
-# ---- the account
+        return sum(op.cycles for op in self.costed)
 
 
 def account(program: Program, link_time: LinkTime) -> Account:
-    """Cycles, kernels, collectives and copies of one execution of the program.
+    """Adds up one execution of the program.
 
     Raises:
-      HloError: a loop whose trips depend on data, or a form of replica groups that is not known.
+      HloError: a trip count that depends on data, or a form that is not known.
     """
-    work: list[Work] = []
-    kernels: list[Kernel] = []
-    collectives: list[Collective] = []
-    transfers: list[Transfer] = []
+    walk = _Walk(program, link_time)
+    walk.computation(program.entry, 1)
+    return Account(tuple(walk.costed), tuple(walk.uncosted), tuple(walk.collectives), tuple(walk.copies))
 
-    def walk(name: str, times: int) -> int:
-        """Adds what a computation does `times` times; returns its cycles for one time."""
-        body = program.computations[name]
+
+class _Walk:
+    """Collects from the entry computation and everything that it calls."""
+
+    def __init__(self, program: Program, link_time: LinkTime) -> None:
+        self._program, self._link_time = program, link_time
+        self.costed: list[CostedOp] = []
+        self.uncosted: list[UncostedOp] = []
+        self.collectives: list[Collective] = []
+        self.copies: list[AsyncCopy] = []
+
+    def computation(self, name: str | None, times: int) -> int:
+        """Collects from a computation that runs `times` times; returns the cycles of one run."""
+        body = self._program.computation(name)
         results = results_of(body)
-        cycles = []
-        for instruction in body:
-            cycles.append(own(instruction, times, results))
-        transfers.extend(_transfers(program, body, times))
-        collectives.extend(_collectives(program, body, cycles, times, link_time))
+        cycles = [self._instruction(instruction, times, results) for instruction in body]
+        self.copies.extend(_async_copies(self._program, body, times))
+        self.collectives.extend(_collectives(self._program, body, cycles, times, self._link_time))
         return sum(cycles)
 
-    def own(instruction: Instruction, times: int, results: Results) -> int:
-        if instruction.opcode == "while":
-            count = trips(program, instruction)
-            return count * walk(instruction.attribute("body") or "", times * count)
-        if instruction.opcode == "call":
-            return walk(instruction.attribute("to_apply") or "", times)
-        if instruction.opcode == "conditional":
-            # The dearest branch stands for all: which one runs is not known.
-            branches = re.findall(
-                r"%([\w.\-]+)", (re.search(r"branch_computations=\{([^}]*)\}", instruction.line) or [""])[0]
-            )
-            branches += [
-                b for b in (instruction.attribute("true_computation"), instruction.attribute("false_computation")) if b
-            ]
-            dearest = max(branches, key=lambda b: cost_of(b))
-            return walk(dearest, times)
-        if instruction.cycles is not None:
-            needs = cost(program, instruction, results)
-            work.append(Work(part_name(program, instruction), instruction.cycles * times, times, needs))
-            return instruction.cycles
-        if _is_kernel(program, instruction):
-            kernels.append(_kernel(program, instruction, times, results))
+    def _instruction(self, one: Instruction, times: int, results: Results) -> int:
+        if one.opcode == "while":
+            count = trip_count(self._program, one)
+            return count * self.computation(one.attribute("body"), times * count)
+        if one.opcode == "call":
+            return self.computation(one.attribute("to_apply"), times)
+        if one.opcode == "conditional":  # which branch runs is not known: the most expensive counts
+            listed = re.search(r"branch_computations=\{([^}]*)\}", one.line)
+            branches = re.findall(r"%([\w.\-]+)", listed[1]) if listed else []
+            branches += [b for n in ("true", "false") if (b := one.attribute(f"{n}_computation"))]
+            if not branches:
+                raise HloError(f"cannot read the branches of {one.name}")
+            return self.computation(max(branches, key=self._own_cycles), times)
+        if one.cycles is not None:
+            needs = cost(self._program, one, results)
+            self.costed.append(CostedOp(scope_of(self._program, one), one.cycles * times, times, needs))
+            return one.cycles
+        if _computes(self._program, one):
+            self.uncosted.append(_uncosted(self._program, one, times, results))
         return 0
 
-    def cost_of(name: str) -> int:
-        return sum(i.cycles or 0 for i in program.computations[name])
-
-    walk(program.entry, 1)
-    return Account(tuple(work), tuple(kernels), tuple(collectives), tuple(transfers))
+    def _own_cycles(self, name: str) -> int:
+        return sum(i.cycles or 0 for i in self._program.computation(name))
 
 
-def part_name(program: Program, instruction: Instruction) -> str:
-    """The op_name that tells best what a fusion is for.
+def scope_of(program: Program, instruction: Instruction) -> str:
+    """The op_name that says best what an instruction is for.
 
-    That of its matrix product; or else of the scope that most of the values inside it are computed in, because the compiler
-    names a fusion after its last operation (the sum of a norm, say, that rides on the optimizer's pass); or else its own.
+    That of a fusion's matmul; or else of the scope that computes most of the values inside the fusion, because the compiler
+    names a fusion after its last operation (such as the sum of a norm, fused into the optimizer's pass); or else its own.
     """
-    inner = program.computations.get(instruction.attribute("calls") or "", ())
-    votes: dict[str, int] = {}
+    inner = program.fused(instruction)
+    values: dict[str, int] = {}
     names: dict[str, str] = {}
     for one in inner:
-        if not one.op_name or one.opcode in MOVES:
+        if not one.op_name or one.opcode in DATA_MOVEMENT:
             continue
-        if one.opcode in ("convolution", "dot"):
+        if one.opcode in MATMULS:
             return one.op_name
         scope = one.op_name.rsplit("/", 1)[0]
-        votes[scope] = votes.get(scope, 0) + sum(t.values for t in one.result)
+        values[scope] = values.get(scope, 0) + sum(t.values for t in one.result)
         names.setdefault(scope, one.op_name)
-    if votes:
-        return names[max(votes, key=lambda scope: votes[scope])]
+    if values:
+        return names[max(values, key=lambda scope: values[scope])]
     return instruction.op_name or next((i.op_name for i in reversed(inner) if i.op_name), instruction.opcode)
 
 
-def _is_kernel(program: Program, instruction: Instruction) -> bool:
+def _computes(program: Program, instruction: Instruction) -> bool:
+    """Whether an instruction without an estimate takes time of its own."""
     if instruction.opcode in ("sort", "convolution", "dot", "cholesky", "triangular-solve", "fft"):
         return True
     if instruction.opcode == "custom-call":
         return instruction.target not in BOOKKEEPING
-    if instruction.opcode == "fusion":  # a fusion around a kernel, or one that the compiler did not estimate
-        inner = program.computations.get(instruction.attribute("calls") or "", ())
-        if any(_collective_kind(i) for i in inner):
-            return False
-        return any(_is_kernel(program, i) for i in inner)
+    if instruction.opcode == "fusion":
+        inner = program.fused(instruction)
+        return not any(map(_collective_kind, inner)) and any(_computes(program, i) for i in inner)
     return False
 
 
-def _kernel(program: Program, instruction: Instruction, times: int, results: Results) -> Kernel:
-    inner = program.computations.get(instruction.attribute("calls") or "", ())
+def _uncosted(program: Program, instruction: Instruction, times: int, results: Results) -> UncostedOp:
+    inner = program.fused(instruction)
     core = next((i for i in inner if i.opcode == "custom-call" and i.target not in BOOKKEEPING), instruction)
-    flops = re.search(r'"flops"\s*:\s*"?(\d+)', core.line)  # a kernel's own cost estimate
+    flops = re.search(r'"flops"\s*:\s*"?(\d+)', core.line)  # a Pallas kernel's own cost estimate
     moved = [*instruction.result, *(t for operand in instruction.operands for t in results.get(operand, ()))]
-    stated = int(flops[1]) if flops else cost(program, instruction, results).flops or None
-    return Kernel(
+    return UncostedOp(
         core.target or core.opcode,
         core.op_name or instruction.op_name,
         sum(t.bytes for t in moved),
-        stated,
+        int(flops[1]) if flops else cost(program, instruction, results).flops or None,
         times,
         sum(t.bytes for t in moved if t.space == 0),
         tuple(t.shape for t in core.result),
     )
 
 
-def _transfers(program: Program, body: Sequence[Instruction], times: int) -> Iterator[Transfer]:
-    """Asynchronous copies and slices of one computation; what comes to the chip is for its first reader, what leaves it for
-    its maker."""
+def _async_copies(program: Program, body: Sequence[Instruction], times: int) -> Iterator[AsyncCopy]:
+    """Asynchronous copies and slices of one computation.
+
+    A copy to VMEM is for the instruction that first reads it, a copy to HBM for the one that made the value.
+    """
     by_name = {i.name: i for i in body}
     for place, done in enumerate(body):
         start = by_name.get(done.operands[0]) if done.opcode in ("copy-done", "async-done") and done.operands else None
         if start is None or start.opcode not in ("copy-start", "async-start"):
             continue
-        inner = program.computations.get(start.attribute("calls") or "", ())
         source = by_name.get(start.operands[0]) if start.operands else None
-        if source is None or any(_collective_kind(i) for i in inner):
+        if source is None or any(map(_collective_kind, program.fused(start))):
             continue
         spaces = [t.space for t in source.result] + [t.space for t in done.result]
         moved = sum(t.bytes for t in done.result) * spaces.count(0)
-        leaves = any(t.space == 0 for t in done.result)
-        owner = source if leaves else _reader(body, place)
-        yield Transfer(part_name(program, owner) if owner is not None else done.opcode, moved, times)
+        to_hbm = any(t.space == 0 for t in done.result)
+        owner = source if to_hbm else _first_reader(body, place)
+        yield AsyncCopy(scope_of(program, owner) if owner is not None else done.opcode, moved, times)
 
 
-def _reader(body: Sequence[Instruction], place: int) -> Instruction | None:
-    """What first computes with the result of the instruction at `place`."""
+def _first_reader(body: Sequence[Instruction], place: int) -> Instruction | None:
+    """The instruction that first computes with the result of the instruction at `place`."""
     names = {body[place].name}
     for instruction in body[place + 1 :]:
         if names.isdisjoint(instruction.operands):
             continue
-        if (
-            instruction.opcode not in ("bitcast", "get-tuple-element", "tuple")
-            and instruction.target != "ConcatBitcast"
-        ):
+        renames = instruction.opcode in ("bitcast", "get-tuple-element", "tuple")
+        if not renames and instruction.target != "ConcatBitcast":
             return instruction
         names.add(instruction.name)
     return None
 
 
 # ---- collectives
+
+
+@dataclasses.dataclass
+class _Span:
+    """A collective from its start to its end, as places in a computation; `end` is None until it is found."""
+
+    start: int
+    end: int | None
+    core: Instruction
+    kind: str
 
 
 def _collective_kind(instruction: Instruction) -> str | None:
@@ -259,75 +275,91 @@ def _collective_kind(instruction: Instruction) -> str | None:
 def _collectives(
     program: Program, body: Sequence[Instruction], cycles: Sequence[int], times: int, link_time: LinkTime
 ) -> Iterator[Collective]:
-    """Collectives of one computation, each with the computation that stands between its start and its end.
+    """Collectives of one computation, each with the cycles that are scheduled between its start and its end.
 
-    Within a TPU slice a collective is an instruction, a pair (`all-reduce-start`, `all-reduce-done`) or a chain of fusions
-    with one channel, from AsyncCollectiveStart to AsyncCollectiveDone. Between TPU slices it is a `send` to the hosts and
-    the `recv-done` of the same rendezvous. On the SparseCores, which move values beside the rest of the chip, it is a custom call
-    that `async-start` prepares, without operands, `async-update` starts and `async-done` awaits.
-
-    Links are shared, so a cycle hides one collective only, the one that ends first; and one more between TPU slices, which goes
-    over a network of its own.
+    Links are shared, so a cycle hides only one collective, the one that ends first. Collectives between TPU slices use
+    another network: a cycle hides one of them as well.
     """
-    opened: dict[str, int] = {}
+    left_within, left_between = ([float(n) for n in cycles] for _ in range(2))
+    for start, end, span in sorted(_spans(program, body), key=lambda found: found[:2][::-1]):
+        size = _payload(span.core)
+        groups = None if span.core.opcode == "send" else replica_groups(span.core.line)
+        takes = link_time(span.kind, size, groups)
+        between = sum(cycles[start + 1 : end])
+        hidden, left = 0.0, left_between if span.core.opcode == "send" else left_within
+        for place in range(start + 1, end):
+            share = min(left[place], takes - hidden)
+            left[place] -= share
+            hidden += share
+        yield Collective(span.kind, span.core.op_name, size, groups, times, takes, hidden, between > 0)
+
+
+def _spans(program: Program, body: Sequence[Instruction]) -> list[tuple[int, int, _Span]]:
+    """Start and end of every collective of a computation.
+
+    Within a TPU slice a collective is one instruction, a pair (`all-reduce-start`, `all-reduce-done`) or a chain of fusions
+    with one channel, from AsyncCollectiveStart to AsyncCollectiveDone. Between TPU slices it is a `send` to the hosts and
+    the `recv-done` of the same rendezvous. On SparseCores, which run beside the rest of the chip, it is a custom call that
+    `async-start` prepares without operands, `async-update` starts and `async-done` awaits.
+
+    Raises:
+      HloError: a start without an end, or an end without a start.
+    """
+    spans: list[_Span] = []
+    pending: dict[str, _Span] = {}  # by instruction name, channel or rendezvous
     offloaded: dict[str, Instruction] = {}
-    spans: list[tuple[int, int, Instruction, str]] = []
+
+    def begin(key: str, place: int, core: Instruction, kind: str) -> None:
+        pending[key] = _Span(place, None, core, kind)
+        spans.append(pending[key])
+
+    def finish(key: str, place: int) -> None:
+        if key not in pending:
+            raise HloError(f"the collective of {key} ends without a start")
+        pending.pop(key).end = place
+
     for place, instruction in enumerate(body):
         kind = _collective_kind(instruction)
-        inner = program.computations.get(instruction.attribute("calls") or "", ())
+        inner = program.fused(instruction)
         core = next((i for i in inner if _collective_kind(i)), None)
         if instruction.opcode == "async-start" and (on_sparse_core := _offloaded(program, inner)) is not None:
             offloaded[instruction.name] = on_sparse_core
         elif instruction.opcode == "async-update" and instruction.operands[0] in offloaded:
             core = offloaded[instruction.operands[0]]
-            opened[instruction.name] = place
-            spans.append((place, -1, core, _collective_kind(core) or ""))
+            begin(instruction.name, place, core, _collective_kind(core) or "")
         elif instruction.opcode in ("async-start", "fusion") and core is not None:
             targets = {i.target for i in inner}
-            channel = core.attribute("channel_id") or core.name
+            channel = f"channel {core.attribute('channel_id') or core.name}"
             kind = _collective_kind(core) or ""
             if instruction.opcode == "async-start":
-                opened[instruction.name] = place
-                spans.append((place, -1, core, kind))
+                begin(instruction.name, place, core, kind)
             elif "AsyncCollectiveStart" in targets:
-                opened[f"channel {channel}"] = place
-                spans.append((place, -1, core, kind))
+                begin(channel, place, core, kind)
             elif "AsyncCollectiveDone" in targets:
-                _close(spans, opened.pop(f"channel {channel}", None), place)
-            elif f"channel {channel}" not in opened:  # else it goes on inside a fusion that computes, too
+                finish(channel, place)
+            elif channel not in pending:  # otherwise it continues inside a fusion that also computes
                 smaller = sum(t.bytes for t in instruction.result) < sum(t.bytes for t in core.result)
-                spans.append((place, place, core, "reduce-scatter" if kind == "all-reduce" and smaller else kind))
+                scatters = kind == "all-reduce" and smaller
+                spans.append(_Span(place, place, core, "reduce-scatter" if scatters else kind))
         elif instruction.opcode == "send" and "_xla_megascale_transfer_type" in instruction.line:
-            opened[_rendezvous(instruction)] = place
-            transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.line)
-            spans.append((place, -1, instruction, transfer[1].lower().replace("_", "-") if transfer else "send"))
+            transfer = search(r'_xla_megascale_transfer_type="(\w+)"', instruction.line, "the kind of a transfer")
+            begin(_rendezvous(instruction), place, instruction, transfer[1].lower().replace("_", "-"))
         elif instruction.opcode == "recv-done":
             receive = next(i for i in body if i.name == instruction.operands[0])
             if "_xla_megascale_transfer_type" in receive.line:
-                _close(spans, opened.pop(_rendezvous(receive), None), place)
+                finish(_rendezvous(receive), place)
+        elif kind is not None and instruction.opcode.endswith("-start"):
+            begin(instruction.name, place, instruction, kind)
         elif kind is not None:
-            started = instruction.opcode.endswith("-start")
-            if started:
-                opened[instruction.name] = place
-            spans.append((place, -1 if started else place, instruction, kind))
+            spans.append(_Span(place, place, instruction, kind))
         elif instruction.opcode in ("async-done", *(f"{kind}-done" for kind in COLLECTIVES)):
-            start = _origin(body, instruction, opened)
-            if start is not None:  # else it ends a copy or a slice
-                _close(spans, opened.pop(start), place)
-    left_within, left_between = list(cycles), list(cycles)
-    for start, end, core, kind in sorted(spans, key=lambda span: (span[1], span[0])):
-        if end < start:
-            raise HloError(f"the collective {core.name} starts and never ends")
-        size = _payload(core, kind)
-        groups = None if core.opcode == "send" else replica_groups(core.line)
-        takes = link_time(kind, size, groups)
-        between = sum(cycles[start + 1 : end])
-        hidden, left = 0.0, left_between if core.opcode == "send" else left_within
-        for place in range(start + 1, end):
-            share = min(left[place], takes - hidden)
-            left[place] -= share
-            hidden += share
-        yield Collective(kind, core.op_name, size, groups, times, takes, hidden, between > 0)
+            start = _origin(body, instruction, pending)
+            if start is not None:  # otherwise the end of a copy or a slice
+                finish(start, place)
+    for span in spans:
+        if span.end is None:
+            raise HloError(f"the collective {span.core.name} starts and never ends")
+    return [(span.start, span.end, span) for span in spans if span.end is not None]
 
 
 def _offloaded(program: Program, body: Sequence[Instruction]) -> Instruction | None:
@@ -346,31 +378,23 @@ def _rendezvous(transfer: Instruction) -> str:
     return f"rendezvous {match[1] if match else transfer.name}"
 
 
-def _close(spans: list, start: int | None, end: int) -> None:
-    for number, span in enumerate(spans):
-        if span[0] == start and span[1] == -1:
-            spans[number] = (span[0], end, *span[2:])
-            return
-    raise HloError("a collective ends that has not started")
-
-
-def _origin(body: Sequence[Instruction], done: Instruction, opened: Mapping[str, int]) -> str | None:
+def _origin(body: Sequence[Instruction], done: Instruction, pending: dict[str, _Span]) -> str | None:
+    """The pending start that a `done` belongs to, through the first operands between them."""
     by_name = {i.name: i for i in body}
     name = done.operands[0] if done.operands else None
-    while name is not None and name not in opened:
+    while name is not None and name not in pending:
         before = by_name.get(name)
         name = before.operands[0] if before is not None and before.operands else None
     return name
 
 
-def _payload(core: Instruction, kind: str) -> int:
+def _payload(core: Instruction) -> int:
+    """Bytes of the whole tensor; see Collective.bytes."""
     sizes = [t.values for t in core.result]
-    if core.opcode == "send":
+    if core.opcode in ("send", "collective-permute-start"):
         return sizes[0]
     if core.opcode == "all-gather-start":
         return sum(sizes[len(sizes) // 2 :])
-    if core.opcode == "collective-permute-start":
-        return sizes[0]
     groups = replica_groups(core.line)
     factor = len(groups[0]) if core.opcode == "reduce-scatter" and groups else 1
     return sum(sizes) * factor
@@ -410,19 +434,17 @@ def replica_groups(line: str) -> Groups:
 # ---- tensors
 
 
-def largest(program: Program, count: int) -> list[tuple[Tensor, str]]:
-    """The largest arrays in HBM that the entry computation and its loops make, each once, with what made it."""
+def largest_tensors(program: Program, count: int) -> list[tuple[Tensor, str]]:
+    """The largest arrays in HBM that the entry computation and its loops allocate, each once, with the scope they are for."""
     found: dict[tuple[str, tuple[int, ...], str], Tensor] = {}
-    names = {program.entry} | {
-        i.attribute("body") or "" for body in program.computations.values() for i in body if i.opcode == "while"
-    }
-    for name in names:
-        for instruction in program.computations[name]:
-            if instruction.opcode in _NO_TENSORS:
+    loops = [i.attribute("body") for body in program.computations.values() for i in body if i.opcode == "while"]
+    for name in dict.fromkeys([program.entry, *loops]):
+        for instruction in program.computation(name):
+            if instruction.opcode in _NO_ALLOCATION:
                 continue
-            where = part_name(program, instruction)
+            scope = scope_of(program, instruction).rsplit("/", 1)[0]
             for tensor in instruction.result:
                 if tensor.space == 0:
-                    found.setdefault((tensor.dtype, tensor.shape, where.rsplit("/", 1)[0]), tensor)
+                    found.setdefault((tensor.dtype, tensor.shape, scope), tensor)
     ranked = sorted(((t, key[2]) for key, t in found.items()), key=lambda pair: -pair[0].bytes)
     return ranked[:count]

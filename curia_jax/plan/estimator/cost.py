@@ -1,6 +1,6 @@
-"""What an instruction asks of the chip: matrix products, vector operations, bytes to and from HBM.
+"""What an instruction needs of the chip: matmul FLOPs, vector operations, bytes to and from HBM.
 
-These bound how fast any compiler could run it: it takes at least as long as the slowest of the three does at its peak.
+Each of the three, at its peak rate, is a lower bound of the instruction's time under any compiler.
 """
 
 import dataclasses
@@ -9,28 +9,28 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from curia_jax.plan.estimator.hlo import Instruction, Program, Tensor
+from curia_jax.plan.estimator.hlo import Instruction, Program, Tensor, search
 
-# What moves values and computes none.
-MOVES = {
+# Opcodes that move values and compute none.
+DATA_MOVEMENT = {
     "parameter", "constant", "broadcast", "bitcast", "reshape", "copy", "transpose", "get-tuple-element", "tuple",
     "dynamic-update-slice", "dynamic-slice", "slice", "concatenate", "pad", "iota",
 }  # fmt: skip
-PRODUCTS = ("convolution", "dot")
+MATMULS = ("convolution", "dot")
 
-Results = Mapping[str, tuple[Tensor, ...]]  # of a computation's instructions, by name
+Results = Mapping[str, tuple[Tensor, ...]]  # results of a computation's instructions, by instruction name
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one execution of an instruction.
+    """Cost of one execution of an instruction.
 
     Attributes:
-      flops: of matrix products; a multiply-add counts as two.
-      operations: of the vector unit on 4 bytes: one for each value that is computed, or that a reduction takes. A floor: a
-        tanh is counted as one, and values that are computed anew for each tile of a product are counted once.
-      bytes: that pass between HBM and the chip, with the padding of their tiles. What the compiler keeps in the chip's own
-        memory passes nothing; of a value that is sliced or updated in place, only what is touched.
+      flops: of its matmuls; a multiply-add counts as two.
+      operations: vector operations on 4 bytes, one per value that is computed or reduced. A lower bound: a tanh counts
+        as one, and values that are recomputed for each tile of a matmul count once.
+      bytes: transferred between HBM and the chip, with tile padding. Arrays in VMEM transfer none; an array that is sliced
+        or updated in place transfers the part in use.
     """
 
     flops: int = 0
@@ -39,25 +39,25 @@ class Cost:
 
 
 def cost(program: Program, instruction: Instruction, results: Results) -> Cost:
-    """What one instruction costs.
+    """Cost of one instruction, with what is fused into it.
 
     Args:
-      results: of the computation that the instruction stands in.
+      results: of the computation that the instruction is in.
     """
-    inner = program.computations.get(instruction.attribute("calls") or "") if instruction.opcode == "fusion" else None
-    if inner is None:
-        alone = (instruction,)
-        operands = [(name, name) for name in dict.fromkeys(instruction.operands)]
-    else:
-        alone = inner
+    inner = program.fused(instruction) if instruction.opcode == "fusion" else ()
+    if inner:
+        body = inner
         operands = list(zip(instruction.operands, _parameters(inner), strict=False))
-    moved = sum(_written(program, alone, results, alone[-1].name, instruction.result))
+    else:
+        body = (instruction,)
+        operands = [(name, name) for name in dict.fromkeys(instruction.operands)]
+    moved = sum(_bytes_written(program, body, results, body[-1].name, instruction.result))
     for outside, inside in operands:
         whole = sum(tensor.bytes for tensor in results.get(outside, ()) if tensor.space == 0)
         if whole:
-            touched = _touched(program, alone, inside)
-            moved += whole if touched is None else min(whole, touched)
-    flops, operations = _computed(program, alone, results)
+            part = _bytes_read(program, body, inside)
+            moved += whole if part is None else min(whole, part)
+    flops, operations = _computed(program, body, results)
     return Cost(flops, int(operations), moved)
 
 
@@ -66,49 +66,53 @@ def results_of(body: Sequence[Instruction]) -> Results:
     return {instruction.name: instruction.result for instruction in body}
 
 
-# ---- products and vector operations
+# ---- matmuls and vector operations
 
 
 def _computed(program: Program, body: Sequence[Instruction], outside: Results) -> tuple[int, float]:
     flops, operations = 0, 0.0
     results = {**outside, **results_of(body)}
     for one in body:
-        if one.opcode in PRODUCTS:
-            flops += product_flops(one, results)
+        if one.opcode in MATMULS:
+            flops += matmul_flops(one, results)
         elif one.opcode == "fusion":
-            inner = program.computations.get(one.attribute("calls") or "", ())
-            nested = _computed(program, inner, {})
+            nested = _computed(program, program.fused(one), {})
             flops, operations = flops + nested[0], operations + nested[1]
         elif one.opcode.startswith("reduce"):
             operations += sum(t.values for t in results.get(one.operands[0], ())) / 4
-        elif one.opcode not in MOVES and one.opcode != "custom-call":
+        elif one.opcode not in DATA_MOVEMENT and one.opcode != "custom-call":
             operations += sum(t.values for t in one.result) / 4
     return flops, operations
 
 
-def product_flops(product: Instruction, results: Results) -> int:
-    """FLOPs of a `dot` or `convolution`, which is what the TPU compiler makes of a dot.
+def matmul_flops(matmul: Instruction, results: Results) -> int:
+    """FLOPs of a `dot` or of a `convolution`, the form that the TPU compiler gives to a dot.
 
-    A dimension of the batch that the two sides share appears as a window that slides over zeros. As in XLA's own
-    HloCostAnalysis only positions count at which kernel and input meet.
+    A batch dimension of both factors appears as a window that slides over zeros. As in XLA's HloCostAnalysis, only
+    positions count at which filter and input overlap.
+
+    Raises:
+      HloError: its dimensions are not stated in the known form.
     """
-    left, right = (results[name][0].shape for name in product.operands[:2])
-    if product.opcode == "dot":
-        contracted = [int(n) for n in re.search(r"lhs_contracting_dims=\{([\d,]*)\}", product.line)[1].split(",") if n]
-        return 2 * math.prod(product.result[0].shape) * math.prod(left[n] for n in contracted)
-    inputs, kernel, output = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", product.line).groups()
-    features, out_features = right[kernel.index("i")], right[kernel.index("o")]
-    groups = int(product.attribute("batch_group_count") or 1)
+    left, right = (results[name][0].shape for name in matmul.operands[:2])
+    if matmul.opcode == "dot":
+        listed = search(r"lhs_contracting_dims=\{([\d,]*)\}", matmul.line, "the contracted dimensions")[1]
+        contracted = [int(n) for n in listed.split(",") if n]
+        return 2 * math.prod(matmul.result[0].shape) * math.prod(left[n] for n in contracted)
+    labels = search(r"dim_labels=(\w+)_(\w+)->(\w+)", matmul.line, "the dimension labels")
+    inputs, filters, output = labels[1], labels[2], labels[3]
+    features, out_features = right[filters.index("i")], right[filters.index("o")]
+    groups = int(matmul.attribute("batch_group_count") or 1)
     pairs = 1
-    for number, window in enumerate(_windows(product.line, sum(label.isdigit() for label in kernel))):
+    for number, window in enumerate(_windows(matmul.line, sum(label.isdigit() for label in filters))):
         axis = str(number)
-        sizes = left[inputs.index(axis)], right[kernel.index(axis)], product.result[0].shape[output.index(axis)]
-        pairs *= _meetings(*sizes, **window)
+        sizes = left[inputs.index(axis)], right[filters.index(axis)], matmul.result[0].shape[output.index(axis)]
+        pairs *= _overlaps(*sizes, **window)
     return 2 * features * out_features * pairs * (left[inputs.index("b")] // groups)
 
 
 def _windows(line: str, count: int) -> Iterator[dict[str, int]]:
-    """Stride, padding and dilation in each spatial dimension."""
+    """Stride, padding and dilation of each spatial dimension."""
     match = re.search(r"window=\{([^}]*)\}", line)
     words = dict(word.split("=") for word in match[1].split()) if match else {}
     fields = {"stride": "1", "pad": "0_0", "lhs_dilate": "1", "rhs_dilate": "1"}
@@ -118,10 +122,12 @@ def _windows(line: str, count: int) -> Iterator[dict[str, int]]:
         yield {name: int(value.split("_")[0]) for name, value in values.items()}
 
 
-def _meetings(size: int, kernel: int, output: int, *, stride: int, pad: int, lhs_dilate: int, rhs_dilate: int) -> int:
-    """Pairs of a place in the output and one in the kernel at which there is a value of the input."""
+def _overlaps(
+    size: int, filter_size: int, output: int, *, stride: int, pad: int, lhs_dilate: int, rhs_dilate: int
+) -> int:
+    """Pairs of an output position and a filter position that meet a value of the input."""
     end = (size - 1) * lhs_dilate
-    places = (o * stride - pad + k * rhs_dilate for o, k in itertools.product(range(output), range(kernel)))
+    places = (o * stride - pad + k * rhs_dilate for o, k in itertools.product(range(output), range(filter_size)))
     return sum(0 <= place <= end and place % lhs_dilate == 0 for place in places)
 
 
@@ -138,8 +144,8 @@ def _parameters(body: Sequence[Instruction]) -> list[str]:
     return [found.get(number, "") for number in range(max(found, default=-1) + 1)]
 
 
-def _touched(program: Program, body: Sequence[Instruction], name: str) -> int | None:
-    """Bytes of a value that a computation reads; None where it reads all of it."""
+def _bytes_read(program: Program, body: Sequence[Instruction], name: str) -> int | None:
+    """Bytes of the value `name` that a computation reads; None if it reads all of it."""
     if name == body[-1].name and body[-1].opcode == "parameter":
         return None
     total = 0
@@ -148,17 +154,17 @@ def _touched(program: Program, body: Sequence[Instruction], name: str) -> int | 
             continue
         part: int | None = None
         if user.opcode in ("bitcast", "get-tuple-element") and user is not body[-1]:
-            part = _touched(program, body, user.name)
+            part = _bytes_read(program, body, user.name)
         elif user.opcode in ("slice", "dynamic-slice", "gather") and name not in user.operands[1:]:
             part = sum(tensor.bytes for tensor in user.result)
         elif user.opcode == "dynamic-update-slice" and name not in user.operands[1:]:
-            part = _touched(program, body, user.name)  # what follows in its place; nothing if it is the result
+            part = _bytes_read(program, body, user.name)  # updated in place; what is read of the result
         elif user.opcode == "tuple" and user is body[-1]:
             part = 0
         elif user.opcode == "fusion":
-            inner = program.computations.get(user.attribute("calls") or "", ())
+            inner = program.fused(user)
             inside = [p for o, p in zip(user.operands, _parameters(inner), strict=False) if o == name]
-            parts = [_touched(program, inner, one) for one in inside]
+            parts = [_bytes_read(program, inner, one) for one in inside]
             part = None if None in parts or not parts else sum(p for p in parts if p is not None)
         if part is None:
             return None
@@ -166,10 +172,10 @@ def _touched(program: Program, body: Sequence[Instruction], name: str) -> int | 
     return total
 
 
-def _written(
+def _bytes_written(
     program: Program, body: Sequence[Instruction], outside: Results, name: str, result: Sequence[Tensor]
 ) -> Iterator[int]:
-    """Bytes that each array of a computation's result writes to HBM."""
+    """Bytes that each array of a computation's result, the instruction `name`, writes to HBM."""
     by_name = {one.name: one for one in body}
     root = by_name.get(name)
     while root is not None and root.opcode == "bitcast" and root.operands[0] in by_name:
@@ -177,11 +183,11 @@ def _written(
     if root is not None and root.opcode == "tuple" and len(root.operands) == len(result):
         for operand, tensor in zip(root.operands, result, strict=True):
             if operand in by_name and by_name[operand].opcode == "parameter":
-                continue  # it stays where it is
-            yield from _written(program, body, outside, operand, [tensor])
+                continue  # passed through
+            yield from _bytes_written(program, body, outside, operand, [tensor])
     elif root is not None and root.opcode == "fusion" and len(body) > 1:
-        inner = program.computations[root.attribute("calls") or ""]
-        yield from _written(program, inner, {}, inner[-1].name, result)
+        inner = program.computation(root.attribute("calls"))
+        yield from _bytes_written(program, inner, {}, inner[-1].name, result)
     elif root is not None and root.opcode == "dynamic-update-slice":
         update = by_name[root.operands[1]].result if root.operands[1] in by_name else outside.get(root.operands[1], ())
         yield from (tensor.bytes for tensor, whole in zip(update, result, strict=False) if whole.space == 0)

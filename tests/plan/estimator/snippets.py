@@ -1,8 +1,8 @@
-"""Small programs in the form in which the TPU compiler (libtpu 0.0.52) prints its own, cut down to what a test is about."""
+"""Small programs in the form that the TPU compiler (libtpu 0.0.52) prints, reduced to what a test is about."""
 
 
 def fusion(name: str, shape: str, operands: str, cycles: int | None, op_name: str = "", calls: str = "nothing") -> str:
-    """A line as the compiler writes it."""
+    """A fusion; without an estimate if `cycles` is None."""
     estimate = f'"estimated_cycles":"{cycles}",' if cycles is not None else ""
     return (
         f"  %{name} = {shape} fusion({operands}), kind=kLoop, calls=%{calls}, "
@@ -18,7 +18,7 @@ STATE = "(s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)S(1)})"
 
 
 def loop(name: str, trips: int, body: str, *, step: int = 1, direction: str = "LT") -> str:
-    """Condition and body of a loop `name` that counts from 0 to `trips`; `body` uses and makes nothing of its state."""
+    """Condition and body of a loop `name` that counts from 0 to `trips`; `body` leaves its state alone."""
     return f"""%{name}_cond (p.{name}: (s32[], f32[8,128])) -> pred[] {{
   %bound.{name} = s32[]{{:T(128)}} constant({trips})
   %p.{name} = {STATE} parameter(0)
@@ -53,7 +53,7 @@ GROUPS = "replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1'}, use_global_devi
 
 
 def chain(channel: int = 2) -> str:
-    """An all-gather that starts in one fusion, goes on in a second that computes, and ends in a third."""
+    """An all-gather that starts in one fusion, continues in a second that computes, and ends in a third."""
     gather = f'bf16[192,192]{{1,0:T(8,128)(2,1)}} all-gather(%p), channel_id={channel}, {GROUPS}, dimensions={{0}}, metadata={{op_name="jit(step)/jvp(encoder)/mlp/convert_element_type"}}'
     pair = "(bf16[96,192]{1,0:T(8,128)(2,1)}, bf16[192,192]{1,0:T(8,128)(2,1)}, u32[]{:S(2)})"
     return f"""%gather_start (p: bf16[96,192]) -> (bf16[96,192], bf16[192,192], u32[]) {{
@@ -64,9 +64,9 @@ def chain(channel: int = 2) -> str:
 
 %gather_middle (p: bf16[96,192]) -> (f32[8,128], bf16[96,192]) {{
   %p = bf16[96,192]{{1,0:T(8,128)(2,1)}} parameter(0)
-  %product = f32[8,128]{{1,0:T(8,128)}} convolution(%p, %p), dim_labels=bf_io->bf, metadata={{op_name="jit(step)/jvp(encoder)/attention/dot_general"}}
+  %matmul = f32[8,128]{{1,0:T(8,128)}} convolution(%p, %p), dim_labels=bf_io->bf, metadata={{op_name="jit(step)/jvp(encoder)/attention/dot_general"}}
   %all-gather.2 = {gather}
-  ROOT %t = (f32[8,128]{{1,0:T(8,128)}}, bf16[96,192]{{1,0:T(8,128)(2,1)}}) tuple(%product, %p)
+  ROOT %t = (f32[8,128]{{1,0:T(8,128)}}, bf16[96,192]{{1,0:T(8,128)(2,1)}}) tuple(%matmul, %p)
 }}
 
 %gather_done (p: bf16[96,192]) -> bf16[192,192] {{
@@ -100,7 +100,7 @@ def between_slices(middle: str) -> str:
 
 
 def on_sparse_cores(before: str, during: str) -> tuple[str, str]:
-    """A reduce-scatter that the SparseCores do: its computations, and the lines around what runs before and beside it."""
+    """A reduce-scatter on the SparseCores: its computations, and its lines around `before` and `during`."""
     shape, part = "bf16[192,192]{1,0:T(8,128)(2,1)}", "bf16[96,192]{1,0:T(8,128)(2,1)}"
     inner = f"""%called (p: bf16[192,192]) -> bf16[96,192] {{
   %p = {shape} parameter(0)

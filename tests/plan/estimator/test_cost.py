@@ -1,49 +1,43 @@
-"""What instructions ask of the chip, on programs as the TPU compiler prints them."""
-
-import importlib.util
-from pathlib import Path
+"""Costs of instructions, on programs as the TPU compiler prints them."""
 
 import pytest
 
 from curia_jax.plan.estimator import accounting, hlo
 from curia_jax.plan.estimator.cost import Cost
+from tests.plan.estimator import snippets as s
 
-_spec = importlib.util.spec_from_file_location("plan_snippets", Path(__file__).with_name("snippets.py"))
-s = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(s)
-
-KEPT = "f32[8,128]{1,0:T(8,128)S(1)}"  # in the chip's own memory
+KEPT = "f32[8,128]{1,0:T(8,128)S(1)}"  # in VMEM
 SIZE = 8 * 128 * 4
 
 
 def costs(entry: str, *computations: str) -> list[Cost]:
-    """Of each instruction with cycles; %a is an argument of the program, in HBM."""
+    """Costs of the instructions with cycles; %a is an argument of the program, in HBM."""
     text = s.program(f"  %a = {s.X} parameter(0)\n" + entry, *computations)
-    return [work.cost for work in accounting.account(hlo.parse(text), lambda *_: 0.0).work]
+    return [work.cost for work in accounting.account(hlo.parse(text), lambda *_: 0.0).costed]
 
 
 def computation(name: str, *lines: str) -> str:
-    """Lines after the parameters, which every line may name; the last is the root."""
+    """A computation of these lines; the last is its root."""
     body = "".join(f"  {line}\n" for line in lines[:-1])
     return f"%{name} (p: f32[8,128]) -> f32[8,128] {{\n{body}  ROOT {lines[-1]}\n}}\n\n"
 
 
-def test_operands_and_results_in_hbm_are_moved():
+def test_operands_and_results_in_hbm_are_transferred():
     (one,) = costs(s.fusion("f", s.X, "%a", 7))
     assert one.bytes == 2 * SIZE
 
 
-def test_what_the_chip_keeps_moves_nothing():
+def test_arrays_in_vmem_transfer_nothing():
     first, second = costs(s.fusion("f", KEPT, "%a", 7) + s.fusion("g", KEPT, "%f", 7))
     assert (first.bytes, second.bytes) == (SIZE, 0)
 
 
-def test_tiles_are_moved_whole():
+def test_tiles_transfer_with_their_padding():
     (one,) = costs(s.fusion("f", "bf16[8,17]{1,0:T(8,128)(2,1)}", "", 7))
     assert one.bytes == 8 * 128 * 2
 
 
-def test_of_a_sliced_operand_the_slice_is_read():
+def test_sliced_operand_transfers_the_slice():
     inner = computation(
         "cut",
         "%p = f32[8,128]{1,0:T(8,128)} parameter(0)",
@@ -54,7 +48,7 @@ def test_of_a_sliced_operand_the_slice_is_read():
     assert one.bytes == 2 * 128 * 4
 
 
-def test_an_operand_that_is_sliced_and_read_is_read_once_and_whole():
+def test_operand_sliced_and_read_transfers_once_and_whole():
     inner = computation(
         "both",
         "%p = f32[8,128]{1,0:T(8,128)} parameter(0)",
@@ -66,7 +60,7 @@ def test_an_operand_that_is_sliced_and_read_is_read_once_and_whole():
     assert one.bytes == 2 * SIZE
 
 
-def test_of_an_update_in_place_only_the_update_moves():
+def test_update_in_place_transfers_only_the_update():
     inner = computation(
         "put",
         "%p = f32[8,128]{1,0:T(8,128)} parameter(0)",
@@ -79,7 +73,7 @@ def test_of_an_update_in_place_only_the_update_moves():
     assert one.bytes == 128 * 4
 
 
-def test_each_array_of_a_tuple_is_written_for_itself():
+def test_each_array_of_a_tuple_is_written_by_itself():
     inner = computation(
         "two",
         "%p = f32[8,128]{1,0:T(8,128)} parameter(0)",
@@ -90,7 +84,7 @@ def test_each_array_of_a_tuple_is_written_for_itself():
     assert one.bytes == 2 * SIZE
 
 
-def test_vector_operations_are_values_computed_in_words_of_four_bytes():
+def test_vector_operations_count_computed_values_of_four_bytes():
     inner = computation(
         "some",
         "%p = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)",
@@ -105,26 +99,26 @@ def test_vector_operations_are_values_computed_in_words_of_four_bytes():
 
 
 @pytest.mark.parametrize(
-    ("product", "flops"),
+    ("matmul", "flops"),
     [
-        # 16 x 257 rows of 64 values by a kernel of 64 x 96
+        # 16 x 257 rows of 64 values by a weight of 64 x 96
         ("f32[16,257,96] convolution(f32[16,257,64], f32[1,64,96]), window={size=1}, dim_labels=b0f_0io->b0f", 2 * 16 * 257 * 64 * 96),
-        # of 16 images the products of 257 x 64 and 257 x 96: the sum is over images and tokens
+        # a weight gradient: contracts 16 images x 257 tokens
         ("f32[64,96,1] convolution(f32[16,257,64], f32[16,257,96]), window={size=16}, dim_labels=0fb_0io->bf0", 2 * 16 * 257 * 64 * 96),
-        # a product for each of 16 images, which the compiler writes as a window that slides over zeros
+        # one matmul per image, written as a window that slides over zeros
         (
             "f32[16,7,5] convolution(f32[16,7,3], f32[16,3,5]), window={size=16 stride=15 lhs_dilate=16}, dim_labels=0bf_0io->0bf",
             2 * 16 * 7 * 3 * 5,
         ),
         # patches of 2 x 2 pixels
         ("f32[4,3,3,8] convolution(f32[4,6,6,1], f32[2,2,1,8]), window={size=2x2 stride=2x2}, dim_labels=b01f_01io->b01f", 2 * 4 * 9 * 4 * 8),
-        # three places of a padded line of 3: the outer ones meet two values each
+        # three positions of a padded row of 3: the outer ones overlap two values each
         ("f32[1,3,1] convolution(f32[1,3,1], f32[3,1,1]), window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f", 2 * (2 + 3 + 2)),
         ("f32[4,6] dot(f32[4,5], f32[5,6]), lhs_contracting_dims={1}, rhs_contracting_dims={0}", 2 * 4 * 5 * 6),
     ],
 )  # fmt: skip
-def test_flops_of_a_product(product: str, flops: int):
-    result, call = product.split(" ", 1)
+def test_matmul_flops(matmul: str, flops: int):
+    result, call = matmul.split(" ", 1)
     left, right = call[call.index("(") + 1 : call.index(")")].split(", ")
     inner = computation(
         "times",

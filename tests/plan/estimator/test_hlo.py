@@ -1,19 +1,13 @@
-"""Reading compiled programs: schedule, tiles."""
-
-import importlib.util
-from pathlib import Path
+"""Parsing of compiled programs: schedule, tiles."""
 
 import pytest
 
 from curia_jax.plan.estimator import hlo
-
-_spec = importlib.util.spec_from_file_location("plan_snippets", Path(__file__).with_name("snippets.py"))
-s = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(s)
+from tests.plan.estimator import snippets as s
 
 
-def test_a_program_without_schedule_is_an_error():
-    with pytest.raises(hlo.HloError, match="not scheduled"):
+def test_program_without_schedule_raises():
+    with pytest.raises(hlo.HloError, match="not marked as scheduled"):
         hlo.parse(s.program(s.fusion("a", s.X, "", 7)).replace("is_scheduled=true", "x=1"))
 
 
@@ -27,6 +21,6 @@ def test_a_program_without_schedule_is_an_error():
         ("pred[4,4]{1,0}", 16, 16, 0),
     ],
 )
-def test_a_tensor_takes_the_bytes_of_its_tiles(shape: str, values: int, padded: int, space: int):
+def test_tensor_takes_the_bytes_of_its_tiles(shape: str, values: int, padded: int, space: int):
     (tensor,) = hlo.tensors(shape)
     assert (tensor.values, tensor.bytes, tensor.space) == (values, padded, space)

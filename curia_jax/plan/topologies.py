@@ -1,4 +1,4 @@
-"""TPU chips and how they are wired: the figures every estimate is made of, each with its source."""
+"""TPU chips and their networks: the figures behind every estimate, each with its source."""
 
 import contextlib
 import dataclasses
@@ -20,16 +20,18 @@ class Chip:
     """One kind of TPU chip.
 
     Attributes:
-      library_name: what libtpu calls it.
+      library_name: its name in libtpu.
       dimensions: of the torus that its links form.
-      devices: jax devices a chip has.
-      flops: dense bf16 FLOP/s per chip. hbm: bytes per chip that a program may use. hbm_bandwidth: bytes/s per chip.
-      vector: operations a cycle of the chip's vector units: 8 x 128 lanes of four each.
-      clock: Hz that turns the compiler's cycles into seconds.
+      devices: jax devices per chip.
+      flops: dense bf16 FLOP/s per chip.
+      hbm: bytes per chip that a program may use.
+      hbm_bandwidth: bytes/s per chip.
+      vector: vector operations per cycle and chip (8 x 128 lanes with four units each).
+      clock: Hz; converts the compiler's cycles to seconds.
       link: bytes/s of one ICI link in one direction; each torus dimension has a link either way.
-      dcn: bytes/s per chip from one TPU slice to another, over the data-centre network.
-      wraps: a torus dimension of a multiple of this many chips is closed to a ring.
-      host_cores: vCPUs of the host machine, which has 4 chips.
+      dcn: bytes/s per chip between TPU slices, over the data-centre network.
+      wraps: a torus dimension whose size is a multiple of this is a closed ring.
+      host_cores: vCPUs of a host, which has CHIPS_PER_HOST chips.
     """
 
     library_name: str
@@ -49,8 +51,8 @@ class Chip:
 # FLOP/s, HBM and its bandwidth, vCPUs: cloud.google.com/tpu/docs (system architecture, one page a chip, and machine
 # types). `hbm` is the limit that libtpu 0.0.52 enforces, a little below the data sheet. Links, data-centre network and vector
 # units: "How to scale your model" (jax-ml.github.io/scaling-book, TPU chapter); v7x links from its 1.2 TB/s over 6 links.
-# Clocks: those at which the compiler's cycles for a 4096^3 bf16 product come out just below the data sheet; v4, v5e, v5p
-# and v6e were checked this way, v7x's is its FLOP/s over those of its four 256 x 256 matrix units a device.
+# Clocks: chosen so that the compiler's cycles for a 4096^3 bf16 matmul give just less than the data sheet's FLOP/s
+# (benchmarks/peaks.py: v4, v5e, v5p, v6e); v7x: its FLOP/s over those of its four 256 x 256 matrix units per device.
 CHIPS = {
     "v4": Chip("v4", 3, 1, 275e12, 31.75 * GIB, 1228 * GB, 8192, 1.05e9, 45 * GB, 6.25 * GB, 4, 240),
     "v5e": Chip("v5e", 2, 1, 197e12, 15.75 * GIB, 819 * GB, 4096, 1.5e9, 45 * GB, 3.125 * GB, 16, 112),
@@ -109,19 +111,19 @@ def parse(text: str, slices: int = 1) -> Topology:
             f"{text} has {len(shape)} dimensions; {kind} is a {CHIPS[kind].dimensions}-D torus, such as {kind}:{example}"
         )
     if slices < 1:
-        raise UserError(f"--slices={slices}; there has to be at least 1 TPU slice")
+        raise UserError(f"--slices is {slices}; it has to be at least 1")
     return Topology(kind, shape, slices)
 
 
 def prepare_environment() -> None:
-    """Settings that have to stand before jax is imported: compile on a machine without a TPU, beside other compilers."""
+    """Lets libtpu compile on a machine without a TPU, also in several processes. Call it before jax is imported."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 
 
 def compiler_version() -> str:
-    """Version of the TPU compiler.
+    """Name and version of the TPU compiler: "libtpu 0.0.52".
 
     Raises:
       UserError: it is not installed.
@@ -137,23 +139,23 @@ def compiler_version() -> str:
 
 
 def devices(topology: Topology) -> Sequence[Any]:
-    """Descriptions of all devices, from libtpu.
+    """All devices of a topology, each a jax.Device that describes one without being there.
 
     Raises:
       UserError: no libtpu, or it knows no such topology.
     """
     compiler_version()
-    from jax.experimental import topologies
+    from jax.experimental.topologies import get_topology_desc
 
-    options: dict[str, Any] = {}
-    if topology.kind == "v4":  # otherwise its two cores are two devices, as no v4 program sees them
+    options: dict[str, str | int | tuple[int, ...]] = {}
+    if topology.kind == "v4":  # otherwise libtpu describes a chip's two cores as two devices
         options = {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
     if topology.slices > 1:
         options["num_slices"] = topology.slices
     name = f"{topology.chip.library_name}:{'x'.join(map(str, topology.shape))}"
     try:
         with _quiet():
-            found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+            found = get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except Exception as error:  # libtpu has no exception of its own
         raise UserError(
             f"libtpu knows no topology {topology}: {str(error).splitlines()[0]}; try {topology.kind}:"
@@ -161,14 +163,14 @@ def devices(topology: Topology) -> Sequence[Any]:
         ) from error
     if len(found) != topology.devices:
         raise UserError(
-            f"libtpu says that {topology} has {len(found)} devices; this project expected {topology.devices}"
+            f"libtpu describes {topology} with {len(found)} devices instead of {topology.devices}; this libtpu version is not supported"
         )
     return found
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Takes libtpu's complaints about the missing hardware off standard error; what matters is raised."""
+    """Discards what libtpu writes to standard error about missing hardware; real errors are raised as exceptions."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:

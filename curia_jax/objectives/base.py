@@ -1,0 +1,207 @@
+"""What a run minimises: train state, shardings, step and compilation, derived from a model's init and its loss.
+
+`curia_jax.pretrain` runs an objective's step and `curia_jax.plan` compiles it, so the planned program is the one that runs.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypedDict
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key, PyTree, Shaped
+
+from curia_common.errors import DoesNotFitError, UserError
+from curia_jax import data, sharding, xla_flags
+
+Params = PyTree[Shaped[Array, "..."]]
+Batch = Mapping[str, Shaped[Array, "..."]]  # the fields of data.DEVICE_FIELDS; see augment.py
+Metrics = dict[str, Float[Array, ""]]
+
+
+class State(TypedDict):
+    """Train state; a plain dict for JAX and Orbax.
+
+    Attributes:
+      step: optimizer steps taken, int32.
+      params: nested dict of float32 arrays.
+      opt_state: optax state; its moments are sharded like their parameters.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Everything a run needs to know about what it trains.
+
+    Attributes:
+      init: key -> State of step 0.
+      step: (state, batch) -> (state, metrics); pure.
+      abstract_state: State with jax.ShapeDtypeStructs, each with its NamedSharding, in place of arrays.
+      abstract_batch: the same for a global batch.
+      compiler_options: XLA options for the devices of the mesh.
+      flops_per_example: model FLOPs of a training step per example, backward pass included, no credit for rematerialisation.
+      progress_format: what a progress line shows of the metrics, as a format string.
+    """
+
+    init: Callable[[jax.Array], State]
+    step: Callable[[State, Batch], tuple[State, Metrics]]
+    abstract_state: State
+    abstract_batch: dict[str, jax.ShapeDtypeStruct]
+    compiler_options: dict[str, str]
+    flops_per_example: int | float
+    progress_format: str = "loss {loss:.4f}"
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained values."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.abstract_state["params"]))
+
+    def initial_state(self, seed: int) -> State:
+        """The state of step 0; each device creates only its own shards."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        with memory_errors():
+            return jax.jit(self.init, out_shardings=shardings)(jax.random.key(seed))
+
+    def trace(self) -> jax.stages.Traced:
+        """The train step, traced for the devices of the mesh. It donates the state; metrics are replicated, so that every host
+        can read them."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        mesh = shardings["step"].mesh
+        step = jax.jit(self.step, out_shardings=(shardings, NamedSharding(mesh, P())), donate_argnums=0)
+        with jax.set_mesh(mesh):  # the model reads from it that parameters are split
+            return step.trace(self.abstract_state, self.abstract_batch)
+
+    def compile(self) -> jax.stages.Compiled:
+        """The train step, compiled for the devices of the mesh.
+
+        Raises:
+          UserError: the compiler knows no such option.
+          DoesNotFitError: the program needs more memory than a device has.
+        """
+        lowered = self.trace().lower()
+        options: dict[str, str | bool] = {**self.compiler_options}
+        try:
+            with memory_errors():
+                return lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            if "compile option" not in str(error):
+                raise
+            raise UserError(
+                f"XLA refuses the compiler options: {str(error).splitlines()[0]}; change --config.compiler_options"
+            ) from error
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turns XLA's out-of-memory errors into one line.
+
+    Raises:
+      DoesNotFitError: a device has too little memory.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFitError(
+            f"the run does not fit the memory of {jax.devices()[0].device_kind}: {str(error).splitlines()[0]}; try a smaller "
+            "--config.batch_size, a larger --config.mesh.fsdp or --config.model.remat=full"
+        ) from error
+
+
+def make(
+    *,
+    init: Callable[[Key[Array, ""]], Params],
+    prepare: Callable[[Batch, Key[Array, ""]], tuple[Shaped[Array, "batch ..."], ...]],
+    loss: Callable[..., tuple[Float[Array, ""], Metrics]],
+    rules: sharding.Rules,
+    optimizer: optax.GradientTransformation,
+    learning_rate: optax.Schedule,
+    mesh: Mesh,
+    batch_size: int,
+    canvas: tuple[int, int],
+    seed: int,
+    gradient_dtype: DTypeLike,
+    flops_per_example: int | float,
+    compiler_options: Mapping[str, str | int | float | bool | None] | None = None,
+    progress_format: str = "loss {loss:.4f}",
+) -> Objective:
+    """Derives an objective from a model's init and its loss, shapes before arrays.
+
+    Args:
+      init: key -> new parameters.
+      prepare: (batch, key) -> arrays with the batch first: what the loss takes. No gradient passes through it. The key follows
+        from the seed and the step alone.
+      loss: (params, *prepared) -> (loss, further metrics), each a mean over the examples.
+      rules: sharding rows of every parameter.
+      optimizer, learning_rate: as optimizer.make returns them.
+      batch_size: global.
+      canvas: height and width of the pixels in a batch.
+      gradient_dtype: type in which gradients are communicated between TPU slices.
+      flops_per_example, progress_format: see Objective.
+      compiler_options: `config.compiler_options`.
+
+    Raises:
+      UserError: the batch or a parameter does not divide over the mesh.
+      ValueError: the rules do not fit the parameters.
+    """
+    sharding.check_batch(batch_size, mesh)
+
+    def new_state(key: jax.Array) -> State:
+        params = init(key)
+        return {"step": jnp.zeros((), jnp.int32), "params": params, "opt_state": optimizer.init(params)}
+
+    shapes = jax.eval_shape(new_state, jax.random.key(0))
+    specs = sharding.parameter_specs(shapes["params"], rules)
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    if mesh.shape["replica"] > 1:
+        value_and_grad = sharding.with_explicit_gradient_allreduce(value_and_grad, specs, mesh, gradient_dtype)
+
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state["step"])
+        (value, further), gradients = value_and_grad(state["params"], *prepare(batch, key))
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(gradients, state["opt_state"], state["params"])
+            params = optax.apply_updates(state["params"], updates)
+        metrics = {
+            "loss": value,
+            **further,
+            "learning_rate": learning_rate(state["step"]),
+            "gradient_norm": optax.global_norm(gradients),
+            "parameter_norm": optax.global_norm(params),
+        }
+        return {"step": state["step"] + 1, "params": params, "opt_state": opt_state}, metrics
+
+    params = sharding.parameter_shardings(shapes["params"], mesh, rules)
+    shardings = {
+        "step": NamedSharding(mesh, P()),
+        "params": params,
+        "opt_state": sharding.optimizer_shardings(optimizer, shapes["params"], params, mesh),
+    }
+    split = sharding.batch_sharding(mesh)
+    per_example = {"pixels": canvas, "extent": (2,)}
+    return Objective(
+        init=new_state,
+        step=step,
+        abstract_state=jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings
+        ),
+        abstract_batch={
+            name: jax.ShapeDtypeStruct((batch_size, *per_example.get(name, ())), dtype, sharding=split)
+            for name, dtype in data.DEVICE_FIELDS.items()
+        },
+        compiler_options=xla_flags.compiler_options(
+            mesh.devices.flat[0].device_kind, mesh.shape["replica"], compiler_options
+        ),
+        flops_per_example=flops_per_example,
+        progress_format=progress_format,
+    )

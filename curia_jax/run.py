@@ -1,0 +1,365 @@
+"""What both stages share around the loop: devices, dataset, restore, compile, logs.
+
+  this = run.prepare(config, workdir)
+  objective = mae.make(config, this.mesh, …)
+  outcome = run.train(this, objective, run.batches(this))
+
+The work directory holds everything a run leaves: config.json, checkpoints/, metrics.jsonl, events.jsonl and tensorboard/.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+from jax.sharding import Mesh
+
+from curia_common import logs
+from curia_common.errors import DataError, UserError
+from curia_common.exit_codes import ExitCode
+from curia_common.progress import Progress
+from curia_jax import checkpoint, data, sharding, telemetry, training
+from curia_jax import config as configs
+from curia_jax.objectives import base
+from curia_jax.settings import Data, Devices, Settings
+from data_pipeline.format.shards import SliceSource
+
+logger = logs.get_logger(__name__)
+
+
+class Interrupted(UserError):
+    """A second Ctrl-C."""
+
+    exit_code = ExitCode.INTERRUPTED
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run before its objective is known.
+
+    Attributes:
+      config: the whole config as plain JSON, which is saved with every checkpoint.
+      canvas: height and width of the pixels in a batch.
+      dataset_start: examples that were seen before training on this dataset began; its examples count from there.
+      warmup_steps, save_every, log_every: steps.
+      keep_every: checkpoints at multiples of so many steps stay for good; None for none.
+      changes: fields of the config that differ from the checkpoint's: dotted name -> (then, now).
+    """
+
+    config: Mapping[str, Any]
+    settings: Settings
+    workdir: str
+    source: SliceSource
+    canvas: tuple[int, int]
+    mesh: Mesh
+    schedule: training.Schedule
+    dataset: checkpoint.Dataset
+    dataset_start: int
+    warmup_steps: int
+    save_every: int
+    log_every: int
+    keep_every: int | None
+    changes: Mapping[str, tuple[Any, Any]]
+
+    def meta(self, examples_seen: int) -> checkpoint.Meta:
+        """What is saved with the state that has seen so many examples."""
+        return checkpoint.Meta(self.config, examples_seen, self.dataset, self.dataset_start)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+      finished: False where a signal asked to stop.
+      metrics: the last ones logged, and throughput over all steps of this start.
+    """
+
+    finished: bool
+    step: int
+    examples_seen: int
+    metrics: Mapping[str, int | float]
+
+    @property
+    def exit_code(self) -> ExitCode:
+        return ExitCode.DONE if self.finished else ExitCode.RESTART
+
+
+# ---- before the objective is known
+
+
+def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
+    """Checks the settings, sets up the devices, opens the dataset and finds the newest checkpoint. Writes nothing.
+
+    Raises:
+      UserError: a setting is wrong, or does not fit the devices or the dataset.
+      DataError: the dataset is not the one of the checkpoint.
+    """
+    settings = Settings.of(config)
+    use_devices(settings.devices)
+    if not settings.data.shards:
+        raise UserError(
+            "no shards given; name the folder that data_pipeline.build wrote with --config.data.shards=FOLDER"
+        )
+    _check_workdir(workdir)
+    step, meta = checkpoint.latest(workdir) or (0, None)
+    source, dataset, dataset_start = _open_dataset(settings.data, meta)
+    mesh_sizes: Any = config.mesh
+    mesh = sharding.make_mesh(**mesh_sizes)
+    canvas = data.canvas_size(source, settings.data.canvas)
+
+    total_steps = configs.steps(settings.duration, batch_size=settings.batch_size, examples=len(source))
+    if total_steps < 1:
+        raise UserError(f"duration {settings.duration!r} is less than one step of {settings.batch_size} examples")
+
+    def steps(duration: str) -> int:
+        found = configs.steps(duration, batch_size=settings.batch_size, examples=len(source), total=total_steps)
+        return max(1, found)
+
+    save_every = steps(settings.save_every)
+    keep_every = None
+    if settings.keep_every is not None:  # only what is saved can stay: the next multiple of save_every
+        keep_every = -(-steps(settings.keep_every) // save_every) * save_every
+    plain = json.loads(config.to_json_best_effort())
+    return Run(
+        config=plain,
+        settings=settings,
+        workdir=workdir,
+        source=source,
+        canvas=canvas,
+        mesh=mesh,
+        schedule=training.Schedule(step, total_steps, settings.batch_size, meta.examples_seen if meta else 0),
+        dataset=dataset,
+        dataset_start=dataset_start,
+        warmup_steps=steps(settings.warmup),
+        save_every=save_every,
+        log_every=steps(settings.log_every),
+        keep_every=keep_every,
+        changes=configs.changes(meta.config, plain) if meta else {},
+    )
+
+
+def use_devices(devices: Devices) -> None:
+    """Applies `config.devices`. Has to come before anything that touches a device.
+
+    Raises:
+      UserError: the platform or the other hosts cannot be found.
+    """
+    if devices.platform != "auto":
+        jax.config.update("jax_platforms", devices.platform)
+    if devices.cpu_count:
+        jax.config.update("jax_num_cpu_devices", devices.cpu_count)
+    # Cloud TPUs find the other hosts by themselves; elsewhere these variables name them.
+    address, count, number = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+    if devices.multihost:
+        try:
+            jax.distributed.initialize(
+                coordinator_address=os.environ.get(address),
+                num_processes=int(os.environ[count]) if count in os.environ else None,
+                process_id=int(os.environ[number]) if number in os.environ else None,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"devices.multihost: {error}; set {address}, {count}, {number} on every host, or --config.devices.multihost=false"
+            ) from error
+    elif os.environ.get(count, "1") != "1":
+        raise UserError(
+            f"{count} is {os.environ[count]} but devices.multihost is False, so that each host would train alone in the same "
+            "work directory; set --config.devices.multihost=true"
+        )
+    try:
+        found = jax.device_count()
+    except RuntimeError as error:
+        raise UserError(f"devices.platform is {devices.platform!r}: {error}") from error
+    if jax.default_backend() == "cpu" and found > 1:
+        # XLA loses the order of a CPU program's collectives when it reads the program from the cache (jaxlib 0.10.2), and
+        # simulated devices then deadlock.
+        jax.config.update("jax_enable_compilation_cache", False)
+    elif devices.compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(devices.compilation_cache))
+    if not is_first_host():
+        logs.configure(logging.WARNING)
+
+
+def is_first_host() -> bool:
+    """Whether this process is the one that writes logs and results."""
+    return jax.process_index() == 0
+
+
+def _check_workdir(workdir: str) -> None:
+    """Raises UserError where results could not be written, before hours are spent on them."""
+    if "://" in workdir:
+        raise UserError(
+            f"--workdir={workdir} is an address, not a folder; mount the bucket (Cloud Storage: gcsfuse --rename-dir-limit=100000) "
+            "and name the folder where it is mounted"
+        )
+    try:
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the work directory {workdir}: {error.strerror}; choose another --workdir"
+        ) from error
+    if not os.access(workdir, os.W_OK):
+        raise UserError(f"cannot write to the work directory {workdir}; choose another --workdir")
+
+
+def _open_dataset(wanted: Data, meta: checkpoint.Meta | None) -> tuple[SliceSource, checkpoint.Dataset, int]:
+    """The slices to train on, their identity, and the examples seen before training on them began.
+
+    Raises:
+      UserError: there is no such dataset or split.
+      DataError: they are not the slices of the checkpoint, and `data.on_change` does not allow that.
+    """
+    source = SliceSource(wanted.shards, wanted.split, additions=wanted.additions)
+    dataset = checkpoint.Dataset(source.fingerprint, source.additions, len(source), wanted.split)
+    if meta is None:
+        return source, dataset, 0
+    then = meta.dataset
+    if then is None:
+        logger.info("this checkpoint does not name its dataset; not checked")
+        return source, dataset, meta.dataset_start
+    if then.fingerprint == dataset.fingerprint:
+        return source, dataset, meta.dataset_start
+    names = [name for name in ("slices", "additions", "split") if getattr(then, name) != getattr(dataset, name)]
+    change = ", ".join(f"{name} {getattr(then, name)} -> {getattr(dataset, name)}" for name in names)
+    change = change or "the same number of slices with other contents"
+    if wanted.on_change == "new_epoch":
+        logger.info(f"the dataset changed ({change}); starting a new epoch on it")
+        return source, dataset, meta.examples_seen
+    remedy = "the slices that it was trained on are no longer there"
+    with contextlib.suppress(UserError):
+        if SliceSource(wanted.shards, then.split, additions=then.additions).fingerprint == then.fingerprint:
+            split = f"--config.data.split={then.split} " if "split" in names else ""
+            remedy = f"{split}--config.data.additions={then.additions} trains on the same slices as before"
+    raise DataError(
+        f"{wanted.shards} is not the dataset that the checkpoint of example {meta.examples_seen:,} was trained on: {change}; "
+        f"{remedy}; --config.data.on_change=new_epoch starts a new epoch on the dataset as it is now"
+    )
+
+
+# ---- with the objective
+
+
+def batches(run: Run) -> Iterator[Mapping[str, jax.Array]]:
+    """Global batches on the devices, from the example after the checkpoint's on."""
+    wanted = run.settings
+    on_host = data.training_batches(
+        run.source, batch_size=wanted.batch_size, canvas=run.canvas, seed=wanted.seed,
+        examples_seen=run.schedule.examples_seen - run.dataset_start,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+        threads=wanted.data.threads, prefetch=wanted.data.prefetch, workers=wanted.data.workers,
+    )  # fmt: skip
+    split = sharding.batch_sharding(run.mesh)
+    for batch in on_host:
+        yield data.to_devices(batch, split)
+
+
+def train(run: Run, objective: base.Objective, batches: Iterator[Mapping[str, jax.Array]]) -> Outcome:
+    """Restores or initialises the state, compiles the step, and trains until the end or until a signal asks to stop.
+
+    Raises:
+      UserError: the checkpoint does not fit the objective, or the compiler refuses an option.
+      DoesNotFitError: memory is too small.
+      DivergedError: a metric is not finite.
+      Interrupted: a second Ctrl-C; nothing is saved for it.
+    """
+    schedule = run.schedule
+    kind = jax.devices()[0].device_kind
+    logger.info(
+        f"{len(run.source):,} slices, canvas {run.canvas[0]}x{run.canvas[1]}; {objective.parameters / 1e6:.2f} M parameters; "
+        f"{run.mesh.size} x {kind} as {dict(run.mesh.shape)}; {schedule.total_steps:,} steps of {schedule.batch_size}"
+    )
+    if schedule.start_step >= schedule.total_steps:
+        logger.info(
+            f"nothing to do: {run.workdir} has reached step {schedule.start_step:,} of {schedule.total_steps:,}; a longer "
+            "--config.duration continues from there"
+        )
+        return Outcome(True, schedule.start_step, schedule.examples_seen, telemetry.last_metrics(run.workdir))
+
+    with contextlib.ExitStack() as closing:
+        # ---- state
+        checkpointer = checkpoint.Checkpointer(run.workdir, keep=run.settings.keep, keep_every_steps=run.keep_every)
+        closing.callback(checkpointer.close)
+        if schedule.start_step:
+            state = checkpointer.restore(objective.abstract_state)
+            logger.info(f"resuming from step {schedule.start_step:,} at example {schedule.examples_seen:,}")
+            if run.changes:
+                changes = (f"{name} {then!r} -> {now!r}" for name, (then, now) in run.changes.items())
+                logger.info("changed since: " + ", ".join(changes))
+        else:
+            state = objective.initial_state(run.settings.seed)
+
+        # ---- compile
+        began = time.perf_counter()
+        train_step = objective.compile()
+        text = f"compiled in {time.perf_counter() - began:.1f} s"
+        if (memory := train_step.memory_analysis()) is not None:
+            text += f"; per device {memory.argument_size_in_bytes / 2**20:,.0f} MiB arguments, "
+            text += f"{memory.temp_size_in_bytes / 2**20:,.0f} MiB temporaries"
+        logger.info(text)
+
+        # ---- logs
+        peak, peak_source = telemetry.peak_flops()
+        meter = telemetry.Meter(
+            batch_size=schedule.batch_size, flops_per_example=objective.flops_per_example, peak=peak
+        )
+        log = None
+        if is_first_host():
+            log = telemetry.Log(run.workdir, start_step=schedule.start_step)
+            closing.callback(log.close)
+            text = json.dumps(run.config, indent=2) + "\n"
+            Path(run.workdir, "config.json").write_text(text, encoding="utf-8")
+            log.event(
+                "resumed" if schedule.start_step else "started", step=schedule.start_step,
+                examples_seen=schedule.examples_seen, total_steps=schedule.total_steps, slices=len(run.source),
+                parameters=objective.parameters, mesh=dict(run.mesh.shape), hosts=jax.process_count(), device=kind,
+                jax=jax.__version__, train_flops_per_image=objective.flops_per_example, peak_flops=peak,
+                peak_source=peak_source, **({"changes": dict(run.changes)} if run.changes else {}),
+            )  # fmt: skip
+        progress = closing.enter_context(
+            Progress("training", schedule.total_steps, "steps", done=schedule.start_step, enabled=log is not None)
+        )
+
+        def measure(report: training.Report) -> None:
+            meter.finished(input_wait=report.input_wait, save_wait=report.hook_wait)
+
+        def show(report: training.Report) -> None:
+            rates = meter.read()
+            if log is not None:
+                seen = schedule.examples_at(report.step)
+                log.metrics(report.step, {"examples_seen": seen, **report.metrics, **rates})
+            text = objective.progress_format.format(**report.metrics)
+            if rates:
+                text += f"  {rates['images_per_second']:,.0f} images/s  MFU {rates['mfu']:.1%}"
+            progress.update(float(report.step), text)
+
+        # ---- loop
+        saver = training.Saver(checkpointer, schedule, run.meta, log)
+        hooks = [*saver.hooks(run.save_every), training.Hook(measure), training.Hook(show, every=run.log_every)]
+        try:
+            with base.memory_errors():
+                state, finished = training.fit(state, train_step, batches, schedule, hooks)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                "second Ctrl-C: stopped at once; the same command resumes from the newest checkpoint"
+            ) from None
+        step = int(jax.device_get(state["step"]))
+        seen = schedule.examples_at(step)
+        if log is not None:
+            log.event("finished" if finished else "preempted", step=step, examples_seen=seen)
+
+    if finished:
+        folder = f"{run.workdir}/{checkpoint.FOLDER}"
+        logger.info(f"finished at step {step:,} after {seen:,} examples; checkpoints are in {folder}")
+    else:
+        logger.info(
+            f"stopped and saved at step {step:,} of {schedule.total_steps:,} after {seen:,} examples; rerun the same command to resume"
+        )
+    return Outcome(finished, step, seen, telemetry.last_metrics(run.workdir) | meter.total())

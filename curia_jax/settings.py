@@ -1,0 +1,172 @@
+"""The settings of a run as typed records. `Settings.of(config)` checks a whole config in one place, before any work is done.
+
+A model's own fields are checked where its shapes are: models/vit.py, models/mae.py.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, TypeVar
+
+import ml_collections
+
+from curia_common.errors import UserError
+
+Number = int | float
+Record = TypeVar("Record", bound="_Section")
+
+
+def _field(wanted: str, accepts: Callable[[Any], bool], default: Any = dataclasses.MISSING) -> Any:
+    return dataclasses.field(default=default, metadata={"wanted": wanted, "accepts": accepts})
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(value: Any, low: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def _pair(value: Any, accepts: Callable[[Any], bool]) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2 and all(map(accepts, value))
+
+
+class _Section:
+    """Base of the records."""
+
+    section: ClassVar[str] = ""
+
+    @classmethod
+    def of(cls: type[Record], config: ml_collections.ConfigDict | Mapping[str, Any]) -> Record:
+        """The record of a section of a config. Fields that an older config lacks have their default.
+
+        Raises:
+          UserError: a value of the wrong type or out of its range.
+        """
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType] - every subclass is a dataclass
+            if field.name not in config:
+                continue
+            value = config[field.name]
+            if "accepts" in field.metadata and not field.metadata["accepts"](value):
+                name = f"{cls.section}.{field.name}" if cls.section else field.name
+                raise UserError(f"{name} is {value!r}; it has to be {field.metadata['wanted']}; set --config.{name}")
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+        return cls(**values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer(_Section):
+    """AdamW (optimizer.py). `base_learning_rate` is for a batch of 256; `clip_norm` limits the norm of all gradients."""
+
+    section = "optimizer"
+    base_learning_rate: Number = _field("a number above 0", lambda v: _number(v) and v > 0)
+    b1: Number = _field("a number from 0 to below 1", lambda v: _number(v) and 0 <= v < 1)
+    b2: Number = _field("a number from 0 to below 1", lambda v: _number(v) and 0 <= v < 1)
+    weight_decay: Number = _field("a number of at least 0", lambda v: _number(v) and v >= 0)
+    clip_norm: Number | None = _field("a number above 0, or None", lambda v: v is None or (_number(v) and v > 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Augment(_Section):
+    """Random views (augment.py). `hu_window` in HU; `crop_scale` is a share of the slice's area."""
+
+    section = "augment"
+    hu_window: tuple[Number, Number] = _field(
+        "two numbers, the lower first", lambda v: _pair(v, _number) and v[0] < v[1]
+    )
+    reading_window_probability: Number = _field("a number from 0 to 1", lambda v: _number(v) and 0 <= v <= 1)
+    intensity_jitter: Number = _field("a number of at least 0", lambda v: _number(v) and v >= 0)
+    crop_scale: tuple[Number, Number] = _field(
+        "two numbers above 0 and up to 1, the lower first", lambda v: _pair(v, _number) and 0 < v[0] <= v[1] <= 1
+    )
+    crop_ratio: tuple[Number, Number] = _field(
+        "two numbers above 0, the lower first", lambda v: _pair(v, _number) and 0 < v[0] <= v[1]
+    )
+    flip: bool = _field("True or False", lambda v: isinstance(v, bool))
+    resample: Literal["bicubic", "bilinear"] = _field("bicubic or bilinear", lambda v: v in ("bicubic", "bilinear"))
+    image_mean: Number = _field("a number", _number)
+    image_std: Number = _field("a number above 0", lambda v: _number(v) and v > 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data(_Section):
+    """Which slices, and how they are read (data.py).
+
+    Attributes:
+      canvas: height and width of the pixels in a batch; None takes those of the largest slice.
+      additions: train on the first build and this many additions to it; None takes all.
+      on_change: where the dataset is not the checkpoint's: refuse it, or start a new epoch on it.
+    """
+
+    section = "data"
+    shards: str = _field("a folder", lambda v: isinstance(v, str))
+    split: str = _field("a split such as train", lambda v: isinstance(v, str) and v != "")
+    canvas: tuple[int, int] | None = _field(
+        "a height and width in px, or None", lambda v: v is None or _pair(v, lambda side: _whole(side, 1))
+    )
+    threads: int = _field("a whole number of at least 1", lambda v: _whole(v, 1))
+    prefetch: int = _field("a whole number of at least 1", lambda v: _whole(v, 1))
+    workers: int = _field("a whole number of at least 0", _whole)
+    additions: int | None = _field("a whole number of at least 0, or None", lambda v: v is None or _whole(v), None)
+    on_change: Literal["refuse", "new_epoch"] = _field(
+        "refuse or new_epoch", lambda v: v in ("refuse", "new_epoch"), "refuse"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices(_Section):
+    """Platform and hosts (run.use_devices). `cpu_count` simulates so many devices on a CPU; 0 does not."""
+
+    section = "devices"
+    platform: str = _field("a platform such as cpu, or auto", lambda v: isinstance(v, str) and v != "")
+    cpu_count: int = _field("a whole number of at least 0", _whole)
+    multihost: bool = _field("True or False", lambda v: isinstance(v, bool))
+    compilation_cache: str = _field("a folder", lambda v: isinstance(v, str))
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(_Section):
+    """What both stages need to know of a run's config.
+
+    Attributes:
+      batch_size: global.
+      duration, warmup, save_every, log_every: as config.steps reads them; all but the first may be a share of the first.
+      keep: newest checkpoints that stay.
+      keep_every: distance between checkpoints that stay for good; None for none.
+      compiler_options: XLA options that this run changes, by name; None removes one (xla_flags.py).
+    """
+
+    optimizer: Optimizer
+    augment: Augment
+    data: Data
+    devices: Devices
+    seed: int = _field("a whole number of at least 0", _whole)
+    batch_size: int = _field("a whole number of at least 1", lambda v: _whole(v, 1))
+    duration: str = _field("a duration such as '800 epochs'", lambda v: isinstance(v, str))
+    warmup: str = _field("a duration such as '5 %'", lambda v: isinstance(v, str))
+    save_every: str = _field("a duration such as '1 %'", lambda v: isinstance(v, str))
+    log_every: str = _field("a duration such as '50 steps'", lambda v: isinstance(v, str))
+    keep: int = _field("a whole number of at least 1", lambda v: _whole(v, 1))
+    keep_every: str | None = _field(
+        "a duration such as '10 %', or None", lambda v: v is None or isinstance(v, str), None
+    )
+    compiler_options: Mapping[str, str | int | float | bool | None] | None = _field(
+        "a dict of option names and values",
+        lambda v: (
+            v is None
+            or (
+                isinstance(v, Mapping | ml_collections.ConfigDict)
+                and all(one is None or isinstance(one, str | int | float) for one in dict(v).values())
+            )
+        ),
+        None,
+    )
+
+    @classmethod
+    def of(cls, config: ml_collections.ConfigDict | Mapping[str, Any]) -> "Settings":
+        """The settings of a whole config."""
+        fields: dict[str, Any] = {name: config[name] for name in config}
+        sections = {record.section: record.of(fields[record.section]) for record in (Optimizer, Augment, Data, Devices)}
+        return super().of({**fields, **sections})

@@ -1,0 +1,40 @@
+"""What a run needs of its input, and what shards say about it."""
+
+from pathlib import Path
+
+import pytest
+
+from curia_jax import config as configs
+from curia_jax.plan import inputs, topologies
+
+V5E = topologies.parse("v5e:16x16")
+TINY = str(Path(__file__).resolve().parents[1] / "configs" / "tiny.py")
+
+
+def facts(loader_per_core: float | None) -> inputs.InputFacts:
+    return inputs.InputFacts(1000, False, (512, 512), 60_000.0, loader_per_core)
+
+
+@pytest.mark.parametrize(("rate", "available", "suffices"), [(10.0, 1120, True), (8.0, 896, False), (None, None, None)])
+def test_input_needs_compare_hosts_with_the_measured_loader(rate, available, suffices):
+    needs = inputs.input_needs(64_000.0, V5E, facts(rate))
+    assert needs.hosts == 64
+    assert needs.host_images_per_second_needed == 1000
+    assert needs.storage_bytes_per_second_needed == 3.84e9
+    assert (needs.host_images_per_second_available, needs.input_suffices) == (available, suffices)
+
+
+def test_input_facts_come_from_shards(tiny_shards: Path):
+    config = configs.load(TINY, [f"--config.data.shards={tiny_shards}"])
+    found = inputs.input_facts(config, None)
+    assert (found.examples, found.examples_assumed) == (48, False)
+    assert found.loader_per_core is not None and found.loader_per_core > 0
+    stored = sum(file.stat().st_size for file in tiny_shards.glob("*array_record*"))
+    assert found.bytes_per_image == pytest.approx(stored / 48)
+    assert inputs.input_facts(config, 7).examples == 7
+
+
+def test_input_facts_without_shards_are_assumed():
+    found = inputs.input_facts(configs.load(TINY), None)
+    assert (found.examples, found.examples_assumed, found.loader_per_core) == (1_281_167, True, None)
+    assert found.bytes_per_image == 2 * found.canvas[0] * found.canvas[1]

@@ -1,0 +1,186 @@
+"""Setup that both stages share: a run resumes exactly, and knows the dataset that it was trained on."""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from curia_common.errors import DataError
+from curia_jax import checkpoint, data, run, sharding, training
+from curia_jax import config as configs
+from curia_jax.objectives import mae
+from data_pipeline.format import shards as shard_files
+from data_pipeline.format.shards import SliceSource
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.usefixtures("one_device")
+
+
+@pytest.fixture
+def grown(tiny_shards: Path, tmp_path: Path) -> Path:
+    """tiny_shards after an addition of 48 slices (those of its first build again)."""
+    folder = tmp_path / "grown"
+    shutil.copytree(tiny_shards, folder)
+    table = pq.read_table(folder / shard_files.SHARDS)
+    rows = table.to_pylist()
+    for number, row in enumerate(table.to_pylist(), start=len(rows)):
+        name = shard_files.file_name(row["file"].split("-")[0], row["split"], number)
+        shutil.copy(folder / row["file"], folder / name)
+        rows.append({**row, "file": name, "addition": 1})
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), folder / shard_files.SHARDS)
+    return folder
+
+
+def prepare(workdir: Path, shards: Path, *words: str) -> run.Run:
+    config = configs.load(str(ROOT / "tests/configs/resumable.py"), [f"--config.data.shards={shards}", *words])
+    return run.prepare(config, str(workdir))
+
+
+def save_meta(workdir: Path, meta: checkpoint.Meta, step: int = 2) -> None:
+    checkpointer = checkpoint.Checkpointer(str(workdir))
+    checkpointer.save(step, {"step": jnp.int32(step)}, meta)
+    checkpointer.close()
+
+
+def first_slices(this: run.Run, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Slice numbers of the next batch."""
+    monkeypatch.setattr(data, "to_devices", lambda batch, sharding: batch)
+    return next(run.batches(this))["slice"].tolist()
+
+
+def expected_slices(source: SliceSource, examples_seen: int) -> list[int]:
+    return data.slice_numbers(examples_seen, 16, slices=len(source), seed=0).tolist()
+
+
+# ---- the dataset of a checkpoint
+
+
+def test_new_run_saves_the_identity_of_its_dataset(tiny_shards: Path, tmp_path: Path) -> None:
+    meta = prepare(tmp_path / "run", tiny_shards).meta(32)
+    assert meta.dataset == (SliceSource(tiny_shards, "train").fingerprint, 0, 48, "train")
+    assert (meta.examples_seen, meta.dataset_start) == (32, 0)
+
+
+def test_resume_on_the_same_dataset_continues_its_epoch(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_meta(tmp_path / "run", prepare(tmp_path / "run", tiny_shards).meta(32))
+    this = prepare(tmp_path / "run", shutil.copytree(tiny_shards, tmp_path / "moved"))  # elsewhere, but the same
+    assert this.schedule == training.Schedule(2, 6, batch_size=16, examples_seen=32)
+    assert list(this.changes) == ["data.shards"]
+    assert first_slices(this, monkeypatch) == expected_slices(this.source, 32)
+
+
+def test_resume_rejects_grown_dataset_and_names_both_choices(tiny_shards: Path, grown: Path, tmp_path: Path) -> None:
+    save_meta(tmp_path / "run", prepare(tmp_path / "run", tiny_shards).meta(32))
+    with pytest.raises(DataError) as error:
+        prepare(tmp_path / "run", grown)
+    assert error.value.exit_code == 65
+    assert str(error.value) == (
+        f"{grown} is not the dataset that the checkpoint of example 32 was trained on: slices 48 -> 96, additions 0 -> 1; "
+        "--config.data.additions=0 trains on the same slices as before; --config.data.on_change=new_epoch starts a new epoch on "
+        "the dataset as it is now"
+    )
+
+
+def test_resume_with_additions_trains_on_the_slices_of_then(
+    tiny_shards: Path, grown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_meta(tmp_path / "run", prepare(tmp_path / "run", tiny_shards).meta(32))
+    this = prepare(tmp_path / "run", grown, "--config.data.additions=0")
+    assert len(this.source) == 48 and this.dataset_start == 0
+    assert first_slices(this, monkeypatch) == expected_slices(SliceSource(tiny_shards, "train"), 32)
+
+
+def test_resume_with_new_epoch_counts_from_there(
+    tiny_shards: Path, grown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_meta(tmp_path / "run", prepare(tmp_path / "run", tiny_shards).meta(32))
+    this = prepare(tmp_path / "run", grown, "--config.data.on_change=new_epoch")
+    assert (len(this.source), this.schedule.examples_seen, this.dataset_start) == (96, 32, 32)
+    save_meta(tmp_path / "run", this.meta(48), step=3)
+    for words in ([], ["--config.data.on_change=new_epoch"]):  # the dataset is no longer a changed one
+        again = prepare(tmp_path / "run", grown, *words)
+        assert (again.schedule.start_step, again.dataset_start) == (3, 32)
+    assert first_slices(this, monkeypatch) == expected_slices(SliceSource(grown, "train"), 0)
+    assert first_slices(again, monkeypatch) == expected_slices(SliceSource(grown, "train"), 16)
+
+
+def test_resume_rejects_replaced_slices(tiny_shards: Path, tmp_path: Path) -> None:
+    this = prepare(tmp_path / "run", tiny_shards)
+    other = this.dataset._replace(fingerprint="of other shards")
+    save_meta(tmp_path / "run", checkpoint.Meta(this.config, 32, other))
+    message = "was trained on: the same number of slices with other contents; the slices that it was trained on are no longer there"
+    with pytest.raises(DataError, match=message):
+        prepare(tmp_path / "run", tiny_shards)
+
+
+def test_resume_of_an_old_checkpoint_says_that_its_dataset_is_not_checked(
+    grown: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.logs.configure()
+    save_meta(tmp_path / "run", checkpoint.Meta({"seed": 0}, 32, version=None))
+    this = prepare(tmp_path / "run", grown)
+    assert capsys.readouterr().err.splitlines()[-1] == "this checkpoint does not name its dataset; not checked"
+    assert this.meta(48).dataset == this.dataset and this.dataset_start == 0
+
+
+# ---- whole runs
+
+
+def train(workdir: Path, shards: Path, *words: str, stop_at: int = 0) -> run.Outcome:
+    """A run; SIGTERM while batch number `stop_at` (from 1) is pulled."""
+    config = configs.load(str(ROOT / "tests/configs/resumable.py"), [f"--config.data.shards={shards}", *words])
+    this = run.prepare(config, str(workdir))
+    objective = mae.make(
+        config, this.mesh, canvas=this.canvas, warmup_steps=this.warmup_steps, total_steps=this.schedule.total_steps
+    )
+
+    def batches() -> Iterator[Any]:
+        for number, batch in enumerate(run.batches(this), start=1):
+            if number == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    return run.train(this, objective, batches())
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows}
+
+
+def test_both_choices_finish_on_a_grown_dataset_and_resume_exactly(
+    tiny_shards: Path, grown: Path, tmp_path: Path
+) -> None:
+    assert train(tmp_path / "whole", tiny_shards).exit_code == 0
+    assert train(tmp_path / "start", tiny_shards, stop_at=2).step == 2
+    for name in ("then", "straight", "broken"):
+        shutil.copytree(tmp_path / "start", tmp_path / name)
+    assert train(tmp_path / "then", grown, "--config.data.additions=0").exit_code == 0
+    assert losses(tmp_path / "then") == losses(tmp_path / "whole")
+
+    new_epoch = "--config.data.on_change=new_epoch"
+    assert train(tmp_path / "straight", grown, new_epoch).examples_seen == 96
+    assert train(tmp_path / "broken", grown, new_epoch, stop_at=1).exit_code == 75
+    assert train(tmp_path / "broken", grown).exit_code == 0
+    assert losses(tmp_path / "broken") == losses(tmp_path / "straight")
+    assert losses(tmp_path / "straight")[3] != losses(tmp_path / "whole")[3]
+    straight, broken = (sharding.paths(checkpoint.load(str(tmp_path / n)).params) for n in ("straight", "broken"))
+    assert all(np.array_equal(leaf, broken[path]) for path, leaf in straight.items())
+
+
+def test_keep_every_keeps_checkpoints_for_good(tiny_shards: Path, tmp_path: Path) -> None:
+    """Every 3 steps is rounded up to every 4, because every second step is saved."""
+    words = ["--config.keep=1", "--config.keep_every=3 steps"]
+    train(tmp_path / "run", tiny_shards, *words)
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["4", "6"]
