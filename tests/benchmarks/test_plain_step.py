@@ -12,7 +12,7 @@ from curia_jax.models import mae
 from tests.models.test_mae import setup
 
 
-@pytest.mark.parametrize("fields", [{}, {"activation": "gelu_tanh", "attention": "kernel", "unroll": 2}])
+@pytest.mark.parametrize("fields", [{}, {"activation": "gelu_tanh", "attention": "pallas", "unroll": 2}])
 def test_plain_loss_and_gradients_equal_those_of_the_model(fields: dict[str, Any]) -> None:
     """float32, within 1e-5 of the largest entry of each tensor."""
     config, params, images, noise = setup(dtype="float32", **fields)
