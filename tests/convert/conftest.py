@@ -1,4 +1,4 @@
-"""Tiny checkpoints as a run leaves them, and the folders that the command makes of them."""
+"""Tiny checkpoints as a run writes them, and the folders that the command converts them to."""
 
 import functools
 import json
@@ -21,15 +21,14 @@ from tests.models import make_references as reference
 if not HAS_TORCH:
     warnings.warn(
         "PyTorch or transformers is not installed: exported weights are tested against the frozen references in "
-        f"{reference.FOLDER} alone",
+        f"{reference.FOLDER} only",
         stacklevel=1,
     )
 
 
 @pytest.fixture(scope="session")
 def save(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """(arguments of mae.config, steps) -> a work directory with checkpoints of these steps, as curia_jax.objectives.mae
-    makes their state. Weights are those of the reference files."""
+    """(arguments of mae.config, steps) -> a work directory with checkpoints of these steps, weights as in the references."""
 
     def make(model: dict[str, Any], steps: tuple[int, ...] = (7,)) -> Path:
         workdir = tmp_path_factory.mktemp("runs") / "ward-seven"
@@ -59,7 +58,7 @@ def runs(save: Callable[..., Path]) -> Callable[[str], Path]:
 def converted(
     runs: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str], tuple[Path, dict[str, Any]]]:
-    """(name of a case, layout) -> the folder that the command wrote, and what --json said."""
+    """(name of a case, layout) -> the folder that the command wrote, and the content of --json."""
 
     @functools.cache
     def make(name: str, layout: str) -> tuple[Path, dict[str, Any]]:

@@ -1,0 +1,99 @@
+"""A checkpoint as the model it holds: its config checked against its weights, ready to compute in float32."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from curia_common.errors import DataError
+from curia_jax import checkpoint
+from curia_jax.models import mae
+
+# Nested dict of float32 arrays, as `mae.init` makes it.
+Params = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """A trained model, read without an accelerator.
+
+    Attributes:
+      config: float32 without rematerialisation, whatever it was trained in.
+      params: weights of the encoder and the decoder.
+      augment: the run's `augment` settings: how pixels are prepared.
+      seed: of the run.
+      step: optimizer steps taken.
+      examples_seen: examples that these steps consumed.
+      path: folder of the step.
+    """
+
+    config: mae.MAEConfig
+    params: Params
+    augment: ml_collections.ConfigDict
+    seed: int
+    step: int
+    examples_seen: int
+    path: Path
+
+    @property
+    def run_name(self) -> str | None:
+        """Name of the work directory; None where the step's folder was copied out of one."""
+        return self.path.parent.parent.name if self.path.parent.name == checkpoint.FOLDER else None
+
+
+def load(path: str | Path, step: int | None = None) -> TrainedModel:
+    """Reads a checkpoint.
+
+    Args:
+      path: a work directory, its `checkpoints` folder, or the folder of a step.
+      step: the newest unless given.
+
+    Raises:
+      UserError: there is no finished checkpoint, or not of this step.
+      DataError: the config names no model of this version, or its weights are of another model.
+    """
+    loaded = checkpoint.load(path, step)
+    # The one place that reads a checkpoint's config here.
+    config = ml_collections.ConfigDict(loaded.config)
+    if missing := [name for name in ("model", "augment", "seed") if name not in config]:
+        raise DataError(f"the config of checkpoint {loaded.path} has no {missing[0]}; convert it with the version that trained it")
+    return TrainedModel(
+        config=model_config(config.model.to_dict(), loaded.params),
+        params=loaded.params,
+        augment=config.augment,
+        seed=config.seed,
+        step=loaded.step,
+        examples_seen=loaded.examples_seen,
+        path=Path(loaded.path),
+    )
+
+
+def model_config(arguments: Mapping[str, Any], params: Params) -> mae.MAEConfig:
+    """The config of the model that the weights are of.
+
+    Args:
+      arguments: of `mae.config`, as the checkpoint's config has them.
+
+    Raises:
+      DataError: they are not of a model, or of one with other weights.
+    """
+    try:
+        config = mae.config(**{**arguments, "dtype": "float32", "remat": "none"})
+        mae.bind(config, params)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"the checkpoint does not hold the model of its config: {error}") from error
+    return config
+
+
+def digest(params: Params) -> str:
+    """First 16 hex digits of the SHA-256 of all arrays and their names: equal for equal weights, wherever they are."""
+    result = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        result.update(jax.tree_util.keystr(path).encode())
+        result.update(np.ascontiguousarray(leaf).tobytes())
+    return result.hexdigest()[:16]
