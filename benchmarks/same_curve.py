@@ -47,7 +47,7 @@ def curve(kind: str, model: dict[str, Any], shards: Path, args: argparse.Namespa
     from curia_jax.objectives import mae as objective
     from data_pipeline.format.shards import SliceSource
 
-    config = configs.load("configs/pretrain_vit.py")
+    config = configs.load("base")
     config.unlock()
     config.batch_size = args.batch
     config.model.update({"size": args.size, "depth": args.depth, "image_size": (64, 64), "patch_size": (8, 8)})

@@ -1,16 +1,20 @@
 """ViT-H/16 at 224 px, ViT-MAE, one channel, bf16, on one TPU slice v5e:16x16.
 
-Purpose: the largest encoder. Recipe and mesh: configs/pretrain_vit.py.
+Purpose: the largest encoder. Recipe and mesh: configs/base.py.
 Cost, by the planner's estimate: 1.8 h for 800 epochs of 1,281,167 slices, 451 chip-hours, 541 USD at 1.20 USD a chip-hour;
 632 images/s a chip, MFU 0.71, 7.5 GiB a chip (docs/performance.md).
 Expected result: not measured yet.
 """
 
-import runpy
-from pathlib import Path
-
 import ml_collections
+
+from curia_jax.configs import base
 
 
 def get_config() -> ml_collections.ConfigDict:
-    return runpy.run_path(str(Path(__file__).with_name("pretrain_vit.py")))["get_config"]("H", 224)
+    config = base.get_config()
+    config.model.size = "H"
+    config.model.unroll = 32
+    config.batch_size = 16_384  # 64 images a chip: optimizer and gradient transfers cost the same for few and many
+    config.data.canvas = (512, 512)
+    return config

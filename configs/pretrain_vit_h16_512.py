@@ -1,16 +1,21 @@
 """ViT-H/16 at 512 px, ViT-MAE, one channel, bf16, on one TPU slice v5e:16x16.
 
-Purpose: the largest encoder at full resolution; for larger pods. Recipe and mesh: configs/pretrain_vit.py.
+Purpose: the largest encoder at full resolution; for larger pods. Recipe and mesh: configs/base.py.
 Cost, by the planner's estimate: 9.6 h for 800 epochs of 1,281,167 slices, 2,450 chip-hours, 2,940 USD at 1.20 USD a chip-hour;
 116 images/s a chip, MFU 0.72, 9.1 GiB a chip (docs/performance.md).
 Expected result: not measured yet.
 """
 
-import runpy
-from pathlib import Path
-
 import ml_collections
+
+from curia_jax.configs import base
 
 
 def get_config() -> ml_collections.ConfigDict:
-    return runpy.run_path(str(Path(__file__).with_name("pretrain_vit.py")))["get_config"]("H", 512)
+    config = base.get_config()
+    config.model.size = "H"
+    config.model.unroll = 32
+    config.model.image_size = (512, 512)
+    config.batch_size = 4096  # the paper's; an image has five times the tokens of one of 224 px
+    config.data.canvas = (512, 512)
+    return config

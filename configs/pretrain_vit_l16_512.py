@@ -1,16 +1,21 @@
 """ViT-L/16 at 512 px, ViT-MAE, one channel, bf16, on one TPU slice v5e:16x16.
 
-Purpose: whole slices at full resolution with a large encoder. Recipe and mesh: configs/pretrain_vit.py.
+Purpose: whole slices at full resolution with a large encoder. Recipe and mesh: configs/base.py.
 Cost, by the planner's estimate: 5.8 h for 800 epochs of 1,281,167 slices, 1,500 chip-hours, 1,800 USD at 1.20 USD a chip-hour;
 190 images/s a chip, MFU 0.67, 6.5 GiB a chip (docs/performance.md).
 Expected result: not measured yet.
 """
 
-import runpy
-from pathlib import Path
-
 import ml_collections
+
+from curia_jax.configs import base
 
 
 def get_config() -> ml_collections.ConfigDict:
-    return runpy.run_path(str(Path(__file__).with_name("pretrain_vit.py")))["get_config"]("L", 512)
+    config = base.get_config()
+    config.model.size = "L"
+    config.model.unroll = 24
+    config.model.image_size = (512, 512)
+    config.batch_size = 4096  # the paper's; an image has five times the tokens of one of 224 px
+    config.data.canvas = (512, 512)
+    return config

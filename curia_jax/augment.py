@@ -1,26 +1,83 @@
-"""What happens to pixels on the device: rescale, window, crop, flip, normalise; from a key alone.
+"""What happens to pixels on the device: rescale, window, crop, flip, normalise; random views follow from a key alone."""
 
-A batch comes as stored integers on a canvas (see data.py):
-
-  pixels     uint16  (batch, canvas height, canvas width)   the slice in the upper left corner
-  extent     int32   (batch, 2)                             height and width of the slice on the canvas, px
-  slope, intercept   float32 (batch,)                       real value = stored * slope + intercept
-  low, high  float32 (batch,)                               0.5 and 99.5 percentile of the slice, real values
-  hu         bool    (batch,)                               real values are Hounsfield units
-"""
-
-from collections.abc import Mapping
+import dataclasses
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
 import ml_collections
-from jaxtyping import Array, Float, Key, Shaped
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, UInt16
 
-Batch = Mapping[str, Shaped[Array, "..."]]
+from curia_common import windows
 
-# Lower and upper edge in HU of the usual reading windows (centre -600 width 1500 for lung, 40/400 for soft tissue,
-# 400/1800 for bone).
-READING_WINDOWS = {"lung": (-1350.0, 150.0), "soft tissue": (-160.0, 240.0), "bone": (-500.0, 1300.0)}
+# Random draws index this list: its order decides what a seed sees.
+READING_WINDOWS = [(window.low, window.high) for window in (windows.LUNG, windows.SOFT_TISSUE, windows.BONE)]
+
+
+class Batch(TypedDict):
+    """Slices as they travel to the device (see data.py).
+
+    Attributes:
+      pixels: stored values, the slice in the upper left corner of the canvas.
+      extent: height and width of the slice on the canvas, px.
+      slope, intercept: real value = stored * slope + intercept.
+      low, high: 0.5 and 99.5 percentile of the slice, real values.
+      hu: real values are Hounsfield units.
+    """
+
+    pixels: UInt16[Array, "batch rows columns"]
+    extent: Int32[Array, "batch 2"]
+    slope: Float32[Array, " batch"]
+    intercept: Float32[Array, " batch"]
+    low: Float32[Array, " batch"]
+    high: Float32[Array, " batch"]
+    hu: Bool[Array, " batch"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """`config.augment` as a typed record.
+
+    Attributes:
+      hu_window: lower and upper edge of the window through which slices in HU are seen, HU.
+      reading_window_probability: share of slices in HU that are seen through one of READING_WINDOWS instead; training only.
+      intensity_jitter: both window edges of slices that are not in HU move by up to this share of the window width; training only.
+      crop_scale: smallest and largest share of the slice that a crop covers; training only.
+      crop_ratio: smallest and largest aspect ratio of a crop; training only.
+      flip: mirror left and right in half of the images; training only.
+      resample: "bicubic" or "bilinear", both antialiased.
+      image_mean, image_std: subtracted from, and divided by, after scaling to [0, 1]: the same for every image, so that what an
+        image's mean and contrast say, HU above all, stays in it.
+
+    Raises:
+      ValueError: a value out of range.
+    """
+
+    hu_window: tuple[float, float]
+    reading_window_probability: float
+    intensity_jitter: float
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    flip: bool
+    resample: str
+    image_mean: float
+    image_std: float
+
+    def __post_init__(self) -> None:
+        for name in ("hu_window", "crop_scale", "crop_ratio"):
+            value = getattr(self, name)
+            if len(value) != 2 or not value[0] <= value[1]:
+                raise ValueError(f"augment.{name} is {value}; it has to be (lower, upper)")
+        if self.resample not in FILTERS:
+            raise ValueError(f"augment.resample is {self.resample!r}; it may be {', '.join(FILTERS)}")
+        if not self.image_std > 0:
+            raise ValueError(f"augment.image_std is {self.image_std}; it has to be above 0")
+
+    @classmethod
+    def from_config(cls, config: ml_collections.ConfigDict) -> "Settings":
+        """From `config.augment` of a run or of a checkpoint."""
+        values = {field.name: getattr(config, field.name) for field in dataclasses.fields(cls)}
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def evaluation_view(
@@ -28,16 +85,19 @@ def evaluation_view(
 ) -> Float[Array, "batch height width 1"]:
     """The deterministic view that features are extracted from: the whole slice, resized to `size`, normalised.
 
-    HU are clipped to `config.hu_window`, other values to the slice's own 0.5 and 99.5 percentiles; both are scaled to
-    [0, 1], resized (antialiased, `config.resample`) and normalised with `config.image_mean` and `config.image_std`. The
-    same numbers for every image: what an image's mean and contrast say, HU above all, stays in it.
+    HU are clipped to `hu_window`, other values to the slice's own 0.5 and 99.5 percentiles; both are then scaled to [0, 1].
+
+    Args:
+      config: the fields of Settings.
+      size: height and width of the result, px.
     """
+    settings = Settings.from_config(config)
     count = batch["pixels"].shape[0]
-    low = jnp.where(batch["hu"], config.hu_window[0], batch["low"])
-    high = jnp.where(batch["hu"], config.hu_window[1], batch["high"])
+    low = jnp.where(batch["hu"], settings.hu_window[0], batch["low"])
+    high = jnp.where(batch["hu"], settings.hu_window[1], batch["high"])
     box = jnp.concatenate([jnp.zeros((count, 2)), batch["extent"]], axis=1)
-    image = resize(_unit_interval(batch, low, high), batch["extent"], box, size, config.resample)
-    return (image - config.image_mean)[..., None] / config.image_std
+    image = resize(_unit_interval(batch, low, high), batch["extent"], box, size, settings.resample)
+    return (image - settings.image_mean)[..., None] / settings.image_std
 
 
 def training_view(
@@ -45,45 +105,46 @@ def training_view(
 ) -> Float[Array, "batch height width 1"]:
     """A random view: a window, a random resized crop, a flip; then as `evaluation_view`.
 
-    With probability `config.reading_window_probability` a slice in HU is seen through one of READING_WINDOWS instead
-    of `config.hu_window`. Values that are not HU have both window edges moved by up to `config.intensity_jitter` of
-    the window width. The crop covers a share of the slice drawn from `config.crop_scale` with an aspect ratio drawn
-    log-uniformly from `config.crop_ratio`; a draw that does not fit is cut to the slice. `config.flip` mirrors left and
-    right in half of the images.
+    A crop's share of the slice is drawn uniformly and its aspect ratio log-uniformly; a side longer than the slice is cut.
+
+    Args:
+      config: the fields of Settings.
+      size: height and width of the result, px.
     """
+    settings = Settings.from_config(config)
     count = batch["pixels"].shape[0]
     keys = jax.random.split(key, 6)
-    low, high = _random_window(batch, keys[0], config)
+    low, high = _random_window(batch, keys[0], settings)
 
     extent = batch["extent"].astype(jnp.float32)
-    area = jax.random.uniform(keys[1], (count,), minval=config.crop_scale[0], maxval=config.crop_scale[1]) * jnp.prod(
-        extent, axis=1
-    )
-    log_ratio = jnp.log(jnp.asarray(config.crop_ratio))
+    smallest, largest = settings.crop_scale
+    area = jax.random.uniform(keys[1], (count,), minval=smallest, maxval=largest) * jnp.prod(extent, axis=1)
+    log_ratio = jnp.log(jnp.asarray(settings.crop_ratio))
     ratio = jnp.exp(jax.random.uniform(keys[2], (count,), minval=log_ratio[0], maxval=log_ratio[1]))
     crop = jnp.minimum(jnp.stack([jnp.sqrt(area / ratio), jnp.sqrt(area * ratio)], axis=1), extent)
     start = jax.random.uniform(keys[3], (count, 2)) * (extent - crop)
     box = jnp.concatenate([start, start + crop], axis=1)
 
-    image = resize(_unit_interval(batch, low, high), batch["extent"], box, size, config.resample)
-    if config.flip:
+    image = resize(_unit_interval(batch, low, high), batch["extent"], box, size, settings.resample)
+    if settings.flip:
         mirrored = jax.random.bernoulli(keys[4], shape=(count,))
         image = jnp.where(mirrored[:, None, None], image[:, :, ::-1], image)
-    return (image - config.image_mean)[..., None] / config.image_std
+    return (image - settings.image_mean)[..., None] / settings.image_std
 
 
 def _random_window(
-    batch: Batch, key: Key[Array, ""], config: ml_collections.ConfigDict
+    batch: Batch, key: Key[Array, ""], settings: Settings
 ) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
+    """Lower and upper window edges, real values."""
     count = batch["pixels"].shape[0]
     keys = jax.random.split(key, 3)
-    windows = jnp.asarray(list(READING_WINDOWS.values()))
-    reading = windows[jax.random.randint(keys[0], (count,), 0, len(windows))]
-    seen = jax.random.bernoulli(keys[1], config.reading_window_probability, (count,))
-    hu = jnp.where(seen[:, None], reading, jnp.asarray(config.hu_window))
+    choices = jnp.asarray(READING_WINDOWS)
+    reading = choices[jax.random.randint(keys[0], (count,), 0, len(choices))]
+    as_reader = jax.random.bernoulli(keys[1], settings.reading_window_probability, (count,))
+    hu = jnp.where(as_reader[:, None], reading, jnp.asarray(settings.hu_window))
     own = jnp.stack([batch["low"], batch["high"]], axis=1)
     width = (own[:, 1] - own[:, 0])[:, None]
-    own += width * config.intensity_jitter * jax.random.uniform(keys[2], (count, 2), minval=-1.0, maxval=1.0)
+    own += width * settings.intensity_jitter * jax.random.uniform(keys[2], (count, 2), minval=-1.0, maxval=1.0)
     edges = jnp.where(batch["hu"][:, None], hu, own)
     return edges[:, 0], edges[:, 1]
 
@@ -91,7 +152,7 @@ def _random_window(
 def _unit_interval(
     batch: Batch, low: Float[Array, " batch"], high: Float[Array, " batch"]
 ) -> Float[Array, "batch rows columns"]:
-    """Stored integers to [0, 1] between the window edges `low` and `high` (real values)."""
+    """Stored values to [0, 1] between the window edges `low` and `high` (real values)."""
     # One multiplication and one addition a pixel: stored * (slope / width) + (intercept - low) / width.
     width = jnp.maximum(high - low, 1e-6)
     gain, offset = batch["slope"] / width, (batch["intercept"] - low) / width
@@ -100,7 +161,7 @@ def _unit_interval(
 
 def resize(
     image: Float[Array, "batch rows columns"],
-    extent: Shaped[Array, "batch 2"],
+    extent: Float[Array, "batch 2"] | Int[Array, "batch 2"],
     box: Float[Array, "batch 4"],
     size: tuple[int, int],
     method: str,
@@ -112,7 +173,7 @@ def resize(
       extent: rows and columns of the image proper.
       box: top, left, bottom, right in px, half-open, fractions allowed.
       size: rows and columns of the result.
-      method: "bicubic" (Keys 1981, a = -0.5, as PIL's BICUBIC) or "bilinear".
+      method: a key of FILTERS.
     """
     rows = _weights(box[:, 0], box[:, 2], extent[:, 0], image.shape[1], size[0], method)
     columns = _weights(box[:, 1], box[:, 3], extent[:, 1], image.shape[2], size[1], method)
@@ -123,19 +184,20 @@ def resize(
 def _weights(
     start: Float[Array, " batch"],
     stop: Float[Array, " batch"],
-    extent: Shaped[Array, " batch"],
+    extent: Float[Array, " batch"] | Int[Array, " batch"],
     n_in: int,
     n_out: int,
     method: str,
 ) -> Float[Array, "batch out in"]:
-    kernel, radius = {"bicubic": (_cubic, 2.0), "bilinear": (_triangle, 1.0)}[method]
+    """Share of each input pixel in each output pixel."""
+    filter, radius = FILTERS[method]
     scale = (stop - start) / n_out
-    # Centre of each output pixel in input pixels; the kernel widens with the reduction, which is the antialiasing.
+    # Centre of each output pixel in input pixels; the filter widens with the reduction, which is the antialiasing.
     centre = start[:, None] + (jnp.arange(n_out) + 0.5) * scale[:, None] - 0.5
     width = jnp.maximum(scale, 1.0)[:, None, None]
     position = jnp.arange(n_in)
     distance = (position - centre[:, :, None]) / width
-    weight = jnp.where(jnp.abs(distance) < radius, kernel(distance), 0.0)
+    weight = jnp.where(jnp.abs(distance) < radius, filter(distance), 0.0)
     weight = jnp.where(position < extent[:, None, None], weight, 0.0)
     return weight / jnp.sum(weight, axis=-1, keepdims=True)
 
@@ -147,3 +209,7 @@ def _cubic(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def _triangle(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return 1 - jnp.abs(x)
+
+
+# Resampling filters with their radius in px: Keys 1981 with a = -0.5, which is PIL's BICUBIC; and linear.
+FILTERS = {"bicubic": (_cubic, 2.0), "bilinear": (_triangle, 1.0)}

@@ -1,106 +1,107 @@
-"""Run configurations: a Python file with `get_config()`, changed by `--config.field=value` on the command line."""
+"""Run configurations: a named run or a Python file with `get_config()`, changed by `--config.field=value`.
+
+Fields and their meaning: configs/base.py.
+"""
 
 import ast
 import difflib
+import importlib
+import importlib.util
+import inspect
+import pkgutil
 import re
 import runpy
-from collections.abc import Mapping, Sequence
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import ml_collections
+from ml_collections import ConfigDict, FieldReference
 
 from curia_common.errors import UserError
 
+PACKAGE = "curia_jax.configs"
+SIZE, CUSTOM, DIMENSIONS = "model.size", "custom", ("width", "depth", "heads", "mlp_width")
+# Values that have another name since: field -> old -> new. Checkpoints and config files with the old ones load.
+RENAMED = {"model.attention": {"kernel": "pallas"}}
+# What it means that a field is missing from a checkpoint: what runs did before the field existed.
+MISSING = {
+    "keep_every": "", "model.activation": "gelu", "model.attention": "xla", "model.width": None, "model.depth": None,
+    "model.heads": None, "model.mlp_width": None, "data.additions": None, "data.on_change": "refuse",
+}  # fmt: skip
 
-def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
-    """Reads a config file and applies overrides.
+
+def load(path_or_name: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Reads a config and applies overrides.
 
     Args:
-      path: a Python file that defines `get_config() -> ml_collections.ConfigDict`.
+      path_or_name: a Python file that defines `get_config() -> ConfigDict`, or the name of an installed run
+        ("pretrain_vit_b16_224").
       overrides: command line words `--config.field=value`; a value is a Python literal, anything else is a string.
 
     Returns:
-      The config, locked: a field that the file does not define cannot be added.
+      The config, locked: only `compiler_options` takes new fields.
 
     Raises:
-      UserError: no such file, no `get_config` in it, an unknown field (the nearest one is suggested), or a value
-        of another type than the one in the file.
+      UserError: no such file or name, a file that cannot be read, an unknown field (the nearest one is suggested), a value of
+        another type than the field's, or a model of a named size with dimensions of its own.
     """
-    file = Path(path)
-    if not file.is_file():
-        nearby = sorted(p.as_posix() for p in (file.parent if file.parent.is_dir() else Path("configs")).glob("*.py"))
-        raise UserError(f"no config file {path}; there are: {', '.join(nearby) or 'none beside it'}")
-    get_config = runpy.run_path(str(file)).get("get_config")
-    if get_config is None:
-        raise UserError(f"{path} defines no get_config(); see configs/demo.py for the form of a config file")
-    config = get_config()
+    get_config = _get_config(path_or_name)
+    try:
+        config = get_config()
+    except Exception as error:
+        raise UserError(_fault(path_or_name, error)) from error
+    _use_new_values(config)
     config.lock()
-    for word in overrides:
-        match = re.fullmatch(r"--config\.([\w.]+)=(.*)", word, flags=re.DOTALL)
-        if match is None:
-            raise UserError(f"cannot read {word!r}: overrides are written --config.field=value")
-        _set(config, match[1], match[2])
+    if "compiler_options" in config:
+        config.compiler_options.unlock()
+    changed = [_override(config, word) for word in overrides]
+    _check_size(config, changed)
     return config
 
 
-def _set(config: ml_collections.ConfigDict, field: str, text: str) -> None:
-    *parents, name = field.split(".")
-    node = config
-    for depth, part in enumerate([*parents, name]):
-        if not isinstance(node, ml_collections.ConfigDict) or part not in node:
-            known = flatten(config)
-            close = difflib.get_close_matches(field, known, n=1, cutoff=0.5) or difflib.get_close_matches(
-                name, [k.split(".")[-1] for k in known], n=1, cutoff=0.6
-            )
-            hint = next((k for k in known if close and (k == close[0] or k.endswith("." + close[0]))), None)
-            raise UserError(
-                f"no config field '{field}'; did you mean --config.{hint}?"
-                if hint
-                else f"no config field '{field}'; fields are: {', '.join(known)}"
-            )
-        if depth < len(parents):
-            node = node[part]
-    old = node[name]
-    if isinstance(old, ml_collections.ConfigDict):
-        raise UserError(f"--config.{field} is a group of fields; set one of: {', '.join(f'{field}.{k}' for k in old)}")
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
-    if isinstance(old, str) and not isinstance(value, str):
-        value = text  # model.remat=none and data.shards=2024 are words
-    if isinstance(old, tuple) and isinstance(value, int | float):
-        value = (value,) * len(old)
-    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if isinstance(old, tuple) and isinstance(value, list):
-        value = tuple(value)
-    if old is not None and value is not None and type(old) is not type(value):
-        raise UserError(
-            f"--config.{field}={text} is a {type(value).__name__}, but the field takes a {type(old).__name__} (now {old!r})"
-        )
-    with node.ignore_type():
-        node[name] = value
+def from_checkpoint(plain: Mapping[str, Any]) -> ConfigDict:
+    """The config of a checkpoint, of this version or an earlier one, with the fields and values of this version.
+
+    Args:
+      plain: as it was saved, with lists for tuples.
+    """
+    config = ConfigDict({name: _with_tuples(value) for name, value in plain.items()})
+    for field, value in MISSING.items():
+        group, name = _find(config, field)
+        if group is not None and name not in group:
+            group[name] = value
+    _use_new_values(config)
+    return config
 
 
-def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, object]:
-    """All fields by their dotted names, in the order of the file."""
-    fields: dict[str, object] = {}
+def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """All fields by their dotted names, in alphabetical order."""
+    fields: dict[str, Any] = {}
     for key in config:
-        value = config[key]
-        if isinstance(value, ml_collections.ConfigDict):
+        value: Any = config[key]
+        if isinstance(value, ConfigDict):
             fields.update(flatten(value, f"{prefix}{key}."))
         else:
             fields[f"{prefix}{key}"] = value
     return fields
 
 
-def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Fields that differ between two configs as plain dicts: dotted name -> (old, new); None where there is none."""
-    before, after = (flatten(ml_collections.ConfigDict(plain)) for plain in (old, new))
+def changes(
+    old: Mapping[str, Any] | ConfigDict, new: Mapping[str, Any] | ConfigDict
+) -> dict[str, tuple[Any, Any]]:
+    """Fields that differ between two configs: dotted name -> (old, new); None where there is none."""
+    before, after = (flatten(_with_tuples(ConfigDict(config))) for config in (old, new))
     names = dict.fromkeys([*before, *after])
     return {n: (before.get(n), after.get(n)) for n in names if before.get(n) != after.get(n)}
+
+
+def comments() -> dict[str, str]:
+    """What configs/base.py says of each field: its meaning, unit and choices."""
+    source = inspect.getsource(importlib.import_module(f"{_package().__name__}.base"))
+    return dict(re.findall(r"^    config\.([\w.]+) = .*?  # (.*)$", source, flags=re.MULTILINE))
 
 
 def steps(duration: str, *, batch_size: int, examples: int, total: int | None = None) -> int:
@@ -122,3 +123,166 @@ def steps(duration: str, *, batch_size: int, examples: int, total: int | None = 
     unit = match[2].rstrip("s")
     per_unit = {"step": 1.0, "example": 1 / batch_size, "epoch": examples / batch_size, "%": (total or 0) / 100}[unit]
     return round(number * per_unit)
+
+
+# ---- config files
+
+
+def _package() -> ModuleType:
+    """The installed configs; in a checkout that is not installed, the folder `configs` under the name of the package."""
+    try:
+        return importlib.import_module(PACKAGE)
+    except ModuleNotFoundError:
+        folder = Path(__file__).resolve().parents[1] / "configs"
+        spec = importlib.util.spec_from_file_location(
+            PACKAGE, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        if spec is None or not folder.is_dir():
+            raise
+        sys.modules[PACKAGE] = importlib.util.module_from_spec(spec)
+        return sys.modules[PACKAGE]
+
+
+def _get_config(path_or_name: str) -> Callable[[], ConfigDict]:
+    package, file = _package(), Path(path_or_name)
+    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    try:
+        if path_or_name in names:
+            found = vars(importlib.import_module(f"{PACKAGE}.{path_or_name}"))
+        elif file.is_file():
+            found = runpy.run_path(str(file))
+        else:
+            beside = sorted(p.as_posix() for p in file.parent.glob("*.py")) if file.suffix == ".py" else []
+            raise UserError(
+                f"no config file or name {path_or_name!r}; named runs are {', '.join(names)}"
+                + (f"; files beside it are {', '.join(beside)}" if beside else "")
+            )
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(_fault(path_or_name, error)) from error
+    if "get_config" not in found:
+        raise UserError(f"{path_or_name} defines no get_config(); configs/base.py shows how a config file is written")
+    return found["get_config"]
+
+
+def _fault(path: str, error: Exception) -> str:
+    line = error.lineno if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1].lineno
+    for frame in traceback.extract_tb(error.__traceback__):
+        if Path(frame.filename).name == Path(path).name:
+            line = frame.lineno
+    text = str(error).strip().splitlines() or [""]
+    return f"cannot read the config {path}, line {line}: {type(error).__name__}: {text[0]}"
+
+
+def _with_tuples(value: Any) -> Any:
+    """JSON has lists where a config has tuples."""
+    if isinstance(value, ConfigDict | Mapping):
+        return ConfigDict({name: _with_tuples(value[name]) for name in value})
+    return tuple(map(_with_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def _use_new_values(config: ConfigDict) -> None:
+    """Replaces values of earlier versions in `config`."""
+    for field, values in RENAMED.items():
+        group, name = _find(config, field)
+        if group is not None and name in group:
+            group[name] = values.get(group[name], group[name])
+    # Dimensions once went before the named size; a size with dimensions of its own is custom.
+    model = config.get("model")
+    if isinstance(model, ConfigDict) and all(model.get(name) is not None for name in DIMENSIONS[:3]):
+        model.size = CUSTOM
+
+
+# ---- overrides
+
+
+def _find(config: ConfigDict, field: str) -> tuple[ConfigDict | None, str]:
+    """The group of a dotted field, None if there is no such group, and the field's name in it."""
+    *groups, name = field.split(".")
+    group: Any = config
+    for part in groups:
+        group = group[part] if isinstance(group, ConfigDict) and part in group else None
+    return group if isinstance(group, ConfigDict) else None, name
+
+
+def _override(config: ConfigDict, word: str) -> str:
+    """Applies `--config.field=value` and returns the field."""
+    match = re.fullmatch(r"--config\.([\w.]+)=(.*)", word, flags=re.DOTALL)
+    if match is None:
+        raise UserError(f"cannot read {word!r}: overrides are written --config.field=value")
+    field, text = match[1], match[2]
+    group, name = _find(config, field)
+    if group is None or (name not in group and group.is_locked):
+        raise UserError(_unknown(field, list(flatten(config))))
+    if isinstance(group.get(name), ConfigDict):
+        names = ", ".join(f"{field}.{key}" for key in group[name])
+        raise UserError(f"--config.{field} is a group of fields; set one of: {names or f'{field}.…'}")
+    if text in RENAMED.get(field, {}):
+        new = RENAMED[field][text]
+        raise UserError(f"--config.{field}={text} is now called {new}; write --config.{field}={new}")
+    group[name] = _parse(group, name, field, text)
+    return field
+
+
+def _unknown(field: str, known: list[str]) -> str:
+    name = field.split(".")[-1]
+    close = difflib.get_close_matches(field, known, n=1, cutoff=0.5) or difflib.get_close_matches(
+        name, [k.split(".")[-1] for k in known], n=1, cutoff=0.6
+    )
+    hint = next((k for k in known if close and (k == close[0] or k.endswith("." + close[0]))), None)
+    if hint is None:
+        return f"no config field '{field}'; fields are: {', '.join(known)}"
+    return f"no config field '{field}'; did you mean --config.{hint}?"
+
+
+def _parse(group: ConfigDict, name: str, field: str, text: str) -> Any:
+    """The value that `text` stands for, of the type of the field."""
+    if name not in group:
+        return None if text.lower() == "none" else text
+    old: Any = group[name]
+    wanted: type = group.get_type(name)
+    optional = isinstance(dict(group.items(preserve_field_references=True))[name], FieldReference)
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    if wanted is str:
+        return text  # model.remat=none and data.shards=2024 are words
+    if value is None and (optional or old is None):
+        return None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if wanted is float and is_number:
+        return float(value)
+    if wanted is tuple:
+        like = old or (0, 0)  # those that may be None are sizes
+        if is_number:
+            value = (value,) * len(like)
+        if isinstance(value, list | tuple) and len(value) == len(like):
+            number = float if isinstance(like[0], float) else int
+            if all(isinstance(one, int | number) and not isinstance(one, bool) for one in value):
+                return tuple(map(number, value))
+        raise UserError(f"--config.{field}={text} is not of the form {like!r}, which the field takes")
+    if wanted is not type(None) and type(value) is not wanted:
+        raise UserError(
+            f"--config.{field}={text} is a {type(value).__name__}, but the field takes a {wanted.__name__} (now {old!r})"
+        )
+    return value
+
+
+def _check_size(config: ConfigDict, changed: Sequence[str]) -> None:
+    """A named size on the command line takes the place of the file's dimensions; size and dimensions together are refused."""
+    model = config.get("model")
+    if not isinstance(model, ConfigDict) or "size" not in model or model.size == CUSTOM:
+        return
+    given = [name for name in DIMENSIONS if model.get(name) is not None]
+    if SIZE in changed:
+        for name in [name for name in given if f"model.{name}" not in changed]:
+            model[name] = None
+            given.remove(name)
+    if given:
+        words = " ".join(f"--config.model.{name}={model[name]}" for name in given)
+        raise UserError(
+            f"model.size={model.size} sets width, depth, heads and mlp_width; leave out {words}, or write "
+            f"--config.{SIZE}={CUSTOM} with width, depth and heads"
+        )

@@ -1,1 +1,1 @@
-"""Models: pure functions of arrays. No files, no meshes, no clocks."""
+"""Models: pure functions of arrays. They know no files, meshes or clocks."""

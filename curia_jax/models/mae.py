@@ -1,20 +1,20 @@
-"""Masked autoencoder (He et al. 2021): the whole method on one page, as facebookresearch/mae computes it.
+"""Masked autoencoder (He et al. 2021), as facebookresearch/mae computes it.
 
 params = mae.init(config, key)
 output = mae.bind(config, params)(images, noise)      output.loss, output.prediction, output.mask, …
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Key, Shaped
+from jaxtyping import Array, Float, Int, Key
 
-from curia_jax.models import vit
+from curia_jax.models import ops, params, vit
+from curia_jax.models.params import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +25,8 @@ class MAEConfig:
       decoder_width, decoder_depth, decoder_heads, decoder_mlp_width: the decoder's blocks.
       mask_ratio: share of the patches that is hidden.
       norm_pix: predict patches standardised by their own mean and deviation.
-      norm_pix_eps: added to a patch's variance. Pixels have a deviation of about 1, so 1e-6 turns air into noise of
-        full weight, and 1e-2 lets patches count that vary by more than a tenth of the image.
+      norm_pix_eps: added to a patch's variance. Pixels have a deviation of about 1: with 1e-6 the noise of air counts as much
+        as anatomy, with 1e-2 only patches do that vary by more than a tenth of the image.
 
     Raises:
       ValueError: sizes that do not fit together.
@@ -59,6 +59,10 @@ class MAEConfig:
     def visible(self) -> int:
         """Patches that the encoder sees: int(patches (1 - mask_ratio)), as the reference rounds."""
         return int(self.encoder.patches * (1 - self.mask_ratio))
+
+    def describe(self) -> str:
+        """What the model is, by its dimensions: "MAE of ViT-B/16, decoder 8 x 512"."""
+        return f"MAE of {self.encoder.describe()}, decoder {self.decoder_depth} x {self.decoder_width}"
 
 
 def config(
@@ -100,7 +104,7 @@ class MAEOutput(NamedTuple):
       loss: mean squared error over the hidden patches of the batch, float32.
       prediction: for every patch, in the units of `target`.
       target: what the prediction is compared with: pixels, or standardised pixels with norm_pix.
-      mask: 1 where a patch was hidden, 0 where it was seen.
+      mask: 1 where a patch was hidden, 0 where it was visible.
       patch_loss: mean squared error of every patch.
     """
 
@@ -117,25 +121,10 @@ def random_mask(
     """The patches with the smallest noise stay visible, in the order of their noise; of equal ones, the first.
 
     Returns:
-      For every patch its place in the order of the noise, and 1 where a patch is hidden.
+      For every patch its rank in the order of the noise, and 1 where a patch is hidden.
     """
-    # Counted, not sorted: all pairs are few and one pass, which a TPU does in less time than it sorts.
-    number = jnp.arange(noise.shape[1])
-    mine, other = noise[:, :, None], noise[:, None, :]
-    before = (other < mine) | ((other == mine) & (number[None, :] < number[:, None]))
-    place = jnp.sum(before, axis=2, dtype=jnp.int32)
-    return place, (place >= visible).astype(jnp.float32)
-
-
-def selection(
-    place: Int[Array, "batch candidates"], count: int, dtype: DTypeLike
-) -> Shaped[Array, "batch count candidates"]:
-    """One row for each of the places 0 … count - 1, with 1 at the candidate that has it and 0 elsewhere.
-
-    Its product with the candidates selects them, exactly; and the product with its transpose puts them back. Unlike gathers
-    and scatters, both are matrix products, which is what a TPU is quick at.
-    """
-    return (place[:, None, :] == jnp.arange(count)[None, :, None]).astype(dtype)
+    rank = ops.ranks(noise)
+    return rank, (rank >= visible).astype(jnp.float32)
 
 
 def patch_statistics(
@@ -166,16 +155,19 @@ class Decoder(nnx.Module):
         self.pred = vit.Linear(width, encoder.patch_values, rngs=rngs)
 
     def __call__(
-        self, tokens: Float[Array, "batch visible_and_cls width"], place: Int[Array, "batch patches"]
+        self, tokens: Float[Array, "batch visible_and_cls width"], rank: Int[Array, "batch patches"]
     ) -> Float[Array, "batch patches values"]:
-        """`place` of every patch as `random_mask` says; the first places are those of the visible tokens."""
+        """
+        Args:
+          tokens: CLS and the visible patches in the order of their rank.
+          rank: of every patch, as `random_mask` returns it.
+        """
         config, encoder = self.config, self.config.encoder
         x = self.embed(tokens)
         with jax.named_scope("mask"):
-            place = jnp.pad(place + 1, ((0, 0), (1, 0)))  # CLS stays first
-            seen = selection(place, x.shape[1], x.dtype)
-            ordered = jnp.einsum("bvp,bvw->bpw", seen, x, precision=vit.exact(x.dtype))
-            x = jnp.where((place < x.shape[1])[:, :, None], ordered, self.mask_token[...].astype(x.dtype))
+            rank = jnp.pad(rank + 1, ((0, 0), (1, 0)))  # CLS stays first
+            visible = ops.put_back(ops.selection(rank, x.shape[1], x.dtype), x)
+            x = jnp.where((rank < x.shape[1])[:, :, None], visible, self.mask_token[...].astype(x.dtype))
             x = x + vit.position_table(config.decoder_width, encoder.grid).astype(x.dtype)
         x, _ = vit.apply_blocks(self.blocks, x, encoder, unroll=min(encoder.unroll, config.decoder_depth))
         with jax.named_scope("norm"):
@@ -203,11 +195,11 @@ class MAE(nnx.Module):
         config = self.config
         with jax.named_scope("encoder"):
             with jax.named_scope("mask"):
-                place, mask = random_mask(noise, config.visible)
-                chosen = selection(place, config.visible, vit.DTYPES[config.encoder.dtype])
+                rank, mask = random_mask(noise, config.visible)
+                chosen = ops.selection(rank, config.visible, vit.DTYPES[config.encoder.dtype])
             tokens, _ = self.encoder.encode(self.encoder.embed(images, chosen))
         with jax.named_scope("decoder"):
-            prediction = self.decoder(tokens, place).astype(jnp.float32)
+            prediction = self.decoder(tokens, rank).astype(jnp.float32)
         with jax.named_scope("loss"):
             target = vit.patchify(images.astype(jnp.float32), config.encoder.patch_size)
             if config.norm_pix:
@@ -219,22 +211,22 @@ class MAE(nnx.Module):
         return MAEOutput(loss, prediction, target, mask, patch_loss)
 
 
-def init(config: MAEConfig, key: Key[Array, ""]) -> dict[str, Any]:
+def init(config: MAEConfig, key: Key[Array, ""]) -> Params:
     """New parameters, {"encoder": …, "decoder": …}, float32."""
-    return vit.to_dict(MAE(config, rngs=nnx.Rngs(params=key)))
+    return params.to_dict(MAE(config, rngs=nnx.Rngs(params=key)))
 
 
-def bind(config: MAEConfig, params: Mapping[str, Any]) -> MAE:
+def bind(config: MAEConfig, weights: Params) -> MAE:
     """The model with the given parameters.
 
     Raises:
       ValueError: the parameters belong to a model of another shape; the first tensors that differ are named.
     """
-    return vit.from_dict(lambda: MAE(config, rngs=nnx.Rngs(params=0)), params)
+    return params.from_dict(lambda: MAE(config, rngs=nnx.Rngs(params=0)), weights)
 
 
 def decoder_flops(config: MAEConfig) -> int:
-    """FLOPs of the decoder's matrix products in one forward pass on one image.
+    """FLOPs of the decoder's matmuls in one forward pass on one image.
 
     With v visible and n = 1 + all tokens, encoder width D, decoder width d and depth k, P values in a patch:
     2 (1 + v) D d + k vit.block_flops(n, d, decoder_mlp_width) + 2 n d P.
@@ -247,9 +239,9 @@ def decoder_flops(config: MAEConfig) -> int:
 
 
 def flops(config: MAEConfig) -> int:
-    """FLOPs of the matrix products of one forward pass on one image: vit.flops on the visible patches + decoder_flops.
+    """FLOPs of the matmuls of one forward pass on one image: vit.flops on the visible patches + decoder_flops.
 
-    A training step costs three times that: the backward pass has two products for each of the forward pass. Products that
-    only select tokens (`selection`) do not count.
+    A training step costs three times that: the backward pass has two matmuls for each of the forward pass. Those that only
+    select tokens (`ops.selection`) do not count.
     """
     return vit.flops(config.encoder, config.visible) + decoder_flops(config)

@@ -24,7 +24,7 @@ def plain() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("fields", [{}, {"activation": "gelu_tanh", "attention": "kernel", "unroll": 2}])
+@pytest.mark.parametrize("fields", [{}, {"activation": "gelu_tanh", "attention": "pallas", "unroll": 2}])
 def test_loss_and_gradients_are_those_of_the_model(plain: ModuleType, fields: dict[str, Any]) -> None:
     """float32, within 1e-5 of the largest entry of each tensor."""
     config, params, images, noise = setup(dtype="float32", **fields)

@@ -1,13 +1,12 @@
 """The demo's config with a model that compiles in seconds."""
 
-import runpy
-from pathlib import Path
-
 import ml_collections
+
+from curia_jax.configs import demo
 
 
 def get_config() -> ml_collections.ConfigDict:
-    config = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "demo.py"))["get_config"]()
+    config = demo.get_config()
     config.batch_size = 16
     config.duration = "12 steps"
     config.save_every = "4 steps"

@@ -173,7 +173,7 @@ def test_flops_of_a_custom_kernel_count_its_grid():
 def test_flops_are_those_of_the_program_for_a_tpu():
     """Both passes of attention are kernels there; elsewhere the backward pass is six products instead of five."""
     qkv, bias = jax.ShapeDtypeStruct((2, 17, 3 * 32), jnp.bfloat16), jax.ShapeDtypeStruct((3 * 32,), jnp.float32)
-    traced = jax.jit(jax.grad(lambda qkv, bias: jnp.sum(attention.by_kernel(qkv, bias, 4)))).trace(qkv, bias)
+    traced = jax.jit(jax.grad(lambda qkv, bias: jnp.sum(attention.pallas_attention(qkv, bias, 4)))).trace(qkv, bias)
     one = 2 * 2 * 17 * 17 * 32  # q k^T, over all heads
     assert compiling.hardware_flops(traced) == (7 * one, 7 * one)
     assert compiling.kernel_flops(traced) == {((2, 17, 32),): 2 * one, ((2, 17, 96), (2, 1, 96)): 5 * one}
