@@ -2,9 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import ml_collections
@@ -12,10 +10,9 @@ import numpy as np
 
 from curia_common.errors import DataError
 from curia_jax import checkpoint
+from curia_jax import config as configs
 from curia_jax.models import mae
-
-# Nested dict of float32 arrays, as `mae.init` makes it.
-Params = Mapping[str, Any]
+from curia_jax.models.params import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +55,13 @@ def load(path: str | Path, step: int | None = None) -> TrainedModel:
       DataError: the config names no model of this version, or its weights are of another model.
     """
     loaded = checkpoint.load(path, step)
-    # The one place that reads a checkpoint's config here.
-    config = ml_collections.ConfigDict(loaded.config)
+    config = configs.from_checkpoint(loaded.config)
     if missing := [name for name in ("model", "augment", "seed") if name not in config]:
-        raise DataError(f"the config of checkpoint {loaded.path} has no {missing[0]}; convert it with the version that trained it")
+        raise DataError(
+            f"the config of checkpoint {loaded.path} has no {missing[0]}; convert it with the version that trained it"
+        )
     return TrainedModel(
-        config=model_config(config.model.to_dict(), loaded.params),
+        config=model_config(config.model, loaded.params),
         params=loaded.params,
         augment=config.augment,
         seed=config.seed,
@@ -73,17 +71,17 @@ def load(path: str | Path, step: int | None = None) -> TrainedModel:
     )
 
 
-def model_config(arguments: Mapping[str, Any], params: Params) -> mae.MAEConfig:
-    """The config of the model that the weights are of.
+def model_config(settings: ml_collections.ConfigDict, params: Params) -> mae.MAEConfig:
+    """The model that weights belong to.
 
     Args:
-      arguments: of `mae.config`, as the checkpoint's config has them.
+      settings: the run's `model` settings, the arguments of `mae.config`.
 
     Raises:
-      DataError: they are not of a model, or of one with other weights.
+      DataError: there is no such model, or its weights are not these.
     """
     try:
-        config = mae.config(**{**arguments, "dtype": "float32", "remat": "none"})
+        config = mae.config(**{**settings.to_dict(), "dtype": "float32", "remat": "none"})
         mae.bind(config, params)
     except (TypeError, ValueError) as error:
         raise DataError(f"the checkpoint does not hold the model of its config: {error}") from error

@@ -47,7 +47,9 @@ def parser() -> cli.Parser:
     made.add_argument("--layout", required=True, choices=LAYOUT_NAMES, help="which class is to load it; see above")
     made.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
     made.add_argument(
-        "--image-size", metavar="N or HxW", help="compute the positions for images of this size in px (default: as trained)"
+        "--image-size",
+        metavar="N or HxW",
+        help="compute the positions for images of this size in px (default: as trained)",
     )
     cli.add_json(
         made,

@@ -25,7 +25,7 @@ from curia_jax.convert import numpy_forward
 from curia_jax.convert.folder import CONFIG, WEIGHTS
 from curia_jax.convert.layouts import Layout
 from curia_jax.models import mae, vit
-from curia_jax.trained_model import Params
+from curia_jax.models.params import Params
 
 # float32 rounds to 6e-8 of a value, and a ViT's residual stream collects a few dozen such errors at random: ViT-B and -L
 # differ by up to 5e-6 from float64. Twice that is allowed; a wrong epsilon or GELU makes 3e-5 to 1e-2, a wrong tensor

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from curia_common.errors import UserError
 from curia_jax.convert.folder import Json
 from curia_jax.models import mae, vit
-from curia_jax.trained_model import Params
+from curia_jax.models.params import Params
 
 Table = Mapping[str, str | tuple[str, ...]]
 
@@ -407,9 +407,7 @@ def entries(layout: Layout, params: Params) -> list[Entry]:
     return found
 
 
-def tensors(
-    layout: Layout, config: mae.MAEConfig, params: Params
-) -> tuple[dict[str, Float[np.ndarray, "..."]], int]:
+def tensors(layout: Layout, config: mae.MAEConfig, params: Params) -> tuple[dict[str, Float[np.ndarray, "..."]], int]:
     """The content of model.safetensors, and the number of its values that are trained parameters."""
     trained = {entry.name: entry.read(params, config) for entry in entries(layout, params)}
     constants = {

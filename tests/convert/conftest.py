@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from curia_jax import checkpoint, optimizer
 from curia_jax import config as configs
+from curia_jax import optimizer
 from curia_jax.convert import __main__ as convert
 from curia_jax.models import mae
+from tests import checkpoints
 from tests.convert.cases import CASES, HAS_TORCH
 from tests.models import make_references as reference
 
@@ -32,17 +33,15 @@ def save(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     def make(model: dict[str, Any], steps: tuple[int, ...] = (7,)) -> Path:
         workdir = tmp_path_factory.mktemp("runs") / "ward-seven"
-        demo = configs.load("configs/demo.py")
+        demo = configs.load("demo")
         transform, _ = optimizer.make(demo.optimizer, batch_size=8, warmup_steps=1, total_steps=10)
         params = jax.tree.map(jnp.asarray, reference.random_params(mae.config(**model), seed=1))
-        saver = checkpoint.Checkpointer(str(workdir))
+        states = {}
         for step in steps:
-            state = {"step": jnp.int32(step), "params": params, "opt_state": transform.init(params)}
-            config = {**json.loads(demo.to_json_best_effort()), "model": json.loads(json.dumps(model))}
-            saver.save(step, state, config=config, examples_seen=8 * step)
+            states[step] = {"step": jnp.int32(step), "params": params, "opt_state": transform.init(params)}
             params = jax.tree.map(lambda leaf: leaf * 0.5, params)
-        saver.wait()
-        saver.close()
+        config = {**json.loads(demo.to_json_best_effort()), "model": json.loads(json.dumps(model))}
+        checkpoints.save(workdir, states, config=config)
         return workdir
 
     return make

@@ -23,6 +23,7 @@ from curia_jax.convert import __main__ as convert
 from curia_jax.convert import card, checks, layouts
 from curia_jax.models import mae
 from curia_jax.trained_model import digest
+from tests import checkpoints
 from tests.convert.cases import CASES, EXPORTS, HAS_TORCH, live_only
 
 AUGMENT = ml_collections.ConfigDict(
@@ -338,10 +339,9 @@ def test_convert_refuses_model_that_layout_cannot_hold(name, layout, message, ru
 
 def test_checkpoint_of_another_model_exits_65(save, tmp_path, capfd) -> None:
     workdir = save(CASES["square"])
-    saver = checkpoint.Checkpointer(str(workdir))
     params = {"encoder": {"norm": {"scale": jnp.ones(16), "bias": jnp.ones(16)}}}
-    saver.save(9, {"params": params}, config={"model": CASES["square"], "augment": {}}, examples_seen=72)
-    saver.close()
+    config = {"model": CASES["square"], "augment": {}, "seed": 0}
+    checkpoints.save(workdir, {9: {"params": params}}, config=config)
     assert run(workdir, tmp_path / "vit", "vit") == 65
     assert (
         "error: the checkpoint does not hold the model of its config: parameters do not fit" in capfd.readouterr().err
