@@ -15,7 +15,7 @@ help:
 	@echo "make test-slow                        the tests that take minutes (the full demo among them)"
 	@echo "make fuzz                             10,000 damaged and malicious files through the ingest"
 	@echo "make golden                           plan the named runs with the TPU compiler and compare with tests/golden (minutes)"
-	@echo "make lint                             ruff"
+	@echo "make lint                             ruff and pyright"
 	@echo "make lock                             renew requirements/*.txt from setup.py"
 	@echo "make clean                            remove .venv and demo/"
 
@@ -57,6 +57,7 @@ golden: $(VENV)/.test-installed
 lint: $(VENV)/.test-installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 # --universal: one file serves Python 3.11 to 3.13 on Linux and macOS. PyTorch stays in a file of its own, because which
 # build fits (CPU or CUDA) is the machine's matter. The demo has the versions that the suite was run with; it is not the other

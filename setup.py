@@ -89,6 +89,6 @@ setup(
         "plan": ["libtpu>=0.0.40"],
         "demo": [*INGEST, *EVALUATE],
         "test": [*INGEST, *CLOUD, *BEAM, *EVALUATE, *TEST],
-        "lint": ["ruff>=0.9"],
+        "lint": ["pyright[nodejs]>=1.1.400", "ruff>=0.9"],
     },
 )

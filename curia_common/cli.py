@@ -85,6 +85,7 @@ def run(
 
     Args:
       action: gets the parsed arguments; returns an exit code, or None for 0.
+      argv: the words after the command; None takes the process's own.
       stopped: said when Ctrl-C or SIGTERM ended it.
       quote_faults: False says only type and line of an unforeseen error, because its text may quote header values.
     """
@@ -92,7 +93,8 @@ def run(
         args = parser.parse_args(argv)
     except SystemExit as error:  # argparse has printed what is wrong
         return int(error.code or 0)
-    ignore_working_directory()
+    if argv is None:  # else a program called it, whose search path is its own
+        ignore_working_directory()
     logs.configure()
     try:
         with _signals():
@@ -199,7 +201,7 @@ def write_json(file: str | None, content: Any) -> None:
         Path(file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def at_least(option: str, value: float, low: float) -> None:
+def at_least(option: str, value: int | float, low: int | float) -> None:
     """Raises UserError where the value of an option is below what it has to be."""
     if not value >= low:
         raise UserError(f"{option} is {value:g}; it has to be at least {low:g}")
