@@ -79,7 +79,7 @@ def evaluate(args: argparse.Namespace) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from curia_jax import trained_model
+    from curia_jax import checkpoint, trained_model
     from curia_jax.evaluate import features, labels, results, scoring, table
     from data_pipeline.format.shards import SliceSource
 
@@ -93,6 +93,8 @@ def evaluate(args: argparse.Namespace) -> None:
     for option, low in (("batch_size", 1), ("draws", 1), ("seed", 0)):
         cli.at_least(f"--{option.replace('_', '-')}", getattr(args, option), low)
     cli.check_json(args.predictions, "--predictions")
+
+    checkpoint.find(args.checkpoint, args.step)
 
     # ---- labels, before weights: they are quick to read and often what is wrong
     splits = [str(split) for split in np.unique(labels.read_index(args.shards).column("split").to_pylist())]
