@@ -7,22 +7,22 @@
 
 The contenders, each in a process of its own (and its workers'), one after the other in every round:
 
-  loader      curia_jax.data: SliceSource, Grain, canvases, arrays on the device
-  bound       the bare read and decode of the same records in a loop, nothing else
+  loader      curia_jax.data: SliceSource, Grain, buffer pools, arrays on the device
+  bound       reading and decoding the same records in a loop, nothing else
   tfds        TFDS's own data source over the same shards in a torch DataLoader, or in a loop where torch is missing
   png         16-bit PNG files of the same slices in a torch DataLoader; left out where torch is missing
 
 The first rounds use one core: no worker processes, and where the system allows it no other core. The others use --workers
-processes; of the bound, so many loops at once. PyTorch gets one thread a process: its others wait by spinning, which takes the
-time of whoever else is there. Rates per CPU second count the CPU time of all processes of a contender. They are the ones to
-compare on a machine that is shared, where the wall clock also measures the neighbours; the ratios are medians over the rounds.
+processes; the bound runs as many loops at once. PyTorch gets one thread per process: its other threads wait by spinning, which
+takes CPU time from everybody else. Rates per CPU second count the CPU time of all processes of a contender. Compare these on a
+shared machine, where the wall clock also measures the other users; the ratios are medians over the rounds.
 
-Exit codes: 0 done, 1 memory grew beyond --allow in a soak, 2 wrong usage or input.
+A soak in which memory grew by more than --allow ends with exit code 1.
 """
 
 import argparse
 import contextlib
-import json
+import dataclasses
 import multiprocessing
 import os
 import statistics
@@ -32,6 +32,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +42,13 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from curia_common import cli
 from curia_common.errors import UserError
+from curia_common.exit_codes import ExitCode
 from data_pipeline.format import records, shards
 
 BATCH = 64
-FIELDS = ("slope", "intercept", "low", "high")
-# The target: this project's rate is at least so many times the other's.
+# This project's rate over the contender's has to be at least this.
 TARGETS = {"bound": 0.9, "tfds": 1.5, "png": 3.0}
 
 
@@ -53,7 +56,7 @@ TARGETS = {"bound": 0.9, "tfds": 1.5, "png": 3.0}
 
 
 def phantom(folder: Path, size: int, patients: int, slices: int) -> Path:
-    """Shards of phantom patients of `size` px, made in `folder`: 4 x patients x slices of them."""
+    """Shards of phantom patients with slices of `size` px in `folder`: 4 x patients x slices of them."""
     for words in (
         ["data_pipeline.phantom", f"--output={folder}/exams", f"--patients={patients}", f"--size={size}",
          f"--slices={slices}"],
@@ -86,26 +89,45 @@ def many_shards(folder: Path, count: int) -> Path:
     columns = {
         "file": names, "split": ["train"] * count, "records": [1] * count, "slices": [1] * count, "bytes": [size] * count,
         "sha256": [digest] * count, "largest_height": [32] * count, "largest_width": [32] * count,
-        "slice_counts": pa.nulls(count, pa.list_(pa.int32())),
+        "addition": pa.array([0] * count, pa.int32()), "slice_counts": pa.nulls(count, pa.list_(pa.int32())),
     }  # fmt: skip
     pq.write_table(pa.table(columns), target / shards.SHARDS)
     return target
 
 
 def write_png(source: shards.SliceSource, folder: Path) -> None:
-    """Every slice as a 16-bit PNG, with the facts that training needs in one table, as such datasets are kept."""
+    """Every slice as a 16-bit PNG, with the facts that training needs in one table, as is usual for such datasets."""
     from PIL import Image
 
     folder.mkdir()
     facts = []
     for number in range(len(source)):
-        row = source[number]
-        Image.fromarray(row["pixels"]).save(folder / f"{number:06d}.png")
-        facts.append([*(row[name] for name in FIELDS), row["hu"]])
+        one = source[number]
+        Image.fromarray(one.pixels).save(folder / f"{number:06d}.png")
+        facts.append(one.facts)
     np.save(folder / "facts.npy", np.array(facts, np.float32))
 
 
 # ---- the contenders: endless batches, on the device where they come from a loader
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a contender reads.
+
+    Attributes:
+      shards: dataset folder.
+      canvas: height and width of the pixels in a batch; None takes the largest slice's.
+      png: folder of PNG files.
+    """
+
+    shards: Path
+    split: str
+    canvas: tuple[int, int] | None = None
+    png: Path | None = None
+
+
+Arrays = dict[str, np.ndarray]
 
 
 class _Png:
@@ -117,7 +139,7 @@ class _Png:
     def __len__(self) -> int:
         return len(self._facts)
 
-    def __getitem__(self, number: int) -> dict[str, Any]:
+    def __getitem__(self, number: int) -> Arrays:
         from PIL import Image
 
         with Image.open(self._folder / f"{number:06d}.png") as image:
@@ -136,19 +158,20 @@ class _Tfds:
         if self._source is None:
             import tensorflow_datasets as tfds
 
-            self._source = tfds.builder_from_directory(self._folder).as_data_source(split=self._split)
+            builder: Any = tfds.builder_from_directory(self._folder)  # untyped
+            self._source = builder.as_data_source(split=self._split)
         return self._source
 
     def __len__(self) -> int:
         return len(self._open())
 
-    def __getitem__(self, number: int) -> dict[str, Any]:
+    def __getitem__(self, number: int) -> Arrays:
         row = self._open()[number]
         facts = [row["slope"], row["intercept"], row["low"][0], row["high"][0], row["units"] == b"HU"]
         return _padded(row["slices"][0], self._canvas) | {"facts": np.array(facts, np.float32)}
 
 
-def _padded(pixels: np.ndarray, canvas: tuple[int, int]) -> dict[str, np.ndarray]:
+def _padded(pixels: np.ndarray, canvas: tuple[int, int]) -> Arrays:
     extent = np.array(pixels.shape, np.int32)
     if pixels.shape != canvas:
         whole = np.zeros(canvas, np.uint16)
@@ -157,7 +180,7 @@ def _padded(pixels: np.ndarray, canvas: tuple[int, int]) -> dict[str, np.ndarray
     return {"pixels": pixels, "extent": extent}
 
 
-def _on_device(batches: Iterator[dict[str, Any]]) -> Iterator[int]:
+def _on_device(batches: Iterator[Arrays]) -> Iterator[int]:
     import jax
 
     device = jax.devices()[0]
@@ -167,7 +190,7 @@ def _on_device(batches: Iterator[dict[str, Any]]) -> Iterator[int]:
         yield len(arrays["pixels"])
 
 
-def _torch_loader(dataset: Any, workers: int, batch: int) -> Iterator[dict[str, Any]]:
+def _torch_loader(dataset: Any, workers: int, batch: int) -> Iterator[Arrays]:
     import torch
     from torch.utils.data import DataLoader
 
@@ -178,21 +201,21 @@ def _torch_loader(dataset: Any, workers: int, batch: int) -> Iterator[dict[str, 
         yield from batches
 
 
-def _plain_loop(dataset: Any, batch: int) -> Iterator[dict[str, Any]]:
+def _plain_loop(dataset: Any, batch: int) -> Iterator[Arrays]:
     numbers = np.random.default_rng(0)
     while True:
         rows = [dataset[int(n)] for n in numbers.integers(0, len(dataset), batch)]
         yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def loader(place: dict[str, Any], workers: int, batch: int) -> Iterator[int]:
+def loader(place: Place, workers: int, batch: int) -> Iterator[int]:
     import jax
 
     from curia_jax import data, sharding
 
-    source = shards.SliceSource(place["shards"], place["split"])
+    source = shards.SliceSource(place.shards, place.split)
     split = sharding.batch_sharding(sharding.make_mesh(devices=jax.devices()[:1]))
-    canvas = data.canvas_size(source, place.get("canvas"))
+    canvas = data.canvas_size(source, place.canvas)
     stream = data.training_batches(
         source, batch_size=batch, canvas=canvas, seed=0, threads=1, prefetch=2 * batch, workers=workers
     )
@@ -201,11 +224,11 @@ def loader(place: dict[str, Any], workers: int, batch: int) -> Iterator[int]:
         yield batch
 
 
-def bound(place: dict[str, Any], workers: int, batch: int) -> Iterator[int]:
-    """The same order as the loader's, so that both find their records equally warm."""
+def bound(place: Place, workers: int, batch: int) -> Iterator[int]:
+    """In the loader's order, so that both find their records equally warm."""
     from curia_jax import data
 
-    source = shards.SliceSource(place["shards"], place["split"])
+    source = shards.SliceSource(place.shards, place.split)
     numbers = data.slice_numbers(0, len(source), slices=len(source), seed=0).tolist()
     while True:
         for start in range(0, len(numbers) - batch + 1, batch):
@@ -214,16 +237,18 @@ def bound(place: dict[str, Any], workers: int, batch: int) -> Iterator[int]:
             yield batch
 
 
-def tfds(place: dict[str, Any], workers: int, batch: int) -> Iterator[int]:
-    dataset = _Tfds(Path(place["shards"]), place["split"], tuple(place["canvas"]))
+def tfds(place: Place, workers: int, batch: int) -> Iterator[int]:
+    assert place.canvas is not None
+    dataset = _Tfds(place.shards, place.split, place.canvas)
     return _on_device(_torch_loader(dataset, workers, batch) if find_spec("torch") else _plain_loop(dataset, batch))
 
 
-def png(place: dict[str, Any], workers: int, batch: int) -> Iterator[int]:
-    return _on_device(_torch_loader(_Png(Path(place["png"]), tuple(place["canvas"])), workers, batch))
+def png(place: Place, workers: int, batch: int) -> Iterator[int]:
+    assert place.canvas is not None and place.png is not None
+    return _on_device(_torch_loader(_Png(place.png, place.canvas), workers, batch))
 
 
-CONTENDERS: dict[str, Callable[[dict[str, Any], int, int], Iterator[int]]] = {
+CONTENDERS: dict[str, Callable[[Place, int, int], Iterator[int]]] = {
     "loader": loader, "bound": bound, "tfds": tfds, "png": png,
 }  # fmt: skip
 
@@ -231,8 +256,8 @@ CONTENDERS: dict[str, Callable[[dict[str, Any], int, int], Iterator[int]]] = {
 # ---- measuring
 
 
-def _serve(name: str, place: dict[str, Any], workers: int, batch: int, one_core: bool, pipe: Any) -> None:
-    """A contender's process: for every number of seconds received it answers slices, wall and CPU seconds."""
+def _serve(name: str, place: Place, workers: int, batch: int, one_core: bool, pipe: Connection) -> None:
+    """A contender's process: for every number of seconds received it returns slices, wall and CPU seconds."""
     if one_core and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     stream = CONTENDERS[name](place, workers, batch)
@@ -240,18 +265,18 @@ def _serve(name: str, place: dict[str, Any], workers: int, batch: int, one_core:
         next(stream)
     pipe.send("ready")
     while seconds := pipe.recv():
-        # What was read ahead while the others ran is not this round's work.
+        # Batches read ahead while the others ran are not this round's work.
         for _ in range(3 + 4 * workers):
             next(stream)
         slices, began, cpu = 0, time.perf_counter(), _cpu_seconds()
         while time.perf_counter() - began < seconds:
             slices += next(stream)
         pipe.send((slices, time.perf_counter() - began, _cpu_seconds() - cpu))
-    os._exit(0)  # workers of an endless stream are waiting to hand over
+    os._exit(0)  # workers of an endless stream never finish
 
 
 def _cpu_seconds() -> float:
-    """Of this process and its children, those that have ended too."""
+    """Of this process and its children, including those that have ended."""
     own = psutil.Process()
     total = sum(own.cpu_times()[:4])  # user, system, and those of ended children
     for process in own.children(recursive=True):
@@ -261,11 +286,13 @@ def _cpu_seconds() -> float:
 
 
 class Contender:
-    """A contender in its own process, or several of them at once where it knows no workers itself."""
+    """A contender in its own process, or in several at once if it has no workers of its own."""
 
-    def __init__(self, name: str, place: dict[str, Any], workers: int, batch: int) -> None:
+    def __init__(self, name: str, place: Place, workers: int, batch: int) -> None:
         context = multiprocessing.get_context("spawn")
-        self.name, self._pipes, self._processes = name, [], []
+        self.name = name
+        self._pipes: list[Connection] = []
+        self._processes: list[SpawnProcess] = []
         alone = name == "bound" or (name == "tfds" and not find_spec("torch"))
         for _ in range(max(1, workers) if alone else 1):
             ours, theirs = context.Pipe()
@@ -277,11 +304,11 @@ class Contender:
             self._processes.append(process)
         self._receive()
 
-    def _receive(self) -> list[Any]:
+    def _receive(self) -> list[Any]:  # what a pipe carries
         try:
             return [pipe.recv() for pipe in self._pipes]
         except EOFError:
-            raise UserError(f"the contender {self.name} failed; what it said stands above") from None
+            raise UserError(f"the contender {self.name} failed; its error is printed above") from None
 
     def run(self, seconds: float) -> tuple[float, float]:
         """Slices per wall second and per CPU second."""
@@ -301,15 +328,42 @@ class Contender:
             process.join()
 
 
-def compare(
-    place: dict[str, Any], names: list[str], *, workers: int, batch: int, rounds: int, seconds: float
-) -> list[dict[str, Any]]:
-    """A row per contender: median rates, and the loader's rate over its own, the median over the rounds.
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Figures of a contender.
+
+    Attributes:
+      workers: processes; 0 for one core.
+      slices_per_second, slices_per_cpu_second: medians over the rounds.
+      loader_ratio, loader_ratio_per_cpu_second: the loader's rate over the contender's, medians over the rounds.
+    """
+
+    contender: str
+    workers: int
+    canvas: tuple[int, int]
+    slices_per_second: float
+    slices_per_cpu_second: float
+    loader_ratio: float
+    loader_ratio_per_cpu_second: float
+
+    def __str__(self) -> str:
+        """A line of the printed table."""
+        name = self.contender
+        ratios = f"{self.loader_ratio:.2f} | {self.loader_ratio_per_cpu_second:.2f} | {TARGETS.get(name, 1):g}"
+        return (
+            f"| {self.canvas[0]}x{self.canvas[1]} | {self.workers or 'one core'} | {name} | {self.slices_per_second:,.0f} | "
+            f"{self.slices_per_cpu_second:,.0f} | {ratios if name != 'loader' else '- | - | -'} |"
+        )
+
+
+def compare(place: Place, names: list[str], *, workers: int, batch: int, rounds: int, seconds: float) -> list[Row]:
+    """A row per contender.
 
     Args:
-      place: "shards", "split", "canvas" and "png".
       workers: processes; 0 for one core.
+      seconds: of each contender in a round.
     """
+    assert place.canvas is not None
     contenders: list[Contender] = []
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     try:
@@ -323,33 +377,39 @@ def compare(
             contender.close()
     rows = []
     for name in names:
-        ours, theirs = found["loader"], found[name]
-        rows.append({
-            "contender": name, "workers": workers, "canvas": list(place["canvas"]),
-            "slices_per_second": statistics.median(wall for wall, _ in theirs),
-            "slices_per_cpu_second": statistics.median(cpu for _, cpu in theirs),
-            "loader_ratio": statistics.median(a[0] / b[0] for a, b in zip(ours, theirs, strict=True)),
-            "loader_ratio_per_cpu_second": statistics.median(a[1] / b[1] for a, b in zip(ours, theirs, strict=True)),
-        })  # fmt: skip
+        pairs = list(zip(found["loader"], found[name], strict=True))
+        wall, cpu = (statistics.median(rates[n] for rates in found[name]) for n in (0, 1))
+        ratio, cpu_ratio = (statistics.median(a[n] / b[n] for a, b in pairs) for n in (0, 1))
+        rows.append(Row(name, workers, place.canvas, wall, cpu, ratio, cpu_ratio))
     return rows
 
 
-def soak(
-    folder: Path,
-    split: str,
-    *,
-    minutes: float,
-    workers: int,
-    batch: int,
-    limit: int = 0,
-    canvas: tuple[int, int] | None = None,
-) -> dict[str, Any]:
-    """Reads batches for so long, or `limit` of them, and follows the resident memory of all processes.
+@dataclasses.dataclass(frozen=True)
+class Soak:
+    """Resident memory of all processes during a long run, in MB (2^20 bytes).
 
-    Returns:
-      batches; warm_mb, mean of the second tenth of the time; end_mb, mean of the last tenth; grown_mb; most_mb.
+    Attributes:
+      warm_mb: mean of the second tenth of the time.
+      end_mb: mean of the last tenth.
+      grown_mb: their difference.
     """
-    stream = loader({"shards": str(folder), "split": split, "canvas": canvas}, workers, batch)
+
+    batches: int
+    slices: int
+    minutes: float
+    workers: int
+    warm_mb: float
+    end_mb: float
+    grown_mb: float
+    most_mb: float
+
+
+def soak(
+    folder: Path, split: str, *, minutes: float, workers: int, batch: int, limit: int = 0,
+    canvas: tuple[int, int] | None = None,
+) -> Soak:  # fmt: skip
+    """Reads batches for so many minutes, or `limit` of them, and follows the resident memory of all processes."""
+    stream = loader(Place(folder, split, canvas), workers, batch)
     samples: list[tuple[float, float]] = []
     began, batches, next_line = time.monotonic(), 0, 60.0
     end = minutes * 60
@@ -368,10 +428,8 @@ def soak(
     sizes = [size for size, _ in samples]
     tenth = max(1, len(sizes) // 9)
     warm, last = statistics.mean(sizes[:tenth]), statistics.mean(sizes[-tenth:])
-    return {
-        "batches": batches, "slices": batches * batch, "minutes": (time.monotonic() - began) / 60, "workers": workers,
-        "warm_mb": warm, "end_mb": last, "grown_mb": last - warm, "most_mb": max(sizes),
-    }  # fmt: skip
+    minutes = (time.monotonic() - began) / 60
+    return Soak(batches, batches * batch, minutes, workers, warm, last, last - warm, max(sizes))
 
 
 def _resident_mb() -> float:
@@ -380,17 +438,27 @@ def _resident_mb() -> float:
     return sum(process.memory_info().rss - process.memory_info().shared for process in processes) / 2**20
 
 
-def first_batch(folder: Path, split: str, workers: int, batch: int) -> dict[str, float]:
-    """Seconds to the first batch on the device, in a new process: all, and without Python's and JAX's imports."""
+@dataclasses.dataclass(frozen=True)
+class FirstBatch:
+    """Seconds to the first batch on the device in a new process: all, and without the imports of Python and JAX."""
+
+    shards: int
+    seconds: float
+    seconds_without_imports: float
+
+
+def first_batch(folder: Path, split: str, workers: int, batch: int) -> FirstBatch:
+    """Starts a process that reads one batch of all the shards in `folder`."""
     code = (
-        "import sys, time; import jax; from benchmarks import loader; from curia_jax import data; jax.devices(); t = time.perf_counter();"
-        "next(loader.loader({'shards': sys.argv[1], 'split': sys.argv[2]}, int(sys.argv[3]), int(sys.argv[4])));"
-        "print(time.perf_counter() - t, flush=True); import os; os._exit(0)"
+        "import os, sys, time; import jax; from benchmarks import loader; from curia_jax import data; jax.devices();"
+        "t = time.perf_counter(); place = loader.Place(sys.argv[1], sys.argv[2]);"
+        "next(loader.loader(place, int(sys.argv[3]), int(sys.argv[4])));"
+        "print(time.perf_counter() - t, flush=True); os._exit(0)"
     )
     began = time.perf_counter()
     words = [sys.executable, "-c", code, str(folder), split, str(workers), str(batch)]
     out = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return {"seconds": time.perf_counter() - began, "seconds_without_imports": float(out.split()[-1])}
+    return FirstBatch(len(list(folder.glob("*.array_record-*"))), time.perf_counter() - began, float(out.split()[-1]))
 
 
 # ---- the command
@@ -400,9 +468,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.loader", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--shards", type=Path, metavar="FOLDER", help="of data_pipeline.build; phantom slices unless given"
-    )
+    parser.add_argument("--shards", type=Path, metavar="FOLDER", help="of data_pipeline.build; default: phantom slices")
     parser.add_argument("--split", default="train")
     parser.add_argument("--sizes", default="224,512", metavar="PX,…", help="of the phantom (%(default)s)")
     parser.add_argument("--patients", type=int, default=4, help="of the phantom (%(default)s)")
@@ -415,7 +481,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--first-batch", type=int, metavar="SHARDS", help="time to the first batch of so many shards")
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="follow the memory for so long")
     parser.add_argument("--allow", type=float, default=16.0, metavar="MB", help="growth in a soak (%(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here")
+    cli.add_json(parser, "the figures")
     args = parser.parse_args(argv)
     args.contenders = args.contenders.split(",")
     if unknown := [name for name in args.contenders if name not in CONTENDERS]:
@@ -427,56 +493,65 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the host's work, which is what is measured
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # only the host's work is measured
+    code = ExitCode.DONE
     try:
         with tempfile.TemporaryDirectory() as folder:
-            rows, code = _run(args, Path(folder))
+            if args.first_batch:
+                rows = [_first_batch(args, Path(folder))]
+            elif args.soak:
+                rows = [_soak(args, Path(folder))]
+                if rows[0].grown_mb > args.allow:
+                    print(f"memory grew by {rows[0].grown_mb:.1f} MB; --allow is {args.allow:g}", file=sys.stderr)
+                    code = ExitCode.FAULT
+            else:
+                rows = _compare(args, Path(folder))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        return error.exit_code
+    cli.write_json(args.json, [dataclasses.asdict(row) for row in rows])
     return code
 
 
-def _run(args: argparse.Namespace, folder: Path) -> tuple[list[dict[str, Any]], int]:
-    if args.first_batch:
-        made = many_shards(folder, args.first_batch)
-        found = [first_batch(made, "train", 0, min(args.batch, args.first_batch)) for _ in range(3)]
-        row = {name: statistics.median(f[name] for f in found) for name in found[0]} | {"shards": args.first_batch}
-        print(
-            f"first batch of {args.first_batch:,} shards: {row['seconds']:.1f} s, of which {row['seconds_without_imports']:.1f} s "
-            "after the imports (medians of 3)"
-        )
-        return [row], 0
-    if args.soak:
-        place = args.shards or phantom(folder, int(args.sizes.split(",")[0]), args.patients, args.slices)
-        row = soak(place, args.split, minutes=args.soak, workers=args.workers, batch=args.batch)
-        print(
-            f"{row['minutes']:.1f} minutes, {row['batches']:,} batches of {args.batch}, {args.workers} workers: "
-            f"{row['warm_mb']:,.1f} MB after the warm-up, {row['end_mb']:,.1f} MB at the end ({row['grown_mb']:+.1f} MB), "
-            f"at most {row['most_mb']:,.1f} MB"
-        )
-        if row["grown_mb"] > args.allow:
-            print(f"memory grew by {row['grown_mb']:.1f} MB, allowed are {args.allow:g}", file=sys.stderr)
-            return [row], 1
-        return [row], 0
-    names = args.contenders
+def _first_batch(args: argparse.Namespace, folder: Path) -> FirstBatch:
+    made = many_shards(folder, args.first_batch)
+    found = [first_batch(made, "train", 0, min(args.batch, args.first_batch)) for _ in range(3)]
+    seconds, without = (
+        statistics.median(getattr(one, name) for one in found) for name in ("seconds", "seconds_without_imports")
+    )
+    print(
+        f"first batch of {args.first_batch:,} shards: {seconds:.1f} s, of which {without:.1f} s after the imports (medians of 3)"
+    )
+    return FirstBatch(args.first_batch, seconds, without)
+
+
+def _soak(args: argparse.Namespace, folder: Path) -> Soak:
+    made = args.shards or phantom(folder, int(args.sizes.split(",")[0]), args.patients, args.slices)
+    row = soak(made, args.split, minutes=args.soak, workers=args.workers, batch=args.batch)
+    print(
+        f"{row.minutes:.1f} minutes, {row.batches:,} batches of {args.batch}, {args.workers} workers: "
+        f"{row.warm_mb:,.1f} MB after the warm-up, {row.end_mb:,.1f} MB at the end ({row.grown_mb:+.1f} MB), "
+        f"at most {row.most_mb:,.1f} MB"
+    )
+    return row
+
+
+def _compare(args: argparse.Namespace, folder: Path) -> list[Row]:
+    names, rows = args.contenders, []
     if "png" in names and not find_spec("torch"):
         print("torch is not installed: no PNG contender (pip install torch)", file=sys.stderr)
         names = [name for name in names if name != "png"]
-    rows = []
     print(
         "| px | processes | contender | slices/s | slices per CPU second | loader is x times, wall | per CPU second | target |"
     )
     print("|---|---|---|---|---|---|---|---|", flush=True)
-    for size in [None] if args.shards else [int(size) for size in args.sizes.split(",")]:
+    for size in [0] if args.shards else [int(size) for size in args.sizes.split(",")]:
         (own := folder / str(size)).mkdir()
         made = args.shards or phantom(own, size, args.patients, args.slices)
         source = shards.SliceSource(made, args.split)
         if len(source) < args.batch:
             raise UserError(f"{len(source)} slices in {args.split} are less than a batch; choose --batch={len(source)}")
-        place = {"shards": str(made), "split": args.split, "canvas": source.largest, "png": str(own / "png")}
+        place = Place(made, args.split, source.largest, own / "png")
         if "png" in names:
             write_png(source, own / "png")
         for workers in (0, args.workers) if args.workers else (0,):
@@ -484,17 +559,8 @@ def _run(args: argparse.Namespace, folder: Path) -> tuple[list[dict[str, Any]], 
                 place, names, workers=workers, batch=args.batch, rounds=args.rounds, seconds=args.seconds
             ):
                 rows.append(row)
-                print(_line(row), flush=True)
-    return rows, 0
-
-
-def _line(row: dict[str, Any]) -> str:
-    name = row["contender"]
-    ratios = f"{row['loader_ratio']:.2f} | {row['loader_ratio_per_cpu_second']:.2f} | {TARGETS.get(name, 1):g}"
-    return (
-        f"| {'x'.join(map(str, row['canvas']))} | {row['workers'] or 'one core'} | {name} | {row['slices_per_second']:,.0f} | "
-        f"{row['slices_per_cpu_second']:,.0f} | {ratios if name != 'loader' else '- | - | -'} |"
-    )
+                print(row, flush=True)
+    return rows
 
 
 if __name__ == "__main__":

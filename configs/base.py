@@ -48,7 +48,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.norm_pix = True  # predict patches standardised by their own mean and deviation; pays in long runs
     config.model.norm_pix_eps = 1e-6  # added to a patch's variance; 1e-2 gives air little weight
     config.model.activation = "gelu_tanh"  # or gelu, exact
-    config.model.dtype = "bfloat16"  # or float32; of matmuls: parameters, norms, softmax and loss are float32 in any case
+    config.model.dtype = (
+        "bfloat16"  # or float32; of matmuls: parameters, norms, softmax and loss are float32 in any case
+    )
     config.model.attention = "pallas"  # for TPUs and NVIDIA GPUs; xla for any device
     config.model.remat = "none"  # none, matmuls (keep those alone), full: what the backward pass computes again
     # The whole depth leaves no loop, which would store and read back what the backward pass needs.

@@ -5,8 +5,7 @@ Expected result: a loss well below that of predicting each patch's mean; the mod
 """
 
 import ml_collections
-
-from curia_jax.configs import base
+from curia_jax.configs import base  # pyright: ignore[reportMissingImports] - this folder, as it is installed
 
 
 def get_config() -> ml_collections.ConfigDict:

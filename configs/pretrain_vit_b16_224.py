@@ -7,8 +7,7 @@ Expected result: not measured yet.
 """
 
 import ml_collections
-
-from curia_jax.configs import base
+from curia_jax.configs import base  # pyright: ignore[reportMissingImports] - this folder, as it is installed
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -8,8 +8,7 @@ predicting each patch's mean. Batches are small because steps, not examples, are
 """
 
 import ml_collections
-
-from curia_jax.configs import base
+from curia_jax.configs import base  # pyright: ignore[reportMissingImports] - this folder, as it is installed
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -1,7 +1,7 @@
 """What happens to pixels on the device: rescale, window, crop, flip, normalise; random views follow from a key alone."""
 
 import dataclasses
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -76,8 +76,9 @@ class Settings:
     @classmethod
     def from_config(cls, config: ml_collections.ConfigDict) -> "Settings":
         """From `config.augment` of a run or of a checkpoint."""
-        values = {field.name: getattr(config, field.name) for field in dataclasses.fields(cls)}
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        values: dict[str, Any] = {field.name: getattr(config, field.name) for field in dataclasses.fields(cls)}
+        pairs = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}  # JSON has lists
+        return cls(**{**values, **pairs})
 
 
 def evaluation_view(

@@ -50,7 +50,7 @@ def load(path_or_name: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """
     get_config = _get_config(path_or_name)
     try:
-        config = get_config()
+        config: Any = get_config()
     except Exception as error:
         raise UserError(_fault(path_or_name, error)) from error
     _use_new_values(config)
@@ -89,11 +89,9 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     return fields
 
 
-def changes(
-    old: Mapping[str, Any] | ConfigDict, new: Mapping[str, Any] | ConfigDict
-) -> dict[str, tuple[Any, Any]]:
+def changes(old: Mapping[str, Any] | ConfigDict, new: Mapping[str, Any] | ConfigDict) -> dict[str, tuple[Any, Any]]:
     """Fields that differ between two configs: dotted name -> (old, new); None where there is none."""
-    before, after = (flatten(_with_tuples(ConfigDict(config))) for config in (old, new))
+    before, after = (flatten(_with_tuples(config)) for config in (old, new))
     names = dict.fromkeys([*before, *after])
     return {n: (before.get(n), after.get(n)) for n in names if before.get(n) != after.get(n)}
 
@@ -167,12 +165,11 @@ def _get_config(path_or_name: str) -> Callable[[], ConfigDict]:
 
 
 def _fault(path: str, error: Exception) -> str:
-    line = error.lineno if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1].lineno
-    for frame in traceback.extract_tb(error.__traceback__):
-        if Path(frame.filename).name == Path(path).name:
-            line = frame.lineno
-    text = str(error).strip().splitlines() or [""]
-    return f"cannot read the config {path}, line {line}: {type(error).__name__}: {text[0]}"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame.lineno for frame in frames if Path(frame.filename).stem == Path(path).stem]
+    line = error.lineno if isinstance(error, SyntaxError) else (own or [0])[-1]
+    text = (str(error).strip() or "no message").splitlines()[0]
+    return f"cannot read the config {path}, line {line}: {type(error).__name__}: {text}"
 
 
 def _with_tuples(value: Any) -> Any:
@@ -189,7 +186,7 @@ def _use_new_values(config: ConfigDict) -> None:
         if group is not None and name in group:
             group[name] = values.get(group[name], group[name])
     # Dimensions once went before the named size; a size with dimensions of its own is custom.
-    model = config.get("model")
+    model: Any = config.get("model")
     if isinstance(model, ConfigDict) and all(model.get(name) is not None for name in DIMENSIONS[:3]):
         model.size = CUSTOM
 
@@ -197,7 +194,7 @@ def _use_new_values(config: ConfigDict) -> None:
 # ---- overrides
 
 
-def _find(config: ConfigDict, field: str) -> tuple[ConfigDict | None, str]:
+def _find(config: ConfigDict, field: str) -> tuple[Any, str]:
     """The group of a dotted field, None if there is no such group, and the field's name in it."""
     *groups, name = field.split(".")
     group: Any = config
@@ -236,13 +233,14 @@ def _unknown(field: str, known: list[str]) -> str:
     return f"no config field '{field}'; did you mean --config.{hint}?"
 
 
-def _parse(group: ConfigDict, name: str, field: str, text: str) -> Any:
+def _parse(group: Any, name: str, field: str, text: str) -> Any:
     """The value that `text` stands for, of the type of the field."""
     if name not in group:
         return None if text.lower() == "none" else text
     old: Any = group[name]
     wanted: type = group.get_type(name)
     optional = isinstance(dict(group.items(preserve_field_references=True))[name], FieldReference)
+    value: Any
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -251,12 +249,11 @@ def _parse(group: ConfigDict, name: str, field: str, text: str) -> Any:
         return text  # model.remat=none and data.shards=2024 are words
     if value is None and (optional or old is None):
         return None
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if wanted is float and is_number:
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if wanted is tuple:
         like = old or (0, 0)  # those that may be None are sizes
-        if is_number:
+        if isinstance(value, int | float):
             value = (value,) * len(like)
         if isinstance(value, list | tuple) and len(value) == len(like):
             number = float if isinstance(like[0], float) else int
@@ -272,7 +269,7 @@ def _parse(group: ConfigDict, name: str, field: str, text: str) -> Any:
 
 def _check_size(config: ConfigDict, changed: Sequence[str]) -> None:
     """A named size on the command line takes the place of the file's dimensions; size and dimensions together are refused."""
-    model = config.get("model")
+    model: Any = config.get("model")
     if not isinstance(model, ConfigDict) or "size" not in model or model.size == CUSTOM:
         return
     given = [name for name in DIMENSIONS if model.get(name) is not None]

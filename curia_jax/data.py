@@ -69,13 +69,11 @@ def canvas_size(source: Slices, canvas: tuple[int, int] | None) -> tuple[int, in
     """Height and width that every slice of `source` fits into; `canvas` itself where it is given.
 
     Raises:
-      UserError: a slice is larger than `canvas`, or `canvas` is not a height and a width.
+      UserError: a slice is larger than `canvas`.
     """
     height, width = source.largest
     if canvas is None:
         return height, width
-    if len(canvas) != 2:
-        raise UserError(f"data.canvas is {canvas}; it has to be (height, width); set --config.data.canvas=({height},{width})")
     if height > canvas[0] or width > canvas[1]:
         raise UserError(
             f"slices of up to {height}x{width} px do not fit the canvas {canvas[0]}x{canvas[1]}; "
@@ -185,14 +183,14 @@ class _LoadBatch:
         self._shape = (part, *canvas)
         self._pool: BufferPool | SharedBufferPool = BufferPool(self._shape)
 
-    def __call__(self, batch: int) -> HostBatch | dict[str, np.ndarray | SharedBuffer]:
-        """In a worker process `pixels` is the SharedBuffer that holds them."""
+    def __call__(self, batch: int) -> HostBatch:
+        """In a worker process, `pixels` is the SharedBuffer that holds them (see `_from_workers`)."""
         first = self._first + batch * self._batch_size
         numbers = slice_numbers(first, self._part, slices=len(self._source), seed=self._seed)
         if isinstance(self._pool, BufferPool):
             return _read(self._source, numbers, self._pool.take())
         pixels, buffer = self._pool.take()
-        return {**_read(self._source, numbers, pixels), "pixels": buffer}
+        return cast(HostBatch, _read(self._source, numbers, pixels) | {"pixels": buffer})
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_pool": None}
@@ -203,13 +201,13 @@ class _LoadBatch:
         self._pool = (SharedBufferPool if SharedBufferPool.supported() else BufferPool)(self._shape)
 
 
-def _from_workers(batches: Iterator[dict[str, Any]]) -> Iterator[HostBatch]:
+def _from_workers(batches: Iterator[HostBatch]) -> Iterator[HostBatch]:
     """Batches of worker processes, with their shared buffers opened."""
     reader = SharedBufferReader()
     for batch in batches:
         if isinstance(batch["pixels"], SharedBuffer):
-            batch = batch | {"pixels": reader.open(batch["pixels"])}
-        yield cast(HostBatch, batch)
+            batch = cast(HostBatch, batch | {"pixels": reader.open(batch["pixels"])})
+        yield batch
         del batch  # or its buffer would stay in use until the next batch is there
 
 

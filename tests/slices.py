@@ -1,4 +1,4 @@
-"""Slices without files, for tests: what a subclass's `__getitem__` gives is what batches are made of."""
+"""Slices without files, for tests: what a subclass's `__getitem__` returns is what batches are made of."""
 
 from collections.abc import Sequence
 
@@ -31,3 +31,11 @@ class FakeSlices(SliceSource):
             sizes.append((height, width))
             facts.append(one.facts)
         return sizes, facts
+
+
+def decoded_slice(pixels: np.ndarray, facts: SliceFacts, *, modality: str = "CT", plane: str = "axial") -> DecodedSlice:
+    """A slice with these pixels and facts; the rest of its record is of no interest."""
+    return DecodedSlice(
+        pixels=pixels, facts=facts, mean=0.0, std=1.0, body_box=(0, 0, *pixels.shape), spacing=(1.0, 1.0, 1.0),
+        modality=modality, plane=plane, body_part="", series="", patient="",
+    )  # fmt: skip

@@ -1,3 +1,7 @@
+"""Views against PIL and the documented recipe, and what their randomness depends on."""
+
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +16,7 @@ SIZE = (16, 20)
 
 @pytest.fixture(scope="module")
 def settings():
-    return configs.load("configs/demo.py").augment
+    return configs.load("demo").augment
 
 
 def make_batch(count: int = 6, *, hu: bool, seed: int = 0) -> dict[str, jax.Array]:
@@ -30,7 +34,7 @@ def make_batch(count: int = 6, *, hu: bool, seed: int = 0) -> dict[str, jax.Arra
 
 @pytest.mark.parametrize(("method", "pil"), [("bicubic", Image.BICUBIC), ("bilinear", Image.BILINEAR)])
 @pytest.mark.parametrize("size", [(16, 20), (80, 96)])
-def test_resize_is_pils_antialiased_resize(method: str, pil: int, size: tuple[int, int]) -> None:
+def test_resize_equals_antialiased_resize_of_pil(method: str, pil: int, size: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
     image = rng.random((40, 56), np.float32)
     canvas = np.full((1, 64, 64), 9.0, np.float32)
@@ -46,7 +50,7 @@ def test_resize_is_pils_antialiased_resize(method: str, pil: int, size: tuple[in
 
 
 @pytest.mark.parametrize("hu", [True, False])
-def test_the_evaluation_view_is_the_documented_recipe(settings, hu: bool) -> None:
+def test_evaluation_view_follows_the_documented_recipe(settings, hu: bool) -> None:
     batch = make_batch(hu=hu)
     view = augment.evaluation_view(batch, settings, SIZE)
     assert view.shape == (6, *SIZE, 1)
@@ -61,7 +65,7 @@ def test_the_evaluation_view_is_the_documented_recipe(settings, hu: bool) -> Non
         np.testing.assert_allclose(view[i, :, :, 0], expected, atol=2e-4)  # float32 rescaling of 16-bit integers
 
 
-def test_the_same_hu_gives_the_same_value_in_every_slice(settings) -> None:
+def test_same_hu_gives_the_same_value_in_every_slice(settings) -> None:
     batch = make_batch(2, hu=True)
     flat = jnp.full((48, 64), 1064, jnp.uint16)
     batch |= {"pixels": jnp.stack([flat, flat.at[:, 40:].set(3000)]), "extent": jnp.array([[48, 64], [48, 64]])}
@@ -71,14 +75,14 @@ def test_the_same_hu_gives_the_same_value_in_every_slice(settings) -> None:
     np.testing.assert_allclose(view[:, :, 0, 0], expected, atol=1e-4)
 
 
-def test_the_training_view_follows_from_its_key_alone(settings) -> None:
+def test_training_view_follows_from_its_key_alone(settings) -> None:
     batch = make_batch(hu=True)
     views = [augment.training_view(batch, jax.random.key(seed), settings, SIZE) for seed in (0, 0, 1)]
     np.testing.assert_array_equal(views[0], views[1])
     assert float(jnp.abs(views[0] - views[2]).mean()) > 0.1
 
 
-def test_the_training_view_ignores_what_lies_outside_the_slice(settings) -> None:
+def test_training_view_ignores_canvas_outside_the_slice(settings) -> None:
     batch = make_batch(hu=False)
     inside = (jnp.arange(48)[None, :, None] < batch["extent"][:, 0, None, None]) & (
         jnp.arange(64)[None, None, :] < batch["extent"][:, 1, None, None]
@@ -90,7 +94,7 @@ def test_the_training_view_ignores_what_lies_outside_the_slice(settings) -> None
     )
 
 
-def test_full_crops_without_flip_or_windows_equal_the_evaluation_view(settings) -> None:
+def test_training_view_without_randomness_equals_evaluation_view(settings) -> None:
     plain = settings.copy_and_resolve_references()
     plain.update({"crop_scale": (1.0, 1.0), "flip": False, "reading_window_probability": 0.0, "intensity_jitter": 0.0})
     batch = make_batch(hu=True)
@@ -116,3 +120,23 @@ def test_half_of_the_images_are_flipped(settings) -> None:
     mirrored = jnp.max(jnp.abs(view - straight[:, :, ::-1]), axis=(1, 2, 3)) < 1e-3
     assert bool(jnp.all(same ^ mirrored))
     assert 70 < int(jnp.sum(mirrored)) < 130  # 200 fair coins: beyond 4 standard deviations
+
+
+def test_reading_windows_keep_their_order() -> None:
+    """Random draws index them: another order would change every run."""
+    assert augment.READING_WINDOWS == [(-1350.0, 150.0), (-160.0, 240.0), (-500.0, 1300.0)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"crop_scale": (1.0, 0.2)}, r"augment.crop_scale is \(1.0, 0.2\); it has to be \(lower, upper\)"),
+        ({"resample": "nearest"}, "augment.resample is 'nearest'; it may be bicubic, bilinear"),
+        ({"image_std": 0.0}, "augment.image_std is 0.0; it has to be above 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, fields: dict[str, Any], message: str) -> None:
+    wrong = settings.copy_and_resolve_references()
+    wrong.update(fields)
+    with pytest.raises(ValueError, match=message):
+        augment.Settings.from_config(wrong)

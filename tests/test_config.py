@@ -42,7 +42,9 @@ def test_named_config_has_every_base_field_and_makes_a_model(name: str) -> None:
     config = configs.load(name)
     mae.config(**config.model)
     assert configs.flatten(config).keys() == configs.flatten(configs.load("base")).keys()
-    assert "@" not in (ROOT / "configs" / f"{name}.py").read_text(encoding="utf-8").split('"""')[1]  # nothing to fill in
+    assert (
+        "@" not in (ROOT / "configs" / f"{name}.py").read_text(encoding="utf-8").split('"""')[1]
+    )  # nothing to fill in
 
 
 def test_pretraining_configs_are_what_their_names_say() -> None:
@@ -86,7 +88,9 @@ def test_installed_package_loads_named_configs_without_a_checkout(tmp_path: Path
         "print(curia_jax.__file__, c.model.size, c.keep, len(config.comments()))"
     )
     environment = {**os.environ, "PYTHONPATH": str(target)}
-    out = subprocess.run([sys.executable, "-c", code], cwd=empty, env=environment, capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=empty, env=environment, capture_output=True, text=True, check=True
+    )
     file, size, keep, comments = out.stdout.split()
     assert Path(file).is_relative_to(target) and (size, keep) == ("L", "5") and int(comments) > 40
 
@@ -207,7 +211,9 @@ def test_named_size_replaces_the_dimensions_of_the_file() -> None:
 
 def test_named_size_with_own_dimensions_is_refused() -> None:
     for words in (["--config.model.size=B", "--config.model.width=64"], ["--config.model.width=64"]):
-        with pytest.raises(UserError, match="size=B sets width, .*leave out --config.model.width=64, or write .*size=custom"):
+        with pytest.raises(
+            UserError, match="size=B sets width, .*leave out --config.model.width=64, or write .*size=custom"
+        ):
             configs.load("pretrain_vit_b16_224", words)
 
 
@@ -250,7 +256,10 @@ def test_resuming_the_same_run_shows_no_changes() -> None:
 
 def test_changes_name_old_and_new_values() -> None:
     config = configs.load("demo", ["--config.batch_size=64", "--config.compiler_options.xla_a=1"])
-    assert configs.changes(configs.load("demo"), config) == {"batch_size": (32, 64), "compiler_options.xla_a": (None, "1")}
+    assert configs.changes(configs.load("demo"), config) == {
+        "batch_size": (32, 64),
+        "compiler_options.xla_a": (None, "1"),
+    }
 
 
 # ---- durations

@@ -1,5 +1,6 @@
+"""Order and content of batches: shuffling, hosts, workers, resuming, padding."""
+
 import collections
-import os
 
 import jax
 import numpy as np
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 
 from curia_common.errors import UserError
 from curia_jax import data, sharding
-from tests.slices import FakeSlices
+from data_pipeline.format.records import DecodedSlice, SliceFacts
+from tests.slices import FakeSlices, decoded_slice
 
 
 class Slices(FakeSlices):
@@ -22,11 +24,9 @@ class Slices(FakeSlices):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, number: int) -> dict[str, object]:
-        return {
-            "pixels": np.full(self.largest, number, np.uint16), "slope": 1.0, "intercept": -1024.0,
-            "low": float(number), "high": float(number + 1), "hu": number % 2 == 0, "modality": "CT",
-        }  # fmt: skip
+    def __getitem__(self, number: int) -> DecodedSlice:
+        facts = SliceFacts(1.0, -1024.0, low=float(number), high=float(number + 1), hu=number % 2 == 0)
+        return decoded_slice(np.full(self.largest, number, np.uint16), facts)
 
 
 def numbers(source: Slices, batches: int, **settings) -> list[list[int]]:
@@ -34,7 +34,7 @@ def numbers(source: Slices, batches: int, **settings) -> list[list[int]]:
     return [next(stream)["slice"].tolist() for _ in range(batches)]
 
 
-def test_every_example_once_per_epoch_and_a_new_order_each_epoch() -> None:
+def test_epoch_holds_every_example_once_in_a_new_order() -> None:
     source = Slices(20)
     seen = np.concatenate(numbers(source, 12, batch_size=5))
     first, second, third = seen[:20], seen[20:40], seen[40:]
@@ -46,9 +46,7 @@ def test_every_example_once_per_epoch_and_a_new_order_each_epoch() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 3000), st.integers(0, 2**32), st.integers(0, 10**12), st.integers(1, 200))
-def test_an_examples_slice_hangs_on_nothing_but_its_number_and_the_seed(
-    slices: int, seed: int, first: int, count: int
-) -> None:
+def test_slice_of_an_example_follows_from_its_number_and_seed(slices: int, seed: int, first: int, count: int) -> None:
     first -= first % slices  # an epoch's first example
     whole = data.slice_numbers(first, slices + 1, slices=slices, seed=seed)
     assert sorted(whole[:slices]) == list(range(slices))
@@ -58,10 +56,10 @@ def test_an_examples_slice_hangs_on_nothing_but_its_number_and_the_seed(
 
 
 @pytest.mark.parametrize("slices", [12, 40])
-def test_orders_are_evenly_random(slices: int) -> None:
-    """Every slice is as often in every place, and every other slice as often its neighbour: chi-squared over 1,000 epochs.
+def test_order_is_evenly_random(slices: int) -> None:
+    """Every slice is equally often in every position and next to every other slice: chi-squared over 1,000 epochs.
 
-    Expected are 1 per degree of freedom with a deviation of sqrt(2 / freedom); 5 of those are allowed.
+    Expected is 1 per degree of freedom, with a deviation of sqrt(2 / freedom); 5 of those are allowed.
     """
     epochs = 1000
     orders = data.slice_numbers(0, epochs * slices, slices=slices, seed=1).reshape(epochs, slices)
@@ -75,8 +73,8 @@ def test_orders_are_evenly_random(slices: int) -> None:
     assert abs(np.square(pairs - expected).mean() / expected - 1) < 5 * (2 / len(pairs)) ** 0.5
 
 
-def test_the_order_of_a_seed_never_changes() -> None:
-    """A run that was begun with another version goes on with it."""
+def test_order_of_a_seed_is_the_same_in_every_version() -> None:
+    """A run that an earlier version began resumes in its order."""
     assert data.slice_numbers(3, 8, slices=10, seed=7).tolist() == [1, 6, 5, 8, 9, 3, 7, 3]
     assert data.slice_numbers(10**12, 4, slices=200_000_000, seed=0).tolist() == [
         28426351,
@@ -100,7 +98,7 @@ def test_hosts_read_disjoint_parts_of_the_same_batches(hosts: int, workers: int)
 
 
 @pytest.mark.parametrize(("hosts", "batch_size"), [(1, 8), (2, 8), (4, 4), (1, 12)])
-def test_a_run_goes_on_with_the_very_next_example_on_other_hosts_and_batch_sizes(hosts: int, batch_size: int) -> None:
+def test_resume_with_other_hosts_or_batch_skips_and_repeats_nothing(hosts: int, batch_size: int) -> None:
     source = Slices(24)
     uninterrupted = np.concatenate(numbers(source, 12, batch_size=8))
     before = np.concatenate(numbers(source, 5, batch_size=8))
@@ -114,7 +112,7 @@ def test_a_run_goes_on_with_the_very_next_example_on_other_hosts_and_batch_sizes
     assert set(collections.Counter(np.concatenate([before, after])[:72].tolist()).values()) == {3}
 
 
-def test_batches_hold_the_slices_on_their_canvas() -> None:
+def test_batch_holds_slices_on_their_canvas() -> None:
     batch = next(data.training_batches(Slices(8), batch_size=4, canvas=(5, 8), seed=0))
     assert batch["pixels"].shape == (4, 5, 8)
     for row, number in enumerate(batch["slice"]):
@@ -128,7 +126,7 @@ def test_batches_hold_the_slices_on_their_canvas() -> None:
     assert (batch["extent"] == (4, 6)).all()
 
 
-def test_batches_reach_every_device_as_integers() -> None:
+def test_batch_reaches_every_device_as_integers() -> None:
     mesh = sharding.make_mesh(data=4, fsdp=2)
     host = next(data.training_batches(Slices(8), batch_size=8, canvas=(5, 8), seed=0))
     batch = data.to_devices(host, sharding.batch_sharding(mesh))
@@ -144,34 +142,21 @@ def test_evaluation_batches_keep_order_and_mark_padding() -> None:
     assert [b["valid"].tolist() for b in batches] == [[True] * 4, [True, False, False, False]]
 
 
-def test_a_canvas_that_is_too_small_says_what_to_do() -> None:
+def test_canvas_that_does_not_fit_is_refused() -> None:
     assert data.canvas_size(Slices(3), None) == (4, 6)
     assert data.canvas_size(Slices(3), (8, 8)) == (8, 8)
     with pytest.raises(UserError, match=r"4x6 px do not fit the canvas 4x4; set --config.data.canvas=\(4,6\)"):
         data.canvas_size(Slices(3), (4, 4))
 
 
-def test_a_batch_that_does_not_divide_over_the_hosts_is_an_error() -> None:
+def test_batch_that_does_not_divide_over_hosts_is_refused() -> None:
     with pytest.raises(UserError, match="batch_size 9 does not divide over 2 hosts"):
         data.training_batches(Slices(9), batch_size=9, canvas=(4, 6), seed=0, process_count=2)
 
 
-def test_memory_of_a_batch_is_used_again_once_nobody_holds_it_and_never_before() -> None:
-    canvases = data._Canvases((2, 3, 5))
-    held = canvases.take()
-    assert held.ctypes.data % 64 == 0
-    place = held.ctypes.data
-    view = held[1:]
-    del held
-    assert canvases.take().ctypes.data != place  # a view still reads it
-    del view
-    places = {array.ctypes.data for array in [canvases.take(), canvases.take()]}
-    assert place in places
-
-
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_on_a_device_keep_their_pixels_while_later_ones_are_read(workers: int) -> None:
-    """On a CPU device a batch is used where it lies: its memory must not go to another while it is held."""
+def test_batch_on_a_device_keeps_its_pixels_while_later_ones_are_read(workers: int) -> None:
+    """On a CPU device a batch is used in place: its buffer must not be reused while the batch is held."""
     split = sharding.batch_sharding(sharding.make_mesh(devices=jax.devices()[:1]))
     stream = data.training_batches(
         Slices(40), batch_size=4, canvas=(8, 8), seed=0, threads=2, prefetch=8, workers=workers
@@ -183,9 +168,3 @@ def test_batches_on_a_device_keep_their_pixels_while_later_ones_are_read(workers
         found = np.asarray(pixels)
         assert (found[:, :4, :6] == numbers[:, None, None]).all()
         assert found[:, 4:].sum() == found[:, :, 6:].sum() == 0
-
-
-@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="shared memory is used again on Linux only")
-def test_memory_that_workers_share_is_used_again() -> None:
-    stream = data.training_batches(Slices(40), batch_size=4, canvas=(8, 8), seed=0, threads=1, workers=1)
-    assert len({next(stream)["pixels"].ctypes.data for _ in range(40)}) < 10

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from curia_jax.models import ops, params, vit
-from curia_jax.models.params import Params
+from curia_jax.models import ops, vit
+from curia_jax.models.params import Params, from_dict, to_dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class MAEConfig:
 
     @property
     def visible(self) -> int:
-        """Patches that the encoder sees: int(patches (1 - mask_ratio)), as the reference rounds."""
+        """Patches that the encoder gets: int(patches (1 - mask_ratio)), rounded as in the reference."""
         return int(self.encoder.patches * (1 - self.mask_ratio))
 
     def describe(self) -> str:
@@ -90,7 +90,7 @@ def config(
         decoder_width=decoder_width,
         decoder_depth=decoder_depth,
         decoder_heads=decoder_heads,
-        decoder_mlp_width=decoder_mlp_width or 4 * decoder_width,
+        decoder_mlp_width=4 * decoder_width if decoder_mlp_width is None else decoder_mlp_width,
         mask_ratio=mask_ratio,
         norm_pix=norm_pix,
         norm_pix_eps=norm_pix_eps,
@@ -157,7 +157,8 @@ class Decoder(nnx.Module):
     def __call__(
         self, tokens: Float[Array, "batch visible_and_cls width"], rank: Int[Array, "batch patches"]
     ) -> Float[Array, "batch patches values"]:
-        """
+        """Predicted values of every patch, in the order of the patches.
+
         Args:
           tokens: CLS and the visible patches in the order of their rank.
           rank: of every patch, as `random_mask` returns it.
@@ -213,16 +214,16 @@ class MAE(nnx.Module):
 
 def init(config: MAEConfig, key: Key[Array, ""]) -> Params:
     """New parameters, {"encoder": …, "decoder": …}, float32."""
-    return params.to_dict(MAE(config, rngs=nnx.Rngs(params=key)))
+    return to_dict(MAE(config, rngs=nnx.Rngs(params=key)))
 
 
-def bind(config: MAEConfig, weights: Params) -> MAE:
+def bind(config: MAEConfig, params: Params) -> MAE:
     """The model with the given parameters.
 
     Raises:
       ValueError: the parameters belong to a model of another shape; the first tensors that differ are named.
     """
-    return params.from_dict(lambda: MAE(config, rngs=nnx.Rngs(params=0)), weights)
+    return from_dict(lambda: MAE(config, rngs=nnx.Rngs(params=0)), params)
 
 
 def decoder_flops(config: MAEConfig) -> int:

@@ -17,8 +17,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key, Shaped
 
-from curia_jax.models import attention, ops, params
-from curia_jax.models.params import Params
+from curia_jax.models import attention, ops
+from curia_jax.models.params import Params, from_dict, to_dict
 
 # Width, depth and heads; Ti, S: Touvron et al. 2021 (DeiT); B, L, H: Dosovitskiy et al. 2021.
 SIZES = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "H": (1280, 32, 16)}
@@ -165,12 +165,14 @@ def config(
     if size not in (*SIZES, CUSTOM):
         raise ValueError(f"size is {size!r}; it may be {', '.join((*SIZES, CUSTOM))}")
     named = SIZES.get(size, (None, None, None))
-    width, depth, heads = (own or default for own, default in zip((width, depth, heads), named, strict=True))
+    width, depth, heads = (
+        default if own is None else own for own, default in zip((width, depth, heads), named, strict=True)
+    )
     if width is None or depth is None or heads is None:
         raise ValueError(f"a model of size {CUSTOM!r} needs width, depth and heads")
     return ViTConfig(
         image_size=pair(image_size), patch_size=pair(patch_size), channels=channels,
-        width=width, depth=depth, heads=heads, mlp_width=mlp_width or 4 * width,
+        width=width, depth=depth, heads=heads, mlp_width=4 * width if mlp_width is None else mlp_width,
         activation=activation, layer_norm_eps=layer_norm_eps, dtype=dtype, attention=attention, remat=remat, unroll=unroll,
     )  # fmt: skip
 
@@ -385,16 +387,16 @@ class ViT(nnx.Module):
 
 def init(config: ViTConfig, key: Key[Array, ""]) -> Params:
     """New parameters as a nested dict of float32 arrays."""
-    return params.to_dict(ViT(config, rngs=nnx.Rngs(params=key)))
+    return to_dict(ViT(config, rngs=nnx.Rngs(params=key)))
 
 
-def bind(config: ViTConfig, weights: Params) -> ViT:
+def bind(config: ViTConfig, params: Params) -> ViT:
     """The encoder with the given parameters.
 
     Raises:
       ValueError: the parameters belong to an encoder of another shape; the first tensors that differ are named.
     """
-    return params.from_dict(lambda: ViT(config, rngs=nnx.Rngs(params=0)), weights)
+    return from_dict(lambda: ViT(config, rngs=nnx.Rngs(params=0)), params)
 
 
 def block_flops(tokens: int, width: int, mlp_width: int) -> int:

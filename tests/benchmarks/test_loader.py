@@ -1,4 +1,4 @@
-"""The loader's benchmark at tiny sizes, and the promises that do not hang on the machine: flat memory, a first batch soon."""
+"""The loader's benchmark at tiny sizes, and what holds on any machine: flat memory, a first batch soon."""
 
 import json
 from importlib.util import find_spec
@@ -11,7 +11,7 @@ from benchmarks import loader
 from data_pipeline.format.shards import SliceSource
 
 
-def test_every_contender_gives_rates_and_the_loader_is_compared_with_each(tiny_shards: Path, tmp_path: Path) -> None:
+def test_loader_is_compared_with_every_contender(tiny_shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     words = ["--batch=8", "--rounds=1", "--seconds=0.05", "--workers=0", f"--json={out}"]
     assert loader.main([f"--shards={tiny_shards}", *words]) == 0
@@ -24,7 +24,7 @@ def test_every_contender_gives_rates_and_the_loader_is_compared_with_each(tiny_s
         assert rows[name]["loader_ratio"] == pytest.approx(wanted)
 
 
-def test_the_others_read_the_very_same_slices(tiny_shards: Path, tmp_path: Path) -> None:
+def test_other_contenders_read_the_same_slices(tiny_shards: Path, tmp_path: Path) -> None:
     source = SliceSource(tiny_shards, "train")
     loader.write_png(source, tmp_path / "png")
     others = [
@@ -35,26 +35,25 @@ def test_the_others_read_the_very_same_slices(tiny_shards: Path, tmp_path: Path)
         assert len(other) == len(source)
         for number in (0, 17, len(source) - 1):
             wanted, found = source[number], other[number]
-            np.testing.assert_array_equal(found["pixels"], wanted["pixels"])
-            facts = [*(wanted[name] for name in loader.FIELDS), wanted["hu"]]
-            np.testing.assert_allclose(found["facts"], facts, rtol=1e-6)
+            np.testing.assert_array_equal(found["pixels"], wanted.pixels)
+            np.testing.assert_allclose(found["facts"], wanted.facts, rtol=1e-6)
 
 
-def test_memory_stays_flat(tiny_shards: Path) -> None:
-    """200 batches of 16 slices of 32 px on a canvas of 2 MB; every tenth batch kept by mistake would be 32 MB."""
+def test_soak_shows_flat_memory(tiny_shards: Path) -> None:
+    """200 batches of 16 slices of 32 px, 2 MB of pixels each: if every tenth batch leaked, memory would grow by 32 MB."""
     found = loader.soak(tiny_shards, "train", minutes=0, workers=0, batch=16, limit=200, canvas=(256, 256))
-    assert found["batches"] == 200
-    assert found["grown_mb"] < 8
+    assert found.batches == 200
+    assert found.grown_mb < 8
 
 
-def test_the_first_batch_of_ten_thousand_shards_comes_within_ten_seconds(tmp_path: Path) -> None:
-    """Without the imports of Python and JAX, which the machine's load stretches: 10,000 files are looked at, 64 opened."""
+def test_first_batch_of_10000_shards_comes_within_ten_seconds(tmp_path: Path) -> None:
+    """Not counting imports, which take longer on a busy machine: 10,000 files are checked, 64 opened."""
     made = loader.many_shards(tmp_path, 10_000)
     found = loader.first_batch(made, "train", 0, 64)
-    assert found["seconds_without_imports"] < 10
+    assert found.seconds_without_imports < 10
 
 
-def test_wrong_words_are_refused(tiny_shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments_are_refused(tiny_shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert loader.main([f"--shards={tiny_shards}", "--batch=100"]) == 2
     assert "48 slices in train are less than a batch; choose --batch=48" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:

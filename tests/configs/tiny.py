@@ -1,7 +1,6 @@
 """The demo's config with a model that compiles in seconds."""
 
 import ml_collections
-
 from curia_jax.configs import demo
 
 

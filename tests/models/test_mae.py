@@ -28,42 +28,29 @@ def setup(**fields: Any) -> tuple[mae.MAEConfig, dict[str, Any], jax.Array, jax.
 
 def test_each_sample_hides_its_own_patches_with_the_largest_noise() -> None:
     noise = np.random.RandomState(0).uniform(size=(50, 196)).astype(np.float32)
-    place, mask = (np.asarray(x) for x in mae.random_mask(jnp.asarray(noise), 49))
+    rank, mask = (np.asarray(x) for x in mae.random_mask(jnp.asarray(noise), 49))
     assert (mask.sum(axis=1) == 147).all()
     assert len(np.unique(mask, axis=0)) == 50
     for sample in range(50):
         assert noise[sample, mask[sample] == 0].max() < noise[sample, mask[sample] == 1].min()
-        np.testing.assert_array_equal(place[sample], np.argsort(np.argsort(noise[sample])))  # as the reference says it
-        np.testing.assert_array_equal(mask[sample], place[sample] >= 49)
+        np.testing.assert_array_equal(rank[sample], np.argsort(np.argsort(noise[sample])))  # as in the reference
+        np.testing.assert_array_equal(mask[sample], rank[sample] >= 49)
 
 
 def test_equal_noise_keeps_the_order_of_the_patches() -> None:
-    place, mask = mae.random_mask(jnp.zeros((1, 6)), 2)
-    assert (place.tolist(), mask.tolist()) == ([[0, 1, 2, 3, 4, 5]], [[0, 0, 1, 1, 1, 1]])
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_selection_moves_tokens_to_their_places_and_back_bit_by_bit(dtype: Any) -> None:
-    random = np.random.RandomState(1)
-    tokens = jnp.asarray(random.standard_normal((3, 12, 5)), dtype)
-    place, _ = mae.random_mask(jnp.asarray(random.uniform(size=(3, 12)), jnp.float32), 4)
-    chosen = mae.selection(place, 4, dtype)
-    moved = jnp.einsum("bvp,bpw->bvw", chosen, tokens, precision=vit.exact(dtype))
-    wanted = np.take_along_axis(np.asarray(tokens), np.argsort(place, axis=1)[:, :4, None], axis=1)
-    np.testing.assert_array_equal(np.asarray(moved), wanted)
-    back = jnp.einsum("bvp,bvw->bpw", chosen, moved, precision=vit.exact(dtype))
-    np.testing.assert_array_equal(np.asarray(back), np.where(np.asarray(place)[..., None] < 4, np.asarray(tokens), 0))
+    rank, mask = mae.random_mask(jnp.zeros((1, 6)), 2)
+    assert (rank.tolist(), mask.tolist()) == ([[0, 1, 2, 3, 4, 5]], [[0, 0, 1, 1, 1, 1]])
 
 
 @pytest.mark.parametrize(
     ("patches", "ratio", "visible"), [(196, 0.75, 49), (1024, 0.75, 256), (9, 0.6, 3), (196, 0.9, 19), (10, 0.25, 7)]
 )
-def test_visible_patches_are_counted_as_the_reference_does(patches: int, ratio: float, visible: int) -> None:
+def test_visible_patches_are_rounded_as_in_the_reference(patches: int, ratio: float, visible: int) -> None:
     config = mae.config("Ti", image_size=(8, 8 * patches), patch_size=8, mask_ratio=ratio)
     assert config.visible == visible == int(patches * (1 - ratio))
 
 
-def test_hidden_pixels_do_not_reach_the_prediction_and_visible_ones_do() -> None:
+def test_only_visible_pixels_reach_the_prediction() -> None:
     config, params, images, noise = setup()
     predict = jax.jit(lambda images: mae.bind(config, params)(images, noise))
     output = predict(images)
@@ -75,7 +62,7 @@ def test_hidden_pixels_do_not_reach_the_prediction_and_visible_ones_do() -> None
     assert (jnp.abs(predict(other_visible).prediction - output.prediction).max(axis=(1, 2)) > 1e-3).all()
 
 
-def test_nothing_hidden_or_nothing_visible_is_refused() -> None:
+def test_mask_ratio_that_hides_all_or_nothing_is_refused() -> None:
     for ratio in (0.0, 1.0, -0.5, 0.99):
         with pytest.raises(ValueError, match=f"mask_ratio {ratio} leaves .* at least 1 has to be visible and 1 hidden"):
             mae.config("Ti", image_size=32, patch_size=8, mask_ratio=ratio)
@@ -103,7 +90,7 @@ def test_loss_is_the_mean_over_hidden_patches_of_the_batch() -> None:
     assert output.mask.sum(axis=1).tolist() == [6, 6, 6]
 
 
-def test_predicting_the_mean_costs_what_the_target_says() -> None:
+def test_loss_of_predicting_the_mean_is_that_of_standardised_noise() -> None:
     """With norm_pix, zero is the mean of every patch: its loss is (n - 1) / n for patches of n noisy values."""
     config, params, images, noise = setup()
     output = mae.bind(config, params)(images, noise)
@@ -121,7 +108,7 @@ def test_patch_statistics_turn_a_prediction_back_into_pixels() -> None:
 # ---- precision and programs
 
 
-def test_bfloat16_trains_in_float32_where_it_matters() -> None:
+def test_bfloat16_keeps_float32_targets_loss_and_gradients() -> None:
     config, params, images, noise = setup(dtype="bfloat16")
     exact = mae.config("Ti", **SMALL)
 
@@ -175,7 +162,7 @@ def test_initial_decoder_has_the_fans_of_the_reference() -> None:
 # ---- FLOPs
 
 
-def test_flops_are_those_of_the_program() -> None:
+def test_flops_equal_those_of_the_traced_program() -> None:
     config = mae.config("Ti", **{**SMALL, "unroll": 2, "channels": 3})
     params = jax.eval_shape(lambda: mae.init(config, jax.random.key(0)))
     images, noise = jax.ShapeDtypeStruct((2, 16, 24, 3), jnp.float32), jax.ShapeDtypeStruct((2, 12), jnp.float32)
@@ -183,12 +170,12 @@ def test_flops_are_those_of_the_program() -> None:
     def forward(params: Any, images: jax.Array, noise: jax.Array) -> Any:
         return mae.bind(config, params)(images, noise).loss
 
-    # Products that select tokens are no FLOPs of the model: pixels and positions of 3 of 12 patches, forward alone, and the
-    # decoder's 13 of 4 tokens, there and back.
+    # Matmuls that select tokens are no FLOPs of the model: pixels and positions of 3 of 12 patches, forward alone, and the
+    # decoder's 13 of 4 tokens, forward and backward.
     pixels = 2 * 3 * 12 * (config.encoder.patch_values + config.encoder.width)
     tokens = 2 * 4 * 13 * config.decoder_width
     assert matmul_flops(forward, params, images, noise) == 2 * (mae.flops(config) + pixels + tokens)
-    # The backward pass has two products for each of the forward pass.
+    # The backward pass has two matmuls for each of the forward pass.
     found = matmul_flops(jax.grad(forward), params, images, noise)
     assert found == 2 * (3 * mae.flops(config) + pixels + 2 * tokens)
 
@@ -204,7 +191,11 @@ def test_flops_of_named_sizes(size: str, image_size: int, encoder: float, decode
     assert mae.decoder_flops(config) / 1e9 == pytest.approx(decoder, rel=0.02)
 
 
-# ---- wrong settings
+def test_description_names_encoder_and_decoder() -> None:
+    assert mae.config("L", decoder_depth=4).describe() == "MAE of ViT-L/16, decoder 4 x 512"
+
+
+# ---- wrong configs
 
 
 @pytest.mark.parametrize(
@@ -219,12 +210,12 @@ def test_flops_of_named_sizes(size: str, image_size: int, encoder: float, decode
         ({"image_size": 100}, "nearest that is"),
     ],
 )
-def test_settings_that_do_not_fit_say_what_would(fields: dict[str, Any], message: str) -> None:
+def test_config_that_does_not_fit_says_what_would(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mae.config("Ti", **fields)
 
 
-def test_parameters_of_another_size_name_the_tensor_and_both_shapes() -> None:
+def test_parameters_of_another_shape_are_named() -> None:
     _, params, _, _ = setup()
     with pytest.raises(ValueError, match=r"decoder/pred/bias is \(32,\), wanted \(64,\); decoder/pred/kernel is"):
         mae.bind(mae.config("Ti", **{**SMALL, "patch_size": 8, "channels": 1}), params)

@@ -1,6 +1,6 @@
 """The JAX model against transformers' ViTMAE: same weights, images and noise; logits, loss, features, all gradients.
 
-Where PyTorch is not installed, only the frozen results are compared with, and a warning says so.
+Where PyTorch is not installed, the frozen results are used instead, with a warning.
 """
 
 import functools
@@ -66,7 +66,7 @@ def results(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.mark.parametrize("name", reference.CASES)
-def test_everything_agrees_with_transformers(name: str, results: Any) -> None:
+def test_outputs_and_gradients_equal_transformers(name: str, results: Any) -> None:
     wanted, found = results(name), ours(name)
     assert set(found) == set(wanted)
     np.testing.assert_array_equal(found["mask"], wanted["mask"])
@@ -77,7 +77,7 @@ def test_everything_agrees_with_transformers(name: str, results: Any) -> None:
 
 @live_only
 @pytest.mark.parametrize("name", reference.CASES)
-def test_frozen_results_are_what_transformers_says_today(name: str) -> None:
+def test_frozen_references_equal_live_transformers(name: str) -> None:
     wanted, frozen = live(name), reference.read_frozen(name)
     assert set(frozen) == set(wanted)
     for key, values in wanted.items():
@@ -85,8 +85,8 @@ def test_frozen_results_are_what_transformers_says_today(name: str) -> None:
         np.testing.assert_allclose(frozen[key], values, rtol=0, atol=3e-6, err_msg=key)
 
 
-def test_references_can_tell_a_wrong_epsilon_and_a_wrong_gelu() -> None:
-    """The comparison above would fail for the two mistakes that are made most often."""
+def test_references_detect_a_wrong_epsilon_or_gelu() -> None:
+    """The comparison above fails for the two most frequent mistakes."""
     config = mae.config(**reference.CASES["square"])
     params = jax.tree.map(jnp.asarray, reference.random_params(config, seed=1))
     images, noise = (jnp.asarray(array) for array in reference.inputs(config, seed=2))

@@ -23,7 +23,7 @@ def random_images(config: vit.ViTConfig, count: int = 2) -> jax.Array:
 # ---- positions
 
 
-def test_positions_follow_their_definition() -> None:
+def test_positions_equal_their_definition() -> None:
     # sin and cos of 64-bit numbers rounded to 32 bits: at most the last bit may differ between two libraries.
     np.testing.assert_allclose(vit.position_table(24, (3, 5)), position_table(24, (3, 5)), rtol=0, atol=6e-8)
 
@@ -45,7 +45,7 @@ def test_first_half_of_the_channels_encodes_the_column() -> None:
     assert len(np.unique(rows.reshape(24, 32), axis=0)) == 24
 
 
-def test_positions_keep_float32_precision_far_out() -> None:
+def test_positions_keep_float32_precision_at_large_columns() -> None:
     """Angles are computed in 64 bits: at column 4000 a float32 angle would be off by 1e-4."""
     last = vit.position_table(8, (1, 4001))[-1]
     np.testing.assert_allclose(last[:2], [math.sin(4000.0), math.sin(4000.0 / 100)], rtol=0, atol=6e-8)
@@ -145,10 +145,10 @@ def test_scan_unrolled_and_remat_compute_the_same(program: dict[str, Any], scann
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), found, wanted)
 
 
-def test_rematerialisation_computes_again_what_it_says() -> None:
-    """In a block: nothing; q k^T and weights v; and with them qkv, proj and fc1, while nothing asks for fc2's result."""
+def test_remat_policies_recompute_the_matmuls_they_name() -> None:
+    """In a block: q k^T and probabilities x v with `matmuls`; qkv, proj and fc1 too with `full`, while fc2's result is not needed."""
 
-    def products(remat: str) -> int:
+    def matmuls(remat: str) -> int:
         """Of one block, which a scan runs for all."""
         config = vit.config("Ti", **SMALL, remat=remat)
         params = jax.eval_shape(lambda: vit.init(config, jax.random.key(0)))
@@ -157,7 +157,7 @@ def test_rematerialisation_computes_again_what_it_says() -> None:
         names = [equation.primitive.name for equation in equations(jax.make_jaxpr(loss)(params, images).jaxpr)]
         return names.count("dot_general")
 
-    assert [products(remat) - products("none") for remat in ("matmuls", "full")] == [2, 5]
+    assert [matmuls(remat) - matmuls("none") for remat in ("matmuls", "full")] == [2, 5]
 
 
 def test_unrolled_layers_leave_no_loop_and_stack_gradients_once() -> None:
@@ -171,7 +171,7 @@ def test_unrolled_layers_leave_no_loop_and_stack_gradients_once() -> None:
     assert "dynamic_update_slice" not in names and "scatter-add" not in names
 
 
-def test_hidden_states_are_those_before_the_final_norm() -> None:
+def test_hidden_states_come_before_the_final_norm() -> None:
     config = vit.config("Ti", **SMALL, dtype="float32")
     params = vit.init(config, jax.random.key(0))
     images = random_images(config)
@@ -197,67 +197,11 @@ def test_bfloat16_stays_near_float32() -> None:
     np.testing.assert_allclose(found.astype(jnp.float32), wanted, atol=2**-9 * math.sqrt(48) * 3)
 
 
-def test_layer_norm_keeps_a_small_variance_on_a_large_mean() -> None:
-    """E[x^2] - E[x]^2 would lose it: at mean 1000 the squares are rounded to steps of 0.06."""
-    x = np.float32(1000) + np.random.RandomState(0).standard_normal((3, 64)).astype(np.float32)
-    exact = x.astype(np.float64)
-    wanted = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-6)
-    np.testing.assert_allclose(vit.LayerNorm(64, 1e-6)(jnp.asarray(x)), wanted, atol=2e-4)
-
-
-# ---- arithmetic with derivatives of its own
-
-
-@pytest.mark.parametrize("approximate", [False, True], ids=["exact", "tanh"])
-def test_gelu_and_its_slope_follow_their_definition(approximate: bool) -> None:
-    x = np.linspace(-9, 9, 2001).astype(np.float32)
-    y = x.astype(np.float64)
-    inner = math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)
-    phi = 0.5 * (1 + (np.tanh(inner) if approximate else np.vectorize(math.erf)(y / math.sqrt(2))))
-    slope = np.gradient(y * phi, y, edge_order=2)  # differences over 0.009 are off by up to 2e-5
-    # 1 + erf and 1 + tanh are rounded in steps of 2^-24; x times that.
-    np.testing.assert_allclose(jax.jit(vit.gelu, static_argnums=1)(x, approximate), y * phi, rtol=3e-7, atol=9 * 2**-23)
-    np.testing.assert_allclose(jax.jit(vit.gelu_slope, static_argnums=1)(x, approximate), slope, rtol=0, atol=3e-5)
-
-
-@pytest.mark.parametrize(("inputs", "hidden", "outputs"), [(24, 96, 8), (24, 8, 96)], ids=["wide", "narrow"])
-@pytest.mark.parametrize("approximate", [False, True], ids=["exact", "tanh"])
-def test_gradients_of_an_mlp_are_those_of_its_formula(
-    approximate: bool, inputs: int, hidden: int, outputs: int
-) -> None:
-    """Whichever side of a kernel is the narrower: on a CPU its gradient is computed by way of that one."""
-    shapes = [(3, 5, inputs), (inputs, hidden), (hidden,), (hidden, outputs), (outputs,)]
-    values = [np.random.RandomState(i).standard_normal(shape).astype(np.float32) for i, shape in enumerate(shapes)]
-
-    def formula(x: Any, k1: Any, b1: Any, k2: Any, b2: Any, approximate: bool) -> Any:
-        return jax.nn.gelu(x @ k1 + b1, approximate=approximate) @ k2 + b2
-
-    def gradients(function: Any) -> Any:
-        def loss(*values: Any) -> jax.Array:
-            return jnp.mean(jnp.sin(function(*values, approximate)))
-
-        return jax.jit(jax.grad(loss, argnums=tuple(range(5))))(*values)
-
-    for found, wanted in zip(gradients(vit.mlp), gradients(formula), strict=True):
-        # Sums of up to 96 products in another order, a rounding each.
-        np.testing.assert_allclose(found, wanted, rtol=0, atol=96 * 2**-24 * np.abs(wanted).max())
-
-
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA does on a CPU")
-def test_no_gelu_is_computed_transposed_on_a_cpu() -> None:
-    """One value at a time: a quarter of the demo's training step was that."""
-    batch, tokens, inputs, hidden, outputs = 4, 17, 128, 512, 128
-    shapes = [(batch, tokens, inputs), (inputs, hidden), (hidden,), (hidden, outputs), (outputs,)]
-    gradient = jax.grad(lambda *values: jnp.sum(jnp.sin(vit.mlp(*values, False))), argnums=(1, 3))
-    program = jax.jit(gradient).lower(*(jnp.zeros(shape) for shape in shapes)).compile().as_text()
-    assert f"f32[{batch * tokens},{hidden}]" in program and f"f32[{hidden},{batch * tokens}]" not in program
-
-
 # ---- FLOPs
 
 
 def equations(jaxpr: Any) -> Any:
-    """All equations of a program, those of inner programs too; of one program for each platform only the last, the default."""
+    """All equations of a program and its inner programs; of a choice by platform only the last, the default."""
     for equation in jaxpr.eqns:
         yield equation
         params = equation.params
@@ -269,7 +213,7 @@ def equations(jaxpr: Any) -> Any:
 
 
 def matmul_flops(function: Any, *args: Any) -> int:
-    """2 x multiply-adds of all matrix products in a program without loops."""
+    """2 x multiply-adds of all matmuls in a program without loops."""
     total = 0
     for equation in equations(jax.make_jaxpr(function)(*args).jaxpr):
         if equation.primitive.name == "dot_general":
@@ -279,7 +223,7 @@ def matmul_flops(function: Any, *args: Any) -> int:
     return total
 
 
-def test_flops_are_those_of_the_program() -> None:
+def test_flops_equal_those_of_the_traced_program() -> None:
     config = vit.config("Ti", image_size=(32, 48), patch_size=(8, 16), channels=3, depth=2, unroll=2)
     params = jax.eval_shape(lambda: vit.init(config, jax.random.key(0)))
     images = jax.ShapeDtypeStruct((2, 32, 48, 3), jnp.float32)
@@ -295,7 +239,7 @@ def test_flops_agree_with_xla() -> None:
     params = jax.eval_shape(lambda: vit.init(config, jax.random.key(0)))
     images = jax.ShapeDtypeStruct((1, 64, 64, 1), jnp.float32)
     compiled = jax.jit(lambda params, images: vit.bind(config, params)(images)).lower(params, images).compile()
-    # XLA also counts what is no matrix product, some ten operations a value, where a product has 2 x 192 and more.
+    # XLA also counts what is no matmul: some ten operations a value, where a matmul has 2 x 192 and more.
     assert 1.0 < compiled.cost_analysis()["flops"] / vit.flops(config) < 1.08
 
 
@@ -304,32 +248,54 @@ def test_flops_of_vit_b_16_are_the_published_ones() -> None:
     assert vit.flops(vit.config("B", channels=3)) / 2e9 == pytest.approx(17.56, abs=0.03)
 
 
-# ---- wrong settings
+# ---- names
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"size": "B"}, "ViT-B/16"),
+        ({"size": "custom", "width": 1024, "depth": 24, "heads": 16, "image_size": 224, "patch_size": 14}, "ViT-L/14"),
+        ({"size": "Ti", "image_size": 64, "patch_size": (8, 4)}, "ViT-Ti/8x4"),
+        ({"size": "custom", "width": 128, "depth": 6, "heads": 4}, "ViT/16 (width 128, depth 6, heads 4)"),
+        ({"size": "B", "mlp_width": 1024}, "ViT/16 (width 768, depth 12, heads 12, MLP width 1024)"),
+    ],
+)
+def test_description_follows_from_the_dimensions(fields: dict[str, Any], name: str) -> None:
+    assert vit.config(**fields).describe() == name
+
+
+# ---- wrong configs
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"size": "XL"}, "size is 'XL'; it may be Ti, S, B, L, H"),
+        ({"size": "XL"}, "size is 'XL'; it may be Ti, S, B, L, H, custom"),
         ({"image_size": 100}, r"image size \(100, 100\) is no multiple .* \(16, 16\); nearest that is: \(96, 96\)"),
         ({"image_size": (8, 232)}, r"nearest that is: \(16, 224\)"),
         ({"image_size": (60, 64)}, r"nearest that is: \(64, 64\)"),
         ({"patch_size": 0}, r"patch_size is \(0, 0\); it has to be at least 1"),
         ({"channels": 0}, "channels is 0; it has to be at least 1"),
+        ({"width": 0}, "width is 0; it has to be at least 1"),
+        ({"mlp_width": 0}, "mlp_width is 0; it has to be at least 1"),
         ({"width": 100, "heads": 3}, r"width 100 has to be a multiple of 4 and of heads \(3\); the next that is: 108"),
         ({"width": 90, "heads": 3}, "the next that is: 96"),
+        ({"size": "custom", "width": 16, "heads": 2}, "a model of size 'custom' needs width, depth and heads"),
+        ({"image_size": (8, 8, 8)}, r"a size is a side of a square or \(height, width\), not \(8, 8, 8\)"),
+        ({"attention": "kernel"}, "attention is 'kernel'; it may be xla, pallas"),
         ({"activation": "relu"}, "activation is 'relu'; it may be gelu, gelu_tanh"),
         ({"dtype": "float16"}, "dtype is 'float16'; it may be float32, bfloat16"),
         ({"remat": "some"}, "remat is 'some'; it may be none, full, matmuls"),
         ({"unroll": 5}, "unroll 5 does not divide the depth 12; it may be 1, 2, 3, 4, 6, 12"),
     ],
 )
-def test_settings_that_do_not_fit_say_what_would(fields: dict[str, Any], message: str) -> None:
+def test_config_that_does_not_fit_says_what_would(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         vit.config(**{"size": "Ti", **fields})
 
 
-def test_parameters_of_another_size_name_the_tensor_and_both_shapes() -> None:
+def test_parameters_of_another_shape_are_named() -> None:
     params = jax.eval_shape(lambda: vit.init(vit.config("Ti"), jax.random.key(0)))
     with pytest.raises(ValueError, match=r"blocks/attn/proj/bias is \(12, 192\), wanted \(12, 384\); .* more"):
         vit.bind(vit.config("S"), params)
@@ -342,22 +308,3 @@ def test_images_of_another_size_are_refused() -> None:
     config = vit.config("Ti", **SMALL)
     with pytest.raises(ValueError, match=r"images are \(24, 16, 1\), the model takes \(16, 24, 1\)"):
         vit.bind(config, vit.init(config, jax.random.key(0)))(jnp.zeros((1, 24, 16, 1)))
-
-
-def test_what_is_written_otherwise_for_a_gpu_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The GELU and the gradients of LayerNorm; cuDNN's attention needs the GPU itself."""
-    random = np.random.RandomState(0)
-    x, g = (jnp.asarray(random.standard_normal((4, 7, 32)), jnp.bfloat16) for _ in range(2))
-    scale, bias = (jnp.asarray(random.standard_normal(32), jnp.float32) for _ in range(2))
-
-    def results() -> list[Any]:
-        gradients = jax.vjp(lambda *inputs: vit.layer_norm(*inputs, 1e-6), x, scale, bias)[1](g)
-        return [*gradients, vit.gelu(x, approximate=True)]
-
-    wanted = results()
-    monkeypatch.setattr(vit.attention, "on_nvidia", lambda: True)
-    for found, expected in zip(results()[:3], wanted[:3], strict=True):
-        np.testing.assert_array_equal(found.astype(jnp.float32), expected.astype(jnp.float32))
-    # In bfloat16 throughout, where cuBLAS does not compute it: some ten roundings of 2^-9.
-    gelu, exact = (np.asarray(one[3], np.float32) for one in (results(), wanted))
-    np.testing.assert_allclose(gelu, exact, atol=10 * 2**-9 * np.abs(exact).max())
