@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,13 +29,14 @@ from tests import checkpoints
 from tests.convert.mistakes import MISTAKES, spoil
 from tests.models import make_references as reference
 
-Model = Mapping[str, str | int | list[int]]  # arguments of mae.config
+Model = Mapping[str, Any]  # arguments of mae.config
 
 
 def layout_table(model: Model, place: Path) -> None:
     """Converts one checkpoint with the command and prints the results of its checks."""
     params = reference.random_params(mae.config(**model), seed=1)
-    plain = {"model": model, "augment": json.loads(configs.load("demo").augment.to_json()), "seed": 0}
+    demo: Any = configs.load("demo")
+    plain = {"model": model, "augment": json.loads(demo.augment.to_json()), "seed": 0}
     checkpoints.save(place / "run", {1: {"params": params}}, config=plain)
     print("| Layout | Checked by | Features | Prediction | Loss | Whole command, s |\n|---|---|---|---|---|---|")
     for layout in layouts.LAYOUTS:

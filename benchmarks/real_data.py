@@ -38,7 +38,7 @@ FEATURES = "mean+std"
 LAYERS = "4,8,12"
 # In px: the size of the training, and larger ones, in which a whole slice shows objects as large as training crops do.
 IMAGE_SIZES = "96,128,160"
-COLUMNS = ("file", "split", "patient", "modality", *LABELS)
+COLUMNS: tuple[str, ...] = ("file", "split", "patient", "modality", *LABELS)
 # Ultrasound, and files that are not images; the build recognises label maps itself.
 LEFT_OUT = ("registration/prostate_mr_us/us_", ".txt", ".csv", ".md")
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
@@ -55,7 +56,7 @@ def load(path: str | Path, step: int | None = None) -> TrainedModel:
       DataError: the config names no model of this version, or its weights are of another model.
     """
     loaded = checkpoint.load(path, step)
-    config = configs.from_checkpoint(loaded.config)
+    config: Any = configs.from_checkpoint(loaded.config)  # its fields have no static types
     if missing := [name for name in ("model", "augment", "seed") if name not in config]:
         raise DataError(
             f"the config of checkpoint {loaded.path} has no {missing[0]}; convert it with the version that trained it"

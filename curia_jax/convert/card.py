@@ -77,16 +77,17 @@ def recipe(settings: ml_collections.ConfigDict, encoder: vit.ViTConfig) -> Recip
     Raises:
       DataError: a setting is missing.
     """
+    plain: Json = settings.to_dict()
     for name in ("hu_window", "resample", "image_mean", "image_std"):
-        if name not in settings:
+        if name not in plain:
             raise DataError(
                 f"the checkpoint's config has no augment.{name}, so that the preprocessing is unknown; convert it with the "
                 "version that trained it"
             )
-    low, high = settings.hu_window
+    low, high = plain["hu_window"]
     return Recipe(
-        hu_window=(float(low), float(high)), size=encoder.image_size, resample=settings.resample,
-        image_mean=float(settings.image_mean), image_std=float(settings.image_std), channels=encoder.channels,
+        hu_window=(float(low), float(high)), size=encoder.image_size, resample=plain["resample"],
+        image_mean=float(plain["image_mean"]), image_std=float(plain["image_std"]), channels=encoder.channels,
     )  # fmt: skip
 
 

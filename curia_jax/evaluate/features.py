@@ -130,15 +130,16 @@ def extract(
     canvas = data.canvas_size(source, None)
     parts: dict[str, list[np.ndarray]] = {name: [] for name in views}
     for batch in data.evaluation_batches(source, slices, batch_size=batch_size, canvas=canvas):
+        valid = batch.get("valid", np.ones(batch_size, bool))
         features = jax.device_get(compute(params, data.to_devices(batch, split)))
         for name, values in features.items():
-            values = values[batch["valid"]]
+            values = values[valid]
             if not np.isfinite(values).all():
-                slice_number = batch["slice"][batch["valid"]][~np.isfinite(values).all(axis=1)][0]
+                slice_number = batch["slice"][valid][~np.isfinite(values).all(axis=1)][0]
                 raise DataError(
                     f"the {name} features of slice {slice_number} of split {source.split!r} are not finite; "
                     "check the checkpoint's loss curve, and the slice's slope and intercept in index.parquet"
                 )
             parts[name].append(values)
-        progress(int(batch["valid"].sum()))
+        progress(int(valid.sum()))
     return {name: np.concatenate(values) for name, values in parts.items()}

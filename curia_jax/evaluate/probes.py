@@ -118,7 +118,9 @@ def knn(bank: Bank, queries: Float[np.ndarray, "queries d"]) -> Prediction:
     """
     smallest = min(len(fit) for fit, _ in bank.folds)
     neighbours = [k for k in NEIGHBOURS if k <= smallest] or [smallest]
-    settings = [{"k": k, "standardised": standardised} for standardised in (True, False) for k in neighbours]
+    settings: list[Setting] = [
+        {"k": k, "standardised": standardised} for standardised in (True, False) for k in neighbours
+    ]
 
     def predict(fit: Numbers, held: Features, settings: list[Setting]) -> list[Scores]:
         prepared = {
@@ -126,7 +128,7 @@ def knn(bank: Bank, queries: Float[np.ndarray, "queries d"]) -> Prediction:
             for flag in {setting["standardised"] for setting in settings}
         }
         votes = {flag: _vote(x, bank.labels[fit], q, neighbours, bank.classes) for flag, (x, q) in prepared.items()}
-        return [votes[setting["standardised"]][setting["k"]] for setting in settings]
+        return [votes[bool(setting["standardised"])][int(setting["k"])] for setting in settings]
 
     return _choose_and_predict(bank, queries, settings, predict)
 
@@ -135,11 +137,11 @@ def _vote(
     x: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], queries: Features, neighbours: list[int], classes: int
 ) -> dict[int, Scores]:
     """Scores of the queries for every number of neighbours."""
-    x, queries = jnp.asarray(_unit(x)), _unit(queries)
+    bank, queries = jnp.asarray(_unit(x)), _unit(queries)
     one_hot = jax.nn.one_hot(labels, classes, dtype=jnp.float32)
     # At most 64 MB of similarities at a time.
     rows = max(1, 16_000_000 // len(x))
-    parts = [_vote_rows(x, one_hot, queries[i : i + rows], tuple(neighbours)) for i in range(0, len(queries), rows)]
+    parts = [_vote_rows(bank, one_hot, queries[i : i + rows], tuple(neighbours)) for i in range(0, len(queries), rows)]
     return {k: np.concatenate([np.asarray(part[j]) for part in parts]) for j, k in enumerate(neighbours)}
 
 
@@ -172,7 +174,7 @@ def ridge(bank: Bank, queries: Float[np.ndarray, "queries d"]) -> Prediction:
             targets = 2.0 * jax.nn.one_hot(bank.labels[fit], bank.classes, dtype=jnp.float64) - 1.0
             return list(np.asarray(_ridge_scores(jnp.asarray(x), targets, jnp.asarray(q), jnp.asarray(penalties))))
 
-    settings = [{"penalty_per_case": penalty} for penalty in RIDGE_PENALTIES]
+    settings: list[Setting] = [{"penalty_per_case": penalty} for penalty in RIDGE_PENALTIES]
     return _choose_and_predict(bank, queries, settings, predict)
 
 

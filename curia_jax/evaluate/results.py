@@ -152,10 +152,12 @@ class Score:
         if "selection" in row:
             fit = Fit(**{field.name: row[field.name] for field in dataclasses.fields(Fit)})
         if "encoder_sha256" in row:
-            of_run = {field.name: row.get(field.name) for field in dataclasses.fields(Provenance)}
-            of_run["image_size"] = tuple(row["image_size"])
-            of_run["image_sizes"] = tuple(tuple(size) for size in row["image_sizes"])
-            provenance = Provenance(**of_run)
+            provenance = Provenance(
+                features=row.get("features"), layers=row.get("layers"), step=row["step"],
+                examples_seen=row["examples_seen"], encoder_sha256=row["encoder_sha256"],
+                image_size=tuple(row["image_size"]), image_sizes=tuple(tuple(size) for size in row["image_sizes"]),
+                view_sha256=row["view_sha256"],
+            )  # fmt: skip
         own = ("backbone", "head", "value", "low", "high", "degenerate_draws", "draws_without_a_class")
         return cls(
             study=Study(**study), metric=row["metric"].removesuffix(_DIFFERENCE), against=row.get("against"),

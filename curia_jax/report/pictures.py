@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ COLOURS = {"checkpoint": "#1d5fa8", "random": "#c2762b", "pixels": "#6b7785", "n
 BASELINE = "#c2762b"
 # Inches; narrow relative to the font, so that it is legible on a phone.
 WIDTH = 6.8
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif", "font.size": 11, "text.color": INK, "legend.frameon": False,
     "axes.labelcolor": INK, "axes.edgecolor": "#b9c2cc", "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "axes.axisbelow": True, "grid.color": LINE, "grid.linewidth": 0.8,
@@ -140,7 +141,7 @@ def reconstruct(
     """
     config = trained.config
     batch = next(data.evaluation_batches(source, slices, batch_size=len(slices), canvas=data.canvas_size(source, None)))
-    on_device = {name: jnp.asarray(batch[name]) for name in data.DEVICE_FIELDS}
+    on_device = data.to_devices(batch, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     images, offset, scale = real_view(on_device, trained.augment, config.encoder.image_size)
     noise = jax.random.uniform(jax.random.key(seed), (len(slices), config.encoder.patches))
     output = jax.jit(lambda params, images, noise: mae.bind(config, params)(images, noise))(
@@ -172,11 +173,12 @@ def real_view(
     Returns:
       view, offset, scale; the last two in HU or the series' own units.
     """
-    low = jnp.where(batch["hu"], settings.hu_window[0], batch["low"])
-    high = jnp.where(batch["hu"], settings.hu_window[1], batch["high"])
+    values = augment.Settings.from_config(settings)
+    low = jnp.where(batch["hu"], values.hu_window[0], batch["low"])
+    high = jnp.where(batch["hu"], values.hu_window[1], batch["high"])
     width = jnp.maximum(high - low, 1e-6)
     view = augment.evaluation_view(batch, settings, size)
-    return view, low + width * settings.image_mean, width * settings.image_std
+    return view, low + width * values.image_mean, width * values.image_std
 
 
 def display_window(one: DecodedSlice, real: Float[np.ndarray, "height width"]) -> windows.Window:
@@ -234,7 +236,8 @@ def forest(scores: Sequence[Score], metric: str) -> Figure:
         for task in dict.fromkeys(score.study.task for score in scores)
     }
     heights = [0.21 * max(len(part) for part in pair) + 0.75 for pair in lines.values()]
-    with matplotlib.rc_context(_STYLE | {"font.size": 9.5}):
+    style: dict[Any, Any] = {**_STYLE, "font.size": 9.5}
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
         grid = figure.subplots(len(lines), 2, squeeze=False, height_ratios=heights)
         for (task, (values, differences)), (left, right) in zip(lines.items(), grid, strict=True):

@@ -19,6 +19,7 @@ import safetensors
 import curia_common
 from curia_common.errors import DataError
 from curia_jax import augment, checkpoint
+from curia_jax import config as configs
 from curia_jax.convert import __main__ as convert
 from curia_jax.convert import card, checks, layouts
 from curia_jax.models import mae
@@ -26,9 +27,7 @@ from curia_jax.trained_model import digest
 from tests import checkpoints
 from tests.convert.cases import CASES, EXPORTS, HAS_TORCH, live_only
 
-AUGMENT = ml_collections.ConfigDict(
-    {"hu_window": (-1000.0, 1000.0), "resample": "bicubic", "image_mean": 0.3, "image_std": 0.25}
-)
+AUGMENT = configs.load("demo").augment
 
 
 def run(workdir: Path, output: Path, layout: str, *words: str) -> int:
