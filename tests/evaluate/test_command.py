@@ -189,7 +189,7 @@ def test_wrong_folders_are_named_and_exit_2(study, tmp_path, capsys) -> None:
     assert evaluate.main([f"--checkpoint={study / 'run'}", f"--shards={study / 'run'}", label]) == 2
     assert "which looks like a work directory of curia_jax.pretrain" in capsys.readouterr().err
     save_checkpoint(tmp_path / "colour", channels=3)
-    assert evaluate.main([f"--checkpoint={tmp_path / 'coloured'}", f"--shards={study / 'shards'}", label]) == 2
+    assert evaluate.main([f"--checkpoint={tmp_path / 'colour'}", f"--shards={study / 'shards'}", label]) == 2
     assert "takes 3 channels, but a slice has 1" in capsys.readouterr().err
 
 
