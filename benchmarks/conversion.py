@@ -1,10 +1,10 @@
 """Prints the figures of docs/convert.md.
 
   python -m benchmarks.conversion --size=B --image-size=224 --patch-size=16     layouts against the JAX model
-  python -m benchmarks.conversion --mistakes --channels=3                       what the check sees of mistakes
+  python -m benchmarks.conversion --mistakes --channels=3                       mistakes, and whether the checks detect them
 
-Weights are random: for the layouts none of them zero or one (as the parity tests draw them), for the mistakes those
-that a run starts with.
+Weights are random: for the layouts as the parity tests draw them, none zero or one; for the mistakes the initial weights
+of a run.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,23 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from curia_jax import checkpoint
 from curia_jax import config as configs
 from curia_jax.convert import __main__ as convert
 from curia_jax.convert import checks, folder, layouts, numpy_forward
 from curia_jax.models import mae
+from tests import checkpoints
 from tests.convert.mistakes import MISTAKES, spoil
 from tests.models import make_references as reference
 
+Model = Mapping[str, Any]  # arguments of mae.config
 
-def layout_table(model: dict[str, Any], place: Path) -> None:
-    """Converts one checkpoint with the command and prints what its checks found."""
+
+def layout_table(model: Model, place: Path) -> None:
+    """Converts one checkpoint with the command and prints the results of its checks."""
     params = reference.random_params(mae.config(**model), seed=1)
-    saver = checkpoint.Checkpointer(str(place / "run"))
-    plain = {"model": model, "augment": json.loads(configs.load("configs/demo.py").augment.to_json())}
-    saver.save(1, {"params": params}, config=plain, examples_seen=0)
-    saver.close()
+    demo: Any = configs.load("demo")
+    plain = {"model": model, "augment": json.loads(demo.augment.to_json()), "seed": 0}
+    checkpoints.save(place / "run", {1: {"params": params}}, config=plain)
     print("| Layout | Checked by | Features | Prediction | Loss | Whole command, s |\n|---|---|---|---|---|---|")
     for layout in layouts.LAYOUTS:
         words = [f"--checkpoint={place / 'run'}", f"--output={place / layout}", f"--layout={layout}"]
@@ -52,11 +54,11 @@ def layout_table(model: dict[str, Any], place: Path) -> None:
             print(f"| `{layout}` | {by} | {' | '.join(figures)} | {seconds:.0f} |", flush=True)
 
 
-def mistake_table(model: dict[str, Any], place: Path) -> None:
-    """Applies each mistake to a finished folder and prints how far its features and prediction are off."""
+def mistake_table(model: Model, place: Path) -> None:
+    """Applies each mistake to a finished folder and prints the differences that it makes."""
     config = mae.config(**model)
     params = jax.device_get(mae.init(config, jax.random.key(0)))
-    wanted = checks.trained(config, params, decoder=True)
+    wanted = checks.run_jax(config, params, decoder=True)
     images, noise = checks.inputs(config.encoder)
     pixels = images.transpose(0, 3, 1, 2)
     for name, layout in layouts.LAYOUTS.items():
@@ -65,15 +67,16 @@ def mistake_table(model: dict[str, Any], place: Path) -> None:
         folder.write(
             place / name, tensors=tensors, metadata={}, config=layout.config(config), preprocessor=None, card=""
         )
-    print("| Mistake | Layout | Features | Prediction | Loss | Noticed |\n|---|---|---|---|---|---|")
+    print("| Mistake | Layout | Features | Prediction | Loss | Detected |\n|---|---|---|---|---|---|")
     nothing = {"none": (lambda tensors, config: None, ("vit_mae", "dinov2", "timm"), "")}
     for number, (mistake, (change, among, _)) in enumerate((nothing | MISTAKES).items()):
         for name in among if mistake == "none" else among[:1]:
             spoilt = spoil(place / name, place / f"{number}{name}", change)
-            settings = json.loads((spoilt / folder.CONFIG).read_text())
+            content = json.loads((spoilt / folder.CONFIG).read_text())
             tensors = numpy_forward.Tensors(safetensors.numpy.load_file(spoilt / folder.WEIGHTS))
             figures = {"features": "", "prediction": "", "loss": ""}
             try:
+                settings = numpy_forward.read_settings(name, content)
                 found = {"features": numpy_forward.features(name, settings, tensors, pixels)}
                 if name == "vit_mae":
                     found |= numpy_forward.reconstruction(settings, tensors, pixels, noise)
@@ -82,17 +85,17 @@ def mistake_table(model: dict[str, Any], place: Path) -> None:
             except (KeyError, ValueError):
                 pass
             try:
-                checks.by_numpy(
+                checks.compare_numpy(
                     spoilt,
                     name,
                     images,
                     noise,
                     {k: v for k, v in wanted.items() if k == "features" or name == "vit_mae"},
                 )
-                noticed = "no"
+                detected = "no"
             except checks.CheckFailed as error:
-                noticed = "by the difference" if "differ" in str(error) else "by names or shapes"
-            print(f"| {mistake} | `{name}` | {' | '.join(figures.values())} | {noticed} |", flush=True)
+                detected = "by the difference" if "differ" in str(error) else "by names or shapes"
+            print(f"| {mistake} | `{name}` | {' | '.join(figures.values())} | {detected} |", flush=True)
 
 
 def main() -> None:

@@ -1,14 +1,14 @@
 """Pretrains a small ViT-MAE on real CT and MR slices and probes it on labelled sets: the table of docs/results.md.
 
-It runs the commands a user types, on the folder of public files that the test suite uses too (see docs/results.md):
+It runs the commands that a user types, on the folder of public files that the test suite uses too (see docs/results.md):
 
-  1  a label table: what is probed (tumor, covid, contrast), its splits, and everything else for pretraining alone
+  1  a label table: the labels that are probed (tumor, covid, contrast), their splits, and all other files for pretraining
   2  python -m data_pipeline.build         slices of a labelled test split are in the split `test` and nowhere else
   3  python -m curia_jax.pretrain          on the split `train`, with configs/real_data.py
   4  python -m curia_jax.evaluate          against a random encoder and raw pixels, 95 % intervals over patients
   5  the table, in Markdown, on standard output
 
-Started again after an interruption it goes on where it was.
+Run again after an interruption it resumes.
 """
 
 import argparse
@@ -22,28 +22,33 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from curia_jax import demo
+from curia_jax.evaluate import results as evaluate_results
+from curia_jax.evaluate.results import Score
 
 ROOT = Path(__file__).resolve().parents[1]
 LABELS = ("tumor", "covid", "contrast")
 HEADS = ("knn", "ridge", "logistic")
-# How features are read off the encoder was chosen by cross-validation on the cases to learn from; see docs/results.md.
+# Pooling, layers and image sizes were chosen by cross-validation on the training cases; see docs/results.md.
 FEATURES = "mean+std"
-# Early, middle and last blocks: the last alone is best at what it was trained on, filling in pixels.
+# Early, middle and last blocks: the last is specialised in the training task, predicting pixels.
 LAYERS = "4,8,12"
-# Of the images, in px: that of the training, and larger ones, in which a whole slice looks as large as in training crops.
+# In px: the size of the training, and larger ones, in which a whole slice shows objects as large as training crops do.
 IMAGE_SIZES = "96,128,160"
-COLUMNS = ("file", "split", "patient", "modality", *LABELS)
-# Ultrasound, and files that are no image at all; label maps beside an image are found by the build itself.
+COLUMNS: tuple[str, ...] = ("file", "split", "patient", "modality", *LABELS)
+# Ultrasound, and files that are not images; the build recognises label maps itself.
 LEFT_OUT = ("registration/prostate_mr_us/us_", ".txt", ".csv", ".md")
 
 
-def label_table(data: Path) -> list[dict[str, str]]:
-    """One row a file. Unlabelled files are for training; patients are known by the table or by the header."""
-    rows = []
+def label_table(data: Path) -> list[dict[str, str | Path]]:
+    """One row per file. Unlabelled files are for training; patients are those of the table or of the header."""
+    rows: list[dict[str, str | Path]] = []
     tumor = data / "labelled" / "mr_brain_tumor"
     for line in _read(tumor / "labels.csv"):
-        # Patients are unknown here: the file name stands for one.
+        # Patients are unknown here: every file counts as one.
         rows.append(
             {
                 "file": tumor / line["file"],
@@ -58,13 +63,13 @@ def label_table(data: Path) -> list[dict[str, str]]:
     for line in lines:
         splits[line["source_group"]].add(line["official_split"])
     for line in lines:
-        # A few publications appear in two of the official splits: those stay in the later one alone.
+        # A few publications are in two of the official splits: keep them in the later one only.
         last = next(split for split in ("test", "val", "train") if split in splits[line["source_group"]])
         if line["official_split"] == last:
             rows.append(
                 {
                     "file": covid / line["file"],
-                    # Settings are chosen by cross-validation over publications: 118 cases would choose at random.
+                    # Settings are chosen by cross-validation over publications: 118 validation cases are too few.
                     "split": "test" if last == "test" else "train",
                     "patient": line["source_group"],
                     "modality": "CT",
@@ -100,7 +105,7 @@ def _read(path: Path) -> list[dict[str, str]]:
 
 
 def _point(text: str) -> float:
-    """A fixed point in [0, 1) for a text."""
+    """A number in [0, 1) that depends on the text alone."""
     return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32
 
 
@@ -144,11 +149,11 @@ def main(argv: list[str] | None = None) -> int:
         "--modality-column=modality", f"--key-file={key}", "--size=256",
     )  # fmt: skip
 
-    # ---- pretraining: what it cost is kept beside it, because a second call finds it done
+    # ---- pretraining; its cost is saved, because a second call finds it finished
     cost_file = output / "cost.json"
     cost = json.loads(cost_file.read_text(encoding="utf-8")) if cost_file.exists() else {"wall_s": 0.0, "cpu_s": 0.0}
     wall, cpu = command(
-        "curia_jax.pretrain", f"--config={ROOT / 'configs' / 'real_data.py'}", f"--workdir={run}",
+        "curia_jax.pretrain", "--config=real_data", f"--workdir={run}",
         f"--config.data.shards={shards}", *overrides,
     )  # fmt: skip
     cost = {"wall_s": cost["wall_s"] + wall, "cpu_s": cost["cpu_s"] + cpu}
@@ -160,21 +165,17 @@ def main(argv: list[str] | None = None) -> int:
         f"--heads={','.join(HEADS)}", f"--features={FEATURES}", f"--layers={LAYERS}",
         f"--image-sizes={IMAGE_SIZES}", f"--json={results}",
     )  # fmt: skip
-    print(markdown(json.loads(results.read_text(encoding="utf-8")), run, cost))
+    print(markdown(evaluate_results.read(results), run, cost))
     return 0
 
 
 def command(module: str, *words: str) -> tuple[float, float]:
-    """Runs `python -m module words`; returns its wall-clock and CPU seconds.
-
-    glibc gives freed memory back to the kernel and gets it zeroed page by page, in every step anew; keeping it, in huge
-    pages, makes a CPU step about a tenth faster.
-    """
-    keep = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184"
+    """Runs `python -m module words`; returns its wall-clock and CPU seconds."""
+    tunables = demo.ENVIRONMENT["GLIBC_TUNABLES"]
     print(f"$ {shlex.join(['python', '-m', module, *words])}", file=sys.stderr, flush=True)
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     code = subprocess.run(
-        [sys.executable, "-m", module, *words], env={"GLIBC_TUNABLES": keep, **os.environ, "PYTHONPATH": str(ROOT)}
+        [sys.executable, "-m", module, *words], env={"GLIBC_TUNABLES": tunables, **os.environ, "PYTHONPATH": str(ROOT)}
     ).returncode
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if code:
@@ -183,7 +184,7 @@ def command(module: str, *words: str) -> tuple[float, float]:
     return time.monotonic() - began, cpu
 
 
-def markdown(rows: list[dict], run: Path, cost: dict[str, float]) -> str:
+def markdown(scores: Sequence[Score], run: Path, cost: Mapping[str, float]) -> str:
     """The tables of docs/results.md."""
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     first, last = (
@@ -204,23 +205,17 @@ def markdown(rows: list[dict], run: Path, cost: dict[str, float]) -> str:
         ]
         for task in LABELS:
             for head in HEADS:
-                own = [row for row in rows if row["task"] == task and row["head"] == head]
-                cells = [
-                    _cell(own, metric, backbone="checkpoint"),
-                    _cell(own, metric, backbone="random"),
-                    _cell(own, metric, backbone="pixels"),
-                    _cell(own, f"{metric}_difference", against="random"),
-                    _cell(own, f"{metric}_difference", against="pixels"),
-                ]
-                lines.append(f"| {task} | {head} | {' | '.join(cells)} | {own[0]['n']} |")
+                own = {
+                    (score.backbone, score.against): score
+                    for score in scores
+                    if (score.study.task, score.head, score.metric) == (task, head, metric)
+                }
+                values = [own[backbone, None] for backbone in ("checkpoint", "random", "pixels")]
+                differences = [own["checkpoint", against] for against in ("random", "pixels")]
+                cells = [f"{score.value_text} {score.interval_text}" for score in values + differences]
+                lines.append(f"| {task} | {head} | {' | '.join(cells)} | {values[0].study.n} |")
         lines.append("")
     return "\n".join(lines).rstrip()
-
-
-def _cell(rows: list[dict], metric: str, **match: str) -> str:
-    row = next(row for row in rows if row["metric"] == metric and all(row[k] == v for k, v in match.items()))
-    sign = "+" if metric.endswith("_difference") else ""
-    return f"{row['value']:{sign}.3f} [{row['low']:{sign}.3f}, {row['high']:{sign}.3f}]"
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ from curia_common import logs
 from curia_common.errors import UserError, fault_location
 from curia_common.exit_codes import MEANINGS, ExitCode
 
+_stop_requested = False  # since `run` began; for `check_stop`
+
 ALWAYS = (ExitCode.DONE, ExitCode.FAULT, ExitCode.USAGE)
 STOPPABLE = (ExitCode.RESTART, ExitCode.INTERRUPTED)
 
@@ -124,17 +126,18 @@ def _fault(error: Exception, quote: bool) -> int:
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
     """The first SIGINT or SIGTERM raises KeyboardInterrupt; a second SIGINT ends the process at once with 130."""
-    asked = False
+    global _stop_requested
+    _stop_requested = False
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
+        global _stop_requested
+        if _stop_requested:
             if number == signal.SIGINT:
                 print("interrupted again: stopped at once", file=sys.stderr)
                 sys.stderr.flush()
                 os._exit(ExitCode.INTERRUPTED)
             return  # a second SIGTERM must not disturb the clean-up of the first
-        asked = True
+        _stop_requested = True
         raise KeyboardInterrupt
 
     try:
@@ -147,6 +150,15 @@ def _signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def check_stop() -> None:
+    """Raises KeyboardInterrupt where a signal has asked to stop, for before a step that must not happen after one.
+
+    The exception of the signal itself can be lost: Python drops it inside callbacks and destructors, and libraries catch it.
+    """
+    if _stop_requested:
+        raise KeyboardInterrupt
 
 
 def ignore_working_directory() -> None:
@@ -168,7 +180,7 @@ def ignore_working_directory() -> None:
         sys.path[:] = before
 
 
-def check_json(file: str | None) -> None:
+def check_json(file: str | None, option: str = "--json") -> None:
     """Refuses a result file that could not be written, before work is spent on it.
 
     Raises:
@@ -178,9 +190,9 @@ def check_json(file: str | None) -> None:
         return
     path = Path(file)
     if path.is_dir():
-        raise UserError(f"--json={file} is a folder; name a file in it")
+        raise UserError(f"{option}={file} is a folder; name a file in it")
     if not path.absolute().parent.is_dir():
-        raise UserError(f"--json={file}: there is no folder {path.parent}; make it first")
+        raise UserError(f"{option}={file}: there is no folder {path.parent}; make it first")
 
 
 def write_json(file: str | None, content: Any) -> None:

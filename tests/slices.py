@@ -8,6 +8,16 @@ from data_pipeline.format.records import DecodedSlice, SliceFacts
 from data_pipeline.format.shards import SliceSource
 
 
+def decoded(
+    pixels: np.ndarray, facts: SliceFacts, modality: str = "CT", plane: str = "axial", body_part: str = ""
+) -> DecodedSlice:
+    """A slice that says nothing else of itself."""
+    return DecodedSlice(
+        pixels=pixels, facts=facts, mean=0.0, std=1.0, body_box=(0, 0, *pixels.shape), spacing=(1.0, 1.0, 1.0),
+        modality=modality, plane=plane, body_part=body_part, series="s", patient="p",
+    )  # fmt: skip
+
+
 class FakeSlices(SliceSource):
     """A SliceSource whose slices a subclass makes up, together with `split`, `largest` and the length."""
 

@@ -72,7 +72,12 @@ WRONG = [
     ("curia_jax.evaluate", "--checkpoint={tmp}/missing --shards={shards} --label=lesion", 2, "missing"),
     ("curia_jax.evaluate", "--checkpoint={tmp} --shards={shards} --label=lesion --batch-size=0", 2, "--batch-size"),
     ("curia_jax.evaluate", "--checkpoint={tmp} --shards={shards} --label=lesion --draws=0", 2, "--draws"),
-    ("curia_jax.report", "--workdir={tmp}/missing --output={tmp}/page.html", 2, "missing"),
+    (
+        "curia_jax.report",
+        "--run={tmp}/missing --shards={shards} --results={tmp}/r.json --output={tmp}/p.html",
+        2,
+        "missing",
+    ),
     ("curia_jax.demo", "--data={tmp}/missing --output={tmp}/demo", 2, "missing"),
 ]
 

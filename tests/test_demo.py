@@ -1,4 +1,4 @@
-"""The demo's stages, with stand-ins for the commands; the real ones run in the slow test at the end."""
+"""The demo's stages, with fake commands; the real ones run in the slow test at the end."""
 
 import json
 import os
@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from curia_jax import demo
+from curia_jax.evaluate import results
+from tests.scores import make_score
 
-# Every stand-in writes what the real command would leave, and the words it was called with.
-STAND_IN = r"""
+# Writes what the real command would write, and logs the call.
+FAKE_COMMAND = r"""
 import json, os, signal, sys, time
 from pathlib import Path
 
@@ -62,9 +64,7 @@ if module == "data_pipeline.build":
     Path(options["output"]).mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows), Path(options["output"]) / "index.parquet")
 elif module == "curia_jax.evaluate":
-    row = {"task": options["label"], "backbone": "checkpoint", "head": "knn", "metric": "auroc"}
-    row |= {"value": 0.8, "low": 0.7, "high": 0.9}
-    Path(options["json"]).write_text(json.dumps([row]))
+    Path(options["json"]).write_text(os.environ["ROWS"])
 elif module == "curia_jax.report":
     output = Path(options["output"])
     assert json.loads(Path(options["timeline"]).read_text())["next"]
@@ -77,8 +77,9 @@ else:
         (output / "labels.csv").write_text("file,region,lesion\\ndicom/a/0.dcm,chest,1\\n")
 """
 
-# Children are started in other folders, and have to find the code under test there.
+# Children are started in other folders and have to find the code under test.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(demo.__file__).parents[1])}
+ROWS = json.dumps(results.rows([make_score("lesion", head="knn")]))
 
 PHANTOM_CALLS = [
     "data_pipeline.phantom", "data_pipeline.build", "curia_jax.pretrain", "curia_jax.pretrain",
@@ -87,10 +88,11 @@ PHANTOM_CALLS = [
 
 
 @pytest.fixture
-def stand_ins(tmp_path, monkeypatch) -> Path:
-    """An empty current folder in which `python -m x …` runs the stand-in of x."""
-    script = tmp_path / "stand_in.py"
-    script.write_text(STAND_IN)
+def workplace(tmp_path, monkeypatch) -> Path:
+    """An empty working directory in which `python -m x …` runs the fake of x."""
+    monkeypatch.setenv("ROWS", ROWS)
+    script = tmp_path / "fake_command.py"
+    script.write_text(FAKE_COMMAND)
     here = types.SimpleNamespace(
         Popen=lambda words, env: subprocess.Popen([sys.executable, str(script), words[2], *words[3:]], env=env)
     )
@@ -112,10 +114,10 @@ def events(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "demo/run/events.jsonl").read_text().splitlines()]
 
 
-def test_every_command_runs_once_and_training_is_interrupted_half_way(stand_ins, capfd) -> None:
+def test_every_command_runs_and_training_is_interrupted(workplace, capfd) -> None:
     assert demo.main([]) == 0
-    assert calls(stand_ins) == PHANTOM_CALLS
-    _, preempted, resumed, finished = events(stand_ins)
+    assert calls(workplace) == PHANTOM_CALLS
+    _, preempted, resumed, finished = events(workplace)
     assert preempted["event"] == "preempted" and 20 <= preempted["step"] < 40
     assert resumed["examples_seen"] == preempted["examples_seen"] and finished["step"] == 40
     shown = capfd.readouterr()
@@ -125,17 +127,17 @@ def test_every_command_runs_once_and_training_is_interrupted_half_way(stand_ins,
     assert f"interrupted after {preempted['examples_seen']:,} examples, resumed with the very next one" in shown.err
     assert "report: demo/report.html" in shown.err
     assert shown.err.rstrip().splitlines()[-2].strip() == "tensorboard --logdir=demo/run/tensorboard"
-    assert {path.name for path in (stand_ins / "demo").iterdir()} == {
+    assert {path.name for path in (workplace / "demo").iterdir()} == {
         "phantom", "labels.csv", "shards.key", "shards", "run", "weights", "results.json", "report.html",
         "report_pictures", "demo.json",
     }  # fmt: skip
 
 
-def test_started_again_it_does_nothing_again(stand_ins, capfd) -> None:
+def test_finished_demo_runs_nothing_again(workplace, capfd) -> None:
     demo.main([])
-    calls(stand_ins)
+    calls(workplace)
     assert demo.main([]) == 0
-    assert calls(stand_ins) == []
+    assert calls(workplace) == []
     assert "[2/7] exams to slice shards: done before" in capfd.readouterr().err
 
 
@@ -147,145 +149,155 @@ def test_started_again_it_does_nothing_again(stand_ins, capfd) -> None:
         ("weights", PHANTOM_CALLS[4:]),
     ],
 )
-def test_what_was_removed_is_made_again_with_what_follows(stand_ins, lost: str, again: list[str]) -> None:
+def test_removed_output_reruns_its_stage_and_later_ones(workplace, lost: str, again: list[str]) -> None:
     demo.main([])
-    calls(stand_ins)
-    path = stand_ins / "demo" / lost
-    path.rename(stand_ins / "elsewhere")
+    calls(workplace)
+    path = workplace / "demo" / lost
+    path.rename(workplace / "elsewhere")
     assert demo.main([]) == 0
-    assert calls(stand_ins) == again
+    assert calls(workplace) == again
     assert path.exists()
 
 
-def test_other_settings_and_other_inputs_begin_where_they_matter(stand_ins) -> None:
+def test_changed_inputs_rerun_affected_stages(workplace) -> None:
     demo.main([])
-    calls(stand_ins)
+    calls(workplace)
     assert demo.main(["--config.batch_size=16"]) == 0
-    assert calls(stand_ins) == PHANTOM_CALLS[2:]
-    exams = stand_ins / "exams"
+    assert calls(workplace) == PHANTOM_CALLS[2:]
+    exams = workplace / "exams"
     exams.mkdir()
     (exams / "a.dcm").write_bytes(b"first")
     assert demo.main(["--data=exams"]) == 0
-    assert calls(stand_ins) == PHANTOM_CALLS[1:]
+    assert calls(workplace) == PHANTOM_CALLS[1:]
     (exams / "b.dcm").write_bytes(b"second")
     assert demo.main(["--data=exams"]) == 0
-    assert calls(stand_ins) == PHANTOM_CALLS[1:]
+    assert calls(workplace) == PHANTOM_CALLS[1:]
 
 
-def test_fresh_does_everything_again(stand_ins) -> None:
+def test_fresh_reruns_every_stage(workplace) -> None:
     demo.main([])
-    calls(stand_ins)
+    calls(workplace)
     assert demo.main(["--fresh"]) == 0
-    assert calls(stand_ins) == PHANTOM_CALLS
-    assert [event["event"] for event in events(stand_ins)] == ["started", "preempted", "resumed", "finished"]
+    assert calls(workplace) == PHANTOM_CALLS
+    assert [event["event"] for event in events(workplace)] == ["started", "preempted", "resumed", "finished"]
 
 
-def test_a_failed_stage_is_the_one_to_go_on_with(stand_ins, monkeypatch, capfd) -> None:
+@pytest.mark.parametrize("code", [1, 65, 75])
+def test_failed_stage_gives_exit_code_and_is_resumed(workplace, monkeypatch, capfd, code: int) -> None:
     monkeypatch.setenv("FAIL", "curia_jax.convert")
-    monkeypatch.setenv("CODE", "1")
-    assert demo.main([]) == 1
-    assert "error: exit code 1 from: python -m curia_jax.convert" in capfd.readouterr().err
-    calls(stand_ins)
+    monkeypatch.setenv("CODE", str(code))
+    assert demo.main([]) == code
+    assert f"exit code {code} from: python -m curia_jax.convert" in capfd.readouterr().err
+    calls(workplace)
     monkeypatch.delenv("FAIL")
     assert demo.main([]) == 0
-    assert calls(stand_ins) == PHANTOM_CALLS[4:]
+    assert calls(workplace) == PHANTOM_CALLS[4:]
 
 
-def test_bad_input_gives_one_line_and_exit_code_2(stand_ins, monkeypatch, capfd) -> None:
+def test_bad_input_is_one_line_and_exits_2(workplace, monkeypatch, capfd) -> None:
     assert demo.main(["--data=missing"]) == 2
     assert capfd.readouterr().err == "error: --data=missing does not exist; name a folder of DICOM or NIfTI files\n"
-    (stand_ins / "file").write_text("")
+    (workplace / "file").write_text("")
     assert demo.main(["--data=file"]) == 2
     assert "--data=file is a file" in capfd.readouterr().err
-    # What the build says about a folder is the one line there is.
+    # The build names the fault; the demo adds no error of its own.
     monkeypatch.setenv("FAIL", "data_pipeline.build")
     monkeypatch.setenv("CODE", "2")
-    (stand_ins / "empty").mkdir()
+    (workplace / "empty").mkdir()
     assert demo.main(["--data=empty"]) == 2
     errors = [line for line in capfd.readouterr().err.splitlines() if "rror" in line]
     assert errors == ["error: no usable file in the folder"]
 
 
-def test_a_folder_of_somebody_else_is_left_alone(stand_ins, capfd) -> None:
-    (stand_ins / "mine" / "shards").mkdir(parents=True)
+def test_foreign_output_folder_is_refused(workplace, capfd) -> None:
+    (workplace / "mine" / "shards").mkdir(parents=True)
     assert demo.main(["--output=mine", "--fresh"]) == 2
     assert "mine/shards exists, but was not made by this command" in capfd.readouterr().err
-    assert (stand_ins / "mine" / "shards").exists()
+    assert (workplace / "mine" / "shards").exists()
 
 
-def test_where_nothing_can_be_probed_it_says_so_and_goes_on(stand_ins, monkeypatch, capfd) -> None:
+def test_demo_continues_where_nothing_can_be_probed(workplace, monkeypatch, capfd) -> None:
     monkeypatch.setenv("LABELS", "none")
-    (stand_ins / "exams").mkdir()
+    (workplace / "exams").mkdir()
     assert demo.main(["--data=exams"]) == 0
-    assert "curia_jax.evaluate" not in calls(stand_ins)
-    assert json.loads((stand_ins / "demo/results.json").read_text()) == []
-    record = json.loads((stand_ins / "demo/demo.json").read_text())
+    assert "curia_jax.evaluate" not in calls(workplace)
+    assert json.loads((workplace / "demo/results.json").read_text()) == []
+    record = json.loads((workplace / "demo/demo.json").read_text())
     assert "of class 'CT'" in record["not_probed"]["modality"]
     assert "not probed: plane: every labelled slice of the test split is of class 'axial'" in capfd.readouterr().err
 
 
-def test_few_patients_without_a_training_split_are_all_trained_on(stand_ins, monkeypatch, capfd) -> None:
-    (stand_ins / "exams").mkdir()
+def test_patients_without_train_split_are_all_trained_on(workplace, monkeypatch, capfd) -> None:
+    (workplace / "exams").mkdir()
     monkeypatch.setenv("SPLITS", "test,validation")
     assert demo.main(["--data=exams"]) == 0
     assert "--config.data.split=test+validation" in capfd.readouterr().err
 
 
-def test_examples_left_out_by_the_resumed_run_are_an_error(stand_ins, monkeypatch, capfd) -> None:
+def test_examples_skipped_on_resume_are_an_error(workplace, monkeypatch, capfd) -> None:
     monkeypatch.setenv("SKIP", "1")
     assert demo.main([]) == 1
     assert "error: the run's log says" in capfd.readouterr().err
 
 
-def test_a_resumed_run_is_held_to_its_log() -> None:
-    stop = {"event": "preempted", "step": 3, "examples_seen": 12, "time": 1.0}
-    go_on = {"event": "resumed", "step": 3, "examples_seen": 12, "time": 2.0}
-    lines = [{"step": n, "examples_seen": 4 * n} for n in (1, 3, 4, 6)]
-    assert "resumed with the very next one (step 4 ends at 16)" in demo.check_resumed([stop, go_on], lines, 4)
+def test_check_resumed_compares_log_with_expected_order() -> None:
+    stop = demo.LogLine(3, 12, 1.0, "preempted")
+    resume = demo.LogLine(3, 12, 2.0, "resumed")
+    lines = [demo.LogLine(n, 4 * n) for n in (1, 3, 4, 6)]
+    assert "resumed with the very next one (step 4 ends at 16)" in demo.check_resumed([stop, resume], lines, 4)
     assert demo.check_resumed([], lines, 4) == "the run was never interrupted"
-    with pytest.raises(demo.Failed, match="stopped after 12 examples, but went on after 16"):
-        demo.check_resumed([stop, {**go_on, "examples_seen": 16}], lines, 4)
-    with pytest.raises(demo.Failed, match="no step after that"):
-        demo.check_resumed([stop, go_on], lines[:2], 4)
-    with pytest.raises(demo.Failed, match="says 16 examples at step 4, but 5 a step make 20"):
-        demo.check_resumed([stop, go_on], [{"step": 4, "examples_seen": 16}], 5)
+    with pytest.raises(demo.ResumeError, match="stopped after 12 examples, but resumed after 16"):
+        demo.check_resumed([stop, demo.LogLine(3, 16, 2.0, "resumed")], lines, 4)
+    with pytest.raises(demo.ResumeError, match="no step after that"):
+        demo.check_resumed([stop, resume], lines[:2], 4)
+    with pytest.raises(demo.ResumeError, match="says 16 examples at step 4, but 5 a step make 20"):
+        demo.check_resumed([stop, resume], [demo.LogLine(4, 16)], 5)
 
 
-def test_sigterm_is_passed_on_and_the_demo_can_be_started_again(stand_ins) -> None:
-    """The demo in a process of its own, stopped in its second training stage."""
-    script = str(stand_ins.parent / "stand_in.py")
+def test_sigterm_is_passed_on_and_demo_resumes(workplace) -> None:
+    """The demo runs in a process of its own and is stopped in its second training stage."""
+    script = str(workplace.parent / "fake_command.py")
     program = (
         "import subprocess, sys; from curia_jax import demo; real = subprocess.Popen; "
         f"subprocess.Popen = lambda words, env: real([sys.executable, {script!r}, words[2], *words[3:]], env=env); "
         "sys.exit(demo.main([]))"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    log = stand_ins / "demo/run/events.jsonl"
+    log = workplace / "demo/run/events.jsonl"
     deadline = time.monotonic() + 60
     while not (log.exists() and "resumed" in log.read_text()):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 75 and "start the same command again" in err
-    assert events(stand_ins)[-1]["event"] == "preempted"
-    calls(stand_ins)
+    assert process.returncode == 75 and err.rstrip().endswith("rerun the same command to resume")
+    assert events(workplace)[-1]["event"] == "preempted"
+    calls(workplace)
     assert demo.main([]) == 0
-    assert calls(stand_ins) == PHANTOM_CALLS[3:]
-    assert events(stand_ins)[-1]["step"] == 40
+    assert calls(workplace) == PHANTOM_CALLS[3:]
+    assert events(workplace)[-1]["step"] == 40
 
 
-def test_help_teaches(capsys) -> None:
-    with pytest.raises(SystemExit) as stop:
-        demo.main(["--help"])
-    assert stop.value.code == 0
+def test_help_has_examples(capsys) -> None:
+    assert demo.main(["--help"]) == 0
     assert "python -m curia_jax.demo --data=/path/to/exams --output=mine" in capsys.readouterr().out
 
 
-def test_a_typo_is_wrong_usage() -> None:
-    with pytest.raises(SystemExit) as stop:
-        demo.main(["--dta=x"])
-    assert stop.value.code == 2
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("--dta=x", "unrecognized arguments: --dta=x"),
+        ("--patients=0", "error: --patients is 0; it has to be at least 1"),
+        ("--workers=0", "error: --workers is 0; it has to be at least 1"),
+        ("--config.model.widht=64", "error: no config field 'model.widht'"),
+        ("--output=file", "error: --output=file is a file; name a folder"),
+    ],
+)
+def test_wrong_option_exits_2_before_anything_runs(workplace, capfd, word: str, message: str) -> None:
+    (workplace / "file").write_text("")
+    assert demo.main([word]) == 2
+    assert message in capfd.readouterr().err
+    assert [path.name for path in workplace.iterdir()] == ["file"]
 
 
 class Images(HTMLParser):
@@ -300,10 +312,10 @@ class Images(HTMLParser):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_whole_demo(tmp_path) -> None:
+def test_whole_demo(tmp_path) -> None:
     words = [sys.executable, "-m", "curia_jax.demo", f"--output={tmp_path / 'demo'}"]
     began = time.monotonic()
-    done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT)
+    done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     assert time.monotonic() - began < 600
     folder = tmp_path / "demo"

@@ -1,1 +1,1 @@
-"""Checkpoints to PyTorch: safetensors in the names that transformers and timm load, checked before they appear."""
+"""Checkpoints to PyTorch safetensors, and the checks that these compute what the trained model does."""

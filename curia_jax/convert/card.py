@@ -1,10 +1,13 @@
-"""What a reader of the exported folder has to know: where the weights come from and what pixels they expect."""
+"""What a reader of the exported folder has to know: where the weights come from and how pixels are prepared for them."""
 
+import dataclasses
+import json
 from collections.abc import Mapping
-from typing import Any
 
-from curia_common.errors import UserError
-from curia_jax.convert.folder import OWN
+import ml_collections
+
+from curia_common.errors import DataError
+from curia_jax.convert.folder import OWN, Json
 from curia_jax.convert.layouts import Layout
 from curia_jax.models import mae, vit
 
@@ -12,98 +15,168 @@ PATCH_ORDER = "row, column, channel"  # of the values in a patch, as decoder_pre
 GELU = {"gelu": "exact (erf)", "gelu_tanh": "tanh approximation"}
 
 
-def recipe(settings: Mapping[str, Any], config: vit.ViTConfig) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """Where the weights come from.
+
+    Attributes:
+      run: name of the work directory; None where unknown.
+      step, examples_seen: of the checkpoint.
+      encoder_sha256: `trained_model.digest` of the encoder.
+      version: of this project, at conversion.
+    """
+
+    run: str | None
+    step: int
+    examples_seen: int
+    encoder_sha256: str
+    version: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
     """How a slice becomes the encoder's input, as `augment.evaluation_view` does it.
 
+    Attributes:
+      hu_window: lower and upper edge in HU; other units take the slice's own 0.5 and 99.5 percentile.
+      size: (height, width) in px; the whole slice is resized, the aspect ratio is not kept.
+      resample: "bicubic" or "bilinear", antialiased.
+      image_mean, image_std: of values scaled to [0, 1].
+      channels: of the encoder.
+    """
+
+    hu_window: tuple[float, float]
+    size: tuple[int, int]
+    resample: str
+    image_mean: float
+    image_std: float
+    channels: int
+
+    def to_json(self) -> Json:
+        return {
+            "hu_window": list(self.hu_window),
+            "percentiles_unless_hu": [0.5, 99.5],
+            "percentile_method": "inverted_cdf",
+            "scale_to": [0.0, 1.0],
+            "size": list(self.size),
+            "fit": "squash",
+            "resample": self.resample,
+            "antialias": True,
+            "image_mean": self.image_mean,
+            "image_std": self.image_std,
+            "channels": self.channels,
+        }
+
+
+def recipe(settings: ml_collections.ConfigDict, encoder: vit.ViTConfig) -> Recipe:
+    """The recipe of a run.
+
     Args:
-      settings: `augment` part of the run's config.
+      settings: `augment` settings of the run.
 
     Raises:
-      UserError: a setting is missing.
+      DataError: a setting is missing.
     """
-    try:
-        window, kernel = settings["hu_window"], settings["resample"]
-        mean, std = settings["image_mean"], settings["image_std"]
-    except KeyError as error:
-        raise UserError(
-            f"the checkpoint's config has no augment.{error.args[0]}, which the preprocessing is from; "
-            "convert it with the version that trained it"
-        ) from None
-    return {
-        "hu_window": [float(edge) for edge in window],
-        "percentiles_unless_hu": [0.5, 99.5],
-        "percentile_method": "inverted_cdf",
-        "scale_to": [0.0, 1.0],
-        "size": list(config.image_size),
-        "fit": "squash",
-        "resample": kernel,
-        "antialias": True,
-        "image_mean": float(mean),
-        "image_std": float(std),
-        "channels": config.channels,
+    plain: Json = settings.to_dict()
+    for name in ("hu_window", "resample", "image_mean", "image_std"):
+        if name not in plain:
+            raise DataError(
+                f"the checkpoint's config has no augment.{name}, so that the preprocessing is unknown; convert it with the "
+                "version that trained it"
+            )
+    low, high = plain["hu_window"]
+    return Recipe(
+        hu_window=(float(low), float(high)), size=encoder.image_size, resample=plain["resample"],
+        image_mean=float(plain["image_mean"]), image_std=float(plain["image_std"]), channels=encoder.channels,
+    )  # fmt: skip
+
+
+# ---- what goes into the files
+
+
+def safetensors_metadata(
+    layout: Layout, encoder: vit.ViTConfig, recipe: Recipe, provenance: Provenance
+) -> Mapping[str, str]:
+    """Our own keys of the safetensors header."""
+    steps = recipe.to_json()
+    header = {
+        **_own(layout, encoder, provenance), "patch_order": PATCH_ORDER, "layer_norm_eps": encoder.layer_norm_eps,
+        **{key: steps[key] for key in ("hu_window", "image_mean", "image_std")},
+    }  # fmt: skip
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in header.items()}
+
+
+def config_json(layout: Layout, config: mae.MAEConfig, recipe: Recipe, provenance: Provenance) -> Json:
+    """config.json: what the class reads, and provenance under our own key."""
+    content, own = layout.config(config), _own(layout, config.encoder, provenance)
+    if layout.for_transformers:
+        return content | {OWN: own}
+    # What timm's pretrained_cfg can say of the recipe: everything after the window has scaled a slice to [0, 1].
+    told = {
+        "interpolation": recipe.resample,
+        "crop_pct": 1.0,
+        "crop_mode": "squash",
+        "mean": [recipe.image_mean] * recipe.channels,
+        "std": [recipe.image_std] * recipe.channels,
+    }
+    return content | {
+        "pretrained_cfg": content["pretrained_cfg"] | told,
+        OWN: own | {"preprocessing": recipe.to_json()},
     }
 
 
-def preprocessor(steps: Mapping[str, Any]) -> dict[str, Any]:
-    """preprocessor_config.json: a processor that leaves pixels alone, and the real recipe under our own key.
+def _own(layout: Layout, encoder: vit.ViTConfig, provenance: Provenance) -> Json:
+    return {
+        "layout": layout.name,
+        **dataclasses.asdict(provenance),
+        "image_size": list(encoder.image_size),
+        "gelu": GELU[encoder.activation],
+    }
 
-    The image processors of transformers cannot express it: they resize by way of 8 bits and know no window in HU.
+
+def preprocessor_json(recipe: Recipe) -> Json:
+    """preprocessor_config.json: a processor that does not change pixels, and the recipe under our own key.
+
+    The image processors of transformers cannot express it: they resize in 8 bits and know no window in HU.
     """
-    height, width = steps["size"]
+    height, width = recipe.size
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": False,
         "size": {"height": height, "width": width},
-        "resample": {"bilinear": 2, "bicubic": 3}[steps["resample"]],
+        "resample": {"bilinear": 2, "bicubic": 3}[recipe.resample],
         "do_rescale": False,
         "rescale_factor": 1.0,
         "do_normalize": False,
-        "image_mean": [steps["image_mean"]] * steps["channels"],
-        "image_std": [steps["image_std"]] * steps["channels"],
+        "image_mean": [recipe.image_mean] * recipe.channels,
+        "image_std": [recipe.image_std] * recipe.channels,
         "do_convert_rgb": False,
-        OWN: dict(steps),
+        OWN: recipe.to_json(),
     }
 
 
-def timm_input(steps: Mapping[str, Any]) -> dict[str, Any]:
-    """What timm's pretrained_cfg can say of the recipe: all that comes after the window has made [0, 1] of a slice."""
-    return {
-        "interpolation": steps["resample"],
-        "crop_pct": 1.0,
-        "crop_mode": "squash",
-        "mean": [steps["image_mean"]] * steps["channels"],
-        "std": [steps["image_std"]] * steps["channels"],
-    }
-
-
-def text(
-    layout: Layout, config: mae.MAEConfig, steps: Mapping[str, Any], provenance: Mapping[str, Any], parameters: int
-) -> str:
-    """README.md.
+def text(layout: Layout, config: mae.MAEConfig, recipe: Recipe, provenance: Provenance, parameters: int) -> str:
+    """The model card, README.md.
 
     Args:
-      steps: from `recipe`.
-      provenance: run (None where unknown), step, examples_seen, encoder_sha256.
       parameters: trained values in the file.
     """
+    # No pipeline_tag: the pipelines of transformers read images as 8-bit RGB, which is not what the encoder takes.
     encoder = config.encoder
     height, width = encoder.image_size
     patch = " x ".join(map(str, encoder.patch_size))
-    run = f"run {provenance['run']}, " if provenance["run"] else ""
-    what = (
-        "Masked autoencoder (encoder and decoder)" if "decoder" in layout.parts else "Encoder of a masked autoencoder"
-    )
+    run = f"run {provenance.run}, " if provenance.run else ""
+    what = "Masked autoencoder (encoder and decoder)" if layout.has_decoder else "Encoder of a masked autoencoder"
     return f"""---
 library_name: {"transformers" if layout.for_transformers else "timm"}
-pipeline_tag: image-feature-extraction
 tags: [medical-imaging, ct, mri, masked-autoencoder]
 ---
 
 # ViT of {encoder.depth} blocks, width {encoder.width}, patches of {patch} px, for CT and MR slices
 
 {what}, pretrained with curia_jax, {parameters / 1e6:.2f} M parameters, float32.
-From {run}step {provenance["step"]:,} ({provenance["examples_seen"]:,} examples seen); encoder weights
-`{provenance["encoder_sha256"]}`.
+From {run}step {provenance.step:,} ({provenance.examples_seen:,} examples seen); encoder weights
+`{provenance.encoder_sha256}`; converted with curia_jax {provenance.version}.
 
 ## Load
 
@@ -111,22 +184,26 @@ From {run}step {provenance["step"]:,} ({provenance["examples_seen"]:,} examples 
 {_load(layout)}
 ```
 
-`pixel_values` is float32, batch x {encoder.channels} x {height} x {width}. {_result(layout)}
+`pixel_values` is float32, batch x {encoder.channels} x {height} x {width}. {_result(layout, config)}
 
 ## Input
 
-{_input(steps)}
-The image processor of this folder, if there is one, hands arrays on unchanged. The recipe is in
+{_input(recipe)}
+The image processor of this folder, if there is one, does not change arrays. The recipe is in
 `{"preprocessor_config.json" if layout.for_transformers else "config.json"}` under the key `{OWN}`.
+
+DICOM files other than CT whose PhotometricInterpretation is MONOCHROME1 store bright as low. They were inverted before
+training, so that larger values are brighter: replace a stored value v of b bits with 2^b - 1 - v (signed: -1 - v), then
+apply the rescale slope and intercept. HU are never inverted.
 
 ## Details that change the numbers
 
 LayerNorm epsilon {encoder.layer_norm_eps:g}; GELU {GELU[encoder.activation]}; fixed 2-D sin-cos positions for
-{encoder.grid[0]} x {encoder.grid[1]} patches (convert again with `--image-size` for another size: interpolated
-positions are others). CLS is the first token; no training loss acted on it directly, so compare it with the mean of
+{encoder.grid[0]} x {encoder.grid[1]} patches (for another image size convert again with `--image-size`: interpolated
+positions differ). CLS is the first token; no training loss acted on it directly, so compare it with the mean of
 the patch tokens before you rely on it.
 
-Before this folder appeared, it was read back and compared with the model that was trained.
+This folder was read back and compared with the trained model before it was published.
 """
 
 
@@ -138,44 +215,49 @@ def _load(layout: Layout) -> str:
             "tokens = model.forward_features(pixel_values)"
         )
     extra = ", add_pooling_layer=False" if layout.name == "vit" else ""
-    call = {"vit_mae": "output = model(pixel_values)"}.get(
-        layout.name, "tokens = model(pixel_values).last_hidden_state"
-    )
+    call = "output = model(pixel_values)" if layout.has_decoder else "tokens = model(pixel_values).last_hidden_state"
     return (
         f"from transformers import {layout.target}\n\n"
         f'model = {layout.target}.from_pretrained("FOLDER"{extra}).eval()\n{call}'
     )
 
 
-def _result(layout: Layout) -> str:
-    if layout.name == "vit_mae":
-        return (
-            "`output.logits` are the predicted patches, `output.loss` the training loss; every call hides other "
-            f"patches unless `noise` is given. Values of a patch are in the order {PATCH_ORDER}. For features take "
-            "the layouts vit, dinov2 or timm."
-        )
-    return "`tokens[:, 0]` is CLS, `tokens[:, 1:]` are the patches row by row, after the final norm."
+def _result(layout: Layout, config: mae.MAEConfig) -> str:
+    if not layout.has_decoder:
+        return "`tokens[:, 0]` is CLS, `tokens[:, 1:]` are the patches row by row, after the final norm."
+    units = (
+        "Predictions are standardised patches (norm_pix): to see pixels, multiply each by sqrt(variance + "
+        f"{config.norm_pix_eps:g}) of the original patch (unbiased variance) and add its mean. The grey level of a hidden "
+        "patch is therefore not predicted."
+        if config.norm_pix
+        else "Predictions are in the units of `pixel_values` (no norm_pix)."
+    )
+    return (
+        "`output.logits` are the predicted patches, `output.loss` the training loss; every call hides other "
+        f"patches unless `noise` is given. Values of a patch are in the order {PATCH_ORDER}. {units} For features use "
+        "the layouts vit, dinov2 or timm."
+    )
 
 
-def _input(steps: Mapping[str, Any]) -> str:
-    low, high = steps["hu_window"]
-    height, width = steps["size"]
+def _input(recipe: Recipe) -> str:
+    low, high = recipe.hu_window
+    height, width = recipe.size
+    alike = "alike:" if recipe.channels == 1 else f"alike; {recipe.channels} channels, each:"
     told = (
-        f"CT in Hounsfield units, cut to {low:g} … {high:g}; any other modality cut to its own 0.5 and 99.5 percentile. "
-        f"Then scaled to [0, 1], the whole slice resized to {height} x {width} ({steps['resample']}, antialiased, "
-        "aspect ratio not kept) and normalised, every image alike:"
+        f"CT in Hounsfield units, clipped to {low:g} … {high:g}; any other modality clipped to its own 0.5 and 99.5 percentile. "
+        f"Then scaled to [0, 1], the whole slice resized to {height} x {width} ({recipe.resample}, antialiased, "
+        f"aspect ratio not kept) and normalised, every image {alike}"
     )
     code = f'''import numpy as np
 import torch
 
 
 def prepare(pixels, hu):
-    """A slice, rows x columns, in HU (hu=True) or in any other unit, to pixel_values."""
+    """A slice of any number type, rows x columns, in HU (hu=True) or in any other unit, to pixel_values."""
+    pixels = np.asarray(pixels, np.float64)  # before any arithmetic: integers wrap around
     low, high = ({low}, {high}) if hu else np.percentile(pixels, (0.5, 99.5), method="inverted_cdf")
     x = np.clip((pixels - low) / max(high - low, 1e-6), 0, 1)
     x = torch.tensor(x, dtype=torch.float32)[None, None]
-    x = torch.nn.functional.interpolate(x, ({height}, {width}), mode="{steps["resample"]}", antialias=True)
-    return (x - {steps["image_mean"]}) / {steps["image_std"]}'''
-    if steps["channels"] != 1:
-        told = told.replace("alike:", f"alike; {steps['channels']} channels, each:")
+    x = torch.nn.functional.interpolate(x, ({height}, {width}), mode="{recipe.resample}", antialias=True)
+    return (x - {recipe.image_mean}) / {recipe.image_std}'''
     return f"{told}\n\n```python\n{code}\n```\n"

@@ -1,16 +1,17 @@
-"""Is the written folder the trained model? Read back, run by programs that are not ours, and compared.
+"""Checks that a written folder computes what the trained model does.
 
-Every check starts from the files alone. Differences are in units of max(1, |value|, root mean square of all values), so
-that they are absolute for features of ordinary size and relative for large ones, as float32 rounds.
+Each check reads the files back, runs them with code that is not the JAX model, and compares. Differences are in units of
+max(1, |value|, root mean square of all values): absolute for features of ordinary size and relative for large ones, as
+float32 rounds.
 """
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +20,16 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import Float
 
-from curia_common.errors import UserError
+from curia_common.errors import DataError
 from curia_jax.convert import numpy_forward
 from curia_jax.convert.folder import CONFIG, WEIGHTS
 from curia_jax.convert.layouts import Layout
 from curia_jax.models import mae, vit
+from curia_jax.models.params import Params
 
-# float32 rounds to 6e-8 of a value, and a ViT's residual stream collects a few dozen such roundings, more or less at
-# random: ViT-B and -L differ by up to 5e-6 from float64. Twice that is allowed; a wrong epsilon or GELU makes 3e-5 to
-# 1e-2, a wrong tensor 1e-2 and more.
+# float32 rounds to 6e-8 of a value, and a ViT's residual stream collects a few dozen such errors at random: ViT-B and -L
+# differ by up to 5e-6 from float64. Twice that is allowed; a wrong epsilon or GELU makes 3e-5 to 1e-2, a wrong tensor
+# 1e-2 and more.
 TOLERANCE = 1e-5
 
 IMAGES = ("random", "half constant", "zeros")
@@ -39,19 +41,23 @@ _AXES = {
 Results = Mapping[str, Float[np.ndarray, "..."]]
 
 
-class CheckFailed(Exception):
-    """The written folder is not the trained model; the message says how and where they differ."""
+class CheckFailed(DataError):
+    """The written folder does not compute what the trained model does; the message says how and where they differ."""
+
+
+class NotUsable(Exception):
+    """A package is missing or broken; the message says which and why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One comparison that held.
+    """One comparison that passed.
 
     Attributes:
       by: what read the folder: "file", "NumPy", "transformers 5.23.0", …
       what: tensors, keys, features, prediction, mask or loss.
       difference: the largest; 0 for equal tensors and for keys that all matched.
-      allowed: largest difference with which a check holds.
+      allowed: largest difference that passes.
     """
 
     by: str
@@ -60,10 +66,23 @@ class Check:
     allowed: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Result of all checks of a folder.
+
+    Attributes:
+      held: the comparisons that passed; one that fails raises instead.
+      not_run: package -> why it was not run.
+    """
+
+    held: tuple[Check, ...]
+    not_run: Mapping[str, str]
+
+
 def inputs(
     config: vit.ViTConfig,
 ) -> tuple[Float[np.ndarray, "batch rows columns channels"], Float[np.ndarray, "batch patches"]]:
-    """Images, one for each of IMAGES, and masking noise. Patches without any variance show a wrong epsilon best."""
+    """Images, one for each of IMAGES, and masking noise. Patches without variance show a wrong epsilon best."""
     random = np.random.default_rng(0)
     images = random.standard_normal((len(IMAGES), *config.image_size, config.channels), np.float32)
     images[1, : config.image_size[0] // 2] = 0.5  # sums of it are exact in float32
@@ -71,11 +90,11 @@ def inputs(
     return images, random.random((len(IMAGES), config.patches), np.float32)
 
 
-def trained(config: mae.MAEConfig, params: Mapping[str, Any], *, decoder: bool) -> Results:
-    """What the JAX model computes for `inputs`, in float32: features, and prediction, mask and loss with `decoder`.
+def run_jax(config: mae.MAEConfig, params: Params, *, decoder: bool) -> Results:
+    """What the JAX model computes for `inputs`, in float32: features; with `decoder` also prediction, mask and loss.
 
     Raises:
-      UserError: something is not finite.
+      DataError: a result is not finite.
     """
     config = dataclasses.replace(
         config, encoder=dataclasses.replace(config.encoder, dtype="float32", remat="none", unroll=1)
@@ -83,7 +102,7 @@ def trained(config: mae.MAEConfig, params: Mapping[str, Any], *, decoder: bool) 
     images, noise = (jnp.asarray(array) for array in inputs(config.encoder))
 
     @jax.jit
-    def run(params: Any) -> dict[str, jax.Array]:
+    def run(params: Params) -> dict[str, jax.Array]:
         results = {"features": vit.bind(config.encoder, params["encoder"])(images)}
         if decoder:
             output = mae.bind(config, params)(images, noise)
@@ -93,54 +112,47 @@ def trained(config: mae.MAEConfig, params: Mapping[str, Any], *, decoder: bool) 
     results = jax.device_get(run(params if decoder else {"encoder": params["encoder"]}))
     for what, values in results.items():
         if not np.isfinite(values).all():
-            raise UserError(f"the checkpoint's {what} is not finite; convert an earlier one with --step")
+            raise DataError(f"the checkpoint's {what} is not finite; convert an earlier one with --step")
     return results
 
 
 def run(
     folder: Path, layout: Layout, config: mae.MAEConfig, wanted: Results, tensors: Mapping[str, np.ndarray]
-) -> tuple[list[Check], dict[str, str]]:
+) -> Report:
     """All checks that this machine can run.
 
     Args:
-      wanted: what `trained` gave.
+      wanted: from `run_jax`.
       tensors: what was to be written.
 
-    Returns:
-      The checks that held, and the programs that were not run, each with its reason.
-
     Raises:
-      CheckFailed: one did not hold.
+      CheckFailed: a comparison failed.
     """
     images, noise = inputs(config.encoder)
-    done = [same_file(folder, tensors), *by_numpy(folder, layout.name, images, noise, wanted)]
-    not_run: dict[str, str] = {}
-    if layout.for_transformers:
-        packages, check = ("torch", "transformers"), by_transformers
-    else:
-        packages, check = ("torch", "timm"), by_timm
+    held = [compare_file(folder, tensors), *compare_numpy(folder, layout.name, images, noise, wanted)]
+    package, check = ("transformers", compare_transformers) if layout.for_transformers else ("timm", compare_timm)
     try:
-        for package in packages:
-            _import(package)
-        done += check(folder, layout.name, images, noise, wanted)
+        import_package("torch")
+        import_package(package)
+        held += check(folder, layout.name, images, noise, wanted)
     except NotUsable as error:
-        not_run[packages[-1]] = str(error)
-    return done, not_run
+        return Report(tuple(held), {package: str(error)})
+    return Report(tuple(held), {})
 
 
 # ---- comparing
 
 
 def differences(found: Results, wanted: Results) -> dict[str, tuple[float, tuple[int, ...]]]:
-    """For every array of `wanted`, the largest difference to the one of `found` and its place.
+    """The largest difference of each array in `wanted` to the one in `found`, and its index.
 
-    The unit is max(1, |wanted|, root mean square of wanted), element by element; not finite counts as infinitely far.
+    In units of max(1, |wanted|, root mean square of wanted), element by element; what is not finite is infinitely far.
     """
     worst = {}
     for what, values in wanted.items():
         result, values = np.asarray(found[what], np.float64), np.asarray(values, np.float64)
         if result.shape != values.shape:
-            raise CheckFailed(f"{what} has the shape {result.shape}, that of the trained model {values.shape}")
+            raise CheckFailed(f"{what} has the shape {result.shape}, but {values.shape} in the trained model")
         size = np.maximum(np.abs(values), max(1.0, math.sqrt(np.mean(np.square(values)))))
         difference = np.nan_to_num(np.abs(result - values) / size, nan=np.inf, posinf=np.inf)
         place = np.unravel_index(int(difference.argmax()), difference.shape)
@@ -152,7 +164,7 @@ def compare(by: str, found: Results, wanted: Results) -> list[Check]:
     """Every array of `wanted` against the one of `found`.
 
     Raises:
-      CheckFailed: at least one differs by more than is allowed; the message has the worst of them.
+      CheckFailed: at least one differs by more than is allowed; the message has the worst.
     """
     held, failed = [], []
     for what, (worst, place) in differences(found, wanted).items():
@@ -169,21 +181,18 @@ def compare(by: str, found: Results, wanted: Results) -> list[Check]:
     return held
 
 
-# ---- the file itself
-
-
-def same_file(folder: Path, tensors: Mapping[str, np.ndarray]) -> Check:
+def compare_file(folder: Path, tensors: Mapping[str, np.ndarray]) -> Check:
     """Every tensor of the file, bit by bit.
 
     Raises:
-      CheckFailed: a name, type, shape or value is another.
+      CheckFailed: a name, type, shape or value differs.
     """
     written = safetensors.numpy.load_file(folder / WEIGHTS)
     with safetensors.safe_open(folder / WEIGHTS, framework="numpy") as file:
         if file.metadata().get("format") != "pt":
-            raise CheckFailed(f"{WEIGHTS} does not carry the metadata format=pt")
+            raise CheckFailed(f"{WEIGHTS} lacks the metadata format=pt")
     if names := sorted(set(written) ^ set(tensors)):
-        raise CheckFailed(f"{WEIGHTS}: {names[0]} is on one side alone, in the file or in the model")
+        raise CheckFailed(f"{WEIGHTS}: {names[0]} is in the file or in the model, but not in both")
     for name, values in tensors.items():
         found = written[name]
         if (found.dtype, found.shape) != (np.dtype(np.float32), values.shape):
@@ -196,55 +205,64 @@ def same_file(folder: Path, tensors: Mapping[str, np.ndarray]) -> Check:
 # ---- NumPy
 
 
-def by_numpy(folder: Path, layout: str, images: np.ndarray, noise: np.ndarray, wanted: Results) -> list[Check]:
+def compare_numpy(
+    folder: Path,
+    layout: str,
+    images: Float[np.ndarray, "batch rows columns channels"],
+    noise: Float[np.ndarray, "batch patches"],
+    wanted: Results,
+) -> list[Check]:
     """The forward pass of numpy_forward.
 
     Raises:
       CheckFailed: it does not run, leaves tensors unused or computes something else.
     """
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    tensors = numpy_forward.Tensors(safetensors.numpy.load_file(folder / WEIGHTS))
     pixels = images.transpose(0, 3, 1, 2)
     try:
-        found = {"features": numpy_forward.features(layout, config, tensors, pixels)}
+        settings = numpy_forward.read_settings(layout, json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+        tensors = numpy_forward.Tensors(safetensors.numpy.load_file(folder / WEIGHTS))
+        found = {"features": numpy_forward.features(layout, settings, tensors, pixels)}
         if "prediction" in wanted:
-            found |= numpy_forward.reconstruction(config, tensors, pixels, noise)
+            found |= numpy_forward.reconstruction(settings, tensors, pixels, noise)
     except KeyError as error:
         raise CheckFailed(f"NumPy finds no {error.args[0]!r} in {WEIGHTS} or {CONFIG}") from error
     except ValueError as error:
         raise CheckFailed(f"NumPy cannot run the model of {WEIGHTS} and {CONFIG}: {error}") from error
     unread = tensors.unread - ({"embeddings.mask_token"} if layout == "dinov2" else set())
     if unread:
-        raise CheckFailed(f"{WEIGHTS} holds {sorted(unread)[0]}, which this layout has no use for")
+        raise CheckFailed(f"{WEIGHTS} holds {min(unread)}, which this layout does not use")
     return compare("NumPy", found, wanted)
 
 
 # ---- PyTorch
 
 
-class NotUsable(Exception):
-    """A package is missing or broken; the message says which and why."""
-
-
-def _import(package: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise NotUsable(f"{package} is not installed")
+def import_package(name: str) -> None:
+    """Raises NotUsable where an optional package is missing or broken."""
+    if importlib.util.find_spec(name) is None:
+        raise NotUsable(f"{name} is not installed")
     try:
-        importlib.import_module(package)
+        importlib.import_module(name)
     except Exception as error:  # a broken installation may raise anything
-        raise NotUsable(f"{package} cannot be imported: {_first_line(error)}") from error
+        raise NotUsable(f"{name} cannot be imported: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def by_transformers(folder: Path, layout: str, images: np.ndarray, noise: np.ndarray, wanted: Results) -> list[Check]:
+def compare_transformers(
+    folder: Path,
+    layout: str,
+    images: Float[np.ndarray, "batch rows columns channels"],
+    noise: Float[np.ndarray, "batch patches"],
+    wanted: Results,
+) -> list[Check]:
     """Loads the folder as its users do and runs it on the CPU in float32.
 
     Raises:
       CheckFailed: loading fails, a key is missing, unexpected or of another shape, or something else is computed.
-      NotUsable: this installation has no such class to load.
+      NotUsable: this installation lacks the class.
     """
     import torch
     import transformers
@@ -252,53 +270,59 @@ def by_transformers(folder: Path, layout: str, images: np.ndarray, noise: np.nda
     by = f"transformers {transformers.__version__}"
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    name = {"vit_mae": "ViTMAEForPreTraining", "vit": "ViTModel", "dinov2": "Dinov2Model"}[layout]
     try:
-        target = {
-            "vit_mae": transformers.ViTMAEForPreTraining, "vit": transformers.ViTModel,
-            "dinov2": transformers.Dinov2Model,
-        }[layout]  # fmt: skip
+        target = getattr(transformers, name)
     except (ImportError, AttributeError, RuntimeError) as error:
         raise NotUsable(f"{by} cannot import its models: {_first_line(error)}") from error
     extra = {"add_pooling_layer": False} if layout == "vit" else {}
     try:
         model, info = target.from_pretrained(folder, output_loading_info=True, local_files_only=True, **extra)
-    except Exception as error:  # the file is what is in question, and it may break a loader in any way
+    except Exception as error:  # a wrong file can break a loader in any way
         raise CheckFailed(f"{by} cannot load the folder: {_first_line(error)}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
-            raise CheckFailed(f"{by} lists {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[0]}")
+            raise CheckFailed(f"{by} lists {kind.replace('_', ' ')}: {min(map(str, info[kind]))}")
     model = model.to("cpu", torch.float32).eval()
     pixels = torch.tensor(images).permute(0, 3, 1, 2).contiguous()
     with torch.no_grad():
         if layout == "vit_mae":
             output = model(pixels, noise=torch.tensor(noise))
             found = {"prediction": output.logits, "mask": output.mask, "loss": output.loss}
-            # Nothing masked and in the order of the image: the features.
+            # For features: nothing masked, patches in the order of the image.
             model.config.mask_ratio = 0.0
-            everything = torch.arange(noise.shape[1], dtype=torch.float32).expand(noise.shape)
-            found["features"] = model.vit(pixels, noise=everything).last_hidden_state
+            in_order = torch.arange(noise.shape[1], dtype=torch.float32).expand(noise.shape)
+            found["features"] = model.vit(pixels, noise=in_order).last_hidden_state
         else:
             found = {"features": model(pixels).last_hidden_state}
     results = {what: values.numpy() for what, values in found.items()}
     return [Check(by, "keys", 0.0, 0.0), *compare(by, results, wanted)]
 
 
-def by_timm(folder: Path, layout: str, images: np.ndarray, noise: np.ndarray, wanted: Results) -> list[Check]:
+def compare_timm(
+    folder: Path,
+    layout: str,
+    images: Float[np.ndarray, "batch rows columns channels"],
+    noise: Float[np.ndarray, "batch patches"],
+    wanted: Results,
+) -> list[Check]:
     """Builds the model from config.json, loads it strictly and runs it on the CPU in float32.
 
     Raises:
-      CheckFailed: loading fails, which a key too few or too many makes it do, or something else is computed.
+      CheckFailed: loading fails, also for a missing or an extra key, or something else is computed.
     """
-    import timm
+    import timm  # pyright: ignore[reportMissingImports] - optional, and not in requirements: it needs torchvision
     import torch
     from safetensors.torch import load_file
 
     by = f"timm {timm.__version__}"
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     try:
-        model = timm.create_model(config["architecture"], pretrained=False, **config["model_args"])
+        model = timm.create_model(
+            config["architecture"], pretrained=False, num_classes=config["num_classes"], **config["model_args"]
+        )
         model.load_state_dict(load_file(folder / WEIGHTS), strict=True)
-    except Exception as error:  # as above
+    except Exception as error:  # a wrong file can break a loader in any way
         raise CheckFailed(f"{by} cannot load the folder: {_first_line(error)}") from error
     with torch.no_grad():
         features = model.eval().forward_features(torch.tensor(images).permute(0, 3, 1, 2).contiguous())

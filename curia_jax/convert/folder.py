@@ -1,4 +1,4 @@
-"""The exported folder: what is in it, and how it takes its place in one step."""
+"""The exported folder: its files, and how it is published in one step."""
 
 import contextlib
 import json
@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from curia_common.errors import UserError
+from curia_common import cli
+from curia_common.errors import StorageError, UserError
 
 WEIGHTS, CONFIG, PREPROCESSOR, CARD = "model.safetensors", "config.json", "preprocessor_config.json", "README.md"
 FILES = (WEIGHTS, CONFIG, PREPROCESSOR, CARD)
 # Our own key in config.json and preprocessor_config.json, and the prefix of our own keys in the safetensors header.
 OWN = "curia_jax"
+
+Json = dict[str, Any]  # content of a JSON file
 
 
 def write(
@@ -25,14 +28,14 @@ def write(
     *,
     tensors: Mapping[str, np.ndarray],
     metadata: Mapping[str, str],
-    config: Mapping[str, Any],
-    preprocessor: Mapping[str, Any] | None,
+    config: Json,
+    preprocessor: Json | None,
     card: str,
 ) -> None:
     """Writes the files of a layout into an empty folder.
 
     Args:
-      tensors: C-contiguous; safetensors writes others in the order of their memory, without an error.
+      tensors: C-contiguous; safetensors writes others in memory order, without an error.
       metadata: own keys of the safetensors header.
       preprocessor: content of preprocessor_config.json; None for none.
     """
@@ -41,7 +44,7 @@ def write(
             raise ValueError(f"{name} is not C-contiguous")
     header = {"format": "pt", **{f"{OWN}.{key}": value for key, value in metadata.items()}}
     safetensors.numpy.save_file(dict(tensors), folder / WEIGHTS, metadata=header)
-    # safetensors makes a file that only its owner can read; the folder says who may.
+    # safetensors makes a file that only its owner can read; take the permissions of the folder instead.
     (folder / WEIGHTS).chmod(folder.stat().st_mode & 0o666)
     _write_json(folder / CONFIG, config)
     if preprocessor is not None:
@@ -49,12 +52,12 @@ def write(
     (folder / CARD).write_text(card, encoding="utf-8")
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def _write_json(path: Path, content: Json) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def check_replaceable(output: Path) -> None:
-    """Raises UserError unless nothing is there, or an empty folder, or a folder that `write` made and nobody added to."""
+    """Raises UserError unless `output` is missing, empty, or holds files that `write` made and nothing else."""
     there = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not there.is_dir():
         raise UserError(f"{there} is a file; name a folder with --output")
@@ -67,7 +70,7 @@ def check_replaceable(output: Path) -> None:
     if foreign:
         raise UserError(
             f"{output} holds {foreign[0]}{f' and {len(foreign) - 1} more' if len(foreign) > 1 else ''}, which this "
-            "command did not write, and it replaces the whole folder; name another --output"
+            "command did not write and would delete; name another --output"
         )
     try:
         ours = OWN in json.loads((output / CONFIG).read_text(encoding="utf-8"))
@@ -82,36 +85,42 @@ def check_replaceable(output: Path) -> None:
 
 @contextlib.contextmanager
 def publish(output: Path) -> Iterator[Path]:
-    """An empty folder to fill, which takes the place of `output` at the end of the block.
+    """An empty temporary folder to fill, renamed to `output` at the end of the block.
 
-    Until then `output` is as it was; when the block raises, it stays so and nothing is left beside it.
+    `output` is unchanged until then. Where the block raises, or a signal asked to stop while it ran, it stays unchanged and
+    no temporary file is left.
 
     Raises:
-      UserError: see `check_replaceable`; or the disk refuses.
+      UserError: `output` cannot be replaced (see `check_replaceable`) or its parent is not writable.
+      StorageError: the disk is full or failed.
+      KeyboardInterrupt: a signal asked to stop.
     """
     output = Path(os.path.realpath(output))
     check_replaceable(output)
-    # On the same file system, so that a rename will do; in a folder that exists, so that nothing stays if this fails.
+    # On the same file system, so that a rename is enough; in a folder that exists, so that none has to be removed again.
     nearby = next(parent for parent in output.parents if parent.is_dir())
     try:
-        workplace = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".unfinished", dir=nearby))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".unfinished", dir=nearby))
     except OSError as error:
-        raise UserError(f"cannot write beside {output}: {error.strerror}") from error
+        raise UserError(f"cannot write to {nearby}: {error.strerror}; name another --output") from error
     try:
-        new, old = workplace / "new", workplace / "old"
+        new, old = temporary / "new", temporary / "old"
         new.mkdir()
         yield new
-        check_replaceable(output)  # somebody else may have been there meanwhile
+        check_replaceable(output)  # it may have been written to meanwhile
+        cli.check_stop()
         output.parent.mkdir(parents=True, exist_ok=True)
-        if output.exists():
-            output.rename(old)
         try:
+            if output.exists():
+                output.rename(old)
             new.rename(output)
-        except OSError:
-            if old.exists():
+        except BaseException:
+            if old.exists() and not output.exists():
                 old.rename(output)
             raise
     except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror or error}") from error
+        raise StorageError(
+            f"cannot write {output}: {error.strerror or error}; fix that and rerun the same command"
+        ) from error
     finally:
-        shutil.rmtree(workplace, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,11 +1,10 @@
-"""Which tensor of ours is which tensor of theirs: one table per layout, and the config.json that goes with it.
+"""One table of tensor names per layout, and the config.json that belongs to it.
 
 A table maps a module or token of our parameter tree to its name in the layout. A linear layer or norm stands for its
-weight and bias; "{}" is the number of the block; a tuple names the parts of a fused layer, whose output columns are
-split equally in this order. `entries` spells a table out tensor by tensor: the way to read an exported file back is
-the same list walked from the other side.
+weight and bias; "{}" is the index of the block; a tuple names the parts of a fused layer, whose output columns are
+split equally in this order. `entries` expands a table tensor by tensor, in either direction.
 
-Names are those of transformers 4, which 5 reads as well; the names that 5 uses in memory are read by 5 alone.
+Names are those of transformers 4, which version 5 reads as well; only version 5 reads the names that it uses in memory.
 """
 
 import dataclasses
@@ -18,13 +17,15 @@ import numpy as np
 from jaxtyping import Float
 
 from curia_common.errors import UserError
+from curia_jax.convert.folder import Json
 from curia_jax.models import mae, vit
+from curia_jax.models.params import Params
 
 Table = Mapping[str, str | tuple[str, ...]]
 
-# eps that transformers' ViTMAE adds to a patch's variance; it is a literal there, no setting.
+# eps that transformers' ViTMAE adds to a patch's variance; a literal there, not a setting.
 HF_NORM_PIX_EPS = 1e-6
-# eps of timm's LayerNorm; config.json has no way to set it.
+# eps of timm's LayerNorm; config.json cannot set it.
 TIMM_LAYER_NORM_EPS = 1e-6
 
 
@@ -96,7 +97,7 @@ TIMM_TABLE: Table = {
 }
 
 
-# ---- tensors that are no parameters of ours
+# ---- tensors that are not parameters of ours
 
 
 def _encoder_positions(config: mae.MAEConfig) -> Float[np.ndarray, "1 tokens width"]:
@@ -112,7 +113,7 @@ def _no_layer_scale(config: mae.MAEConfig) -> Float[np.ndarray, " width"]:
 
 
 def _no_mask_token(config: mae.MAEConfig) -> Float[np.ndarray, "1 width"]:
-    """Dinov2 puts it in place of hidden patches before the encoder; a masked autoencoder leaves them out."""
+    """Dinov2 replaces hidden patches with it before the encoder; a masked autoencoder drops them."""
     return np.zeros((1, config.encoder.width), np.float32)
 
 
@@ -120,11 +121,11 @@ def _no_mask_token(config: mae.MAEConfig) -> Float[np.ndarray, "1 width"]:
 
 
 def _side(size: tuple[int, int]) -> int | list[int]:
-    """A number for a square: most readers expect one."""
+    """One number for a square, which most readers expect."""
     return size[0] if size[0] == size[1] else list(size)
 
 
-def _transformers_config(config: vit.ViTConfig) -> dict[str, Any]:
+def _transformers_config(config: vit.ViTConfig) -> Json:
     # transformers 5 checks types strictly: sizes have to be int and rates float.
     return {
         "hidden_size": config.width,
@@ -143,7 +144,7 @@ def _transformers_config(config: vit.ViTConfig) -> dict[str, Any]:
     }
 
 
-def _vit_config(config: mae.MAEConfig) -> dict[str, Any]:
+def _vit_config(config: mae.MAEConfig) -> Json:
     return {
         "architectures": ["ViTModel"],
         "model_type": "vit",
@@ -152,7 +153,7 @@ def _vit_config(config: mae.MAEConfig) -> dict[str, Any]:
     }
 
 
-def _vit_mae_config(config: mae.MAEConfig) -> dict[str, Any]:
+def _vit_mae_config(config: mae.MAEConfig) -> Json:
     return {
         "architectures": ["ViTMAEForPreTraining"],
         "model_type": "vit_mae",
@@ -167,7 +168,7 @@ def _vit_mae_config(config: mae.MAEConfig) -> dict[str, Any]:
     }
 
 
-def _dinov2_config(config: mae.MAEConfig) -> dict[str, Any]:
+def _dinov2_config(config: mae.MAEConfig) -> Json:
     return {
         "architectures": ["Dinov2Model"],
         "model_type": "dinov2",
@@ -182,8 +183,11 @@ def _dinov2_config(config: mae.MAEConfig) -> dict[str, Any]:
     }
 
 
-def _timm_config(config: mae.MAEConfig) -> dict[str, Any]:
-    """The form of timm's models on the Hugging Face hub: create_model calls `architecture` with `model_args`."""
+def _timm_config(config: mae.MAEConfig) -> Json:
+    """The form of timm's models on the Hugging Face hub: create_model calls `architecture` with `model_args`.
+
+    The number of classes stands outside `model_args`: transformers' AutoModel passes its own beside them.
+    """
     encoder = config.encoder
     ratio = encoder.mlp_width / encoder.width
     if int(encoder.width * ratio) != encoder.mlp_width:  # timm rounds down
@@ -204,8 +208,7 @@ def _timm_config(config: mae.MAEConfig) -> dict[str, Any]:
             "depth": encoder.depth,
             "num_heads": encoder.heads,
             "mlp_ratio": ratio,
-            "act_layer": encoder.activation,  # both names are timm's too
-            "num_classes": 0,
+            "act_layer": encoder.activation,  # timm has both names
             "global_pool": "token",
         },
         "pretrained_cfg": {
@@ -213,7 +216,7 @@ def _timm_config(config: mae.MAEConfig) -> dict[str, Any]:
             "fixed_input_size": True,
             "num_classes": 0,
             "pool_size": None,
-            "first_conv": None,  # else older versions take the weights for those of 3 channels
+            "first_conv": None,  # otherwise older versions adapt the weights as if they had 3 channels
             "classifier": "head",
         },
     }
@@ -229,7 +232,7 @@ def _vit_obstacles(config: mae.MAEConfig) -> list[str]:
 def _square_obstacles(config: mae.MAEConfig) -> list[str]:
     sizes = {"patches": config.encoder.patch_size, "images": config.encoder.image_size}
     return [
-        f"takes square {what}, and this model's are {height}x{width} px; --layout=vit and timm take both"
+        f"takes square {what}, but this model's are {height}x{width} px; use --layout=vit or timm"
         for what, (height, width) in sizes.items()
         if height != width
     ]
@@ -239,9 +242,8 @@ def _vit_mae_obstacles(config: mae.MAEConfig) -> list[str]:
     obstacles = _square_obstacles(config)
     if config.norm_pix and config.norm_pix_eps != HF_NORM_PIX_EPS:
         obstacles.append(
-            f"has a norm_pix_eps of {HF_NORM_PIX_EPS:g} written in, and this model was trained with "
-            f"{config.norm_pix_eps:g}: its loss would be another; --layout=vit, dinov2 and timm hold the encoder, "
-            "which is the same"
+            f"has a fixed norm_pix_eps of {HF_NORM_PIX_EPS:g}, but this model was trained with {config.norm_pix_eps:g}, so "
+            "that its loss would differ; for the encoder alone use --layout=vit, dinov2 or timm"
         )
     return obstacles
 
@@ -250,8 +252,8 @@ def _dinov2_obstacles(config: mae.MAEConfig) -> list[str]:
     obstacles, encoder = _square_obstacles(config), config.encoder
     if encoder.mlp_width % encoder.width:
         obstacles.append(
-            f"has an MLP of a whole multiple of the width, and this model's are {encoder.mlp_width} and "
-            f"{encoder.width}; --layout=vit takes any"
+            f"takes an MLP width that is a multiple of the width, but this model's are {encoder.mlp_width} and "
+            f"{encoder.width}; use --layout=vit"
         )
     return obstacles
 
@@ -260,8 +262,8 @@ def _timm_obstacles(config: mae.MAEConfig) -> list[str]:
     if config.encoder.layer_norm_eps == TIMM_LAYER_NORM_EPS:
         return []
     return [
-        f"has a layer_norm_eps of {TIMM_LAYER_NORM_EPS:g} that its config cannot change, and this model was trained "
-        f"with {config.encoder.layer_norm_eps:g}; --layout=vit takes any"
+        f"has a fixed layer_norm_eps of {TIMM_LAYER_NORM_EPS:g}, but this model was trained with "
+        f"{config.encoder.layer_norm_eps:g}; use --layout=vit"
     ]
 
 
@@ -270,34 +272,38 @@ def _timm_obstacles(config: mae.MAEConfig) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A way to write a model down for PyTorch.
+    """The tensor names and config.json of one PyTorch class.
 
     Attributes:
-      target: the class that loads it, as in an error message.
+      target: the class that loads it, as error messages name it.
       table: module or token of our tree -> name(s) in the layout.
-      made: name -> tensor that no parameter of ours gives; "{}" is the number of the block.
-      config: content of config.json, less our own key.
-      obstacles: why a model cannot be written so; each goes on from the words "<target> ".
+      constants: name -> tensor that is computed, not trained; "{}" is the index of the block.
+      config: content of config.json without our own key.
+      obstacles: reasons why the class cannot hold a model; each continues the sentence "<target> …".
     """
 
     name: str
     target: str
     table: Table
-    made: Mapping[str, Callable[[mae.MAEConfig], np.ndarray]]
-    config: Callable[[mae.MAEConfig], dict[str, Any]]
+    constants: Mapping[str, Callable[[mae.MAEConfig], np.ndarray]]
+    config: Callable[[mae.MAEConfig], Json]
     obstacles: Callable[[mae.MAEConfig], list[str]]
 
     @property
-    def parts(self) -> set[str]:
-        """Top branches of our tree that the layout holds."""
-        return {key.split("/")[0] for key in self.table}
+    def parts(self) -> tuple[str, ...]:
+        """Branches of our tree that the layout holds."""
+        return ("encoder", "decoder") if self.has_decoder else ("encoder",)
+
+    @property
+    def has_decoder(self) -> bool:
+        return any(key.startswith("decoder/") for key in self.table)
 
     @property
     def for_transformers(self) -> bool:
         return self.name != "timm"
 
     def check(self, config: mae.MAEConfig) -> None:
-        """Raises UserError where the layout cannot express the model."""
+        """Raises UserError where the layout cannot hold the model."""
         obstacles = self.obstacles(config)
         if obstacles:
             raise UserError(f"--layout={self.name} cannot hold this model: {self.target} {'; it '.join(obstacles)}")
@@ -340,13 +346,13 @@ _LEAVES = {"kernel": ".weight", "scale": ".weight", "bias": ".bias"}
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor of a layout, and the place in our tree that holds it.
+    """One tensor of a layout and its source in our tree.
 
     Attributes:
       name: in the layout.
       path: of the leaf in our tree.
       block: index into the leaf's leading dimension, depth; None where blocks are not stacked.
-      part, parts: which of how many equal parts of the leaf's last dimension.
+      part, parts: index and number of the equal parts of the leaf's last dimension.
     """
 
     name: str
@@ -355,11 +361,11 @@ class Entry:
     part: int
     parts: int
 
-    def take(self, params: Mapping[str, Any], config: mae.MAEConfig) -> Float[np.ndarray, "..."]:
-        """The tensor as the layout wants it, float32 and C-contiguous.
+    def read(self, params: Params, config: mae.MAEConfig) -> Float[np.ndarray, "..."]:
+        """The tensor in the layout's form, float32 and C-contiguous.
 
-        A kernel (in, out) becomes a weight (out, in); the patch embedding's, whose inputs are row, column, channel of a
-        patch, becomes a convolution's (out, channel, row, column).
+        A `kernel` (in, out) becomes a weight (out, in); that of the patch embedding, whose inputs are row, column, channel of
+        a patch, becomes the weight of a convolution (out, channel, row, column).
         """
         values: Any = params
         for key in self.path:
@@ -370,12 +376,12 @@ class Entry:
             values = values.reshape(*config.encoder.patch_size, config.encoder.channels, -1).transpose(3, 2, 0, 1)
         elif self.path[-1] == "kernel":
             values = values.T
-        # safetensors writes a transposed view in the order of its memory, without an error.
+        # safetensors writes a transposed view in memory order, without an error.
         return np.ascontiguousarray(values, np.float32)
 
 
-def entries(layout: Layout, params: Mapping[str, Any]) -> list[Entry]:
-    """The layout's tensors that come from parameters of ours, each parameter once and none left over.
+def entries(layout: Layout, params: Params) -> list[Entry]:
+    """The layout's tensors that come from parameters: each parameter exactly once.
 
     Args:
       params: the tree, or its shapes.
@@ -384,9 +390,9 @@ def entries(layout: Layout, params: Mapping[str, Any]) -> list[Entry]:
       ValueError: a parameter without a row in the table, or a row without a parameter.
     """
     found, used = [], set()
-    branches = {part: params[part] for part in sorted(layout.parts, reverse=True)}
+    branches = {part: params[part] for part in layout.parts}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(branches):
-        path = tuple(key.key for key in keys)
+        path = tuple(str(key.key) for key in keys)
         module, suffix = ("/".join(path[:-1]), _LEAVES[path[-1]]) if path[-1] in _LEAVES else ("/".join(path), "")
         if module not in layout.table:
             raise ValueError(f"layout {layout.name} has no name for {module}")
@@ -401,14 +407,12 @@ def entries(layout: Layout, params: Mapping[str, Any]) -> list[Entry]:
     return found
 
 
-def tensors(
-    layout: Layout, config: mae.MAEConfig, params: Mapping[str, Any]
-) -> tuple[dict[str, Float[np.ndarray, "..."]], int]:
-    """Everything that goes into model.safetensors, and how many of its values are trained parameters."""
-    trained = {entry.name: entry.take(params, config) for entry in entries(layout, params)}
-    made = {
+def tensors(layout: Layout, config: mae.MAEConfig, params: Params) -> tuple[dict[str, Float[np.ndarray, "..."]], int]:
+    """The content of model.safetensors, and the number of its values that are trained parameters."""
+    trained = {entry.name: entry.read(params, config) for entry in entries(layout, params)}
+    constants = {
         name.format(block): make(config)
-        for name, make in layout.made.items()
+        for name, make in layout.constants.items()
         for block in (range(config.encoder.depth) if "{}" in name else (None,))
     }
-    return trained | made, sum(values.size for values in trained.values())
+    return trained | constants, sum(values.size for values in trained.values())

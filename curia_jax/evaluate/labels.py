@@ -1,6 +1,7 @@
-"""Labels of a shard folder: which there are, whether one can be probed, and their class numbers."""
+"""Labels of a shard folder: which exist, whether one can be probed, and their class numbers."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int, Shaped
 
-from curia_common.errors import UserError
+from curia_common.errors import DataError, UserError
 
-# Columns that every shard folder has and that can stand in for clinical labels.
+# Columns of every shard folder that can be probed like a label.
 TECHNICAL = ("modality", "plane", "body_part")
 _UNKNOWN = ("", "unknown")
 PREFIX = "label_"
-# Cases are chosen by these; the index has more splits only if somebody made his own.
+# The splits that are used; an index may have others.
 FIT, HELD_OUT, TEST = SPLITS = ("train", "validation", "test")
 
 
@@ -42,15 +43,15 @@ class Task:
       name: as it appears in results.
       classes: names of the classes that can be learned; the class number is the position. The second of two is the
         positive one.
-      unseen: classes that the test split alone holds. They are numbered on from `classes`, so that no score is theirs
-        and their cases count as wrong.
-      splits: split name -> its labelled slices; a split without any has none.
+      unseen: classes of the test split alone. Their numbers follow those of `classes`, so that no score is theirs and
+        their cases count as wrong.
+      splits: split name -> its labelled slices, possibly none.
     """
 
     name: str
     classes: tuple[str, ...]
     unseen: tuple[str, ...]
-    splits: dict[str, Labelled]
+    splits: Mapping[str, Labelled]
 
     def targets(self, split: str) -> Int[np.ndarray, " n"]:
         """Class number of each labelled slice."""
@@ -63,13 +64,17 @@ def read_index(shards: str | Path) -> pa.Table:
 
     Raises:
       UserError: there is none.
+      DataError: it is damaged.
     """
     path = Path(shards) / "index.parquet"
     if not path.is_file():
         run = (Path(shards) / "checkpoints").exists()
         hint = " (which looks like a work directory of curia_jax.pretrain)" if run else ""
         raise UserError(f"no index.parquet in {shards}{hint}; --shards takes the folder that data_pipeline.build wrote")
-    return pq.read_table(path)
+    try:
+        return pq.read_table(path)
+    except pa.ArrowException as error:
+        raise DataError(f"{path} is damaged; build the shards again or copy it again") from error
 
 
 def available(index: pa.Table) -> list[str]:
@@ -81,12 +86,12 @@ def available(index: pa.Table) -> list[str]:
 def task(index: pa.Table, label: str, name: str | None = None) -> Task:
     """One label as a classification task.
 
-    Slices without a value (null, empty, "unknown") do not take part.
+    Slices without a value (null, empty, "unknown") are left out.
 
     Args:
       index: rows in the order of the slices of each split.
       label: a label, or one of TECHNICAL.
-      name: what to call the task; the label unless given.
+      name: of the task; default is the label.
 
     Raises:
       UserError: there is no such label, or it cannot be probed (see `obstacle`).
@@ -94,15 +99,15 @@ def task(index: pa.Table, label: str, name: str | None = None) -> Task:
     if label not in available(index):
         raise UserError(f"no label {label!r} in the shards; there are: {', '.join(available(index))}")
     found = _task(index, label, name or label)
-    problem = obstacle(found)
-    if problem:
-        raise UserError(f"label {label!r} cannot be probed: {problem}")
+    reason = _obstacle(found)
+    if reason:
+        raise UserError(f"label {label!r} cannot be probed: {reason}")
     return found
 
 
-def problem(index: pa.Table, label: str) -> str | None:
-    """Why a label that is there cannot be probed, in words; None if it can. The order of the rows does not matter."""
-    return obstacle(_task(index, label, label))
+def obstacle(index: pa.Table, label: str) -> str | None:
+    """The reason why a label of the index cannot be probed; None if it can. Rows may be in any order."""
+    return _obstacle(_task(index, label, label))
 
 
 def _task(index: pa.Table, label: str, name: str) -> Task:
@@ -126,34 +131,37 @@ def _strings(index: pa.Table, column: str) -> Shaped[np.ndarray, " n"]:
     return np.array(["" if value is None else str(value) for value in index.column(column).to_pylist()], dtype=np.str_)
 
 
-def obstacle(task: Task) -> str | None:
-    """Why the task cannot be probed by patients, in words; None if it can."""
+def _obstacle(task: Task) -> str | None:
     if not any(len(part.slices) for part in task.splits.values()):
         return "no slice has a value"
     test, fit, held_out = (task.splits[split] for split in (TEST, FIT, HELD_OUT))
     names, patients = (np.concatenate([getattr(fit, f), getattr(held_out, f)]) for f in ("names", "patients"))
     for title, found in (("test split", np.unique(test.names)), ("training and validation splits", np.unique(names))):
         if len(found) == 0:
-            return f"the {title} holds no slice with a value; build the shards from more patients"
+            return f"the {title} has no slice with a value; build the shards from more patients"
         if len(found) == 1:
             return (
                 f"every labelled slice of the {title} is of class {str(found[0])!r}; a probe needs at least 2 classes"
             )
     if len(np.unique(test.patients)) < 2:
-        return "the test split holds a single labelled patient, so that there is nothing to resample for an interval"
+        return "the test split has a single labelled patient; an interval needs at least 2"
     if selection_on_validation(fit.names, held_out.names):
         return None
-    lonely = [str(c) for c in np.unique(names) if len(np.unique(patients[names == c])) < 2]
-    if lonely:
+    single = [str(c) for c in np.unique(names) if len(np.unique(patients[names == c])) < 2]
+    if single:
         return (
-            f"class {lonely[0]!r} occurs in a single patient outside the test split and the validation split does not "
-            "hold every class, so that a probe's settings cannot be chosen by patients"
+            f"class {single[0]!r} occurs in a single patient outside the test split and the validation split lacks a "
+            "class, so that a probe's settings cannot be chosen by patients"
         )
     return None
 
 
 def selection_on_validation(fit: Shaped[np.ndarray, " n"], held_out: Shaped[np.ndarray, " m"]) -> bool:
-    """Whether the validation split alone can choose a probe's settings: it holds every class of the training split,
-    and these are at least two."""
+    """Whether the validation split can choose a probe's settings: it has every class of the training split, and these are
+    at least two.
+
+    Args:
+      fit, held_out: class names of the training and the validation cases.
+    """
     wanted = set(fit.tolist())
     return len(wanted) > 1 and wanted <= set(held_out.tolist())

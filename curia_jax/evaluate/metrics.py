@@ -1,7 +1,7 @@
 """Classification metrics and their intervals from a bootstrap over patients.
 
-Every metric takes resampling weights, so that one vectorised call gives its value in all bootstrap draws: a patient who
-is drawn twice counts all of his cases twice. The letters are d draws, n cases, c classes.
+Every metric takes resampling weights, so that one vectorised call gives its value in all bootstrap draws: all cases of a
+patient who is drawn twice count twice. Axes: d draws, n cases, c classes.
 """
 
 import dataclasses
@@ -15,18 +15,18 @@ Scores = Float[np.ndarray, "n c"]
 Targets = Int[np.ndarray, " n"]
 Metric = Callable[[Targets, Scores, Weights], Float[np.ndarray, " d"]]
 
-# Weights of so many numbers are handled at a time; 4 million float64 are 32 MB.
+# Numbers in an array of weights at a time; 4 million float64 are 32 MB.
 _CHUNK = 4_000_000
 
 
 def accuracy(targets: Targets, scores: Scores, weights: Weights) -> Float[np.ndarray, " d"]:
-    """Share of cases whose largest score is the target's. NaN in draws without a case."""
+    """Share of cases whose largest score is that of the target. NaN in draws without a case."""
     correct = (np.argmax(scores, axis=1) == targets).astype(np.float64)
     return _ratio(weights @ correct, weights.sum(axis=1))
 
 
 def balanced_accuracy(targets: Targets, scores: Scores, weights: Weights) -> Float[np.ndarray, " d"]:
-    """Mean over the classes present of the share of their cases that are right."""
+    """Mean recall over the classes present."""
     correct = (np.argmax(scores, axis=1) == targets).astype(np.float64)
     recalls = [
         _ratio(weights[:, of_class] @ correct[of_class], weights[:, of_class].sum(axis=1))
@@ -36,12 +36,12 @@ def balanced_accuracy(targets: Targets, scores: Scores, weights: Weights) -> Flo
 
 
 def auroc(targets: Targets, scores: Scores, weights: Weights) -> Float[np.ndarray, " d"]:
-    """Area under the ROC curve: the chance that a positive case scores above a negative one, ties counting half.
+    """Area under the ROC curve: the probability that a positive case scores above a negative one, ties counting half.
 
-    Two classes: the difference of the two scores ranks the cases. More: macro mean of one class against the rest,
-    over the classes that are present and are not all there is. NaN in draws with one class only.
+    Two classes: the difference of the two scores ranks the cases. More: macro mean of one class against the rest, over the
+    classes for which there are both. NaN in draws with a single class.
 
-    Targets may exceed the columns of `scores`: classes that no score exists for. They are part of the rest.
+    Targets may exceed the columns of `scores`: classes without a score. They are part of the rest.
     """
     classes = scores.shape[1]
     if classes == 2 and targets.max() < 2:
@@ -83,10 +83,10 @@ class Estimate:
     Attributes:
       value: on all cases; NaN where the metric is undefined (AUROC with one class).
       low, high: 2.5 and 97.5 percentile over the draws in which the metric is defined; NaN with fewer than two
-        patients, for resampling one patient always gives the same.
+        patients, whose resampling changes nothing.
       draws: number of bootstrap draws.
       degenerate: draws in which the metric is undefined; they are left out of the percentiles.
-      partial: draws that miss a class of the full set but still define the metric, over the classes left.
+      partial: draws that miss a class but still define the metric, over the remaining classes.
     """
 
     value: float
@@ -103,7 +103,7 @@ class Bootstrap:
 
     Attributes:
       counts: how often each patient was drawn.
-      patient: number of the patient of each case.
+      patient: index of the patient of each case.
     """
 
     counts: Int[np.ndarray, "d patients"]

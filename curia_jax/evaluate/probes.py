@@ -1,8 +1,8 @@
-"""Probes: small classifiers on frozen features. Each chooses its one or two settings on held-out cases, then is fitted
-again on all cases it may see.
+"""Probes: small classifiers on frozen features. Each chooses its settings on held-out cases, then is refitted on all
+training and validation cases.
 
-A probe takes a `Bank` (features and labels it may see, with the fits and held-out parts by which it chooses) and the
-features of the test cases. It is never given a test label.
+A probe takes a `Bank` (features and labels to learn from, with the folds for choosing settings) and the features of the
+test cases. It never gets a test label.
 """
 
 import dataclasses
@@ -22,31 +22,30 @@ from threadpoolctl import threadpool_limits
 from curia_common.errors import UserError
 from curia_jax.evaluate import metrics
 from curia_jax.evaluate.labels import selection_on_validation
+from curia_jax.evaluate.results import Setting
 
-# A feature that varies less than this is constant, and stays so: dividing by its deviation would make noise of it.
+# A feature that varies less than this is constant; dividing by its deviation would amplify rounding errors.
 _CONSTANT = 1e-6
 
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
-# Relative to the number of cases, so that the sweep means the same for ten cases and for a million. From strong to weak
-# like the next: of settings that do equally well the first is taken.
+# Relative to the number of cases, so that the sweep means the same for ten cases and for a million. From strong to weak, as
+# the next: of equally good settings the first is taken.
 RIDGE_PENALTIES = tuple(10.0 ** (half / 2) for half in range(8, -11, -1))
 # Half decades from 10^-6 to 10^5, the range of facebookresearch/dinov3's logistic regression.
 INVERSE_PENALTIES = tuple(10.0 ** (half / 2) for half in range(-12, 11))
 
-Setting = dict[str, float | int | bool]
-
 
 @dataclasses.dataclass(frozen=True)
 class Bank:
-    """The cases a probe may learn from.
+    """The cases that a probe learns from.
 
     Attributes:
       features: one row per case.
-      labels: class numbers, 0 … classes - 1; a class may be absent here.
+      labels: class numbers, 0 … classes - 1; a class may be absent.
       classes: number of classes.
-      folds: pairs of case numbers (fit, held out) by which settings are chosen.
-      selection: how the folds came about, in words.
+      folds: pairs of case numbers (fit, held out) for choosing settings.
+      selection: how the folds were made, for the results.
     """
 
     features: Float[np.ndarray, "n d"]
@@ -58,7 +57,7 @@ class Bank:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What a probe says about the test cases.
+    """A probe's result for the test cases.
 
     Attributes:
       scores: one per test case and class; larger is likelier.
@@ -88,9 +87,8 @@ def bank(
 ) -> Bank:
     """A bank whose settings are chosen on the cases marked `held_out`, the validation split.
 
-    Where these do not hold every class that the other cases have, or there are none, settings are chosen by
-    cross-validation over patients in 5 folds (fewer with fewer patients of the rarest class), training and validation
-    cases together.
+    Where these lack a class of the other cases, or there are none, settings are chosen by cross-validation over patients
+    in 5 folds (fewer with fewer patients of the rarest class), training and validation cases together.
 
     Raises:
       UserError: fewer than two classes, or a class that has a single patient while there is no usable validation split.
@@ -105,22 +103,24 @@ def bank(
     count = min(5, *per_class)
     if count < 2:
         raise UserError(
-            "a class occurs in a single patient outside the test split and the validation split does not hold every "
-            "class, so that no setting can be chosen by patients; label more patients, or choose a coarser label"
+            "a class occurs in a single patient outside the test split and the validation split lacks a class, so that "
+            "settings cannot be chosen by patients; label more patients, or choose a coarser label"
         )
     folds = StratifiedGroupKFold(count, shuffle=True, random_state=seed).split(features, labels, patients)
     return Bank(features, labels, classes, tuple(folds), f"{count}-fold over patients")
 
 
 def knn(bank: Bank, queries: Float[np.ndarray, "queries d"]) -> Prediction:
-    """k nearest neighbours by cosine, each voting with softmax(similarity / 0.07), as facebookresearch/dinov3.
+    """k nearest neighbours by cosine similarity, weighted by softmax(similarity / 0.07), as in facebookresearch/dinov3.
 
-    Chosen on the held-out cases: k of NEIGHBOURS (those that the bank is large enough for), and whether features are
-    standardised before they are scaled to length 1.
+    Chosen on the held-out cases: k of NEIGHBOURS (up to the size of the bank), and whether features are standardised before
+    they are scaled to length 1.
     """
     smallest = min(len(fit) for fit, _ in bank.folds)
     neighbours = [k for k in NEIGHBOURS if k <= smallest] or [smallest]
-    settings = [{"k": k, "standardised": standardised} for standardised in (True, False) for k in neighbours]
+    settings: list[Setting] = [
+        {"k": k, "standardised": standardised} for standardised in (True, False) for k in neighbours
+    ]
 
     def predict(fit: Numbers, held: Features, settings: list[Setting]) -> list[Scores]:
         prepared = {
@@ -128,7 +128,7 @@ def knn(bank: Bank, queries: Float[np.ndarray, "queries d"]) -> Prediction:
             for flag in {setting["standardised"] for setting in settings}
         }
         votes = {flag: _vote(x, bank.labels[fit], q, neighbours, bank.classes) for flag, (x, q) in prepared.items()}
-        return [votes[setting["standardised"]][setting["k"]] for setting in settings]
+        return [votes[bool(setting["standardised"])][int(setting["k"])] for setting in settings]
 
     return _choose_and_predict(bank, queries, settings, predict)
 
@@ -137,11 +137,11 @@ def _vote(
     x: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], queries: Features, neighbours: list[int], classes: int
 ) -> dict[int, Scores]:
     """Scores of the queries for every number of neighbours."""
-    x, queries = jnp.asarray(_unit(x)), _unit(queries)
+    bank, queries = jnp.asarray(_unit(x)), _unit(queries)
     one_hot = jax.nn.one_hot(labels, classes, dtype=jnp.float32)
     # At most 64 MB of similarities at a time.
     rows = max(1, 16_000_000 // len(x))
-    parts = [_vote_rows(x, one_hot, queries[i : i + rows], tuple(neighbours)) for i in range(0, len(queries), rows)]
+    parts = [_vote_rows(bank, one_hot, queries[i : i + rows], tuple(neighbours)) for i in range(0, len(queries), rows)]
     return {k: np.concatenate([np.asarray(part[j]) for part in parts]) for j, k in enumerate(neighbours)}
 
 
@@ -160,7 +160,7 @@ def _vote_rows(
 
 
 def ridge(bank: Bank, queries: Float[np.ndarray, "queries d"]) -> Prediction:
-    """Least squares on standardised features with targets -1 and +1 and a squared penalty; the intercept is free.
+    """Least squares on standardised features with targets -1 and +1 and a squared penalty, none on the intercept.
 
     Chosen on the held-out cases: the penalty, of RIDGE_PENALTIES. One eigendecomposition, of the smaller of the two
     Gram matrices, serves the whole sweep (google-research/big_vision `fewshot_lsr.py`; there the intercept is a
@@ -174,7 +174,7 @@ def ridge(bank: Bank, queries: Float[np.ndarray, "queries d"]) -> Prediction:
             targets = 2.0 * jax.nn.one_hot(bank.labels[fit], bank.classes, dtype=jnp.float64) - 1.0
             return list(np.asarray(_ridge_scores(jnp.asarray(x), targets, jnp.asarray(q), jnp.asarray(penalties))))
 
-    settings = [{"penalty_per_case": penalty} for penalty in RIDGE_PENALTIES]
+    settings: list[Setting] = [{"penalty_per_case": penalty} for penalty in RIDGE_PENALTIES]
     return _choose_and_predict(bank, queries, settings, predict)
 
 
@@ -192,7 +192,7 @@ def _ridge_scores(
         values, vectors = jnp.linalg.eigh(x.T @ x)
         left, right = queries @ vectors, vectors.T @ (x.T @ targets)
     else:
-        # queries x' (x x' + p)^-1 targets, the same thing
+        # queries x' (x x' + p)^-1 targets, which is equal
         values, vectors = jnp.linalg.eigh(x @ x.T)
         left, right = (queries @ x.T) @ vectors, vectors.T @ targets
     return jax.lax.map(lambda penalty: (left / (values + penalty)) @ right + mean, penalties)
@@ -210,16 +210,16 @@ def logistic(bank: Bank, queries: Float[np.ndarray, "queries d"]) -> Prediction:
         present = np.unique(labels)
         if len(present) == 1:
             return [np.tile(np.eye(bank.classes)[present[0]], (len(held), 1))] * len(settings)
-        # From strong to weak penalty, each fit starting where the last ended.
+        # From strong to weak penalty, each fit starting from the last.
         model = LogisticRegression(max_iter=1000, tol=1e-6, warm_start=True)
         scores = []
         for setting in settings:
             model.set_params(C=setting["C"])
-            # Hundreds of small products per fit: threads that wait for each other cost more than they bring, and on a
-            # busy machine fifty times as much.
+            # Hundreds of small matmuls per fit: synchronising threads costs more than they save, on a busy machine fifty
+            # times as much.
             with warnings.catch_warnings(), threadpool_limits(1, "blas"):
-                # With hardly any penalty on separable cases there is no optimum to converge to; if such a fit
-                # ranks the held-out cases best it is a fit like any other.
+                # With hardly any penalty on separable cases there is no optimum to converge to; such a fit is used all the
+                # same if it ranks the held-out cases best.
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 model.fit(x, labels)
             scores.append(np.zeros((len(q), bank.classes)))
@@ -267,8 +267,7 @@ def _standardise(x: Float[np.ndarray, "n d"], queries: Float[np.ndarray, "q d"])
 def _rotate(x: Float[np.ndarray, "n d"], queries: Float[np.ndarray, "q d"]) -> tuple[np.ndarray, np.ndarray]:
     """With more features than cases, the coordinates in the space that the cases span.
 
-    A squared penalty does not see rotations and leaves no weight outside that space, so that the fit is the same and
-    costs what its cases cost.
+    A squared penalty is invariant to rotations and leaves no weight outside that space: the fit is equal and cheaper.
     """
     if x.shape[1] <= x.shape[0]:
         return x, queries
@@ -281,5 +280,5 @@ def _unit(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
 
 
 def majority(labels: Int[np.ndarray, " n"], classes: int, queries: int) -> Float[np.ndarray, "queries classes"]:
-    """The baseline that has not seen an image: every case scores the class frequencies of the training cases."""
+    """The baseline without an image: every case gets the class frequencies of the training cases as scores."""
     return np.tile(np.bincount(labels, minlength=classes) / len(labels), (queries, 1))

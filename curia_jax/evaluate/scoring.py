@@ -1,36 +1,40 @@
-"""From features to result rows: probes fitted, settings chosen, the test split met once, intervals and differences."""
+"""From features to scores: probes are fitted, settings chosen, the test split scored once, intervals bootstrapped."""
 
 import dataclasses
 import math
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int, Shaped
 
+from curia_common import logs
 from curia_common.errors import UserError
 from curia_jax.evaluate import labels, metrics, probes
+from curia_jax.evaluate.results import Fit, Score, Study
 
-HEADS: dict[str, probes.Probe] = {"knn": probes.knn, "ridge": probes.ridge, "logistic": probes.logistic}
-INTERVAL = "95 % percentile bootstrap over patients"
-# The backbone whose differences to the others are of interest.
+HEADS: Mapping[str, probes.Probe] = {"knn": probes.knn, "ridge": probes.ridge, "logistic": probes.logistic}
+# The backbone that is compared with each of the others.
 OURS = "checkpoint"
 
-Row = dict[str, Any]
 Features = Mapping[str, Mapping[str, Float[np.ndarray, "n d"]]]
+
+log = logs.get_logger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cases:
-    """What the metrics count: slices, or series with the mean score of their slices."""
+    """What the metrics count: slices, or series with the mean score of their slices.
+
+    Attributes:
+      targets, patients, series: of each case.
+      case: index of the case of each test slice.
+    """
 
     targets: Int[np.ndarray, " n"]
     patients: Shaped[np.ndarray, " n"]
     series: Shaped[np.ndarray, " n"]
-    # Row of the case for each test slice.
     case: Int[np.ndarray, " slices"]
 
     @classmethod
@@ -49,7 +53,7 @@ class Cases:
         if len(mixed):
             raise UserError(
                 f"slices of series {test.series[mixed[0]]} have different values of {task.name!r}, so that the series "
-                "has none of its own; score it with --cases=slice"
+                "has no single one; score it with --cases=slice"
             )
         return cls(targets[first], test.patients[first], series, case)
 
@@ -68,47 +72,49 @@ def score(
     unit: str = "slice",
     draws: int = 2000,
     seed: int = 0,
-) -> tuple[list[Row], pa.Table]:
-    """Rows of results and the scores of every test case.
+) -> tuple[list[Score], pa.Table]:
+    """Scores of a task, and the prediction of every test case.
 
     Args:
       task: labelled slices.
       features: split -> backbone -> one row per labelled slice of that split; a split without any may be missing.
       heads: of HEADS.
       unit: "slice" or "series".
+      draws, seed: of the bootstrap; the seed also decides the folds.
 
     Returns:
-      Rows with task, backbone, head, metric, value, low, high, n and how they came about (None stands for undefined);
-      first those of each backbone, then OURS minus each other backbone (`against`), then the majority class. And a
-      table with task, backbone, head, series, patient, target, predicted and scores (one per class).
+      Scores: first those of each backbone, then OURS minus each other backbone, then the majority class. And a table with
+      task, backbone, head, series, patient, target, predicted and scores (one per class).
 
     Raises:
       UserError: a probe cannot be fitted, or `unit` does not fit the labels.
     """
     cases = Cases.of(task, unit)
     bootstrap = metrics.Bootstrap.over(cases.patients, draws=draws, seed=seed)
-    common = {
-        "task": task.name, "n": len(cases.targets), "patients": len(np.unique(cases.patients)), "unit": unit,
-        "classes": list(task.classes), "classes_not_learned": list(task.unseen),
-        "interval": INTERVAL, "draws": draws, "seed": seed,
-    }  # fmt: skip
-
-    def rows(kind: Row, scores: Any, against: Any = None) -> list[Row]:
-        suffix = "" if against is None else "_difference"
-        return [
-            {**kind, "metric": name + suffix, **_numbers(bootstrap.estimate(metric, cases.targets, scores, against))}
-            for name, metric in metrics.METRICS.items()
-        ]
-
     fit, held_out = (task.splits[split] for split in (labels.FIT, labels.HELD_OUT))
     targets = np.concatenate([task.targets(labels.FIT), task.targets(labels.HELD_OUT)])
     patients = np.concatenate([fit.patients, held_out.patients])
     is_held_out = np.arange(len(targets)) >= len(fit.slices)
-    common["train_n"], common["train_patients"] = len(targets), len(np.unique(patients))
+    study = Study(
+        task=task.name, n=len(cases.targets), patients=len(np.unique(cases.patients)), unit=unit, classes=task.classes,
+        classes_not_learned=task.unseen, draws=draws, seed=seed, train_n=len(targets),
+        train_patients=len(np.unique(patients)),
+    )  # fmt: skip
 
-    results: list[Row] = []
-    scores: dict[tuple[str, str], np.ndarray] = {}
-    for backbone in features[labels.TEST]:
+    def measure(backbone: str, head: str, *, against: str | None = None, fit: Fit | None = None) -> list[Score]:
+        other = None if against is None else predicted[against, head]
+        return [
+            _score(
+                study, backbone, head, name, bootstrap.estimate(metric, cases.targets, predicted[backbone, head], other),
+                against, fit,
+            )
+            for name, metric in metrics.METRICS.items()
+        ]  # fmt: skip
+
+    results: list[Score] = []
+    predicted: dict[tuple[str, str], Float[np.ndarray, "n classes"]] = {}
+    backbones = list(features[labels.TEST])
+    for backbone in backbones:
         learned = np.concatenate(
             [features[split][backbone] for split in (labels.FIT, labels.HELD_OUT) if split in features]
         )
@@ -116,52 +122,51 @@ def score(
         for head in heads:
             began = time.monotonic()
             prediction = HEADS[head](bank, features[labels.TEST][backbone])
-            print(f"  {backbone}, {head}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
-            scores[backbone, head] = cases.mean(prediction.scores)
-            kind = {
-                "backbone": backbone, "head": head, "dimension": learned.shape[1], "selection": bank.selection,
-                "selection_auroc": _number(prediction.selection_score), "chosen": prediction.chosen,
-            }  # fmt: skip
-            results += rows(kind, scores[backbone, head])
-    others = [backbone for backbone in features[labels.TEST] if backbone != OURS]
-    for other in others if OURS in features[labels.TEST] else ():
-        for head in heads:
-            kind = {"backbone": OURS, "against": other, "head": head}
-            results += rows(kind, scores[OURS, head], scores[other, head])
-    majority = probes.majority(targets, len(task.classes), len(cases.targets))
-    results += rows({"backbone": "none", "head": "majority"}, majority)
-
+            log.info(f"  {backbone}, {head}: {time.monotonic() - began:.1f} s")
+            predicted[backbone, head] = cases.mean(prediction.scores)
+            how = Fit(learned.shape[1], bank.selection, _finite(prediction.selection_score), prediction.chosen)
+            results += measure(backbone, head, fit=how)
     names = np.array(task.classes + task.unseen)
     table = pa.concat_tables(
-        pa.table(
-            {
-                "task": [task.name] * len(cases.targets),
-                "backbone": [backbone] * len(cases.targets),
-                "head": [head] * len(cases.targets),
-                "series": cases.series,
-                "patient": cases.patients,
-                "target": names[cases.targets],
-                "predicted": names[values.argmax(axis=1)],
-                "scores": list(values),
-            }  # fmt: skip
-        )
-        for (backbone, head), values in scores.items()
+        _predictions(task.name, backbone, head, cases, names, values) for (backbone, head), values in predicted.items()
     )
-    return [{**_ordered(row), **common, **row} for row in results], table
+    for other in [name for name in backbones if name != OURS] if OURS in backbones else ():
+        for head in heads:
+            results += measure(OURS, head, against=other)
+    predicted["none", "majority"] = probes.majority(targets, len(task.classes), len(cases.targets))
+    return results + measure("none", "majority"), table
 
 
-def _ordered(row: Row) -> Row:
-    """The fields that every reader wants, first."""
-    return {name: row.get(name) for name in ("task", "backbone", "head", "metric", "value", "low", "high", "n")}
+def _score(
+    study: Study, backbone: str, head: str, metric: str, estimate: metrics.Estimate, against: str | None,
+    fit: Fit | None,
+) -> Score:  # fmt: skip
+    return Score(
+        study=study, backbone=backbone, head=head, metric=metric, value=_finite(estimate.value),
+        low=_finite(estimate.low), high=_finite(estimate.high), degenerate_draws=estimate.degenerate,
+        draws_without_a_class=estimate.partial, against=against, fit=fit,
+    )  # fmt: skip
 
 
-def _numbers(estimate: metrics.Estimate) -> Row:
-    return {
-        "value": _number(estimate.value), "low": _number(estimate.low), "high": _number(estimate.high),
-        "degenerate_draws": estimate.degenerate, "draws_without_a_class": estimate.partial,
-    }  # fmt: skip
+def _predictions(
+    task: str, backbone: str, head: str, cases: Cases, names: Shaped[np.ndarray, " names"],
+    scores: Float[np.ndarray, "n classes"],
+) -> pa.Table:  # fmt: skip
+    count = len(cases.targets)
+    return pa.table(
+        {
+            "task": [task] * count,
+            "backbone": [backbone] * count,
+            "head": [head] * count,
+            "series": cases.series,
+            "patient": cases.patients,
+            "target": names[cases.targets],
+            "predicted": names[scores.argmax(axis=1)],
+            "scores": list(scores),
+        }
+    )
 
 
-def _number(value: float) -> float | None:
+def _finite(value: float) -> float | None:
     """JSON has no NaN."""
     return float(value) if math.isfinite(value) else None

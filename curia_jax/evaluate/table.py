@@ -1,40 +1,31 @@
-"""Result rows as a table on standard error."""
+"""Scores as a table on standard error."""
 
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-DIFFERENCE = "_difference"
+from curia_jax.evaluate.results import Score
 
 
-def show(rows: Sequence[Mapping[str, Any]]) -> None:
+def show(scores: Sequence[Score]) -> None:
     """Prints values with their 95 % intervals, then the paired differences."""
-    # Where it is piped into a file there is no width to fit.
+    # Redirected to a file there is no terminal width to fit.
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
     for title, paired in (("value [95 % interval]", False), ("paired difference [95 % interval]", True)):
-        chosen = [row for row in rows if row["metric"].endswith(DIFFERENCE) == paired]
+        chosen = [score for score in scores if (score.against is not None) == paired]
         if not chosen:
             continue
-        metrics = list(dict.fromkeys(row["metric"] for row in chosen))
+        metrics = list(dict.fromkeys(score.metric for score in chosen))
         table = Table(title=title, title_justify="left")
         for name in ("task", "features", "probe", *metrics):
-            table.add_column(name.removesuffix(DIFFERENCE).replace("_", " "))
+            table.add_column(name.replace("_", " "))
         lines: dict[tuple[str, str, str], dict[str, str]] = {}
-        for row in chosen:
-            features = f"{row['backbone']} - {row['against']}" if paired else row["backbone"]
-            lines.setdefault((row["task"], features, row["head"]), {})[row["metric"]] = interval(row)
+        for score in chosen:
+            features = f"{score.backbone} - {score.against}" if paired else score.backbone
+            line = lines.setdefault((score.study.task, features, score.head), {})
+            line[score.metric] = f"{score.value_text} {score.interval_text}"
         for key, values in lines.items():
             table.add_row(*key, *(values[name] for name in metrics))
         console.print(table)
-
-
-def interval(row: Mapping[str, Any]) -> str:
-    """Value and interval of a row as text; differences carry their sign."""
-    sign = "+" if row["metric"].endswith(DIFFERENCE) else ""
-    value, low, high = (
-        "undefined" if row[name] is None else format(row[name], f"{sign}.3f") for name in ("value", "low", "high")
-    )
-    return f"{value} [{low}, {high}]"

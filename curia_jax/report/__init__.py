@@ -1,1 +1,1 @@
-"""The HTML report of a run, and the pictures that evaluation shares."""
+"""The HTML report of a run; page, pictures and style serve other reports too."""

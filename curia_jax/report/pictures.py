@@ -1,7 +1,7 @@
-"""The pictures of a report: loss curve, throughput, reconstructed slices, probe scores."""
+"""Figures of reports: loss curve, throughput, reconstructed slices, scores."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,39 +9,31 @@ import jax.numpy as jnp
 import matplotlib
 import ml_collections
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from curia_common import windows
 from curia_jax import augment, data
+from curia_jax.evaluate.results import Score
 from curia_jax.models import mae, vit
+from curia_jax.report.run_log import Metrics
+from curia_jax.trained_model import TrainedModel
+from data_pipeline.format.records import DecodedSlice
 from data_pipeline.format.shards import SliceSource
-
-matplotlib.use("Agg")
 
 INK, SOFT, LINE = "#1b2430", "#5b6675", "#dde2e8"
 COLOURS = {"checkpoint": "#1d5fa8", "random": "#c2762b", "pixels": "#6b7785", "none": "#a9b2bc"}
 BASELINE = "#c2762b"
-# Inches; narrow for the size of the type, so that a phone shows it legibly.
+# Inches; narrow relative to the font, so that it is legible on a phone.
 WIDTH = 6.8
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif", "font.size": 11, "text.color": INK, "legend.frameon": False,
     "axes.labelcolor": INK, "axes.edgecolor": "#b9c2cc", "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "axes.axisbelow": True, "grid.color": LINE, "grid.linewidth": 0.8,
     "xtick.color": SOFT, "ytick.color": SOFT, "figure.facecolor": "white", "savefig.facecolor": "white",
 }  # fmt: skip
-
-# Reading windows of CT, (centre, width) in HU.
-SOFT_TISSUE, LUNG = (40, 400), (-600, 1500)
-
-
-@dataclasses.dataclass(frozen=True)
-class Window:
-    """What grey means: `low` is black and `high` is white, in HU or in the MR series' own units."""
-
-    name: str
-    low: float
-    high: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,31 +42,30 @@ class Reconstruction:
 
     Attributes:
       title: modality, plane and window.
-      original: what the encoder's input shows.
-      prediction: the decoder's output everywhere.
+      original: the encoder's input.
+      prediction: the decoder's output for every patch.
       visible: True where the encoder saw the pixel.
     """
 
     title: str
-    window: Window
+    window: windows.Window
     original: Float[np.ndarray, "height width"]
     prediction: Float[np.ndarray, "height width"]
-    visible: np.ndarray
+    visible: Bool[np.ndarray, "height width"]
 
 
-def loss_curve(lines: Sequence[Mapping[str, Any]], interruptions: Sequence[int]) -> Figure:
+def loss_curve(lines: Sequence[Metrics], interruptions: Sequence[int]) -> Figure:
     """Loss and predict-the-mean baseline over examples seen.
 
     Args:
-      lines: of metrics.jsonl.
-      interruptions: examples seen when the run was stopped and gone on with.
+      interruptions: examples seen when the run was resumed.
     """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
         axes = figure.subplots()
-        seen = [line["examples_seen"] for line in lines]
-        loss = [line["loss"] for line in lines]
-        baseline = [line["baseline_loss"] for line in lines]
+        seen = [line.examples_seen for line in lines]
+        loss = [line.loss for line in lines]
+        baseline = [line.baseline_loss for line in lines]
         axes.plot(
             seen, baseline, color=BASELINE, linestyle=(0, (5, 3)), linewidth=1.6, label="predicting each patch's mean"
         )
@@ -85,22 +76,19 @@ def loss_curve(lines: Sequence[Mapping[str, Any]], interruptions: Sequence[int])
             )
         axes.set(xlabel="examples seen", ylabel="loss over masked patches", xlim=(0, None))
         axes.xaxis.set_major_formatter(_thousands)
-        # An untrained decoder starts far above; what matters happens around the baseline.
+        # The loss of an untrained decoder is far above; show the range around the baseline.
         axes.set_ylim(0.95 * min([*loss, *baseline]), min(1.25 * max(baseline), 1.02 * max([*loss, *baseline])))
         axes.legend(loc="best")
     return figure
 
 
-def throughput(lines: Sequence[Mapping[str, Any]], interruptions: Sequence[int]) -> Figure:
-    """Images per second over examples seen."""
+def throughput(lines: Sequence[Metrics], interruptions: Sequence[int]) -> Figure:
+    """Images per second over examples seen; `interruptions` as in `loss_curve`."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(WIDTH, 2.2), layout="constrained")
         axes = figure.subplots()
-        known = [line for line in lines if "images_per_second" in line]
-        axes.plot(
-            [line["examples_seen"] for line in known], [line["images_per_second"] for line in known],
-            color=COLOURS["checkpoint"], linewidth=1.6,
-        )  # fmt: skip
+        rates = [(line.examples_seen, line.images_per_second) for line in lines if line.images_per_second is not None]
+        axes.plot(*np.array(rates, float).reshape(-1, 2).T, color=COLOURS["checkpoint"], linewidth=1.6)
         for examples in interruptions:
             axes.axvline(examples, color=SOFT, linewidth=1, linestyle=":")
         axes.set(xlabel="examples seen", ylabel="images per second", xlim=(0, None), ylim=(0, None))
@@ -116,7 +104,7 @@ def _thousands(value: float, _: object) -> str:
 
 
 def choose_slices(source: SliceSource, modality: str, count: int) -> Int[np.ndarray, " slices"]:
-    """Middle slices of `count` series of a modality, of as many patients and planes as there are."""
+    """Middle slices of up to `count` series of a modality, spread over planes and patients."""
     columns = {
         name: source.index.column(name).to_pylist() for name in ("modality", "plane", "patient", "series", "index")
     }
@@ -127,7 +115,7 @@ def choose_slices(source: SliceSource, modality: str, count: int) -> Int[np.ndar
     middles = [members[len(members) // 2] for _, members in sorted(by_series.items())]
     chosen: list[int] = []
     while middles and len(chosen) < count:
-        # The next one differs from those chosen in as much as possible; longer series first.
+        # Next the plane, then the patient, that occurs least among those chosen; longer series first.
         seen = {name: [columns[name][i] for i in chosen] for name in ("patient", "plane")}
         middles.sort(
             key=lambda i: (
@@ -142,22 +130,23 @@ def choose_slices(source: SliceSource, modality: str, count: int) -> Int[np.ndar
 def reconstruct(
     source: SliceSource,
     slices: Int[np.ndarray, " slices"],
-    config: mae.MAEConfig,
-    params: Mapping[str, Any],
-    settings: ml_collections.ConfigDict,
+    trained: TrainedModel,
     *,
     seed: int = 0,
 ) -> list[Reconstruction]:
-    """Masks slices at the model's ratio and lets it fill them in.
+    """Masks slices at the model's mask ratio and reconstructs them.
 
-    With `norm_pix` the model predicts patches with their mean and deviation taken out; both are taken from the original
-    patch to show the prediction, which the model itself could not know.
+    With `norm_pix` the model predicts patches without their mean and deviation; to show the prediction, both are restored
+    from the original patch, which the model has not seen.
     """
+    config = trained.config
     batch = next(data.evaluation_batches(source, slices, batch_size=len(slices), canvas=data.canvas_size(source, None)))
-    on_device = {name: jnp.asarray(batch[name]) for name in data.DEVICE_FIELDS}
-    images, offset, scale = real_view(on_device, settings, config.encoder.image_size)
+    on_device = data.to_devices(batch, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+    images, offset, scale = real_view(on_device, trained.augment, config.encoder.image_size)
     noise = jax.random.uniform(jax.random.key(seed), (len(slices), config.encoder.patches))
-    output = jax.jit(lambda params, images, noise: mae.bind(config, params)(images, noise))(params, images, noise)
+    output = jax.jit(lambda params, images, noise: mae.bind(config, params)(images, noise))(
+        trained.params, images, noise
+    )
     prediction = output.prediction
     if config.norm_pix:
         mean, deviation = mae.patch_statistics(vit.patchify(images, config.encoder.patch_size), config.norm_pix_eps)
@@ -168,10 +157,10 @@ def reconstruct(
     offset, scale = (np.asarray(values)[:, None, None] for values in (offset, scale))
     result = []
     for i, number in enumerate(slices):
-        example = source[int(number)]
+        one = source[int(number)]
         real = original[i] * scale[i] + offset[i]
-        window = _window(example, real)
-        title = f"{example['modality']}, {example['plane']}, {window.name}"
+        window = display_window(one, real)
+        title = f"{one.modality}, {one.plane}, {window if one.facts.hu else window.name}"
         result.append(Reconstruction(title, window, real, predicted[i] * scale[i] + offset[i], masked[i] < 0.5))
     return result
 
@@ -179,29 +168,33 @@ def reconstruct(
 def real_view(
     batch: augment.Batch, settings: ml_collections.ConfigDict, size: tuple[int, int]
 ) -> tuple[Float[Array, "batch height width 1"], Float[Array, " batch"], Float[Array, " batch"]]:
-    """`augment.evaluation_view`, and what leads back from it: real value = view * scale + offset.
+    """`augment.evaluation_view` and its inverse: real value = view * scale + offset.
 
     Returns:
       view, offset, scale; the last two in HU or the series' own units.
     """
-    low = jnp.where(batch["hu"], settings.hu_window[0], batch["low"])
-    high = jnp.where(batch["hu"], settings.hu_window[1], batch["high"])
+    values = augment.Settings.from_config(settings)
+    low = jnp.where(batch["hu"], values.hu_window[0], batch["low"])
+    high = jnp.where(batch["hu"], values.hu_window[1], batch["high"])
     width = jnp.maximum(high - low, 1e-6)
     view = augment.evaluation_view(batch, settings, size)
-    return view, low + width * settings.image_mean, width * settings.image_std
+    return view, low + width * values.image_mean, width * values.image_std
 
 
-def _window(example: Mapping[str, Any], real: Float[np.ndarray, "height width"]) -> Window:
-    if not example["hu"]:
-        return Window("0.5 to 99.5 percentile", float(example["low"]), float(example["high"]))
-    # Aerated lung lies between -950 and -600 HU; air outside the body is below, fat is above.
-    lung = np.mean((real > -950) & (real < -600)) > 0.1
-    name, (centre, width) = ("lung window", LUNG) if lung else ("soft-tissue window", SOFT_TISSUE)
-    return Window(f"{name} {centre}/{width} HU", centre - width / 2, centre + width / 2)
+def display_window(one: DecodedSlice, real: Float[np.ndarray, "height width"]) -> windows.Window:
+    """A reading window for HU, the range between the 0.5 and 99.5 percentile for other units.
+
+    Args:
+      real: pixels of the slice, real values, at any size.
+    """
+    if one.facts.hu:
+        return windows.window_for(real, one.body_part)
+    low, high = one.facts.low, one.facts.high
+    return windows.Window("0.5 to 99.5 percentile", (low + high) / 2, high - low)
 
 
 def reconstructions(examples: Sequence[Reconstruction]) -> Figure:
-    """One row per slice: input, what the encoder sees, the prediction, visible patches with the prediction between."""
+    """One row per slice: input, visible patches, prediction, and the prediction with the visible patches pasted in."""
     titles = ("input", "masked", "reconstructed", "both together")
     height, width = examples[0].original.shape
     gap, line = 0.05, 0.24  # inches
@@ -217,7 +210,7 @@ def reconstructions(examples: Sequence[Reconstruction]) -> Figure:
             for column, image in enumerate((example.original, hidden, example.prediction, pasted)):
                 left, bottom = column * (side + gap), top - row + line
                 box = (left / WIDTH, bottom / total, side / WIDTH, (row - line) / total)
-                axes = figure.add_axes(box, xticks=[], yticks=[], facecolor="#c9d3df")  # no grey of the slice
+                axes = figure.add_axes(box, xticks=[], yticks=[], facecolor="#c9d3df")  # not a grey of the slice
                 axes.imshow(
                     image, cmap="gray", vmin=example.window.low, vmax=example.window.high, interpolation="nearest",
                     aspect="auto",
@@ -232,47 +225,49 @@ def reconstructions(examples: Sequence[Reconstruction]) -> Figure:
 # ---- scores
 
 
-def forest(rows: Sequence[Mapping[str, Any]], metric: str) -> Figure:
-    """Values with 95 % intervals per backbone and probe; beside them the paired differences. One pair per task."""
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    lines = {}
-    for task in tasks:
-        own = [row for row in rows if row["task"] == task and row["backbone"] != "none"]
-        values = [row for row in own if row["metric"] == metric]
-        lines[task] = values, [row for row in own if row["metric"] == f"{metric}_difference"]
+def forest(scores: Sequence[Score], metric: str) -> Figure:
+    """Values with 95 % intervals per backbone and probe, beside them the paired differences; one row of axes per task."""
+    chosen = [score for score in scores if score.metric == metric and score.backbone != "none"]
+    lines = {
+        task: (
+            [score for score in chosen if score.study.task == task and score.against is None],
+            [score for score in chosen if score.study.task == task and score.against is not None],
+        )
+        for task in dict.fromkeys(score.study.task for score in scores)
+    }
     heights = [0.21 * max(len(part) for part in pair) + 0.75 for pair in lines.values()]
-    with matplotlib.rc_context(_STYLE | {"font.size": 9.5}):
+    style: dict[Any, Any] = {**_STYLE, "font.size": 9.5}
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
-        grid = figure.subplots(len(tasks), 2, squeeze=False, height_ratios=heights)
+        grid = figure.subplots(len(lines), 2, squeeze=False, height_ratios=heights)
         for (task, (values, differences)), (left, right) in zip(lines.items(), grid, strict=True):
-            _intervals(left, values, "backbone", lambda row: f"{row['backbone']}, {row['head']}")
+            _intervals(left, values, lambda score: score.backbone)
             left.set_title(f"{task}: {'AUROC' if metric == 'auroc' else metric}", loc="left", fontsize=10.5)
             if metric == "auroc":
                 left.axvline(0.5, color=SOFT, linewidth=1, linestyle=":")
                 left.set_xlim(right=1.01)
-            _intervals(right, differences, "against", lambda row: f"{row['against']}, {row['head']}")
+            _intervals(right, differences, lambda score: score.against or "")
             right.axvline(0, color=SOFT, linewidth=1, linestyle=":")
             right.set_title(f"{task}: checkpoint minus …", loc="left", fontsize=10.5)
-            # Rows of both sides at the same distance, and no axis so short that nothing looks like much.
+            # Equal row spacing on both sides, and an axis wide enough that tiny differences look tiny.
             right.set_ylim(left.get_ylim())
             low, high = right.get_xlim()
             right.set_xlim(min(low, -0.05), max(high, 0.05))
     return figure
 
 
-def _intervals(
-    axes: Any, rows: Sequence[Mapping[str, Any]], colour_by: str, name: Callable[[Mapping[str, Any]], str]
-) -> None:
-    for y, row in enumerate(rows):
-        colour = COLOURS[row[colour_by]]
-        if row["value"] is None:
+def _intervals(axes: Axes, scores: Sequence[Score], name: Callable[[Score], str]) -> None:
+    """`name` gives the backbone that a score is labelled and coloured by."""
+    for y, score in enumerate(scores):
+        colour = COLOURS[name(score)]
+        if score.value is None:
             axes.text(0.5, y, "undefined", color=SOFT, va="center", transform=axes.get_yaxis_transform())
             continue
-        if row["low"] is not None:
-            axes.plot([row["low"], row["high"]], [y, y], color=colour, linewidth=2.2, solid_capstyle="round")
-        axes.plot(row["value"], y, "o", color=colour, markersize=5.5, markeredgecolor="white", markeredgewidth=0.8)
-    axes.set_yticks(range(len(rows)), [name(row) for row in rows])
-    axes.set_ylim(max(len(rows), 1) - 0.4, -0.6)
+        if score.low is not None and score.high is not None:
+            axes.plot([score.low, score.high], [y, y], color=colour, linewidth=2.2, solid_capstyle="round")
+        axes.plot(score.value, y, "o", color=colour, markersize=5.5, markeredgecolor="white", markeredgewidth=0.8)
+    axes.set_yticks(range(len(scores)), [f"{name(score)}, {score.head}" for score in scores])
+    axes.set_ylim(max(len(scores), 1) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)

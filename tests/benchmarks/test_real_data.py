@@ -1,4 +1,4 @@
-"""The benchmark on real slices: what it trains on and what it holds out, without running it."""
+"""The benchmark on real slices: its label table and its result table, without running it."""
 
 import importlib.util
 import json
@@ -7,6 +7,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tests.scores import make_score
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "real_data.py"
 
@@ -24,13 +26,13 @@ def rows(benchmark_script, real_data) -> list[dict]:
     return benchmark_script.label_table(real_data)
 
 
-def test_every_row_is_a_file_once(rows) -> None:
+def test_every_row_is_another_file(rows) -> None:
     files = [Path(row["file"]) for row in rows]
     assert all(path.is_file() for path in files)
     assert len(set(files)) == len(files)
 
 
-def test_no_patient_or_publication_is_in_two_splits(rows) -> None:
+def test_no_patient_is_in_two_splits(rows) -> None:
     splits = defaultdict(set)
     for row in rows:
         if row.get("patient"):
@@ -39,7 +41,7 @@ def test_no_patient_or_publication_is_in_two_splits(rows) -> None:
     assert all(len(found) == 1 for found in splits.values())
 
 
-def test_the_published_test_splits_are_whole(rows, benchmark_script, real_data) -> None:
+def test_published_test_splits_are_complete(rows, benchmark_script, real_data) -> None:
     tests = {
         label: {row["file"] for row in rows if row.get(label) and row["split"] == "test"}
         for label in ("tumor", "covid")
@@ -50,7 +52,7 @@ def test_the_published_test_splits_are_whole(rows, benchmark_script, real_data) 
         assert tests[label] == wanted
 
 
-def test_what_has_no_label_is_for_training(rows) -> None:
+def test_unlabelled_files_are_for_training(rows) -> None:
     unlabelled = [row for row in rows if not any(row.get(label) for label in ("tumor", "covid", "contrast"))]
     assert len(unlabelled) > 300
     assert {row["split"] for row in unlabelled} == {"train"}
@@ -58,7 +60,7 @@ def test_what_has_no_label_is_for_training(rows) -> None:
     assert Counter(row["modality"] for row in unlabelled)["MR"] > 100
 
 
-def test_the_table_shows_every_figure(benchmark_script, tmp_path) -> None:
+def test_table_shows_every_score(benchmark_script, tmp_path) -> None:
     lines = {
         "config.json": {"batch_size": 32, "seed": 7},
         "events.jsonl": {"event": "started", "slices": 5000},
@@ -66,24 +68,16 @@ def test_the_table_shows_every_figure(benchmark_script, tmp_path) -> None:
     }
     for name, content in lines.items():
         (tmp_path / name).write_text(json.dumps(content) + "\n")
-    results = []
+    scores = []
     for task in benchmark_script.LABELS:
         for head in benchmark_script.HEADS:
-            common = {"task": task, "head": head, "n": 99, "low": 0.25, "high": 0.75}
+            ends = {"n": 99, "low": 0.25, "high": 0.75}
             for metric in ("auroc", "accuracy"):
                 for backbone, value in (("checkpoint", 0.625), ("random", 0.5), ("pixels", 0.375)):
-                    results.append({**common, "metric": metric, "backbone": backbone, "value": value})
+                    scores.append(make_score(task, backbone, head, metric=metric, value=value, **ends))
                 for against, value in (("random", 0.125), ("pixels", 0.25)):
-                    results.append(
-                        {
-                            **common,
-                            "metric": f"{metric}_difference",
-                            "backbone": "checkpoint",
-                            "against": against,
-                            "value": value,
-                        }
-                    )
-    text = benchmark_script.markdown(results, tmp_path, {"wall_s": 600, "cpu_s": 1200})
+                    scores.append(make_score(task, head=head, metric=metric, against=against, value=value, **ends))
+    text = benchmark_script.markdown(scores, tmp_path, {"wall_s": 600, "cpu_s": 1200})
     assert "10 steps of 32, 320 samples of 5,000 slices, seed 7; 10 minutes, 20 core minutes" in text
     assert (
         "| covid | logistic | 0.625 [0.250, 0.750] | 0.500 [0.250, 0.750] | 0.375 [0.250, 0.750] | +0.125 [+0.250, +0.750] | +0.250 [+0.250, +0.750] | 99 |"

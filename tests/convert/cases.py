@@ -1,4 +1,4 @@
-"""Which models are tried in which layouts."""
+"""Models and the layouts they are tested in."""
 
 import importlib.util
 from typing import Any
@@ -10,7 +10,7 @@ from tests.models import make_references as reference
 HAS_TORCH = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
 live_only = pytest.mark.skipif(not HAS_TORCH, reason="PyTorch is not installed; the frozen references are used instead")
 
-# float32 on values of order 1: numerically equal programs differ by a few units of 1e-7; a wrong epsilon or GELU by 1e-4.
+# float32 on values of order 1: equivalent programs differ by a few units of 1e-7; a wrong epsilon or GELU by 1e-4.
 TOLERANCE = 1e-5
 
 # Arguments of mae.config. Frozen results of PyTorch exist for those of make_references.
@@ -19,7 +19,7 @@ CASES: dict[str, dict[str, Any]] = {
     "square_tanh": {**reference.CASES["square"], "activation": "gelu_tanh", "mlp_width": 64},
     "patches_not_square": {**reference.TINY, "image_size": (16, 24), "patch_size": (8, 4), "channels": 3},
 }
-# Every case in every layout that can hold it.
+# Every case in every layout that can hold it; square_tanh in two alone, to save time.
 LAYOUTS_OF = {
     "square": ("vit_mae", "vit", "dinov2", "timm"),
     "three_channels": ("vit_mae", "vit", "dinov2", "timm"),

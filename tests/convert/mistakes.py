@@ -1,6 +1,6 @@
-"""Mistakes that exporters make, applied to a finished folder: each has to be noticed.
+"""Mistakes that exporters make, applied to a finished folder: the checks have to detect each.
 
-A mistake changes the tensors and config of a layout in place; it is tried in the layouts named beside it.
+A mistake changes the tensors and config of a layout in place; it is tried in the layouts listed with it.
 """
 
 import json
@@ -20,7 +20,7 @@ Config = dict[str, Any]
 
 
 def _encoder(tensors: Tensors, *endings: str) -> str:
-    """Name of the first tensor of the encoder that ends so."""
+    """Name of the first tensor of the encoder with one of the endings."""
     return min(name for name in tensors if name.endswith(endings) and not name.startswith("decoder."))
 
 
@@ -38,7 +38,7 @@ def transposed(tensors: Tensors, config: Config) -> None:
 
 
 def written_in_memory_order(tensors: Tensors, config: Config) -> None:
-    """What safetensors makes of a transposed view: the right shape, the values of the kernel in its own order."""
+    """What safetensors makes of a transposed view: the right shape, the values in memory order."""
     name = _encoder(tensors, "intermediate.dense.weight", "mlp.fc1.weight")
     tensors[name] = np.ascontiguousarray(tensors[name].T).reshape(tensors[name].shape)
 
@@ -143,7 +143,7 @@ def _settings(config: Config) -> dict[str, Any]:
     return config.get("model_args", config)
 
 
-# Name -> what it does, where, and what the NumPy check says.
+# Name -> the change, its layouts, and the message of the NumPy check.
 MISTAKES: dict[str, tuple[Callable[[Tensors, Config], None], tuple[str, ...], str]] = {
     "one value of a weight off by 0.01": (one_value, ALL, "differ: (features|prediction)"),
     "a weight transposed": (transposed, ALL, "differ"),
@@ -156,16 +156,16 @@ MISTAKES: dict[str, tuple[Callable[[Tensors, Config], None], tuple[str, ...], st
     "channel first in the prediction": (channel_first_in_prediction, ("vit_mae",), "differ: prediction"),
     "layer scale of 0.1 in a block": (layer_scale_a_tenth, ("dinov2",), "differ: features"),
     "LayerNorm epsilon 1e-5": (epsilon(1e-5), TRANSFORMERS, "differ"),
-    # In the features of these weights it is less than float32 can tell; see test_checks for weights in which it is not.
+    # Below float32 precision in the features of these weights; test_checks has weights in which it is above.
     "LayerNorm epsilon 1e-12": (epsilon(1e-12), ("vit_mae",), "differ: prediction"),
     "the other GELU": (other_gelu, ALL, "differ"),
     "twice the heads": (heads_doubled, ALL, "differ"),
     "mask ratio 0.5": (mask_ratio_half, ("vit_mae",), "differ: (mask|prediction)"),
-    "norm_pix turned": (target_not_standardised, ("vit_mae",), "differ: loss"),
+    "norm_pix switched": (target_not_standardised, ("vit_mae",), "differ: loss"),
     "final norm missing": (norm_missing, ALL, r"finds no '.*norm.weight'"),
     "names of transformers 5": (names_of_transformers_5, ("vit_mae", "vit"), r"finds no '.*intermediate.dense.weight'"),
-    "a tensor too many": (a_tensor_too_many, ALL, "holds head.weight, which this layout has no use for"),
-    "a block too few": (a_block_too_few, ALL, "differ|no use for"),
+    "a tensor too many": (a_tensor_too_many, ALL, "holds head.weight, which this layout does not use"),
+    "a block too few": (a_block_too_few, ALL, "differ|does not use"),
     "an MLP of another width": (mlp_of_another_width, ALL, "cannot run .* but by the config"),
     "images of another size": (image_of_another_size, ALL, r"cannot run .* images are \(\d"),
 }

@@ -1,4 +1,4 @@
-"""A folder appears whole or not at all, and only where nothing foreign is lost."""
+"""A folder is published whole or not at all, and never replaces files of others."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from curia_common.errors import UserError
+from curia_common.errors import StorageError, UserError
 from curia_jax.convert import folder
 
 
@@ -21,7 +21,7 @@ def value_in(target: Path) -> float:
     return float(safetensors.numpy.load_file(target / "model.safetensors")["norm.weight"][0])
 
 
-def test_files_are_complete_and_readable_by_others(tmp_path) -> None:
+def test_published_files_are_complete_and_share_permissions(tmp_path) -> None:
     with folder.publish(tmp_path / "deep" / "er" / "vit") as new:
         fill(new)
     output = tmp_path / "deep" / "er" / "vit"
@@ -32,7 +32,7 @@ def test_files_are_complete_and_readable_by_others(tmp_path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["deep"]
 
 
-def test_until_the_end_the_old_folder_is_untouched(tmp_path) -> None:
+def test_publish_keeps_old_folder_until_the_end(tmp_path) -> None:
     output = tmp_path / "vit"
     with folder.publish(output) as new:
         fill(new, 1.0)
@@ -45,14 +45,14 @@ def test_until_the_end_the_old_folder_is_untouched(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, UserError, ValueError])
-def test_whatever_interrupts_leaves_nothing_behind(error: type[BaseException], tmp_path) -> None:
+def test_publish_leaves_nothing_after_exception(error: type[BaseException], tmp_path) -> None:
     with pytest.raises(error), folder.publish(tmp_path / "deep" / "vit") as new:
         fill(new)
         raise error
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_refuses_is_a_users_error_and_the_old_folder_stays(tmp_path, monkeypatch) -> None:
+def test_full_disk_is_storage_error_and_keeps_old_folder(tmp_path, monkeypatch) -> None:
     output = tmp_path / "vit"
     with folder.publish(output) as new:
         fill(new)
@@ -65,14 +65,14 @@ def test_a_disk_that_refuses_is_a_users_error_and_the_old_folder_stays(tmp_path,
 
     monkeypatch.setattr(Path, "rename", refuse)
     with (
-        pytest.raises(UserError, match="cannot write .*vit: No space left on device"),
+        pytest.raises(StorageError, match="cannot write .*vit: No space left on device"),
         folder.publish(output) as new,
     ):
         fill(new, 2.0)
     assert value_in(output) == 1.0 and [path.name for path in tmp_path.iterdir()] == ["vit"]
 
 
-def test_an_empty_folder_and_a_link_to_one_are_taken(tmp_path) -> None:
+def test_publish_replaces_empty_folder_behind_link(tmp_path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with folder.publish(tmp_path / "link") as new:
@@ -89,7 +89,7 @@ def test_an_empty_folder_and_a_link_to_one_are_taken(tmp_path) -> None:
         ("model.safetensors", "x", "holds a model that this command did not write"),
     ],
 )
-def test_folders_of_others_are_refused_and_kept(name: str, content: str, message: str, tmp_path) -> None:
+def test_publish_refuses_foreign_folder(name: str, content: str, message: str, tmp_path) -> None:
     output = tmp_path / "vit"
     output.mkdir()
     (output / name).write_text(content)
@@ -98,7 +98,7 @@ def test_folders_of_others_are_refused_and_kept(name: str, content: str, message
     assert (output / name).read_text() == content and len(list(output.iterdir())) == 1
 
 
-def test_what_somebody_added_to_our_folder_is_kept(tmp_path) -> None:
+def test_publish_refuses_folder_with_added_files(tmp_path) -> None:
     output = tmp_path / "vit"
     with folder.publish(output) as new:
         fill(new)
@@ -108,7 +108,7 @@ def test_what_somebody_added_to_our_folder_is_kept(tmp_path) -> None:
         folder.check_replaceable(output)
 
 
-def test_what_appears_meanwhile_is_kept(tmp_path) -> None:
+def test_publish_keeps_files_written_meanwhile(tmp_path) -> None:
     output = tmp_path / "vit"
     with pytest.raises(UserError, match="holds scores.csv"), folder.publish(output) as new:
         fill(new)
@@ -117,13 +117,30 @@ def test_what_appears_meanwhile_is_kept(tmp_path) -> None:
     assert (output / "scores.csv").read_text() == "mine"
 
 
-def test_a_file_in_place_of_the_folder_is_refused(tmp_path) -> None:
+def test_signal_between_renames_restores_old_folder(tmp_path, monkeypatch) -> None:
+    output = tmp_path / "vit"
+    with folder.publish(output) as new:
+        fill(new)
+    rename = Path.rename
+
+    def stop(self: Path, target: Path) -> Path:
+        if self.name == "new":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", stop)
+    with pytest.raises(KeyboardInterrupt), folder.publish(output) as new:
+        fill(new, 2.0)
+    assert value_in(output) == 1.0 and [path.name for path in tmp_path.iterdir()] == ["vit"]
+
+
+def test_publish_refuses_file(tmp_path) -> None:
     (tmp_path / "vit").write_text("mine")
     with pytest.raises(UserError, match="vit is a file; name a folder with --output"):
         folder.check_replaceable(tmp_path / "vit")
 
 
-def test_tensors_that_safetensors_would_garble_are_refused(tmp_path) -> None:
+def test_write_rejects_tensor_that_is_not_contiguous(tmp_path) -> None:
     view = np.arange(6, dtype=np.float32).reshape(2, 3).T
     with pytest.raises(ValueError, match="weight is not C-contiguous"):
         folder.write(tmp_path, tensors={"weight": view}, metadata={}, config={}, preprocessor=None, card="")

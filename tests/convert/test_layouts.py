@@ -1,4 +1,4 @@
-"""Names, shapes and settings of each layout, and what a layout cannot hold."""
+"""Tensor names, shapes and settings of each layout, and the models that it cannot hold."""
 
 import re
 from typing import Any
@@ -115,12 +115,12 @@ def setup(name: str = "three_channels", **changes: Any) -> tuple[mae.MAEConfig, 
     return config, reference.random_params(config, seed=1)
 
 
-def test_the_command_offers_every_layout() -> None:
+def test_command_offers_every_layout() -> None:
     assert convert.LAYOUT_NAMES == tuple(layouts.LAYOUTS) == tuple(KEYS)
 
 
 @pytest.mark.parametrize("layout", KEYS)
-def test_names_and_shapes_are_those_that_loaders_accept(layout: str) -> None:
+def test_tensor_names_and_shapes_are_those_of_loaders(layout: str) -> None:
     config, params = setup()
     tensors, trained = layouts.tensors(layouts.LAYOUTS[layout], config, params)
     assert {name: values.shape for name, values in tensors.items()} == KEYS[layout]
@@ -131,18 +131,18 @@ def test_names_and_shapes_are_those_that_loaders_accept(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", KEYS)
-def test_every_parameter_goes_to_one_tensor_and_none_is_lost(layout: str) -> None:
+def test_every_parameter_goes_to_exactly_one_tensor(layout: str) -> None:
     config, params = setup()
     made = layouts.LAYOUTS[layout]
     entries = layouts.entries(made, params)
     assert len({entry.name for entry in entries}) == len(entries)
-    tensors = [entry.take(params, config) for entry in entries]
+    tensors = [entry.read(params, config) for entry in entries]
     ours = [leaf for part in made.parts for leaf in jax.tree.leaves(params[part])]
     gathered = np.sort(np.concatenate([values.ravel() for values in tensors]))
     np.testing.assert_array_equal(gathered, np.sort(np.concatenate([leaf.ravel() for leaf in ours])))
 
 
-def test_kernels_turn_into_weights_and_convolutions() -> None:
+def test_kernels_become_weights_and_convolutions() -> None:
     config, params = setup()
     tensors, _ = layouts.tensors(layouts.LAYOUTS["timm"], config, params)
     attention = params["encoder"]["blocks"]["attn"]["qkv"]["kernel"][1]
@@ -157,7 +157,7 @@ def test_kernels_turn_into_weights_and_convolutions() -> None:
         np.testing.assert_array_equal(weight, attention[:, part * D : (part + 1) * D].T)
 
 
-def test_what_a_masked_autoencoder_does_not_have_is_neutral_in_dinov2() -> None:
+def test_dinov2_layer_scale_and_mask_token_are_neutral() -> None:
     config, params = setup()
     tensors, _ = layouts.tensors(layouts.LAYOUTS["dinov2"], config, params)
     scales = [values for name, values in tensors.items() if "lambda1" in name]
@@ -165,7 +165,7 @@ def test_what_a_masked_autoencoder_does_not_have_is_neutral_in_dinov2() -> None:
     assert not tensors["embeddings.mask_token"].any()
 
 
-def test_a_parameter_without_a_name_and_a_name_without_a_parameter_are_errors() -> None:
+def test_entries_reject_unnamed_parameter_and_unused_name() -> None:
     _, params = setup()
     params["encoder"]["register_tokens"] = np.zeros((1, 4, D), np.float32)
     with pytest.raises(ValueError, match="layout vit has no name for encoder/register_tokens"):
@@ -182,7 +182,7 @@ def types(tree: dict[str, Any]) -> dict[str, Any]:
     return {key: type(value) for key, value in tree.items()}
 
 
-def test_settings_have_the_types_that_strict_readers_ask_for() -> None:
+def test_settings_have_types_that_transformers_5_requires() -> None:
     """transformers 5 refuses mlp_ratio 4.0, layerscale_value 1, mask_ratio 1 and floats for sizes."""
     config, _ = setup()
     counts = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size", "num_channels")
@@ -195,7 +195,7 @@ def test_settings_have_the_types_that_strict_readers_ask_for() -> None:
     assert types(layouts.LAYOUTS["vit_mae"].config(config))["mask_ratio"] is float
 
 
-def test_settings_are_those_of_the_training() -> None:
+def test_settings_are_those_of_training() -> None:
     config, _ = setup("square", layer_norm_eps=1e-5, activation="gelu_tanh", norm_pix=False, mask_ratio=0.6)
     for name in ("vit_mae", "vit", "dinov2"):
         settings = layouts.LAYOUTS[name].config(config)
@@ -208,7 +208,7 @@ def test_settings_are_those_of_the_training() -> None:
     assert layouts.LAYOUTS["vit"].config(setup("square")[0])["hidden_act"] == "gelu"
 
 
-def test_sizes_that_are_not_square_are_written_as_height_and_width() -> None:
+def test_sizes_that_are_not_square_are_height_and_width() -> None:
     config, _ = setup("patches_not_square")
     settings = layouts.LAYOUTS["vit"].config(config)
     assert (settings["image_size"], settings["patch_size"]) == ([16, 24], [8, 4])
@@ -217,8 +217,8 @@ def test_sizes_that_are_not_square_are_written_as_height_and_width() -> None:
     assert (settings["model_args"]["img_size"], settings["model_args"]["patch_size"]) == ([16, 24], [8, 4])
 
 
-def test_timm_gets_back_every_mlp_width() -> None:
-    """It takes int(width x mlp_ratio), and a quotient of two integers may come out just below."""
+def test_timm_mlp_ratio_gives_exact_mlp_width() -> None:
+    """timm takes int(width x mlp_ratio), and the quotient of two integers may round down."""
     for width in range(4, 400, 12):
         for mlp_width in range(1, 3 * width, 7):
             config = mae.config("Ti", image_size=16, patch_size=8, width=width, heads=1, mlp_width=mlp_width)
@@ -226,27 +226,34 @@ def test_timm_gets_back_every_mlp_width() -> None:
             assert int(width * ratio) == mlp_width
 
 
+def test_timm_model_args_lack_number_of_classes() -> None:
+    """transformers' AutoModel passes num_classes beside model_args, and a second one raises."""
+    content = layouts.LAYOUTS["timm"].config(setup()[0])
+    assert "num_classes" not in content["model_args"]
+    assert content["num_classes"] == content["pretrained_cfg"]["num_classes"] == 0
+
+
 @pytest.mark.parametrize(("size", "name"), [("Ti", "tiny"), ("S", "small"), ("B", "base"), ("L", "large")])
-def test_timm_builds_the_named_size(size: str, name: str) -> None:
+def test_timm_architecture_is_of_nearest_size(size: str, name: str) -> None:
     assert layouts.LAYOUTS["timm"].config(mae.config(size))["architecture"] == f"vit_{name}_patch16_224"
 
 
-# ---- what a layout cannot hold
+# ---- models that a layout cannot hold
 
 
 @pytest.mark.parametrize(
     ("layout", "changes", "message"),
     [
-        ("vit_mae", {"image_size": (16, 24)}, "ViTMAEForPreTraining takes square images, and this model's are 16x24 px; --layout=vit and timm take both"),
-        ("vit_mae", {"patch_size": (8, 4)}, "ViTMAEForPreTraining takes square patches, and this model's are 8x4 px"),
-        ("vit_mae", {"norm_pix_eps": 1e-2}, "has a norm_pix_eps of 1e-06 written in, and this model was trained with 0.01: its loss would be another; --layout=vit, dinov2 and timm"),
+        ("vit_mae", {"image_size": (16, 24)}, "ViTMAEForPreTraining takes square images, but this model's are 16x24 px; use --layout=vit or timm"),
+        ("vit_mae", {"patch_size": (8, 4)}, "ViTMAEForPreTraining takes square patches, but this model's are 8x4 px"),
+        ("vit_mae", {"norm_pix_eps": 1e-2}, "has a fixed norm_pix_eps of 1e-06, but this model was trained with 0.01, so that its loss would differ; .* use --layout=vit, dinov2 or timm"),
         ("dinov2", {"image_size": (16, 24)}, "Dinov2Model takes square images"),
         ("dinov2", {"patch_size": (4, 8), "image_size": (12, 24)}, "takes square patches, .* it takes square images"),
-        ("dinov2", {"mlp_width": 40}, "an MLP of a whole multiple of the width, and this model's are 40 and 16; --layout=vit takes any"),
-        ("timm", {"layer_norm_eps": 1e-5}, "timm's VisionTransformer has a layer_norm_eps of 1e-06 .* trained with 1e-05; --layout=vit takes any"),
+        ("dinov2", {"mlp_width": 40}, "takes an MLP width that is a multiple of the width, but this model's are 40 and 16; use --layout=vit"),
+        ("timm", {"layer_norm_eps": 1e-5}, "timm's VisionTransformer has a fixed layer_norm_eps of 1e-06, .* trained with 1e-05; use --layout=vit"),
     ],
 )  # fmt: skip
-def test_a_model_that_a_layout_cannot_hold_is_refused(layout: str, changes: dict[str, Any], message: str) -> None:
+def test_layout_refuses_model_it_cannot_hold(layout: str, changes: dict[str, Any], message: str) -> None:
     config, _ = setup("square", **changes)
     with pytest.raises(UserError, match=f"--layout={layout} cannot hold this model: .*{message}"):
         layouts.LAYOUTS[layout].check(config)
@@ -254,6 +261,6 @@ def test_a_model_that_a_layout_cannot_hold_is_refused(layout: str, changes: dict
         layouts.LAYOUTS[remedy[1]].check(config)
 
 
-def test_an_epsilon_of_the_target_matters_only_where_the_target_is_standardised() -> None:
+def test_vit_mae_ignores_norm_pix_eps_without_norm_pix() -> None:
     config, _ = setup("square", norm_pix=False, norm_pix_eps=1e-2)
     layouts.LAYOUTS["vit_mae"].check(config)

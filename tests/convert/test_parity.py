@@ -1,9 +1,10 @@
-"""Exported folders against PyTorch: same images and noise; features, and for vit_mae prediction, mask and loss.
+"""Exported folders against PyTorch, on equal images and noise: features, and for vit_mae prediction, mask and loss.
 
 Where PyTorch is not installed, the files are run in NumPy and compared with the frozen results of transformers.
 """
 
 import functools
+import importlib.util
 import json
 from typing import Any
 
@@ -13,10 +14,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from curia_jax.convert import __main__ as convert
 from curia_jax.convert import numpy_forward
+from curia_jax.convert.layouts import LAYOUTS
 from curia_jax.models import mae, vit
-from tests.convert.cases import CASES, EXPORTS, LAYOUTS_OF, TOLERANCE, live_only
+from tests.convert.cases import CASES, EXPORTS, HAS_TORCH, LAYOUTS_OF, TOLERANCE, live_only
 from tests.models import make_references as reference
+
+if HAS_TORCH:
+    from tests.convert import timm_like
 
 
 @functools.cache
@@ -47,7 +53,7 @@ def assert_close(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 @live_only
 @pytest.mark.parametrize(("name", "layout"), [case for case in EXPORTS if case[1] != "timm"])
-def test_transformers_computes_what_jax_does(name: str, layout: str, converted) -> None:
+def test_transformers_matches_jax(name: str, layout: str, converted) -> None:
     import torch
     from transformers import Dinov2Model, ViTMAEForPreTraining, ViTModel
 
@@ -68,14 +74,12 @@ def test_transformers_computes_what_jax_does(name: str, layout: str, converted) 
 
 @live_only
 @pytest.mark.parametrize("name", [name for name, layout in EXPORTS if layout == "timm"])
-def test_a_module_with_timms_names_computes_what_jax_does(name: str, converted) -> None:
+def test_module_with_names_of_timm_matches_jax(name: str, converted) -> None:
     import torch
     from safetensors.torch import load_file
 
-    from tests.convert.timm_like import VisionTransformer
-
     folder, _ = converted(name, "timm")
-    model = VisionTransformer(**json.loads((folder / "config.json").read_text())["model_args"])
+    model = timm_like.VisionTransformer(**json.loads((folder / "config.json").read_text())["model_args"])
     model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
     with torch.no_grad():
         features = model.forward_features(torch.tensor(pixels_and_noise(name)[0]))
@@ -83,24 +87,23 @@ def test_a_module_with_timms_names_computes_what_jax_does(name: str, converted) 
 
 
 @pytest.mark.parametrize(("name", "layout"), [case for case in EXPORTS if case[0] in reference.CASES])
-def test_files_give_the_frozen_results_of_transformers(name: str, layout: str, converted) -> None:
+def test_files_give_frozen_results_of_transformers(name: str, layout: str, converted) -> None:
     folder, _ = converted(name, layout)
     frozen = reference.read_frozen(name)
     wanted = {
         "features": frozen["tokens"], "prediction": frozen["logits"], "mask": frozen["mask"], "loss": frozen["loss"]
     }  # fmt: skip
-    config = json.loads((folder / "config.json").read_text())
+    settings = numpy_forward.read_settings(layout, json.loads((folder / "config.json").read_text()))
     tensors = numpy_forward.Tensors(safetensors.numpy.load_file(folder / "model.safetensors"))
     pixels, noise = pixels_and_noise(name)
-    found = {"features": numpy_forward.features(layout, config, tensors, pixels)}
+    found = {"features": numpy_forward.features(layout, settings, tensors, pixels)}
     if layout == "vit_mae":
-        found |= numpy_forward.reconstruction(config, tensors, pixels, noise)
+        found |= numpy_forward.reconstruction(settings, tensors, pixels, noise)
     assert_close(found, wanted)
 
 
 @live_only
-def test_encoder_layouts_agree_with_each_other_in_transformers(converted) -> None:
-    """One set of weights under two classes; the same sums in the same order."""
+def test_encoder_layouts_agree_in_transformers(converted) -> None:
     import torch
     from transformers import AutoModel
 
@@ -113,13 +116,22 @@ def test_encoder_layouts_agree_with_each_other_in_transformers(converted) -> Non
     assert torch.equal(*outputs)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
+def test_auto_model_loads_timm_folder(converted) -> None:
+    import torch
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(converted("square", "timm")[0]).eval()
+    with torch.no_grad():
+        found = model(torch.tensor(pixels_and_noise("square")[0])).last_hidden_state
+    assert_close({"features": found.numpy()}, jax_results("square"))
+
+
 @live_only
 @pytest.mark.parametrize("image_size", ["32", "16x40"])
-def test_positions_of_another_size_are_computed_not_interpolated(image_size: str, runs, tmp_path) -> None:
+def test_positions_of_another_image_size_are_computed(image_size: str, runs, tmp_path) -> None:
     import torch
     from transformers import ViTModel
-
-    from curia_jax.convert import __main__ as convert
 
     words = [f"--checkpoint={runs('square')}", f"--output={tmp_path / 'vit'}", "--layout=vit"]
     assert convert.main([*words, f"--image-size={image_size}"]) == 0
@@ -138,14 +150,11 @@ def test_positions_of_another_size_are_computed_not_interpolated(image_size: str
     np.testing.assert_allclose(found, tokens, rtol=0, atol=TOLERANCE)
 
 
-def test_every_case_is_tried_in_every_layout_that_can_hold_it() -> None:
-    from curia_jax.convert.layouts import LAYOUTS
-
+def test_every_case_is_tested_in_every_layout_that_holds_it() -> None:
     for name, arguments in CASES.items():
         config = mae.config(**arguments)
         assert LAYOUTS_OF[name] == tuple(
             layout for layout in LAYOUTS if not LAYOUTS[layout].obstacles(config) and layout in LAYOUTS_OF[name]
         )
         for layout in set(LAYOUTS) - set(LAYOUTS_OF[name]):
-            # square_tanh is the one that is left out of layouts for time's sake alone.
             assert LAYOUTS[layout].obstacles(config) or name == "square_tanh"

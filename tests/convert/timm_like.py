@@ -1,4 +1,4 @@
-"""A vision transformer in plain PyTorch under the names that timm's has, to load exported files strictly."""
+"""A vision transformer in plain PyTorch with the parameter names of timm's, to load exported files strictly."""
 
 from typing import Any
 
@@ -58,10 +58,10 @@ class VisionTransformer(nn.Module):
 
     def __init__(
         self, *, img_size: Any, patch_size: Any, in_chans: int, embed_dim: int, depth: int, num_heads: int,
-        mlp_ratio: float, act_layer: str, num_classes: int, global_pool: str,
+        mlp_ratio: float, act_layer: str, global_pool: str,
     ) -> None:  # fmt: skip
         super().__init__()
-        assert (num_classes, global_pool) == (0, "token")
+        assert global_pool == "token"
         (height, width), (ph, pw) = ((n, n) if isinstance(n, int) else n for n in (img_size, patch_size))
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -12,10 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from curia_jax import checkpoint, config
+from curia_jax import config, trained_model
 from curia_jax.evaluate import __main__ as evaluate
 from curia_jax.models import mae
 from data_pipeline import build
+from tests import checkpoints
 
 MODEL = {"size": "Ti", "image_size": [16, 16], "patch_size": [8, 8], "width": 16, "depth": 2, "heads": 2,
          "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2, "dtype": "float32"}  # fmt: skip
@@ -23,7 +25,7 @@ PATIENTS = 20
 
 
 def write_exams(folder: Path) -> None:
-    """A CT and an MR of ten tall and ten flat patients, with a table of their shape, split and patient."""
+    """A CT and an MR of ten tall and ten flat patients, with a table of shapes, splits and patients."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:40, :40] - 19.5
     folder.mkdir()
@@ -46,12 +48,9 @@ def write_exams(folder: Path) -> None:
 def save_checkpoint(workdir: Path, **changes) -> None:
     model = {**MODEL, **changes}
     params = mae.init(mae.config(**model), jax.random.key(0))
-    settings = config.load("configs/demo.py").augment
-    saver = checkpoint.Checkpointer(str(workdir))
+    settings = config.load("demo").augment
     plain = {"model": model, "augment": json.loads(settings.to_json()), "seed": 0}
-    saver.save(7, {"params": params}, config=plain, examples_seen=56)
-    saver.wait()
-    saver.close()
+    checkpoints.save(workdir, {7: {"params": params}}, config=plain)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +71,7 @@ def run(study: Path, *words: str) -> int:
     return evaluate.main([f"--checkpoint={study / 'run'}", f"--shards={study / 'shards'}", *words])
 
 
-def test_every_backbone_and_probe_is_scored_and_the_json_is_repeatable(study, tmp_path, capsys) -> None:
+def test_every_backbone_and_probe_is_scored_reproducibly(study, tmp_path, capsys) -> None:
     files = [tmp_path / name for name in ("first.json", "again.json")]
     for file in files:
         assert run(study, "--label=shape", f"--json={file}", f"--predictions={tmp_path / 'cases.parquet'}") == 0
@@ -84,7 +83,7 @@ def test_every_backbone_and_probe_is_scored_and_the_json_is_repeatable(study, tm
     for row in rows:
         assert (row["task"], row["n"], row["patients"], row["step"], row["examples_seen"]) == ("shape", 36, 6, 7, 56)
         assert row["train_n"] == 84 and row["low"] <= row["value"] <= row["high"]
-    # Four pixels of height are plain in the pixels.
+    # The pixels show four pixels of height.
     best = next(r for r in rows if (r["backbone"], r["head"], r["metric"]) == ("pixels", "ridge", "auroc"))
     assert best["value"] > 0.95 and best["selection"] == "validation split"
 
@@ -95,10 +94,10 @@ def test_every_backbone_and_probe_is_scored_and_the_json_is_repeatable(study, tm
     assert best["value"] == pytest.approx(area, abs=1e-12)
 
     shown = capsys.readouterr()
-    assert shown.out == "" and "paired difference" in shown.err and "slices/s" in shown.err
+    assert shown.out == "" and "paired difference" in shown.err and re.search(r"features: \d+ slices in", shown.err)
 
 
-def test_several_labels_series_and_layers(study, tmp_path) -> None:
+def test_several_labels_series_and_layers_are_scored(study, tmp_path) -> None:
     words = ["--label=shape,modality", "--heads=ridge", "--cases=series", "--layers=1,last", "--features=cls+mean"]
     assert run(study, *words, "--backbones=checkpoint", f"--json={tmp_path / 'rows.json'}") == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
@@ -109,8 +108,8 @@ def test_several_labels_series_and_layers(study, tmp_path) -> None:
     assert by_task["shape"]["value"] > 0.9
 
 
-def test_permuted_test_labels_change_the_figures_but_no_prediction(study, tmp_path) -> None:
-    """The test labels in the index are turned round; what the probes say and which settings they chose stays."""
+def test_permuted_test_labels_change_no_prediction(study, tmp_path) -> None:
+    """Test labels swapped in the index change the figures, but neither predictions nor chosen settings."""
     words = ["--label=shape", "--heads=knn,logistic", "--backbones=pixels"]
     outputs = [[f"--json={tmp_path / f'{n}.json'}", f"--predictions={tmp_path / f'{n}.parquet'}"] for n in (0, 1)]
     assert run(study, *words, *outputs[0]) == 0
@@ -158,29 +157,43 @@ def test_permuted_test_labels_change_the_figures_but_no_prediction(study, tmp_pa
         (["--label=shape", "--features=max"], "error: no features 'max'; there are: mean, std, cls, and several"),
         (["--label=shape", "--layers=9"], "error: no layer 9; this encoder has layers 1 to 2\n"),
         (["--label=shape", "--layers=first"], "error: --layers=first: write last, or numbers of blocks"),
-        (["--label=shape", "--draws=0"], "error: --draws=0: a bootstrap needs at least 1 draw\n"),
+        (["--label=shape", "--draws=0"], "error: --draws is 0; it has to be at least 1\n"),
+        (["--label=shape", "--batch-size=0"], "error: --batch-size is 0; it has to be at least 1\n"),
+        (["--label=shape", "--seed=-1"], "error: --seed is -1; it has to be at least 0\n"),
+        (["--label=shape", "--image-sizes=0"], "error: --image-sizes=0: write numbers of px with commas"),
+        (["--label=shape", "--image-sizes="], "error: --image-sizes=: write numbers of px with commas"),
+        (["--label=shape", "--image-sizes=20"], "error: --image-sizes: image size (20, 20) is no multiple"),
+        (["--label=shape", "--layers=0"], "error: no layer 0; this encoder has layers 1 to 2\n"),
+        (["--label=shape", "--layers=²"], "error: --layers=²: write last, or numbers of blocks"),
+        (["--label=,"], "error: --label is empty; name a label of the shards"),
+        (["--label=shape", "--heads=,"], "error: no head given; there are: knn, ridge, logistic\n"),
+        (
+            ["--label=shape", "--predictions=no/such/file"],
+            "error: --predictions=no/such/file: there is no folder no/such",
+        ),
+        (["--label=shape", "--json=no/such/file"], "error: --json=no/such/file: there is no folder no/such"),
         (["--label=shape,plane", "--task=x"], "error: --task=x names one task, but --label has 2"),
         (["--label=shape", "--step=3"], "error: no checkpoint of step 3"),
     ],
 )
-def test_wrong_usage_gives_one_line_and_exit_code_2(study, capsys, words: list[str], line: str) -> None:
+def test_wrong_usage_is_one_line_and_exits_2(study, capsys, words: list[str], line: str) -> None:
     assert run(study, *words) == 2
     shown = capsys.readouterr().err
     assert shown.startswith(line) and shown.count("\n") == 1
 
 
-def test_folders_that_are_not_what_they_should_be(study, tmp_path, capsys) -> None:
+def test_wrong_folders_are_named_and_exit_2(study, tmp_path, capsys) -> None:
     label = "--label=shape"
     assert evaluate.main([f"--checkpoint={study / 'shards'}", f"--shards={study / 'shards'}", label]) == 2
     assert "error: no finished checkpoint in" in capsys.readouterr().err
     assert evaluate.main([f"--checkpoint={study / 'run'}", f"--shards={study / 'run'}", label]) == 2
     assert "which looks like a work directory of curia_jax.pretrain" in capsys.readouterr().err
-    save_checkpoint(tmp_path / "coloured", channels=3)
-    assert evaluate.main([f"--checkpoint={tmp_path / 'coloured'}", f"--shards={study / 'shards'}", label]) == 2
+    save_checkpoint(tmp_path / "colour", channels=3)
+    assert evaluate.main([f"--checkpoint={tmp_path / 'colour'}", f"--shards={study / 'shards'}", label]) == 2
     assert "takes 3 channels, but a slice has 1" in capsys.readouterr().err
 
 
-def test_shards_without_a_test_split(study, tmp_path, capsys) -> None:
+def test_shards_without_test_split_exit_2(study, tmp_path, capsys) -> None:
     words = ["--input", str(study / "exams"), "--output", str(tmp_path / "all"), "--workers", "1"]
     code = build.main([*words, "--validation", "0", "--test", "0"])
     assert code == 0
@@ -189,21 +202,19 @@ def test_shards_without_a_test_split(study, tmp_path, capsys) -> None:
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'all'} has no test split (it has: train)")
 
 
-def test_weights_that_are_not_finite_are_named(study, tmp_path, capsys, monkeypatch) -> None:
-    load = checkpoint.load
+def test_features_that_are_not_finite_exit_65(study, tmp_path, capsys, monkeypatch) -> None:
+    load = trained_model.load
 
     def broken(*words):
         loaded = load(*words)
         loaded.params["encoder"]["norm"]["bias"][0] = np.nan
         return loaded
 
-    monkeypatch.setattr(checkpoint, "load", broken)
-    assert run(study, "--label=shape") == 2
+    monkeypatch.setattr(trained_model, "load", broken)
+    assert run(study, "--label=shape") == 65
     assert "error: the checkpoint features of slice 0 of split 'train' are not finite" in capsys.readouterr().err
 
 
-def test_help_teaches(capsys) -> None:
-    with pytest.raises(SystemExit) as stop:
-        evaluate.main(["--help"])
-    assert stop.value.code == 0
+def test_help_has_examples(capsys) -> None:
+    assert evaluate.main(["--help"]) == 0
     assert "--label=lesion --json=results.json" in capsys.readouterr().out

@@ -1,20 +1,22 @@
-import dataclasses
+"""Features of slices: they are those of the model, in order, whatever the batch."""
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from curia_common.errors import UserError
-from curia_jax import augment, config, data
+from curia_common.errors import DataError, UserError
+from curia_jax import augment, config, data, trained_model
 from curia_jax.evaluate import features
 from curia_jax.models import mae, vit
-from tests.slices import FakeSlices
+from data_pipeline.format.records import DecodedSlice, SliceFacts
+from tests.slices import FakeSlices, decoded
 
 MODEL = {"size": "Ti", "image_size": 16, "patch_size": 8, "width": 16, "depth": 3, "heads": 2,
          "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2, "dtype": "bfloat16"}  # fmt: skip
-SETTINGS = config.load("configs/demo.py").augment
+SETTINGS = config.load("demo").augment
 
 
 class Slices(FakeSlices):
@@ -28,22 +30,21 @@ class Slices(FakeSlices):
     def __len__(self) -> int:
         return len(self._index)
 
-    def __getitem__(self, number: int) -> dict[str, object]:
+    def __getitem__(self, number: int) -> DecodedSlice:
         pixels = np.random.default_rng(number).integers(0, 2000, (20 - number % 2 * 4, 24), dtype=np.uint16)
-        return {
-            "pixels": pixels, "slope": np.nan if number == self.broken else 1.0, "intercept": -1024.0,
-            "low": -900.0, "high": 900.0, "hu": bool(number % 2),
-        }  # fmt: skip
+        slope = np.nan if number == self.broken else 1.0
+        return decoded(pixels, SliceFacts(slope, -1024.0, -900.0, 900.0, hu=bool(number % 2)))
 
 
 @pytest.fixture(scope="module")
 def model() -> tuple[mae.MAEConfig, dict]:
     params = mae.init(mae.config(**MODEL), jax.random.key(0))
-    return features.model(MODEL, params), jax.tree.map(np.asarray, params)
+    params = jax.tree.map(np.asarray, params)
+    return trained_model.model_config(ml_collections.ConfigDict(MODEL), params), params
 
 
 def direct(model, slices: int, layers: tuple[int, ...] = ()) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Tokens of the first slices, one at a time, without any of the machinery."""
+    """Tokens of the first slices, computed one at a time."""
     (model_config, params), source = model, Slices(slices)
     encoder = vit.bind(model_config.encoder, params["encoder"])
     outputs = []
@@ -58,7 +59,7 @@ def direct(model, slices: int, layers: tuple[int, ...] = ()) -> tuple[np.ndarray
 
 
 @pytest.mark.parametrize("count", [8, 11])
-def test_features_are_those_of_each_slice_whatever_the_batch(model, count: int) -> None:
+def test_features_do_not_depend_on_batch(model, count: int) -> None:
     model_config, params = model
     views = {
         name: features.encoder_view(model_config.encoder, params["encoder"], SETTINGS, pooling=name)
@@ -77,7 +78,7 @@ def test_features_are_those_of_each_slice_whatever_the_batch(model, count: int) 
     assert found["mean"].dtype == np.float32 and sum(done) == count
 
 
-def test_layers_are_outputs_of_blocks_before_the_norm(model) -> None:
+def test_layers_are_block_outputs_before_norm(model) -> None:
     model_config, params = model
     view = features.encoder_view(model_config.encoder, params["encoder"], SETTINGS, layers=[1, 3, features.LAST])
     found = features.extract(Slices(4), np.arange(4), {"x": view})["x"]
@@ -86,14 +87,14 @@ def test_layers_are_outputs_of_blocks_before_the_norm(model) -> None:
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_slices_come_in_the_order_asked_for(model) -> None:
+def test_features_are_in_requested_order(model) -> None:
     model_config, params = model
     view = {"x": features.encoder_view(model_config.encoder, params["encoder"], SETTINGS)}
     forward, backward = (features.extract(Slices(6), np.array(o), view)["x"] for o in ([1, 4, 5], [5, 4, 1]))
     np.testing.assert_array_equal(forward, backward[::-1])
 
 
-def test_pixels_are_the_same_view_in_few_values() -> None:
+def test_pixel_view_is_small_evaluation_view() -> None:
     source = Slices(5)
     found = features.extract(source, np.arange(5), {"pixels": features.pixel_view(SETTINGS)})["pixels"]
     assert found.shape == (5, features.PIXELS**2)
@@ -103,29 +104,14 @@ def test_pixels_are_the_same_view_in_few_values() -> None:
     np.testing.assert_allclose(found, np.asarray(view).reshape(5, -1), atol=1e-5)
 
 
-def test_a_feature_that_is_not_finite_is_named_with_its_slice(model) -> None:
+def test_feature_that_is_not_finite_names_its_slice(model) -> None:
     model_config, params = model
     view = {"checkpoint": features.encoder_view(model_config.encoder, params["encoder"], SETTINGS)}
-    with pytest.raises(UserError, match="the checkpoint features of slice 3 of split 'test' are not finite"):
+    with pytest.raises(DataError, match="the checkpoint features of slice 3 of split 'test' are not finite"):
         features.extract(Slices(5, broken=3), np.arange(5), view)
 
 
-def test_the_model_is_computed_in_float32(model) -> None:
-    assert model[0].encoder.dtype == "float32"
-
-
-def test_weights_of_another_size_or_channel_count_are_refused(model) -> None:
-    _, params = model
-    with pytest.raises(UserError, match="does not hold the model of its config: .*wanted"):
-        features.model({**MODEL, "width": 48}, params)
-    with pytest.raises(UserError, match="does not hold the model of its config: .*size is 'XXL'"):
-        features.model({**MODEL, "size": "XXL"}, params)
-    coloured = {**MODEL, "channels": 3}
-    with pytest.raises(UserError, match="takes 3 channels, but a slice has 1"):
-        features.model(coloured, mae.init(mae.config(**coloured), jax.random.key(0)))
-
-
-def test_unknown_poolings_and_layers_list_what_there_is(model) -> None:
+def test_unknown_pooling_and_layer_list_known_ones(model) -> None:
     model_config, params = model
     with pytest.raises(UserError, match=r"no features 'max'; there are: mean, std, cls, and several joined by \+"):
         features.encoder_view(model_config.encoder, params["encoder"], SETTINGS, pooling="mean+max")
@@ -133,30 +119,13 @@ def test_unknown_poolings_and_layers_list_what_there_is(model) -> None:
         features.encoder_view(model_config.encoder, params["encoder"], SETTINGS, layers=[4])
 
 
-def test_the_digest_names_the_weights(model) -> None:
-    _, params = model
-    same = jax.tree.map(np.copy, params)
-    assert features.digest(params) == features.digest(same)
-    same["encoder"]["norm"]["bias"][0] += 1e-7
-    assert features.digest(params) != features.digest(same)
-
-
-def test_progress_counts_and_tells_rate_and_time_left(capsys) -> None:
-    with features.Progress("features", 10, seconds_between_lines=0.0) as progress:
-        progress.advance(4)
-        progress.advance(6)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("features 4/10") and "slices/s" in lines[0] and "s left" in lines[0]
-    assert lines[-1].startswith("features 10/10")
-
-
-def test_a_view_keeps_weights_out_of_the_program(model) -> None:
+def test_view_passes_weights_as_argument(model) -> None:
     model_config, params = model
     view = features.encoder_view(model_config.encoder, params["encoder"], SETTINGS)
-    assert dataclasses.asdict(view).keys() == {"of", "params"} and view.params is params["encoder"]
+    assert view.params is params["encoder"]
 
 
-def test_several_image_sizes_are_concatenated_and_the_own_one_is_the_default(model) -> None:
+def test_several_image_sizes_are_concatenated(model) -> None:
     encoder, params = model[0].encoder, model[1]["encoder"]
     views = {
         "own": features.encoder_view(encoder, params, SETTINGS, layers=[1, "last"]),
@@ -168,6 +137,6 @@ def test_several_image_sizes_are_concatenated_and_the_own_one_is_the_default(mod
     assert np.abs(found["own"] - found["larger"]).max() > 1e-3
 
 
-def test_an_image_size_that_is_no_multiple_of_the_patch_is_refused(model) -> None:
+def test_image_size_that_is_no_multiple_of_patch_is_refused(model) -> None:
     with pytest.raises(UserError, match=r"--image-sizes: image size \(20, 20\) is no multiple of the patch size"):
         features.encoder_view(model[0].encoder, model[1]["encoder"], SETTINGS, image_sizes=[(20, 20)])

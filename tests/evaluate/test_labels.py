@@ -1,3 +1,5 @@
+"""Labels as classification tasks, and the reasons why one cannot be probed."""
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -21,7 +23,7 @@ def an_index(splits: str = "ttttvvss", lesion: tuple = ("yes", "no") * 4, patien
     )
 
 
-def test_a_task_numbers_slices_within_their_split_and_the_positive_class_last() -> None:
+def test_task_numbers_slices_per_split_and_positive_class_last() -> None:
     task = labels.task(an_index(lesion=("yes", None, "no", "yes", "no", "yes", "", "no")[:6] + ("yes", "no")), "lesion")
     assert task.classes == ("no", "yes") and task.unseen == ()
     assert task.splits["train"].slices.tolist() == [0, 2, 3]
@@ -30,12 +32,12 @@ def test_a_task_numbers_slices_within_their_split_and_the_positive_class_last() 
     assert task.splits["test"].patients.tolist() == ["g", "h"]
 
 
-def test_technical_columns_serve_where_there_is_no_label() -> None:
+def test_technical_columns_are_available_as_labels() -> None:
     assert labels.available(an_index()) == ["lesion", "modality", "plane", "body_part"]
     assert labels.task(an_index(), "modality", "which scanner").name == "which scanner"
 
 
-def test_an_unknown_label_lists_those_there_are() -> None:
+def test_unknown_label_lists_known_ones() -> None:
     with pytest.raises(UserError, match="no label 'leison' in the shards; there are: lesion, modality, plane"):
         labels.task(an_index(), "leison")
 
@@ -45,30 +47,30 @@ def test_an_unknown_label_lists_those_there_are() -> None:
     [
         ({"lesion": ("yes",) * 8}, "every labelled slice of the test split is of class 'yes'"),
         ({"lesion": ("yes",) * 6 + ("yes", "no")}, "training and validation splits is of class 'yes'"),
-        ({"splits": "tttttttt"}, "the test split holds no slice with a value"),
+        ({"splits": "tttttttt"}, "the test split has no slice with a value"),
         ({"patients": "abcdefgg"}, "single labelled patient"),
         ({"lesion": ("yes", "no", "no", "no", "no", "no", "yes", "no")}, "class 'yes' occurs in a single patient"),
         ({"lesion": (None,) * 8}, "no slice has a value"),
     ],
 )
-def test_what_cannot_be_probed_is_said_in_words(change: dict, what: str) -> None:
-    assert what in labels.problem(an_index(**change), "lesion")
+def test_label_that_cannot_be_probed_gives_reason(change: dict, what: str) -> None:
+    assert what in labels.obstacle(an_index(**change), "lesion")
     with pytest.raises(UserError, match="label 'lesion' cannot be probed: "):
         labels.task(an_index(**change), "lesion")
 
 
-def test_unknown_values_are_no_class() -> None:
-    assert labels.problem(an_index(), "body_part") == "no slice has a value"
-    assert "of class 'axial'" in labels.problem(an_index(), "plane")
+def test_unknown_values_are_not_a_class() -> None:
+    assert labels.obstacle(an_index(), "body_part") == "no slice has a value"
+    assert "of class 'axial'" in labels.obstacle(an_index(), "plane")
 
 
-def test_classes_of_the_test_split_alone_come_after_those_that_can_be_learned() -> None:
+def test_classes_of_test_split_alone_are_numbered_last() -> None:
     task = labels.task(an_index(lesion=("a", "c", "a", "c", "a", "c", "b", "c")), "lesion")
     assert task.classes == ("a", "c") and task.unseen == ("b",)
     assert task.targets("test").tolist() == [2, 1]
 
 
-def test_a_folder_without_an_index_is_named(tmp_path) -> None:
+def test_folder_without_index_is_named(tmp_path) -> None:
     with pytest.raises(
         UserError, match="no index.parquet in .*--shards takes the folder that data_pipeline.build wrote"
     ):
@@ -78,7 +80,7 @@ def test_a_folder_without_an_index_is_named(tmp_path) -> None:
         labels.read_index(tmp_path)
 
 
-def test_validation_serves_only_if_it_has_every_class() -> None:
+def test_validation_selects_only_with_every_class() -> None:
     assert labels.selection_on_validation(np.array(["a", "b"]), np.array(["b", "a", "c"]))
     assert not labels.selection_on_validation(np.array(["a", "b"]), np.array(["b"]))
     assert not labels.selection_on_validation(np.array(["a"]), np.array(["a"]))

@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn, and the bootstrap against a plain loop."""
+"""Metrics against scikit-learn, and the bootstrap against a loop."""
 
 import numpy as np
 import pytest
@@ -52,14 +52,14 @@ def test_accuracies_equal_sklearn_with_weights(classes):
         np.testing.assert_allclose(metric(targets, scores, weights), wanted, rtol=0, atol=TOLERANCE)
 
 
-def test_macro_auroc_leaves_out_absent_classes():
+def test_macro_auroc_ignores_absent_classes():
     targets, scores, _ = cases(3, classes=3)
     kept = targets != 2
     wanted = np.mean([roc_auc_score(targets[kept] == label, scores[kept, label]) for label in (0, 1)])
     assert once(metrics.auroc, targets[kept], scores[kept]) == pytest.approx(wanted, abs=TOLERANCE)
 
 
-def test_one_class_has_no_auroc_but_an_accuracy():
+def test_auroc_of_one_class_is_undefined_and_accuracy_defined():
     scores = np.array([[0.2, 0.8], [0.6, 0.4], [0.1, 0.9]])
     targets = np.array([1, 1, 1])
     assert np.isnan(once(metrics.auroc, targets, scores))
@@ -70,7 +70,7 @@ def test_one_class_has_no_auroc_but_an_accuracy():
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_bootstrap_equals_a_loop_that_repeats_whole_patients(classes):
+def test_bootstrap_equals_loop_over_resampled_patients(classes):
     targets, scores, patients = cases(4, n=60, classes=classes, patients=9)
     bootstrap = Bootstrap.over(patients, draws=200, seed=5)
     names = np.unique(patients)
@@ -108,14 +108,14 @@ def test_degenerate_and_partial_draws_are_counted():
     assert found.partial == int(np.sum(three.counts.max(axis=1) == 2))
 
 
-def test_one_patient_gives_a_value_without_an_interval():
+def test_one_patient_gives_value_without_interval():
     targets, scores, _ = cases(6)
     found = Bootstrap.over(np.zeros(len(targets)), draws=10).estimate(metrics.auroc, targets, scores)
     assert np.isfinite(found.value) and np.isnan([found.low, found.high]).all()
 
 
-def test_patients_widen_the_interval_and_slices_do_not():
-    # Twenty patients of fifty identical cases hold the information of twenty cases.
+def test_interval_depends_on_patients_not_slices():
+    # Twenty patients of fifty identical cases carry the information of twenty cases.
     rng = np.random.default_rng(0)
     targets = np.repeat(rng.integers(0, 2, 20), 50)
     scores = np.repeat(rng.normal(size=(20, 2)), 50, axis=0)
@@ -129,7 +129,7 @@ def test_difference_is_paired():
     bootstrap = Bootstrap.over(patients)
     same = bootstrap.estimate(metrics.auroc, targets, scores, against=scores)
     assert (same.value, same.low, same.high) == (0, 0, 0)
-    # A little worse on the same cases: far tighter than two intervals side by side.
+    # Slightly worse on the same cases: far tighter than two separate intervals.
     worse = scores + 0.1 * np.random.default_rng(0).normal(size=scores.shape)
     difference = bootstrap.estimate(metrics.auroc, targets, scores, against=worse)
     alone = bootstrap.estimate(metrics.auroc, targets, scores)
@@ -139,7 +139,7 @@ def test_difference_is_paired():
     assert (opposite.low, opposite.high) == pytest.approx((-difference.high, -difference.low))
 
 
-def test_interval_covers_the_truth_about_as_often_as_it_says():
+def test_interval_covers_truth_at_nominal_rate():
     # Accuracy 0.7, 60 patients with one case each: a percentile interval covers it in about 93-95 % of studies.
     rng = np.random.default_rng(0)
     covered = 0
@@ -153,14 +153,14 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
     assert 0.89 <= covered / 200 <= 0.99
 
 
-def test_seed_decides_everything():
+def test_seed_determines_interval():
     targets, scores, patients = cases(8)
     first, again, other = (Bootstrap.over(patients, seed=s).estimate(metrics.auroc, targets, scores) for s in (1, 1, 2))
     assert first == again
     assert (first.low, first.high) != (other.low, other.high)
 
 
-def test_many_cases_in_pieces_give_the_same(monkeypatch):
+def test_chunked_evaluation_equals_whole(monkeypatch):
     targets, scores, patients = cases(9, n=200, classes=3)
     bootstrap = Bootstrap.over(patients, draws=100)
     whole = bootstrap.estimate(metrics.auroc, targets, scores)

@@ -1,4 +1,4 @@
-"""Probes against scikit-learn and against plain loops."""
+"""Probes against scikit-learn and against loops."""
 
 import inspect
 
@@ -26,7 +26,7 @@ def a_bank(n: int = 90, classes: int = 3, d: int = 12, held: int = 30) -> probes
 
 
 @pytest.mark.parametrize("probe", PROBES)
-def test_probe_learns_what_is_there_and_nothing_from_noise(probe):
+def test_probe_learns_signal_and_not_noise(probe):
     bank = a_bank()
     queries, targets = blobs(1, 120)
     assert np.mean(probe(bank, queries).scores.argmax(axis=1) == targets) > 0.7
@@ -43,28 +43,27 @@ def test_probe_is_deterministic(probe):
 
 
 @pytest.mark.parametrize("probe", PROBES)
-def test_probe_has_no_way_to_see_test_labels(probe):
-    # All it is given: what it may learn from, and features.
+def test_probe_takes_no_test_labels(probe):
     assert list(inspect.signature(probe).parameters) == ["bank", "queries"]
 
 
 @pytest.mark.parametrize("probe", PROBES)
-def test_settings_do_not_depend_on_the_test_cases(probe):
+def test_settings_do_not_depend_on_test_cases(probe):
     bank = a_bank()
     one, two = probe(bank, blobs(1, 30)[0]), probe(bank, 100 * blobs(2, 50)[0])
     assert (one.chosen, one.selection_score) == (two.chosen, two.selection_score)
 
 
 @pytest.mark.parametrize("probe", PROBES)
-def test_prediction_of_a_case_does_not_depend_on_the_others(probe):
+def test_prediction_does_not_depend_on_other_cases(probe):
     bank = a_bank()
     queries, _ = blobs(1, 30)
-    # Float32 similarities in another blocking.
+    # float32 similarities in other blocks.
     np.testing.assert_allclose(probe(bank, queries).scores[:7], probe(bank, queries[:7]).scores, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("d", [12, 200])
-def test_ridge_equals_sklearn_in_both_forms(d):
+def test_ridge_equals_sklearn_with_either_gram_matrix(d):
     bank = a_bank(d=d)
     queries, _ = blobs(1, 40, d=d)
     found = probes.ridge(bank, queries)
@@ -78,7 +77,7 @@ def test_ridge_equals_sklearn_in_both_forms(d):
 
 
 @pytest.mark.parametrize("d", [12, 200])
-def test_logistic_equals_sklearn_with_more_and_with_fewer_features_than_cases(d):
+def test_logistic_equals_sklearn_for_few_and_many_features(d):
     bank = a_bank(d=d)
     queries, _ = blobs(1, 40, d=d)
     found = probes.logistic(bank, queries)
@@ -91,7 +90,7 @@ def test_logistic_equals_sklearn_with_more_and_with_fewer_features_than_cases(d)
     )
 
 
-def test_knn_equals_a_loop():
+def test_knn_equals_loop():
     bank = a_bank()
     queries, _ = blobs(1, 25)
     found = probes.knn(bank, queries)
@@ -109,8 +108,8 @@ def test_knn_equals_a_loop():
 
 
 @pytest.mark.parametrize("probe", PROBES)
-def test_settings_come_from_the_held_out_cases(probe):
-    """Noise in the validation labels changes the settings' score and nothing else is looked at."""
+def test_settings_are_chosen_on_held_out_cases(probe):
+    """Noise in the validation labels lowers the score of the chosen settings."""
     x, y = blobs(0, 90)
     held = np.arange(90) >= 60
     noisy = y.copy()
@@ -129,7 +128,6 @@ def test_constant_features_are_ignored(probe):
     plain = probe(probes.bank(x, y, np.arange(90), held, classes=3), queries)
     constant = np.full((90, 1), 7.1, np.float32)
     padded = probes.bank(np.concatenate([x, constant], axis=1), y, np.arange(90), held, classes=3)
-    # A constant that is another one in the test cases still says nothing when standardised.
     with_constant = probe(padded, np.concatenate([queries, np.full((30, 1), 7.1, np.float32)], axis=1))
     assert np.isfinite(with_constant.scores).all()
     if probe is not probes.knn or with_constant.chosen["standardised"]:
@@ -137,7 +135,7 @@ def test_constant_features_are_ignored(probe):
 
 
 @pytest.mark.parametrize("probe", PROBES)
-def test_only_constant_features_score_every_case_alike(probe):
+def test_constant_features_alone_score_every_case_alike(probe):
     y = np.arange(40) % 2
     bank = probes.bank(np.ones((40, 3), np.float32), y, np.arange(40), np.arange(40) >= 20, classes=2)
     scores = probe(bank, np.ones((5, 3), np.float32)).scores
@@ -145,7 +143,7 @@ def test_only_constant_features_score_every_case_alike(probe):
     np.testing.assert_allclose(scores, np.broadcast_to(scores[:1], scores.shape), atol=1e-9)
 
 
-def test_without_validation_cases_the_folds_keep_patients_together():
+def test_folds_without_validation_keep_patients_together():
     x, y = blobs(0, 120)
     patients = np.arange(120) // 4
     bank = probes.bank(x, y, patients, np.zeros(120, bool), classes=3)
@@ -155,13 +153,13 @@ def test_without_validation_cases_the_folds_keep_patients_together():
     assert sorted(np.concatenate([held for _, held in bank.folds])) == list(range(120))
 
 
-def test_validation_without_a_class_is_not_used_alone():
+def test_validation_that_lacks_a_class_is_not_used_alone():
     x, y = blobs(0, 90)
     bank = probes.bank(x, y, np.arange(90), (np.arange(90) >= 60) & (y != 2), classes=3)
     assert bank.selection == "5-fold over patients"
 
 
-def test_one_class_and_one_patient_are_named():
+def test_bank_rejects_single_class_and_single_patient():
     x, y = blobs(0, 20, classes=2)
     with pytest.raises(UserError, match="holds 1 class; a probe needs at least 2"):
         probes.bank(x, np.zeros(20, int), np.arange(20), np.zeros(20, bool), classes=2)
@@ -170,12 +168,12 @@ def test_one_class_and_one_patient_are_named():
 
 
 @pytest.mark.parametrize("probe", PROBES)
-def test_a_class_that_was_never_seen_scores_lowest(probe):
+def test_class_without_training_cases_scores_lowest(probe):
     x, y = blobs(0, 90, classes=2)
     bank = probes.bank(x, y, np.arange(90), np.arange(90) >= 60, classes=3)
     scores = probe(bank, blobs(1, 20, classes=2)[0]).scores
     assert scores.shape == (20, 3) and (scores.argmax(axis=1) != 2).all()
 
 
-def test_majority_says_the_same_of_every_case():
+def test_majority_scores_every_case_alike():
     np.testing.assert_array_equal(probes.majority(np.array([0, 1, 1, 1]), 3, 2), [[0.25, 0.75, 0]] * 2)

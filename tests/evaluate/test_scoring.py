@@ -1,3 +1,5 @@
+"""Scores of synthetic features: their rows, differences and independence of the test labels."""
+
 import json
 
 import numpy as np
@@ -5,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from curia_common.errors import UserError
-from curia_jax.evaluate import labels, scoring
+from curia_jax.evaluate import labels, results, scoring
 
 SLICES = {"train": 90, "validation": 45, "test": 60}
 BACKBONES = {"checkpoint": 0.8, "random": 2.0, "pixels": 4.0}  # noise around the class centres
@@ -34,9 +36,9 @@ def pick(rows, **wanted):
     return [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
 
 
-def test_rows_for_every_backbone_probe_and_metric_with_the_fields_readers_rely_on() -> None:
+def test_rows_have_documented_fields_in_order() -> None:
     task, features = a_study()
-    rows, _ = scoring.score(task, features)
+    rows = results.rows(scoring.score(task, features)[0])
     json.dumps(rows, allow_nan=False)
     assert len(rows) == (3 * 3 + 2 * 3 + 1) * 3
     for row in rows:
@@ -46,9 +48,9 @@ def test_rows_for_every_backbone_probe_and_metric_with_the_fields_readers_rely_o
     assert {row["metric"] for row in rows if "against" not in row} == {"auroc", "accuracy", "balanced_accuracy"}
 
 
-def test_better_features_score_higher_and_differences_are_those_of_the_values() -> None:
+def test_differences_are_those_of_values() -> None:
     task, features = a_study()
-    rows, _ = scoring.score(task, features)
+    rows = results.rows(scoring.score(task, features)[0])
     for head in scoring.HEADS:
         ours, theirs = (pick(rows, backbone=b, head=head, metric="auroc")[0] for b in ("checkpoint", "random"))
         difference = pick(rows, against="random", head=head, metric="auroc_difference")[0]
@@ -59,46 +61,48 @@ def test_better_features_score_higher_and_differences_are_those_of_the_values() 
         assert difference["high"] - difference["low"] < (ours["high"] - ours["low"]) + (theirs["high"] - theirs["low"])
 
 
-def test_the_majority_class_is_a_row() -> None:
+def test_majority_class_is_a_row() -> None:
     task, features = a_study()
-    rows, _ = scoring.score(task, features, heads=["ridge"])
+    rows = results.rows(scoring.score(task, features, heads=["ridge"])[0])
     (accuracy,) = pick(rows, head="majority", metric="accuracy")
     assert accuracy["backbone"] == "none" and accuracy["value"] == pytest.approx(1 / 3, abs=0.1)
     assert pick(rows, head="majority", metric="auroc")[0]["value"] == 0.5
 
 
-def test_test_labels_change_nothing_but_the_figures() -> None:
-    """Predictions and chosen settings are the same whatever the test labels say."""
+def test_predictions_do_not_depend_on_test_labels() -> None:
     task, features = a_study()
     test = task.splits["test"]
     shuffled = labels.Labelled(test.slices, np.roll(test.names, 3), test.patients, test.series)
     other = labels.Task(task.name, task.classes, task.unseen, {**task.splits, "test": shuffled})
-    rows, table = scoring.score(task, features)
-    other_rows, other_table = scoring.score(other, features)
+    scores, table = scoring.score(task, features)
+    other_scores, other_table = scoring.score(other, features)
     assert table.column("scores").equals(other_table.column("scores"))
-    assert [row.get("chosen") for row in rows] == [row.get("chosen") for row in other_rows]
-    assert rows[0]["value"] != other_rows[0]["value"]
+    assert [score.fit for score in scores] == [score.fit for score in other_scores]
+    assert scores[0].value != other_scores[0].value
 
 
-def test_the_same_seed_gives_the_same_json() -> None:
+def test_same_seed_gives_same_json() -> None:
     task, features = a_study()
-    first, again = (json.dumps(scoring.score(task, features, seed=3)[0]) for _ in range(2))
+    first, again = (json.dumps(results.rows(scoring.score(task, features, seed=3)[0])) for _ in range(2))
     assert first == again
 
 
-def test_series_are_scored_by_the_mean_of_their_slices() -> None:
+def test_series_score_is_mean_of_its_slices() -> None:
     task, features = a_study()
     by_slice, slices = scoring.score(task, features, heads=["logistic"])
     by_series, series = scoring.score(task, features, heads=["logistic"], unit="series")
-    assert {row["n"] for row in by_series} == {20}
+    assert {score.study.n for score in by_series} == {20}
     first = np.array(slices.column("scores").to_pylist()[:60]).reshape(20, 3, 3).mean(axis=1)
     order = np.argsort(np.array(slices.column("series").to_pylist()[:60:3]))
     np.testing.assert_allclose(np.array(series.column("scores").to_pylist()[:20]), first[order], atol=1e-12)
-    better = pick(by_series, backbone="checkpoint", metric="auroc")[0]["value"]
-    assert better >= pick(by_slice, backbone="checkpoint", metric="auroc")[0]["value"]
+    better, worse = (
+        pick(results.rows(scores), backbone="checkpoint", metric="auroc")[0]["value"]
+        for scores in (by_series, by_slice)
+    )
+    assert better >= worse
 
 
-def test_a_series_of_two_classes_cannot_be_a_case() -> None:
+def test_series_of_two_classes_is_refused() -> None:
     task, features = a_study()
     test = task.splits["test"]
     mixed = labels.Labelled(test.slices, np.roll(test.names, 1), test.patients, test.series)
@@ -106,24 +110,24 @@ def test_a_series_of_two_classes_cannot_be_a_case() -> None:
         scoring.score(labels.Task("kind", task.classes, (), {**task.splits, "test": mixed}), features, unit="series")
 
 
-def test_without_validation_cases_settings_come_from_folds() -> None:
+def test_settings_come_from_folds_without_validation() -> None:
     task, features = a_study()
     nothing = labels.Labelled(*(part[:0] for part in vars(task.splits["validation"]).values()))
     alone = labels.Task("kind", task.classes, (), {**task.splits, "validation": nothing})
     del features["validation"]
-    rows, _ = scoring.score(alone, features, heads=["ridge"])
-    assert {row["selection"] for row in rows if "selection" in row} == {"5-fold over patients"}
+    scores, _ = scoring.score(alone, features, heads=["ridge"])
+    assert {score.fit.selection for score in scores if score.fit} == {"5-fold over patients"}
 
 
-def test_a_class_that_only_the_test_has_counts_as_wrong() -> None:
+def test_class_of_test_split_alone_counts_as_wrong() -> None:
     task, features = a_study()
     test = task.splits["test"]
     renamed = labels.Labelled(
         test.slices, np.where(test.names == "class 2", "class 9", test.names), test.patients, test.series
     )
     new = labels.Task("kind", task.classes, ("class 9",), {**task.splits, "test": renamed})
-    rows, table = scoring.score(new, features, heads=["ridge"])
-    (accuracy,) = pick(rows, backbone="checkpoint", metric="accuracy")
+    scores, table = scoring.score(new, features, heads=["ridge"])
+    (accuracy,) = pick(results.rows(scores), backbone="checkpoint", metric="accuracy")
     assert accuracy["classes_not_learned"] == ["class 9"] and accuracy["value"] <= 2 / 3 + 0.05
     right = np.array(table.column("target").to_pylist()) == np.array(table.column("predicted").to_pylist())
     assert accuracy["value"] == pytest.approx(right[:60].mean())

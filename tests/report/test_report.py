@@ -1,8 +1,11 @@
-"""The report of a small run: well formed, self-contained, with the numbers of the results and without names."""
+"""The report of a small run: well formed, self-contained, with every score and without identifying names."""
 
 import base64
+import dataclasses
+import itertools
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,9 +14,15 @@ import nibabel
 import numpy as np
 import pytest
 
-from curia_jax import checkpoint, config, report
+from curia_jax import config
+from curia_jax.evaluate import results
+from curia_jax.evaluate.results import Score
 from curia_jax.models import mae
+from curia_jax.report import __main__ as report
+from curia_jax.report import timeline
 from data_pipeline import build
+from tests import checkpoints
+from tests.scores import make_score
 
 MODEL = {"size": "Ti", "image_size": [16, 16], "patch_size": [8, 8], "width": 16, "depth": 1, "heads": 2,
          "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2, "mask_ratio": 0.75, "norm_pix": True,
@@ -61,39 +70,28 @@ class Page(HTMLParser):
             self.tables[-1][-1][-1] += data
 
 
-def rows(task: str) -> list[dict]:
-    """Rows as curia_jax.evaluate writes them."""
-    common = {
-        "task": task, "n": 60, "patients": 12, "unit": "slice", "classes": ["no", "yes"], "classes_not_learned": [],
-        "interval": "95 % percentile bootstrap over patients", "draws": 2000, "seed": 0, "train_n": 200,
-        "train_patients": 40, "degenerate_draws": 3, "draws_without_a_class": 0,
-    }  # fmt: skip
-    found, value = [], 0.51
-    for backbone in ("checkpoint", "random", "pixels"):
-        for head in ("knn", "ridge"):
-            for metric in ("auroc", "accuracy", "balanced_accuracy"):
-                value += 0.0137
-                found.append(
-                    {**common, "backbone": backbone, "head": head, "metric": metric, "value": value, "low": value - 0.1,
-                     "high": value + 0.08, "selection_auroc": value}
-                )  # fmt: skip
-    for head in ("knn", "ridge"):
-        for metric in ("auroc", "accuracy", "balanced_accuracy"):
-            value += 0.0137
-            found.append(
-                {**common, "backbone": "checkpoint", "against": "random", "head": head,
-                 "metric": f"{metric}_difference", "value": value - 0.7, "low": value - 0.8, "high": value - 0.6}
-            )  # fmt: skip
-    return found
+def scores(task: str) -> list[Score]:
+    """Scores of three backbones and their differences, no two alike."""
+    values = (0.51 + 0.0137 * n for n in itertools.count(1))
+
+    def both_ends(value: float) -> dict[str, float]:
+        return {"value": value, "low": value - 0.1, "high": value + 0.08}
+
+    heads_and_metrics = list(itertools.product(("knn", "ridge"), ("auroc", "accuracy", "balanced_accuracy")))
+    found = [
+        make_score(task, backbone, head, metric=metric, **both_ends(next(values)))
+        for backbone in ("checkpoint", "random", "pixels")
+        for head, metric in heads_and_metrics
+    ]
+    return found + [
+        make_score(task, head=head, metric=metric, against="random", **both_ends(next(values) - 0.7))
+        for head, metric in heads_and_metrics
+    ]
 
 
 def write_run(folder: Path) -> None:
-    saver = checkpoint.Checkpointer(str(folder))
-    settings = json.loads(config.load("configs/demo.py").augment.to_json())
-    plain = {"model": MODEL, "augment": settings, "seed": 0}
-    saver.save(6, {"params": mae.init(mae.config(**MODEL), jax.random.key(0))}, config=plain, examples_seen=48)
-    saver.wait()
-    saver.close()
+    plain = {"model": MODEL, "augment": json.loads(config.load("demo").augment.to_json()), "seed": 0}
+    checkpoints.save(folder, {6: {"params": mae.init(mae.config(**MODEL), jax.random.key(0))}}, config=plain)
     lines = [
         {"step": n, "examples_seen": 8 * n, "loss": 1.2 - 0.1 * n, "baseline_loss": 0.95, "learning_rate": 1e-3,
          "images_per_second": 1234.0, "mfu": 0.42, "time": 1.8e9 + n}
@@ -143,20 +141,18 @@ def study(tmp_path_factory) -> Path:
     write_run(folder / "run")
     (folder / "weights" / "timm").mkdir(parents=True)
     (folder / "weights" / "timm" / "model.safetensors").write_bytes(b"x" * 2500)
-    (folder / "results.json").write_text(json.dumps(rows("lesion") + rows("region")))
-    stage = {"key": "", "done": True, "seconds": 61.0, "title": "exams to slice shards"}
+    (folder / "results.json").write_text(json.dumps(results.rows(scores("lesion") + scores("region"))))
     command = f"python -m data_pipeline.build --input '{exams}' --output=shards"
-    story = {
-        "data": str(exams), "cores": 2, "peak_bytes": 1_234_000_000,
-        "stages": {"build": {**stage, "commands": [command]}},
-        "not_probed": {"plane": "every slice is of class 'axial'"},
-        "next": [["watch the curves", ["tensorboard", "--logdir=run/tensorboard"]]],
-    }  # fmt: skip
-    (folder / "demo.json").write_text(json.dumps(story))
+    timeline.Timeline(
+        data=str(exams), cores=2, peak_bytes=1_234_000_000,
+        stages={"build": timeline.Stage("", True, 61.0, "exams to slice shards", (command,))},
+        not_probed={"plane": "every slice is of class 'axial'"},
+        next=(("watch the curves", ("tensorboard", "--logdir=run/tensorboard")),),
+    ).write(folder / "demo.json")  # fmt: skip
     return folder
 
 
-def words(study: Path, output: Path, **changes: str) -> list[str]:
+def words(study: Path, output: Path | str, **changes: Path | str) -> list[str]:
     given = {
         "run": study / "run", "shards": study / "shards", "results": study / "results.json", "output": output,
         "weights": study / "weights", "timeline": study / "demo.json", **changes,
@@ -171,7 +167,7 @@ def made(study) -> tuple[Path, str]:
     return output, output.read_text(encoding="utf-8")
 
 
-def test_the_page_is_well_formed_and_loads_nothing(made) -> None:
+def test_page_is_well_formed_and_loads_nothing(made) -> None:
     output, text = made
     page = Page(text)
     assert text.startswith("<!DOCTYPE html>") and '<meta name="viewport"' in text
@@ -179,7 +175,7 @@ def test_the_page_is_well_formed_and_loads_nothing(made) -> None:
     assert not re.search(r'(src|href)="(?!data:image/png;base64,)', text)
 
 
-def test_every_picture_is_embedded_and_lies_beside_the_page(made) -> None:
+def test_every_picture_is_embedded_and_saved_beside_page(made) -> None:
     output, text = made
     embedded = {base64.b64decode(source.split(",", 1)[1]) for source in Page(text).images}
     beside = {path.name: path.read_bytes() for path in (output.parent / "report_pictures").iterdir()}
@@ -188,27 +184,27 @@ def test_every_picture_is_embedded_and_lies_beside_the_page(made) -> None:
     assert all(picture.startswith(b"\x89PNG") and len(picture) > 5000 for picture in embedded)
 
 
-def test_every_score_of_the_results_is_in_a_table(made, study) -> None:
+def test_every_score_is_in_a_table(made, study) -> None:
     page = Page(made[1])
     found = {(line[0], line[1], cell) for table in page.tables for line in table for cell in line[2:] if len(line) > 2}
     names = {"checkpoint": "checkpoint", "random": "random encoder", "pixels": "pixels"}
-    for row in json.loads((study / "results.json").read_text()):
-        if "against" in row:
-            name, form = f"checkpoint − {row['against']}", "{:+.3f} [{:+.3f}, {:+.3f}]"
+    for score in results.read(study / "results.json"):
+        if score.against:
+            name, form = f"checkpoint − {score.against}", "{:+.3f} [{:+.3f}, {:+.3f}]"
         else:
-            name, form = names[row["backbone"]], "{:.3f} [{:.3f}, {:.3f}]"
-        assert (name, row["head"], form.format(row["value"], row["low"], row["high"])) in found
+            name, form = names[score.backbone], "{:.3f} [{:.3f}, {:.3f}]"
+        assert (name, score.head, form.format(score.value, score.low, score.high)) in found
     assert "Up to 3 of 2,000 draws held a single class" in page.text
 
 
-def test_the_story_of_the_run_is_told(made) -> None:
+def test_page_describes_run_and_interruption(made) -> None:
     text = " ".join(Page(made[1]).text.split())
     for sentence in (
         "interrupted the run at step 3; its state was saved with 24 examples seen",
-        "took example number 24 next (they are numbered from 0): the very next example.",
+        "took example number 24 next (numbered from 0): the very next example.",
         "ends at 0.600, 37% below the 0.950 of predicting each patch's mean",
         "1,234 images per second (median) on 4 simulated CPU devices",
-        "12.3 M parameters",
+        "ViT/8 (width 16, depth 1, heads 2), 12.3 M parameters",
         "De-normalised for display",
         "Not probed: plane, because every slice is of class 'axial'.",
         "tensorboard --logdir=run/tensorboard",
@@ -219,7 +215,7 @@ def test_the_story_of_the_run_is_told(made) -> None:
         assert sentence in text, sentence
 
 
-def test_nothing_that_could_name_somebody_is_shown(made, study) -> None:
+def test_page_shows_no_identifying_names(made, study) -> None:
     import pyarrow.parquet as pq
 
     text = made[1]
@@ -230,20 +226,19 @@ def test_nothing_that_could_name_somebody_is_shown(made, study) -> None:
         assert not any(value in text for value in set(index[column].to_pylist()))
 
 
-def test_without_scores_and_timeline_the_page_still_stands(study, tmp_path) -> None:
+def test_page_without_scores_and_timeline_is_complete(study, tmp_path) -> None:
     (tmp_path / "none.json").write_text("[]")
-    output = report.build_report(
-        run=str(study / "run"), shards=str(study / "shards"), results=str(tmp_path / "none.json"),
-        output=str(tmp_path / "plain.html"),
-    )  # fmt: skip
+    output = tmp_path / "plain.html"
+    given = [f"--run={study / 'run'}", f"--shards={study / 'shards'}", f"--results={tmp_path / 'none.json'}"]
+    assert report.main([*given, f"--output={output}"]) == 0
     page = Page(output.read_text(encoding="utf-8"))
     assert "No label of these shards could be probed." in page.text and len(page.images) == 4
 
 
-def test_undefined_values_are_words_not_numbers(study, tmp_path) -> None:
-    (row, *_) = rows("lesion")
-    undefined = {**row, "value": None, "low": None, "high": None}
-    (tmp_path / "rows.json").write_text(json.dumps([row, {**undefined, "head": "ridge"}]))
+def test_undefined_values_are_words(study, tmp_path) -> None:
+    (score, *_) = scores("lesion")
+    undefined = dataclasses.replace(score, head="ridge", value=None, low=None, high=None)
+    (tmp_path / "rows.json").write_text(json.dumps(results.rows([score, undefined])))
     assert report.main(words(study, tmp_path / "r.html", results=tmp_path / "rows.json")) == 0
     cells = [cell for table in Page((tmp_path / "r.html").read_text()).tables for line in table for cell in line]
     assert "undefined [no interval]" in cells
@@ -252,6 +247,9 @@ def test_undefined_values_are_words_not_numbers(study, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("change", "line"),
     [
+        ({"weights": "nowhere"}, "error: --weights=nowhere is not a folder"),
+        ({"timeline": "nowhere.json"}, "error: no file nowhere.json"),
+        ({"output": "."}, "error: --output=. is a folder; name a file in it"),
         (
             {"run": "nowhere"},
             "error: no metrics.jsonl in nowhere; --run takes the work directory of curia_jax.pretrain",
@@ -260,13 +258,21 @@ def test_undefined_values_are_words_not_numbers(study, tmp_path) -> None:
         ({"shards": "nowhere"}, "error: no index.parquet in nowhere"),
     ],
 )
-def test_missing_inputs_give_one_line(study, tmp_path, capsys, change: dict, line: str) -> None:
-    assert report.main(words(study, tmp_path / "r.html", **change)) == 2
+def test_missing_input_is_one_line_and_exits_2(study, tmp_path, capsys, change: dict, line: str) -> None:
+    assert report.main(words(study, **{"output": tmp_path / "r.html", **change})) == 2
     shown = capsys.readouterr().err
     assert shown.startswith(line) and shown.count("\n") == 1
 
 
-def test_results_that_are_no_json_are_named(study, tmp_path, capsys) -> None:
-    (tmp_path / "bad.json").write_text("[{")
-    assert report.main(words(study, tmp_path / "r.html", results=tmp_path / "bad.json")) == 2
-    assert "bad.json is no JSON file" in capsys.readouterr().err
+@pytest.mark.parametrize(("option", "text"), [("results", "[{"), ("results", "[{}]"), ("timeline", "[]")])
+def test_damaged_input_is_named_and_exits_65(study, tmp_path, capsys, option: str, text: str) -> None:
+    (tmp_path / "bad.json").write_text(text)
+    assert report.main(words(study, tmp_path / "r.html", **{option: tmp_path / "bad.json"})) == 65
+    assert re.fullmatch("error: .*bad.json .*\n", capsys.readouterr().err)
+
+
+def test_damaged_log_is_named_and_exits_65(study, tmp_path, capsys) -> None:
+    shutil.copytree(study / "run", tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert report.main(words(study, tmp_path / "r.html", run=tmp_path / "run")) == 65
+    assert "error: the log in " in capsys.readouterr().err
