@@ -64,8 +64,8 @@ def settings(key: bytes, validation: float, test: float, conversion: Mapping[str
     return {"key": name, "validation": validation, "test": test, "format": FORMAT, **conversion}
 
 
-def make(entries: Sequence[Entry], options: Options) -> dict[str, Any]:
-    """The plan; marks duplicates and held-out patients in `entries`.
+def make(entries: Sequence[Entry], options: Options) -> tuple[dict[str, Any], list[Entry]]:
+    """The plan, and the entries with duplicates and held-out patients marked.
 
     Returns:
       {"hash", "format", "settings", "conversion", "shards": [{"split", "number", "series": [series, …]}, …]}, where a series
@@ -74,26 +74,29 @@ def make(entries: Sequence[Entry], options: Options) -> dict[str, Any]:
     Raises:
       UserError: a patient of the dataset is to be in another split now, or there are more shards than TFDS can name.
     """
+    result = list(entries)
     best: dict[str, Entry] = {}
-    for entry in entries:
+    for number, entry in enumerate(result):
         if not entry.fate and entry.patient in options.held_out:
-            entry.fate, entry.reason = "excluded", HELD_OUT
-        instance = entry.facts.get("sop")
+            entry = entry.with_fate("excluded", HELD_OUT)
+        instance = entry.facts.instance
         if not entry.fate and instance in options.instances:
-            entry.fate, entry.reason = "duplicate", "the same instance is in the dataset already"
+            entry = entry.with_fate("duplicate", "the same instance is in the dataset already")
         # Of several copies the largest file is taken: a transfer that broke off left a smaller one.
-        if not entry.fate and instance is not None and (instance not in best or entry.size > best[instance].size):
+        if not entry.fate and instance and (instance not in best or entry.size > best[instance].size):
             best[instance] = entry
+        result[number] = entry
     by_series: dict[str, list[Entry]] = defaultdict(list)
-    for entry in entries:
+    for number, entry in enumerate(result):
         if entry.fate:
             continue
-        if best.get(entry.facts.get("sop", ""), entry) is not entry:
-            entry.fate, entry.reason = "duplicate", "the same instance was sent twice"
+        if best.get(entry.facts.instance, entry) is not entry:
+            result[number] = entry.with_fate("duplicate", "the same instance was sent twice")
             continue
         by_series[entry.series].append(entry)
 
     series_by_split: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    split_of: dict[str, str] = {}
     for members in by_series.values():
         patient = members[0].patient
         before = options.splits.get(patient, "")
@@ -104,8 +107,7 @@ def make(entries: Sequence[Entry], options: Options) -> dict[str, Any]:
         split = (
             members[0].split or before or pseudonyms.split_of(options.key, patient, options.validation, options.test)
         )
-        for entry in members:
-            entry.split = split
+        split_of |= {entry.path: split for entry in members}
         series_by_split[split].extend(_series(members, split, options.continued.get(members[0].series, 0)))
 
     shards = []
@@ -128,7 +130,8 @@ def make(entries: Sequence[Entry], options: Options) -> dict[str, Any]:
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode())
     for shard in shards:
         digest.update(_line(shard))
-    return {"hash": digest.hexdigest(), **plan, "shards": shards}
+    result = [dataclasses.replace(entry, split=split_of.get(entry.path, entry.split)) for entry in result]
+    return {"hash": digest.hexdigest(), **plan, "shards": shards}, result
 
 
 # ---- on the disk
@@ -197,14 +200,14 @@ def _series(members: list[Entry], split: str, start: int) -> list[dict[str, Any]
     common = {"series": one.series, "patient": one.patient, "split": split, "kind": one.kind, "part": 0}
     if one.kind != "dicom":
         return [
-            common | {"part": n, "plane": "unknown", "spacing": 0.0, "problems": [], "bytes": e.size, "facts": e.facts,
+            common | {"part": n, "plane": "unknown", "spacing": 0.0, "problems": [], "bytes": e.size, "facts": {"modality": e.facts.modality},
                       "files": [_file(e, 0)]}
             for n, e in enumerate(members)
         ]  # fmt: skip
-    members.sort(key=lambda e: e.facts["sop"])  # names and the order of arrival do not matter
-    frames = [(entry, number) for entry in members for number in range(entry.facts["frames"])]
-    facts = [entry.facts["geometry"][number] for entry, number in frames]
-    parts = geometry.check([f["orientation"] for f in facts], [f["position"] for f in facts])
+    members.sort(key=lambda e: e.facts.instance)  # names and the order of arrival do not matter
+    frames = [(entry, number) for entry in members for number in range(entry.facts.frames)]
+    facts = [entry.facts.geometry[number] for entry, number in frames]
+    parts = geometry.check([f.orientation for f in facts], [f.position for f in facts])
     result = []
     first = start
     for number, part in enumerate(parts):
@@ -222,11 +225,11 @@ def _series(members: list[Entry], split: str, start: int) -> list[dict[str, Any]
             | {
                 "part": number,
                 "plane": part.plane,
-                "spacing": part.spacing or members[0].facts["thickness"],
-                "along": _along(facts[part.order[0]]["orientation"]),
+                "spacing": part.spacing or members[0].facts.thickness,
+                "along": _along(facts[part.order[0]].orientation),
                 "problems": [*part.problems, *((CONTINUED,) if start else ())],
                 "bytes": sum(e.size for e in members) // len(parts),
-                "facts": {k: members[0].facts[k] for k in ("modality", "body_part", "manufacturer")},
+                "facts": {k: getattr(members[0].facts, k) for k in ("modality", "body_part", "manufacturer")},
                 "files": files,
             }  # fmt: skip
         )
@@ -243,6 +246,6 @@ def _file(entry: Entry, first: int, frames: Sequence[Any] = ()) -> dict[str, Any
     number within the series of its first slice; `member` is where it lies in an archive."""
     file = {
         "path": entry.path, "size": entry.size, "modified_ns": entry.modified_ns, "first": first, "frames": list(frames),
-        "lossy": bool(entry.facts.get("lossy")), "labels": entry.labels,
+        "lossy": entry.facts.lossy, "labels": entry.labels,
     }  # fmt: skip
     return file | ({"member": entry.member} if entry.member else {})
