@@ -50,7 +50,7 @@ from data_pipeline.sources import archives, dicom
 from data_pipeline.sources import object_stores as objects
 from data_pipeline.stages import assignment as plan
 from data_pipeline.stages import card as cards
-from data_pipeline.stages import commit, convert, inventory, pseudonyms, reformat
+from data_pipeline.stages import commit, convert, inventory, labels, pseudonyms, reformat
 
 EXIT_STOPPED = 75
 FAILED_ON = "failed_on.txt"  # in the build folder, because paths can hold names
@@ -258,7 +258,7 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
         entries = _inventory(found, args, key, console, known)
         held_out, holdout = _held_out(args, private, entries, known, key, console)
         named = [entry.patient for entry in entries]
-        _label(args, entries, known, key)
+        entries = _label(args, entries, known, key)
         # Whoever is held out stays out under the name that the table gives him.
         held_out |= {entry.patient for entry, before in zip(entries, named, strict=True) if before in held_out}
         _check_held_out(output, known, held_out)
@@ -267,7 +267,7 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
             held_out=frozenset(held_out), conversion=conversion, first=known.first_numbers(), instances=known.instances,
             splits=known.splits, continued=known.slices_of(output, {entry.series for entry in entries if not entry.fate}),
         )  # fmt: skip
-        made = plan.make(entries, options)
+        made, entries = plan.make(entries, options)
         settings = {
             name: getattr(args, name) for name in ("modality", "size", "slices_per_record", "validation", "test")
         }
@@ -409,11 +409,13 @@ def _check_held_out(output: Path, known: commit.Known, held_out: set[str]) -> No
         )
 
 
-def _label(args: argparse.Namespace, entries: list[inventory.Entry], known: commit.Known, key: bytes) -> None:
+def _label(
+    args: argparse.Namespace, entries: list[inventory.Entry], known: commit.Known, key: bytes
+) -> list[inventory.Entry]:
     if not args.labels:
-        return
+        return entries
     columns = tuple(args.label_columns) if args.label_columns else None
-    table = inventory.LabelTable(args.labels, columns, args.split_column, args.patient_column, args.modality_column)
+    table = labels.LabelTable(args.labels, columns, args.split_column, args.patient_column, args.modality_column)
     # The table may name files that are in the dataset already; what it says of those must not have changed.
     here = {entry.path for entry in entries}
     old = [
@@ -421,14 +423,15 @@ def _label(args: argparse.Namespace, entries: list[inventory.Entry], known: comm
         for path, row in known.files.items()
         if path not in here
     ]
-    table.apply([*entries, *old], key)
-    for entry in old:
+    named = table.apply([*entries, *old], key)
+    for entry in named[len(entries) :]:
         row = known.files[entry.path]
         told = (entry.patient, entry.split or row["split"], json.dumps(entry.labels, sort_keys=True))
         if entry.labels and row["fate"] == "kept" and told != (row["patient"], row["split"], row["labels"]):
             raise UserError(
                 f"{args.labels} gives another patient, split or label than before to a file that is in the dataset already; shards are never changed, so choose another --output and build it anew"
             )
+    return named[: len(entries)]
 
 
 def _check_settings(known: commit.Known, settings: dict[str, Any], output: Path) -> None:

@@ -413,7 +413,7 @@ def file_rows(r: Request, outcomes: Mapping[str, Mapping[str, Any]], near: Mappi
         row: dict[str, Any] = {
             "path": os.fsencode(entry.path).decode("utf-8", "backslashreplace"), "raw": os.fsencode(entry.path),
             "size": entry.size, "modified_ns": entry.modified_ns, "fate": entry.fate, "reason": entry.reason,
-            "series": entry.series, "split": entry.split, "instance": entry.facts.get("sop", ""), "named": named,
+            "series": entry.series, "split": entry.split, "instance": entry.facts.instance, "named": named,
             "patient": entry.patient, "labels": json.dumps(entry.labels, sort_keys=True),
             "problems": "", "stored_sha256": "", "shard": "", "decoder": "",
         }  # fmt: skip

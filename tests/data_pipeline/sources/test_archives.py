@@ -394,7 +394,7 @@ def test_a_header_is_read_without_unpacking_its_file(tmp_path: Path, write_dicom
         path = pack(tmp_path / f"a.{kind}", {"a.dcm": big})
         read.clear()
         (entry,) = inventory.inspect((listing(path).members, inventory.Options(KEY)), {}, lambda item: None)
-        assert entry.fate == "" and entry.facts["rows"] == 2000
+        assert entry.fate == "" and entry.facts.rows == 2000
         assert 0 < sum(read) <= 2 * archives.PIECE < len(big)
 
 

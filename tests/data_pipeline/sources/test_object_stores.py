@@ -90,7 +90,7 @@ def test_of_a_large_object_the_header_is_read_alone(bucket: Bucket, tmp_path: Pa
     address = bucket.put("a.dcm", path.read_bytes())
     (found,) = objects.find(address)
     (entry,) = inventory.inspect(([found], inventory.Options(key=b"0" * 16)), {}, lambda item: None)
-    assert (entry.fate, entry.facts["rows"]) == ("", 600)
+    assert (entry.fate, entry.facts.rows) == ("", 600)
     assert bucket.gets() == [(f"/{NAME}/a.dcm", "bytes=0-65535")]
 
 
