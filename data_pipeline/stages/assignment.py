@@ -12,17 +12,18 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from curia_common.errors import UserError
 from data_pipeline.format import codec, files
+from data_pipeline.format.files import Json
 from data_pipeline.format.shards import MOST_SHARDS
 from data_pipeline.sources import geometry
 from data_pipeline.sources.archives import Member
 from data_pipeline.stages import pseudonyms, reformat
-from data_pipeline.stages.inventory import Entry, FileFacts
-from data_pipeline.stages.labels import Labels
+from data_pipeline.stages.inventory import Entry, Labels
 
+Directions = tuple[reformat.Direction, reformat.Direction, reformat.Direction]
 # Raised when the same plan gives different shards, or different files beside them.
 FORMAT = 3
 HELD_OUT = "patient is held out"
@@ -54,7 +55,7 @@ class Conversion:
     drop_lossy: bool = False
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Conversion":
+    def from_json(cls, value: Json) -> "Conversion":
         """Plans of older versions lack the later fields."""
         names = {field.name for field in dataclasses.fields(cls)}
         found = {name: tuple(v) if name == "planes" else v for name, v in value.items() if name in names}
@@ -76,12 +77,12 @@ class Settings:
     conversion: Conversion
     format: int = FORMAT
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         flat = dataclasses.asdict(self)
         return {name: value for name, value in flat.items() if name != "conversion"} | flat["conversion"]
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Settings":
+    def from_json(cls, value: Json) -> "Settings":
         conversion = Conversion.from_json(value)
         return cls(value["key"], value["validation"], value["test"], conversion, value["format"])
 
@@ -141,14 +142,14 @@ class PlannedFile(NamedTuple):
     labels: Labels
     member: Member | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         value = self._asdict()
         if self.member is None:
             del value["member"]
         return value
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "PlannedFile":
+    def from_json(cls, value: Json) -> "PlannedFile":
         frames = tuple((number, along) for number, along in value["frames"])
         member = Member(*value["member"]) if "member" in value else None
         return cls(**(value | {"frames": frames, "member": member}))
@@ -181,14 +182,14 @@ class PlannedSeries:
     modality: str
     body_part: str
     manufacturer: str
-    directions: reformat.Directions | None
+    directions: Directions | None
     files: tuple[PlannedFile, ...]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """In the order of the fields that existing plans have, because their hash depends on it."""
         dicom = self.kind == "dicom"
         names = ("series", "patient", "split", "kind", "part", "plane", "spacing")
-        value: dict[str, Any] = {name: getattr(self, name) for name in names}
+        value: Json = {name: getattr(self, name) for name in names}
         if dicom:
             value["along"] = self.directions
         facts = {"modality": self.modality}
@@ -199,7 +200,7 @@ class PlannedSeries:
         }  # fmt: skip
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "PlannedSeries":
+    def from_json(cls, value: Json) -> "PlannedSeries":
         rest = {name: v for name, v in value.items() if name not in ("along", "problems", "facts", "files")}
         along = value.get("along")
         return cls(
@@ -243,11 +244,11 @@ class ShardPlace(NamedTuple):
     offset: int
     length: int
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         return {"split": self.split, "number": self.number, "files": self.files, "at": [self.offset, self.length]}
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "ShardPlace":
+    def from_json(cls, value: Json) -> "ShardPlace":
         return cls(value["split"], value["number"], value["files"], *value["at"])
 
 
@@ -323,9 +324,7 @@ def _split_of(entry: Entry, options: Options) -> str:
         raise UserError(
             f"the label table puts a patient into {entry.split} who is in {before} in the dataset already; correct the table or build into a new --output"
         )
-    return (
-        entry.split or before or pseudonyms.split_of(options.key, entry.patient, options.validation, options.test)
-    )
+    return entry.split or before or pseudonyms.split_of(options.key, entry.patient, options.validation, options.test)
 
 
 def _fill_shards(split: str, series: Sequence[PlannedSeries], options: Options) -> list[PlannedShard]:
@@ -376,10 +375,10 @@ def _plan_series(members: Sequence[Entry], start: int) -> list[PlannedSeries]:
 
 def _planned(
     members: Sequence[Entry], part: int, plane: str, spacing: float, problems: tuple[str, ...],
-    directions: reformat.Directions | None, planned: Sequence[PlannedFile], size: int,
+    directions: Directions | None, planned: Sequence[PlannedFile], size: int,
 ) -> PlannedSeries:  # fmt: skip
     one = members[0]
-    facts: FileFacts = one.facts
+    facts = one.facts
     return PlannedSeries(
         one.series, one.patient, one.split, one.kind, part, plane, spacing, problems, size, facts.modality, facts.body_part,
         facts.manufacturer, directions, tuple(planned),
@@ -434,15 +433,15 @@ def read(folder: Path) -> StoredPlan | None:
     return None
 
 
-def read_shard(lines: str | Path, place: ShardPlace) -> PlannedShard:
-    """One shard of a plan.
+def read_shard(lines: str | Path, offset: int, length: int) -> PlannedShard:
+    """One shard of a plan; `offset` and `length` are of its line, bytes.
 
     Raises:
       UserError: the plan was replaced.
     """
     try:
         with open(lines, "rb") as file:
-            file.seek(place.offset)
-            return PlannedShard.from_line(file.read(place.length))
+            file.seek(offset)
+            return PlannedShard.from_line(file.read(length))
     except FileNotFoundError as error:
         raise UserError(REPLACED) from error
