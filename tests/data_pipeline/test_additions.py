@@ -54,7 +54,7 @@ def index_of(folder: Path) -> list[dict[str, Any]]:
 def slices_of(folder: Path) -> dict[str, list[np.ndarray]]:
     splits = sorted(set(pq.read_table(folder / shards.SHARDS)["split"].to_pylist()))
     sources = {split: shards.SliceSource(folder, split) for split in splits}
-    return {split: [source[n]["pixels"] for n in range(len(source))] for split, source in sources.items()}
+    return {split: [source[n].pixels for n in range(len(source))] for split, source in sources.items()}
 
 
 def check(folder: Path, run_verify) -> None:

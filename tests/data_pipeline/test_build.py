@@ -51,11 +51,11 @@ def test_a_dataset_is_a_tfds_dataset_and_equal_to_its_source(study: Path, datase
         for record in records:
             for slot, pixels in enumerate(record["slices"]):
                 mine = slices[number]
-                np.testing.assert_array_equal(mine["pixels"], pixels)
+                np.testing.assert_array_equal(mine.pixels, pixels)
                 source = record["source"][slot].decode()
                 stored, row = sources[source]
                 np.testing.assert_array_equal(pixels * np.float64(record["slope"]) + record["intercept"], stored)
-                assert (record["units"] == b"HU") == (record["modality"] == b"CT") == mine["hu"]
+                assert (record["units"] == b"HU") == (record["modality"] == b"CT") == mine.facts.hu
                 assert (row["split"], row["series"]) == (split, record["series"].decode())
                 seen.add(source)
                 number += 1

@@ -72,9 +72,9 @@ def test_a_contact_sheet_shows_the_slices_that_were_asked_for(dataset: Path, tmp
     number = next(n for n, row in enumerate(source.index.to_pylist()) if row["series"] == ct["series"])
     one = source[number]
     # Soft tissue: -160 HU is black, 240 HU white. The first tile's mean is that of the slice in this window.
-    hu = one["pixels"] * one["slope"] + one["intercept"]
+    hu = one.pixels * one.facts.slope + one.facts.intercept
     wanted = np.clip((hu + 160) / 400, 0, 1).mean() * 255
-    height, width = (n * mm for n, mm in zip(hu.shape, one["spacing"][:2], strict=True))
+    height, width = (n * mm for n, mm in zip(hu.shape, one.spacing[:2], strict=True))
     covered = min(height, width) / max(height, width)  # the rest of the square tile is black
     assert picture[6:70, 6:70].mean() == pytest.approx(wanted * covered, abs=1)
     assert run_inspect(dataset, "--sheet", tmp_path / "a.txt").error.endswith("has to end in .png")

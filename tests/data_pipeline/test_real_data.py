@@ -285,8 +285,8 @@ def test_hu_tell_contrast_from_plain_ct(built, rows, real_data: Path) -> None:
         for n, digest in enumerate(source.index.column("source").to_pylist()):
             if digest in digests:
                 one = source[n]
-                assert one["hu"]
-                hu = one["pixels"] * one["slope"] + one["intercept"]
+                assert one.facts.hu
+                hu = one.pixels * one.facts.slope + one.facts.intercept
                 scores[digests[digest]].append(float(((hu > 100) & (hu < 300)).mean()))
     assert len(scores[0]) + len(scores[1]) >= 33
     pairs = [(a > b) + 0.5 * (a == b) for a in scores[1] for b in scores[0]]

@@ -93,9 +93,9 @@ def test_slices_are_in_the_order_of_the_index(dataset: Path) -> None:
         assert len(source) == source.index.num_rows > 0
         for n, row in enumerate(source.index.to_pylist()):
             one = source[n]
-            assert (one["series"], one["patient"], one["modality"]) == (row["series"], row["patient"], row["modality"])
-            assert one["pixels"].shape == (row["height"], row["width"])
-            assert one["mean"] == pytest.approx(row["mean"])
+            assert (one.series, one.patient, one.modality) == (row["series"], row["patient"], row["modality"])
+            assert one.pixels.shape == (row["height"], row["width"])
+            assert one.mean == pytest.approx(row["mean"])
     for n in (-1, len(source)):
         with pytest.raises(IndexError):
             source[n]
@@ -108,7 +108,7 @@ def test_slices_read_together_are_those_read_one_by_one(dataset: Path) -> None:
     sizes, facts = source.read_into(numbers, images)
     for number, image, (height, width), known in zip(numbers, images, sizes, facts, strict=True):
         one = source[number]
-        np.testing.assert_array_equal(image[:height, :width], one["pixels"])
+        np.testing.assert_array_equal(image[:height, :width], one.pixels)
         assert not image[height:].any() and not image[:, width:].any()
         assert known == {name: one[name] for name in ("slope", "intercept", "low", "high", "hu")}
     with pytest.raises(ValueError, match="do not fit into images of"):
@@ -137,13 +137,13 @@ def test_the_largest_size_bounds_every_slice(dataset: Path) -> None:
 
 def test_a_source_can_be_sent_to_another_process_and_read_by_several_threads(dataset: Path) -> None:
     source = shards.SliceSource(dataset, "train")
-    wanted = [source[n]["pixels"].sum() for n in range(len(source))]
+    wanted = [source[n].pixels.sum() for n in range(len(source))]
     copied = pickle.loads(pickle.dumps(source))
     found: dict[int, int] = {}
 
     def read(first: int) -> None:
         for n in range(first, len(copied), 4):
-            found[n] = copied[n]["pixels"].sum()
+            found[n] = copied[n].pixels.sum()
 
     threads = [threading.Thread(target=read, args=(n,)) for n in range(4)]
     for thread in threads:
@@ -187,7 +187,7 @@ def test_a_zeroed_shard_of_the_right_size_is_named_at_the_first_read(copy: Path)
 
 
 def test_a_flipped_bit_anywhere_in_the_records_is_never_read_as_pixels(copy: Path) -> None:
-    whole = [one["pixels"] for one in read_all(copy)]
+    whole = [one.pixels for one in read_all(copy)]
     shard = shard_of(copy)
     data = shard.read_bytes()
     used = len(data.rstrip(b"\0"))
@@ -203,7 +203,7 @@ def test_a_flipped_bit_anywhere_in_the_records_is_never_read_as_pixels(copy: Pat
             noticed += 1
         else:  # in the padding between blocks
             for one, pixels in zip(found, whole, strict=True):
-                np.testing.assert_array_equal(one["pixels"], pixels)
+                np.testing.assert_array_equal(one.pixels, pixels)
     assert noticed > 10
 
 

@@ -60,11 +60,11 @@ def test_intensities_count_every_pixel_once(dataset: Path) -> None:
         source = shards.SliceSource(dataset, split)
         for number in range(len(source)):
             one = source[number]
-            if one["hu"]:
-                real = one["pixels"] * one["slope"] + one["intercept"]
+            if one.facts.hu:
+                real = one.pixels * one.facts.slope + one.facts.intercept
                 counted["HU"] += np.histogram(np.clip(real, -1024, 3071), card.HU_EDGES)[0]
             else:
-                counted["relative"] += one["pixels"].size
+                counted["relative"] += one.pixels.size
     np.testing.assert_array_equal(intensity["HU"]["pixels"], counted["HU"])
     assert sum(intensity["relative"]["pixels"]) == counted["relative"]
     assert intensity["HU"]["edges"] == card.HU_EDGES.tolist()

@@ -85,19 +85,19 @@ def test_ct_is_stored_as_hu_plus_1024(converted, tmp_path: Path, write_dicom) ->
     found = converted(*paths)
     assert len(found.slices) == 3
     for one in found.slices:
-        assert one["hu"]
-        np.testing.assert_allclose(one["pixels"] * one["slope"] + one["intercept"], hu)
-    whole = [one for one in found.slices if one["slope"] == 1]
-    assert [one["intercept"] for one in whole] == [-1024, -1024]
+        assert one.facts.hu
+        np.testing.assert_allclose(one.pixels * one.facts.slope + one.facts.intercept, hu)
+    whole = [one for one in found.slices if one.facts.slope == 1]
+    assert [one.facts.intercept for one in whole] == [-1024, -1024]
     for one in whole:
-        np.testing.assert_array_equal(one["pixels"], PIXELS)
+        np.testing.assert_array_equal(one.pixels, PIXELS)
 
 
 def test_padding_below_air_is_raised_and_said(converted, tmp_path: Path, write_dicom) -> None:
     hu = PIXELS.astype(np.int16) - 1024
     hu[:5] = -2000
     (one,) = converted(write_dicom(tmp_path / "a.dcm", hu)).slices
-    np.testing.assert_array_equal(one["pixels"].astype(int) - 1024, np.maximum(hu, -1024))
+    np.testing.assert_array_equal(one.pixels.astype(int) - 1024, np.maximum(hu, -1024))
     found = converted(write_dicom(tmp_path / "a.dcm", hu))
     assert found.index[0]["flags"] & records.CLIPPED
 
@@ -106,16 +106,16 @@ def test_mr_keeps_its_steps(converted, tmp_path: Path, write_dicom) -> None:
     signed = PIXELS.astype(np.int16) - 300
     path = write_dicom(tmp_path / "a.dcm", signed, Modality="MR", RescaleSlope="1.25", RescaleIntercept="3")
     (one,) = converted(path).slices
-    assert not one["hu"] and one["slope"] == 1.25
-    np.testing.assert_allclose(one["pixels"] * one["slope"] + one["intercept"], signed * 1.25 + 3)
+    assert not one.facts.hu and one.facts.slope == 1.25
+    np.testing.assert_allclose(one.pixels * one.facts.slope + one.facts.intercept, signed * 1.25 + 3)
 
 
 def test_a_negative_slope_is_turned_round(converted, tmp_path: Path, write_dicom) -> None:
     path = write_dicom(tmp_path / "a.dcm", PIXELS, Modality="MR", RescaleSlope="-0.5", RescaleIntercept="7")
     (one,) = converted(path).slices
-    assert one["slope"] == 0.5
-    np.testing.assert_allclose(one["pixels"] * one["slope"] + one["intercept"], PIXELS * -0.5 + 7)
-    assert one["low"] < one["high"] and one["std"] > 0
+    assert one.facts.slope == 0.5
+    np.testing.assert_allclose(one.pixels * one.facts.slope + one.facts.intercept, PIXELS * -0.5 + 7)
+    assert one.facts.low < one.facts.high and one.std > 0
 
 
 def test_monochrome1_is_turned_for_mr_and_means_nothing_for_hu(converted, tmp_path: Path, write_dicom) -> None:
@@ -133,10 +133,10 @@ def test_monochrome1_is_turned_for_mr_and_means_nothing_for_hu(converted, tmp_pa
         ),
     ]
     found = converted(*paths)
-    ct = next(one for one in found.slices if one["hu"])
+    ct = next(one for one in found.slices if one.facts.hu)
     np.testing.assert_array_equal(ct["pixels"], PIXELS)
     # Every slice of a series is turned about the same value.
-    first, second = (one for one in found.slices if not one["hu"])
+    first, second = (one for one in found.slices if not one.facts.hu)
     np.testing.assert_array_equal(first["pixels"], 4095 - PIXELS)
     np.testing.assert_array_equal(second["pixels"], 4095 - PIXELS // 2)
 
@@ -175,8 +175,8 @@ def test_volumes_beyond_16_bit_are_kept_in_65535_equal_steps(converted, tmp_path
     values = np.random.default_rng(1).normal(0, 40_000, (40, 44, 3)).astype(kind)
     nibabel.Nifti1Image(values, np.diag([1, 1, 4, 1])).to_filename(tmp_path / "v.nii")
     found = converted(tmp_path / "v.nii")
-    assert [one["modality"] for one in found.slices] == ["MR"] * 3
-    real = np.stack([one["pixels"] * one["slope"] + one["intercept"] for one in found.slices])
+    assert [one.modality for one in found.slices] == ["MR"] * 3
+    real = np.stack([one.pixels * one.facts.slope + one.facts.intercept for one in found.slices])
     step = (float(values.max()) - float(values.min())) / 65535
     # Half a step, and the single precision in which a record holds slope and intercept.
     np.testing.assert_allclose(real, values[::-1, ::-1].transpose(2, 1, 0), atol=0.51 * step + 0.02)
@@ -215,9 +215,9 @@ def test_slices_are_in_spatial_order_with_their_facts(converted, tmp_path: Path,
     assert [row["index"] for row in found.index] == [0, 1, 2, 3, 4]
     stored = [pydicom.dcmread(paths[n]).pixel_array for n in (1, 3, 0, 2, 4)]
     for one, pixels in zip(found.slices, stored, strict=True):
-        np.testing.assert_array_equal(one["pixels"], pixels)
-        assert one["spacing"].tolist() == [0.5, 0.75, 3.0]
-        assert (one["modality"], one["plane"]) == ("CT", "axial")
+        np.testing.assert_array_equal(one.pixels, pixels)
+        assert one.spacing.tolist() == [0.5, 0.75, 3.0]
+        assert (one.modality, one.plane) == ("CT", "axial")
     assert {row["manufacturer"] for row in found.index} == {"siemens"}
     assert not any(row["flags"] for row in found.index)
 
@@ -231,7 +231,7 @@ def test_packing_changes_where_slices_lie_and_not_what_they_are(
     assert sum(counts) == 7 and max(counts) <= per_record and len(counts) == -(-7 // per_record)
     assert [row["index"] for row in found.index] == list(range(7))
     for row, one in zip(found.index, found.slices, strict=True):
-        assert (row["mean"], row["patient"]) == (pytest.approx(one["mean"], rel=1e-6), one["patient"])
+        assert (row["mean"], row["patient"]) == (pytest.approx(one.mean, rel=1e-6), one.patient)
     assert [row["slot"] for row in found.index] == [slot for count in counts for slot in range(count)]
 
 
@@ -271,8 +271,8 @@ def test_what_is_wrong_with_a_series_is_told_of_excluded_files_too(converted, tm
 def test_pictures_have_no_hu_whatever_they_show(converted, tmp_path: Path) -> None:
     Image.fromarray((PIXELS % 256).astype(np.uint8)).save(tmp_path / "a.png")
     (one,) = converted(tmp_path / "a.png", modality="CT").slices
-    assert (one["modality"], one["hu"], one["slope"], one["intercept"]) == ("CT", False, 1.0, 0.0)
-    np.testing.assert_array_equal(one["pixels"], PIXELS % 256)
+    assert (one.modality, one.facts.hu, one.facts.slope, one.facts.intercept) == ("CT", False, 1.0, 0.0)
+    np.testing.assert_array_equal(one.pixels, PIXELS % 256)
 
 
 # ---- several slices in a file
@@ -301,7 +301,7 @@ def test_frames_come_out_in_spatial_order_however_they_are_stored(converted, tmp
     heights = [9.0, 7.5, 6.0, 4.5, 3.0, 1.5]
     path = multiframe(write_dicom(tmp_path / "a.dcm", PIXELS), frames, heights)
     found = converted(path, slices_per_record=16)
-    np.testing.assert_array_equal([one["pixels"] for one in found.slices], frames[:0:-1])
+    np.testing.assert_array_equal([one.pixels for one in found.slices], frames[:0:-1])
     assert [row["index"] for row in found.index] == [0, 1, 2, 3, 4]
     assert [row["position"] for row in found.index] == heights[:0:-1]
     assert found.report["left_out"] == {convert.SAME_PIXELS: 1}
@@ -331,14 +331,14 @@ def test_statistics_are_those_of_the_pixels(converted, tmp_path: Path, write_dic
     found = converted(*paths, slices_per_record=16)
     assert len(found.slices) == 5
     for one in found.slices:
-        wanted = records.slice_statistics(one["pixels"], one["slope"], one["intercept"])
+        wanted = records.slice_statistics(one.pixels, one.facts.slope, one.facts.intercept)
         assert [one[name] for name in ("low", "high", "mean", "std")] == pytest.approx(
             [wanted[name] for name in ("low", "high", "mean", "std")], rel=1e-6
         )
-        assert tuple(one["body_box"]) == wanted["body_box"]
-        assert one["mean"] == pytest.approx(float(np.mean(one["pixels"])) * one["slope"] + one["intercept"], rel=1e-6)
-    whole = np.concatenate([one["pixels"].ravel() for one in found.slices])
-    assert found.index[0]["series_mean"] == pytest.approx(whole.mean() + one["intercept"], rel=1e-6)
+        assert tuple(one.body_box) == wanted["body_box"]
+        assert one.mean == pytest.approx(float(np.mean(one.pixels)) * one.facts.slope + one.facts.intercept, rel=1e-6)
+    whole = np.concatenate([one.pixels.ravel() for one in found.slices])
+    assert found.index[0]["series_mean"] == pytest.approx(whole.mean() + one.facts.intercept, rel=1e-6)
     assert found.index[0]["series_std"] == pytest.approx(whole.std(), rel=1e-6)
 
 
