@@ -46,7 +46,7 @@ from curia_common import progress
 from curia_common.errors import UserError, fault_location
 from data_pipeline import beam, workers
 from data_pipeline.format import codec, files, shards
-from data_pipeline.sources import archives, dicom
+from data_pipeline.sources import archives, dicom_pixels
 from data_pipeline.sources import object_stores as objects
 from data_pipeline.stages import assignment as plan
 from data_pipeline.stages import card as cards
@@ -349,7 +349,7 @@ def _check(args: argparse.Namespace) -> None:
         beam.options(args.beam_options or "", args.workers)
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise UserError(f"--json: no folder {Path(args.json).parent}; make it first")
-    dicom.check_plugins()
+    dicom_pixels.check_plugins()
 
 
 class _only_build:

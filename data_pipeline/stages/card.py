@@ -19,7 +19,7 @@ from jaxtyping import Int
 from PIL import Image
 
 from data_pipeline.format import records, shards
-from data_pipeline.sources import dicom
+from data_pipeline.sources import dicom_header
 from data_pipeline.stages import contact_sheet, pseudonyms
 
 COUNTED = ("split", "modality", "units", "plane", "body_part", "manufacturer")
@@ -114,7 +114,7 @@ class Counts:
         for number, key in enumerate(zip(*(rows[name].to_pylist() for name in columns), strict=True)):
             places[key].append(number)
         for (modality, plane, part, series), numbers in places.items():
-            if plane != "axial" and (not part or part in dicom.FACES):
+            if plane != "axial" and (not part or part in dicom_header.FACES):
                 continue
             group = self._groups[modality, plane, part]
             if series not in group:

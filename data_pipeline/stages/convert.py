@@ -17,40 +17,22 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Shaped, UInt16
 from PIL import Image
 
 from curia_common.errors import UserError, fault_location
 from data_pipeline.format import codec, files, records, shards
-from data_pipeline.sources import archives, dicom, geometry, retry, volumes
+from data_pipeline.sources import archives, geometry, readers, retry
 from data_pipeline.sources import object_stores as objects
-from data_pipeline.sources import pictures as images
-from data_pipeline.sources.base import NO_MEMORY, SCRATCH_FULL, Heartbeat, ReadError
+from data_pipeline.sources.base import NO_MEMORY, SCRATCH_FULL, Heartbeat, ReadError, ReadRequest, Slice
+from data_pipeline.sources.stored_values import LEVELS, stored_sha256
 from data_pipeline.stages import assignment as plan
 from data_pipeline.stages import card, reformat
 from data_pipeline.stages import exclusion as rules
 from data_pipeline.stages import near_duplicates as likeness
 
-AIR_HU = -1024
-LEVELS = 1 << 16
 SAME_PIXELS = "the same pixels as another slice of the series"
 SPOOL_BYTES = 128_000_000
 PATH = "_path"  # column of the sidecars alone: paths stay out of index.parquet
-
-
-@dataclasses.dataclass
-class _Slice:
-    """A slice on its way into a record; real value = pixels * slope + intercept. `rank`: place in the spatial order of its
-    file, which need not be the order in which the file is read."""
-
-    rank: int
-    pixels: UInt16[np.ndarray, "rows columns"]
-    slope: float
-    intercept: float
-    position: float
-    flags: int
-    source: str
-    spacing: tuple[float, float]
 
 
 @dataclasses.dataclass
@@ -61,7 +43,7 @@ class _Encoded:
     shape: tuple[int, int]
     index: int
     labels: dict[str, Any]
-    origin: _Slice
+    origin: Slice
     statistics: dict[str, Any]
     path: str
     plane: str = ""  # of a reformat; else the series says it
@@ -318,7 +300,7 @@ def _encode(
     """The slices of a file that are kept, and what was seen of them; says in `outcome` why others are not."""
     read = _Read()
     found: list[tuple[int, str | None, _Encoded | None]] = []
-    for item in _READERS[series["kind"]](file | {"path": path}, series, facts, outcome, spool):
+    for item in _read(file | {"path": path}, series, facts, outcome, spool):
         item = _shrink(item, settings["size"])
         # The only look at all pixels: rules, statistics and the card's intensities follow from how many have which value.
         counts = np.bincount(item.pixels.ravel())
@@ -346,11 +328,11 @@ def _encode(
 
 
 def _keep(
-    item: _Slice, counts: np.ndarray, index: int, labels: dict[str, Any], path: str, spool: _Spool
+    item: Slice, counts: np.ndarray, index: int, labels: dict[str, Any], path: str, spool: _Spool
 ) -> _Encoded:  # fmt: skip
     statistics = records.slice_statistics(item.pixels, item.slope, item.intercept, counts)
     place, shape = spool.add(codec.encode(item.pixels)), item.pixels.shape
-    item.pixels = np.empty((0, 0), np.uint16)  # a view would keep the whole slice in memory
+    item = dataclasses.replace(item, pixels=np.empty((0, 0), np.uint16))  # a view would keep the whole slice in memory
     return _Encoded(place, shape, index, labels, item, statistics, path)
 
 
@@ -378,8 +360,8 @@ def _reformats(
         for e in kept:
             stack.add(codec.decode(spool.read(e.place)))
         for cut in stack.planes(tuple(p for p in settings["planes"] if p != series["plane"])):
-            item = _Slice(
-                cut.number, cut.pixels, one.origin.slope, one.origin.intercept, cut.position, flags, dicom.stored_sha256(cut.pixels),
+            item = Slice(
+                cut.number, cut.pixels, one.origin.slope, one.origin.intercept, cut.position, flags, stored_sha256(cut.pixels),
                 (stack.spacing, stack.spacing),
             )  # fmt: skip
             item = _shrink(item, settings["size"])
@@ -417,142 +399,42 @@ def _check_unchanged(file: Mapping[str, Any]) -> None:
 GONE = "an input can no longer be read; start the build again"
 
 
-def _exclude(item: _Slice, counts: np.ndarray, facts: Mapping[str, Any]) -> str | None:
+def _exclude(item: Slice, counts: np.ndarray, facts: Mapping[str, Any]) -> str | None:
     stored = np.flatnonzero(counts)
     hu = facts["units"] == "HU"
     values = stored.astype(np.float32) * item.slope + item.intercept if hu else stored
     return rules.exclude_pixels(item.pixels.shape, values, counts[stored], hu=hu)
 
 
-# ---- readers: one file to slices
-
-
-def _read_dicom(
+def _read(
     file: dict[str, Any], series: dict[str, Any], facts: dict[str, Any], outcome: dict[str, Any], spool: _Spool
-) -> Iterator[_Slice]:
-    hu = facts["modality"] == "CT"
-    facts["units"] = "HU" if hu else "arbitrary"
-    flags = (records.IRREGULAR if set(series["problems"]) - {geometry.FEW} else 0) | (
-        records.LOSSY if file["lossy"] else 0
+) -> Iterator[Slice]:
+    irregular = bool(set(series["problems"]) - {geometry.FEW})
+    request = ReadRequest(
+        path=file["path"],
+        modality=facts["modality"],
+        scratch=str(spool.folder),
+        frames=tuple((int(frame), float(along)) for frame, along in file["frames"]),
+        flags=(records.IRREGULAR if irregular else 0) | (records.LOSSY if file["lossy"] else 0),
     )
-    wanted = {frame: (rank, along) for rank, (frame, along) in enumerate(file["frames"])}
-    with dicom.open_image(file["path"]) as image:
-        whole = dicom.Digest()
-        for number, values in enumerate(image.stored()):
-            source = whole.add(values, of_its_own=image.frames > 1)
-            if number not in wanted:
-                continue
-            if image.photometric == "MONOCHROME1" and not hu:
-                # High values are meant to be seen dark. HU mean the same however they are shown.
-                values = (-1 if image.signed else (1 << image.bits_stored) - 1) - values.astype(np.int64)
-            place = image.geometry[number]
-            pixels, slope, intercept, clipped = to_uint16(values, place.slope, place.intercept, hu=hu)
-            rank, along = wanted[number]
-            spacing = place.spacing or (0.0, 0.0)
-            yield _Slice(
-                rank, pixels, slope, intercept, along, flags | clipped, source or whole.hex(), (spacing[0], spacing[1])
-            )
-        outcome["stored_sha256"], outcome["decoder"] = whole.hex(), image.decoder
-
-
-def _read_volume(
-    file: dict[str, Any], series: dict[str, Any], facts: dict[str, Any], outcome: dict[str, Any], spool: _Spool
-) -> Iterator[_Slice]:
-    with volumes.open_volume(file["path"], spool.folder) as volume:
-        outcome["decoder"] = "nibabel" if volumes.is_nifti(file["path"]) else "SimpleITK"
-        whole = dicom.Digest()
-        if volume.is_label_map:
-            for plane in volume.slices():
-                whole.add(plane)
-            outcome |= {"reason": "label map: few distinct whole numbers", "stored_sha256": whole.hex()}
-            return
-        flags = 0
-        if facts["modality"] == "auto":
-            facts["modality"], flags = volumes.infer_modality(volume.low, volume.high), records.MODALITY_INFERRED
-        hu = facts["modality"] == "CT"
-        facts |= {"units": "HU" if hu else "arbitrary", "body_part": "", "manufacturer": "unknown"}
-        series |= {"plane": volume.plane, "spacing": volume.spacing[2]}
-        facts["along"] = reformat.VOLUMES[volume.plane]
-        as_it_is = volume.integers and volume.high - min(volume.low, 0) < LEVELS
-        # Whole numbers as they are; others in 65,535 equal steps between the lowest and the highest.
-        slope = 1.0 if as_it_is else (float(volume.high) - float(volume.low)) / (LEVELS - 1) or 1.0
-        intercept = 0.0 if as_it_is else float(volume.low)
-        for number, plane in enumerate(volume.slices()):
-            steps = plane if as_it_is else np.rint((plane.astype(np.float64) - intercept) / slope).astype(np.int64)
-            if volume.integers:
-                source = whole.add(plane, of_its_own=True)
-            if not as_it_is:
-                source = dicom.stored_sha256(steps)
-            low = int(volume.low) if as_it_is else 0
-            pixels, s, i, clipped = to_uint16(steps, slope, intercept, hu=hu, low=low)
-            yield _Slice(number, pixels, s, i, number * volume.spacing[2], flags | clipped, source, volume.spacing[:2])
-        outcome["stored_sha256"] = whole.hex() if volume.integers else ""
-
-
-def _read_image(
-    file: dict[str, Any], series: dict[str, Any], facts: dict[str, Any], outcome: dict[str, Any], spool: _Spool
-) -> Iterator[_Slice]:
-    values = images.read_image(file["path"])
-    outcome["stored_sha256"], outcome["decoder"] = dicom.stored_sha256(values), "Pillow"
-    # Pictures have no HU, whatever the modality: a window was applied when they were made.
-    facts |= {"units": "arbitrary", "body_part": "", "manufacturer": "unknown"}
-    yield _Slice(0, values.astype(np.uint16), 1.0, 0.0, 0.0, 0, outcome["stored_sha256"], (0.0, 0.0))
-
-
-_READERS = {"dicom": _read_dicom, "volume": _read_volume, "image": _read_image}
+    with readers.open_source(series["kind"], request) as source:
+        told = source.facts
+        facts |= {"modality": told.modality, "units": told.units}
+        if told.body_part is not None:
+            facts |= {"body_part": told.body_part, "manufacturer": told.manufacturer}
+        if told.plane is not None:
+            series |= {"plane": told.plane, "spacing": told.spacing}
+            facts["along"] = told.directions
+        yield from source.slices()
+        outcome |= {"stored_sha256": source.stored_sha256, "decoder": source.decoder}
+        if source.excluded:
+            outcome["reason"] = source.excluded
 
 
 # ---- pixels
 
 
-def to_uint16(
-    values: Shaped[np.ndarray, "rows columns"], slope: float, intercept: float, *, hu: bool, low: int | None = None
-) -> tuple[UInt16[np.ndarray, "rows columns"], float, float, int]:
-    """Whole stored values to 16 bit without loss.
-
-    HU on whole numbers become HU + 1024, with what lies below -1024 (padding) raised to it. Everything else keeps its own
-    steps: the lowest value becomes 0 where it is negative. The slope that comes out is above 0.
-
-    Args:
-      values: whole numbers; real value = values * slope + intercept.
-      low: lowest value of the series; of this slice unless given.
-
-    Returns:
-      Pixels, slope and intercept of the pixels, and records.CLIPPED where padding was raised.
-
-    Raises:
-      ReadError: the values span more than 16 bits.
-    """
-    exact = float(slope).is_integer() and float(intercept).is_integer()
-    # 32 bits hold 16-bit values times any slope and intercept in use, at a tenth of the time of 64.
-    small = values.dtype.itemsize <= 2 and exact and abs(slope) < 1 << 14 and abs(intercept) < 1 << 28
-    if slope == 1 and small:
-        whole = values  # 16 bits do, because what is added wraps around
-    else:
-        whole = values.astype(np.int32 if small else np.int64)
-    if slope < 0:
-        whole, slope, low = -whole, -slope, None
-    clipped = 0
-    if hu and exact:
-        whole = whole if slope == 1 else whole * int(slope)
-        shift = int(intercept) - AIR_HU
-        bottom = int(whole.min()) + shift
-        if bottom < 0:
-            clipped = records.CLIPPED
-            whole = whole if -shift <= np.iinfo(whole.dtype).max else whole.astype(np.int32)
-            whole = np.maximum(whole, np.full_like(whole, -shift))  # five times faster than with a number
-        slope, intercept = 1.0, float(AIR_HU)
-    else:
-        shift = -min(int(whole.min()) if low is None else low, 0)
-        intercept = float(intercept - slope * shift)
-    top = int(whole.max()) + shift
-    if top >= LEVELS:
-        raise ReadError(f"values span {top + 1:,} steps; a slice holds {LEVELS:,}")
-    pixels = whole.view(np.uint16) if whole.dtype in (np.int16, np.uint16) else whole.astype(np.uint16)
-    return pixels + np.uint16(shift % LEVELS), float(slope), intercept, clipped
-
-
-def _shrink(item: _Slice, size: int | None) -> _Slice:
+def _shrink(item: Slice, size: int | None) -> Slice:
     """Antialiased reduction so that the longer side has `size` px; smaller slices stay as they are."""
     rows, columns = item.pixels.shape
     if size is None or max(rows, columns) <= size:
