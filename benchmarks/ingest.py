@@ -36,7 +36,8 @@ from pydicom.pixels import apply_rescale, get_encoder, pixel_array
 
 from data_pipeline import workers
 from data_pipeline.format import codec, records, shards
-from data_pipeline.sources import dicom
+from data_pipeline.sources import dicom_pixels
+from data_pipeline.sources.stored_values import stored_sha256, to_uint16
 from data_pipeline.stages import assignment as plan
 from data_pipeline.stages import convert, inventory
 
@@ -162,7 +163,7 @@ def bound(paths: Sequence[Path]) -> Callable[[], object]:
     """The bare decoding and encoding of the same bytes, from memory; what the fallback decodes, from the file."""
     contents = [path.read_bytes() for path in paths]
     syntax = str(pydicom.dcmread(paths[0], stop_before_pixels=True).file_meta.TransferSyntaxUID)
-    plugin = dicom.PLUGINS.get(syntax, "")
+    plugin = dicom_pixels.PLUGINS.get(syntax, "")
 
     def run() -> None:
         for path, data in zip(paths, contents, strict=True):
@@ -190,13 +191,13 @@ def syntaxes(data: Path, place: Path) -> dict[str, dict[str, float]]:
         if syntax == uid.HTJ2KLossless and htj2k_encode is None:
             continue
         paths = encoded(plain, place / syntax, syntax)
-        stored = dicom.read_stored(str(paths[0]))[0]
+        stored = dicom_pixels.read_stored(str(paths[0]))[0]
         bare = bound(paths)
 
         def hashed(bare: Callable[[], object] = bare, stored: np.ndarray = stored, count: int = len(paths)) -> None:
             bare()
             for _ in range(count):
-                dicom.stored_sha256(stored)
+                stored_sha256(stored)
 
         measured = rates({"bound": bare, "hashed": hashed, "pipeline": converter(paths, place / "out")}, len(paths))
         size = sum(path.stat().st_size for path in paths) // len(paths)
@@ -219,22 +220,22 @@ def stages(data: Path, place: Path) -> None:
     shard = next(path for path in (place / "out").iterdir() if path.is_file())
     reader = array_record_module.ArrayRecordReader(str(shard), "")
     packed = [reader.read([n])[0] for n in range(reader.num_records())]
-    stored = [dicom.read_stored(str(path))[0][0] for path in paths]
-    with dicom.open_image(str(paths[0])) as image:
+    stored = [dicom_pixels.read_stored(str(path))[0][0] for path in paths]
+    with dicom_pixels.open_image(str(paths[0])) as image:
         spot = image.geometry[0]
-    slices = [convert.to_uint16(one, spot.slope, spot.intercept, hu=True) for one in stored]
+    slices = [to_uint16(one, spot.slope, spot.intercept, hu=True) for one in stored]
     pixels = [one[0] for one in slices]
     counts = [np.bincount(one.ravel()) for one in pixels]
-    items = [convert._Slice(0, one[0], one[1], one[2], 0.0, 0, "", (1.0, 1.0)) for one in slices]
+    items = [convert.Slice(0, one[0], one[1], one[2], 0.0, 0, "", (1.0, 1.0)) for one in slices]
 
     def header() -> None:
         for path in paths:
-            with dicom.open_image(str(path)):
+            with dicom_pixels.open_image(str(path)):
                 pass
 
     def pixels_too() -> None:
         for path in paths:
-            dicom.read_stored(str(path))
+            dicom_pixels.read_stored(str(path))
 
     def statistics_and_rules() -> None:
         for item, count in zip(items, counts, strict=True):
@@ -244,8 +245,8 @@ def stages(data: Path, place: Path) -> None:
     parts: dict[str, Callable[[], object]] = {
         "file and header": header,
         "header and pixels": pixels_too,
-        "SHA-256 of the manifest": lambda: [dicom.stored_sha256(one) for one in stored],
-        "to 16-bit HU": lambda: [convert.to_uint16(one, spot.slope, spot.intercept, hu=True) for one in stored],
+        "SHA-256 of the manifest": lambda: [stored_sha256(one) for one in stored],
+        "to 16-bit HU": lambda: [to_uint16(one, spot.slope, spot.intercept, hu=True) for one in stored],
         "histogram": lambda: [np.bincount(one.ravel()) for one in pixels],
         "rules, statistics, body box": statistics_and_rules,
         "encode": lambda: [codec.encode(one) for one in pixels],

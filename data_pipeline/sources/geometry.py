@@ -28,6 +28,8 @@ OBLIQUE_COSINE = 0.7  # a normal further than 45 degrees from every axis is obli
 
 Orientation = tuple[float, ...] | None
 Position = tuple[float, ...] | None
+# Patient axis (0 to the left, 1 to the back, 2 up) and sign (1 or -1) of one array axis.
+Direction = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from data_pipeline.sources import geometry
-from data_pipeline.sources.dicom import Header
+from data_pipeline.sources.dicom_header import Header
 
 # DICOM PS3.4 B.5: CT, MR, and their enhanced and legacy-converted multi-frame forms.
 IMAGE_CLASSES = frozenset(

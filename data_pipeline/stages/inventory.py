@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from pydicom.uid import MediaStorageDirectoryStorage
+
 from curia_common.errors import UserError, fault_location
-from data_pipeline.sources import archives, dicom
+from data_pipeline.sources import archives, dicom_header
 from data_pipeline.sources import object_stores as objects
 from data_pipeline.sources.base import Heartbeat, ReadError
-from data_pipeline.sources.dicom import FrameGeometry
+from data_pipeline.sources.dicom_header import FrameGeometry
 from data_pipeline.sources.object_stores import Object, absolute
 from data_pipeline.sources.retry import TRANSIENT, retry_transient
 from data_pipeline.stages import exclusion as rules
@@ -228,7 +230,7 @@ def refuse_address(option: str, text: str) -> None:
 def _named_by_dicomdir(path: Path) -> list[Path]:
     """Paths of the files that a DICOMDIR names, found as media write them: in upper or lower case."""
     try:
-        names = dicom.read_dicomdir(str(path))
+        names = dicom_header.read_dicomdir(str(path))
     except ReadError as error:
         raise UserError(f"{path}: {error}; name its folder instead, which takes every file there") from error
     listed: dict[Path, dict[str, str]] = {}
@@ -314,8 +316,8 @@ def _classify(entry: Entry, options: Options, heartbeat: Heartbeat) -> Entry:
         raise ReadError("an archive of a kind that is not read: unpack it")
     place = Object(entry.path, entry.size, entry.modified_ns)
     with archives.stream(place, entry.member, options.unpacked, heartbeat) as file:
-        if dicom.is_dicom(file):
-            return _with_header(entry, dicom.read_header(entry.path, file), options)
+        if dicom_header.is_dicom(file):
+            return _with_header(entry, dicom_header.read_header(file), options)
     return entry.with_fate("excluded", NO_IMAGE)
 
 
@@ -324,7 +326,7 @@ MAY_BE_A_FACE = "may show a face: its body part is not named"
 NO_IMAGE = "not a medical image (no DICOM, NIfTI, NRRD, MetaImage, PNG, JPEG or TIFF file)"
 
 
-def _with_header(entry: Entry, header: dicom.Header, options: Options) -> Entry:
+def _with_header(entry: Entry, header: dicom_header.Header, options: Options) -> Entry:
     series = header.series_uid or header.sop_uid or entry.path
     # Patients without an ID are told apart by the study, so that one study never falls into two splits.
     patient = header.patient_id or header.study_uid or series
@@ -335,11 +337,15 @@ def _with_header(entry: Entry, header: dicom.Header, options: Options) -> Entry:
         # With the patient, because some anonymisers give many patients the same series UID.
         series=pseudonyms.digest(options.key, "series", f"{patient}/{series}"),
     )
-    rule = "an index of DICOM files (DICOMDIR)" if header.sop_class == dicom.DICOMDIR else rules.exclude_header(header)
+    rule = (
+        "an index of DICOM files (DICOMDIR)"
+        if header.sop_class == MediaStorageDirectoryStorage
+        else rules.exclude_header(header)
+    )
     if rule is None and header.lossy and not options.keep_lossy:
         rule = "lossy compression"
     if rule is None and not options.keep_faces:
-        rule = A_FACE if header.body_part in dicom.FACES else MAY_BE_A_FACE if not header.body_part else None
+        rule = A_FACE if header.body_part in dicom_header.FACES else MAY_BE_A_FACE if not header.body_part else None
     if rule is not None:
         return entry.with_fate("excluded", rule)
     facts = FileFacts(

@@ -15,6 +15,8 @@ import numpy as np
 from jaxtyping import UInt16
 from PIL import Image
 
+from data_pipeline.sources.geometry import Direction
+
 PLANES = ("axial", "coronal", "sagittal")
 BLOCK_BYTES = 64 * 1024 * 1024
 HIGHEST = (1 << 16) - 1
@@ -26,13 +28,6 @@ _VIEWS = {
     "coronal": ((1, 1), (2, -1), (0, 1)),
     "sagittal": ((0, 1), (2, -1), (1, 1)),
 }
-
-# The same of volumes as volumes.open_volume turns them.
-VOLUMES = {
-    "axial": ((2, 1), (1, 1), (0, 1)), "coronal": ((1, -1), (2, -1), (0, 1)), "sagittal": ((0, -1), (2, -1), (1, 1)),
-}  # fmt: skip
-# Patient axis and direction (1 or -1) of one array axis.
-Direction = tuple[int, int]
 
 
 def directions(orientation: tuple[float, ...]) -> tuple[Direction, Direction, Direction] | None:
