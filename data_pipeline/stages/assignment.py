@@ -23,7 +23,7 @@ from data_pipeline.sources.archives import Member
 from data_pipeline.stages import pseudonyms, reformat
 from data_pipeline.stages.inventory import Entry, Labels
 
-Directions = tuple[reformat.Direction, reformat.Direction, reformat.Direction]
+Directions = tuple[geometry.Direction, geometry.Direction, geometry.Direction]
 # Raised when the same plan gives different shards, or different files beside them.
 FORMAT = 3
 HELD_OUT = "patient is held out"

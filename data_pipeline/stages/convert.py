@@ -408,7 +408,7 @@ def _convert_file(
 
     def read() -> _ConvertedFile:
         source = objects.Object(file.path, file.size, file.modified_ns)
-        with archives.materialize(source, file.member, place.unpacked, place.scratch, heartbeat) as path:
+        with archives.at_hand(source, file.member, place.unpacked, place.scratch, heartbeat) as path:
             return _read_file(file, path, series, conversion, seen, place)
 
     def quarantine(reason: str) -> _ConvertedFile:
@@ -442,7 +442,7 @@ def _convert_file(
 def _check_unchanged(file: PlannedFile) -> None:
     # Paths can hold names, so the messages have none; the runner knows which file it is.
     try:
-        unchanged = archives.is_unchanged(file.path, file.size, file.modified_ns, file.member)
+        unchanged = archives.is_unchanged(file._asdict())
     except OSError as error:
         raise StorageError(GONE) from error
     if not unchanged:
