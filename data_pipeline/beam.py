@@ -19,7 +19,7 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -103,7 +103,7 @@ def convert_one(line: tuple[int, int], job: convert.Job, limits: Limits) -> None
     Raises:
       RuntimeError: it failed, so that the runner tries it again if it does such things; the text quotes no data.
     """
-    from apache_beam.metrics import Metrics
+    from apache_beam.metrics.metric import Metrics
 
     with _one_at_a_time:
         if not os.path.isdir(job.sidecars):
@@ -138,7 +138,7 @@ def convert_one(line: tuple[int, int], job: convert.Job, limits: Limits) -> None
 
 def run(
     job: convert.Job, limits: Limits, places: Sequence[ShardPlace], flags: Sequence[str], log: Path
-) -> Iterator[int]:
+) -> Generator[int, None, None]:
     """Runs the conversion of the shards at `places` to its end; closing the iterator stops it.
 
     Args:

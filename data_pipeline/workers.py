@@ -12,7 +12,7 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
@@ -135,7 +135,7 @@ class Worker:
 def run(
     function: Work, tasks: Sequence[Any], *, workers: int, timeout: float, memory: int | None = None,
     idle: list[Worker] | None = None,
-) -> Iterator[Progress | Done]:  # fmt: skip
+) -> Generator[Progress | Done, None, None]:  # fmt: skip
     """Runs `function` on every task, `workers` at a time.
 
     Args:

@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, UInt16
-from tensorflow_datasets.proto import tf_example_generated_pb2 as proto
+from tensorflow_datasets.proto import tf_example_generated_pb2
 
 from data_pipeline.format import codec
+
+# Protobuf makes its classes at import.
+Example = tf_example_generated_pb2.Example  # pyright: ignore[reportAttributeAccessIssue] - see above
 
 # Names of the features. One value per record:
 TEXT = ("series", "patient", "modality", "units", "plane", "body_part", "manufacturer")
@@ -115,7 +118,7 @@ def serialize(slices: Sequence[bytes], header: RecordHeader, entries: Sequence[S
     """
     # Features in the order of their names, as protobuf's deterministic form has them. The slices are put between the others
     # as bytes, because protobuf copies them several times, into memory that is new each time.
-    before, after = proto.Example().features, proto.Example().features
+    before, after = Example().features, Example().features
 
     def feature(name: str) -> Any:
         return (before if name < "slices" else after).feature[name]
@@ -202,7 +205,7 @@ class DecodedSlice:
 
 def parse_slice(data: bytes, slot: int) -> DecodedSlice:
     """Slice number `slot` of a record, decoded."""
-    feature = proto.Example.FromString(data).features.feature
+    feature = Example.FromString(data).features.feature
 
     def text(name: str) -> str:
         return feature[name].bytes_list.value[0].decode()
@@ -226,7 +229,7 @@ def parse_slice(data: bytes, slot: int) -> DecodedSlice:
 
 def training_slice(data: bytes, slot: int) -> tuple[bytes, SliceFacts]:
     """Slice number `slot` of a record, still encoded, and what training needs to know of it."""
-    feature = proto.Example.FromString(data).features.feature
+    feature = Example.FromString(data).features.feature
     return feature["slices"].bytes_list.value[slot], _slice_facts(feature, slot)
 
 
@@ -246,7 +249,7 @@ def parse(data: bytes) -> Record:
     Raises:
       ValueError: a field is missing or does not have one value per slice.
     """
-    feature = proto.Example.FromString(data).features.feature
+    feature = Example.FromString(data).features.feature
 
     def values(name: str, kind: str, count: int) -> list[Any]:
         found = list(getattr(feature[name], f"{kind}_list").value) if name in feature else []
@@ -271,7 +274,7 @@ def parse(data: bytes) -> Record:
 
 def count(data: bytes) -> int:
     """Number of slices in a record."""
-    return len(proto.Example.FromString(data).features.feature["slices"].bytes_list.value)
+    return len(Example.FromString(data).features.feature["slices"].bytes_list.value)
 
 
 def without(data: bytes, slots: Collection[int]) -> bytes | None:

@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from array_record.python import array_record_module
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue] - an extension module
 from jaxtyping import UInt16
 
 from curia_common.errors import DataError, StorageError, UserError
@@ -210,7 +210,7 @@ class SliceSource:
             table = table.filter(pc.field("addition") <= additions)
             if not len(table):
                 raise UserError(f"{folder} has no shards of split '{split}' among its first {additions} additions")
-        self.additions = int(pc.max(table["addition"]).as_py())
+        self.additions = max(table["addition"].to_pylist())
         identity = table.select(["file", "sha256", "records", "slices"]).to_pylist()
         self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self._files = table["file"].to_pylist()
@@ -229,7 +229,7 @@ class SliceSource:
         self._first_slice = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
         self._first_record = np.concatenate([[0], np.cumsum(self._records)])
         self._single = bool(self._first_slice[-1] == self._first_record[-1])
-        self.largest = (int(pc.max(table["largest_height"]).as_py()), int(pc.max(table["largest_width"]).as_py()))
+        self.largest = (max(table["largest_height"].to_pylist()), max(table["largest_width"].to_pylist()))
         self._open: dict[int, Any] = {}
         self._lock = threading.Lock()
         self._index: pa.Table | None = None

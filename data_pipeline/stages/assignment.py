@@ -57,9 +57,8 @@ class Conversion:
     @classmethod
     def from_json(cls, value: Json) -> "Conversion":
         """Plans of older versions lack the later fields."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        found = {name: tuple(v) if name == "planes" else v for name, v in value.items() if name in names}
-        return cls(**({"name": ""} | found))
+        found = {field.name: value[field.name] for field in dataclasses.fields(cls) if field.name in value}
+        return cls(**(found | {"planes": tuple(value.get("planes", ()))}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +205,7 @@ class PlannedSeries:
         return cls(
             **rest, problems=tuple(value["problems"]), modality=value["facts"]["modality"],
             body_part=value["facts"].get("body_part", ""), manufacturer=value["facts"].get("manufacturer", ""),
-            directions=tuple((axis, sense) for axis, sense in along) if along else None,
+            directions=(tuple(along[0]), tuple(along[1]), tuple(along[2])) if along else None,
             files=tuple(map(PlannedFile.from_json, value["files"])),
         )  # fmt: skip
 

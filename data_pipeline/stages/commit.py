@@ -538,7 +538,8 @@ def _write_manifest(path: Path, private: Path, additions: int) -> dict[str, coll
 def _shard_row(report: ShardReport, addition: int) -> ShardRow:
     counts = None if set(report.slice_counts) <= {1} else list(report.slice_counts)
     return ShardRow(
-        report.file, report.split, report.records, report.slices, report.bytes, report.sha256, *report.largest, counts, addition
+        report.file, report.split, report.records, report.slices, report.bytes, report.sha256, report.largest[0],
+        report.largest[1], counts, addition,
     )  # fmt: skip
 
 
@@ -549,8 +550,10 @@ def _shard_table(rows: Sequence[ShardRow], additions: int) -> pa.Table:
 
 
 def _tfds_metadata(folder: Path, name: str, rows: Sequence[ShardRow]) -> None:
-    # Imported here: the other stages and the workers do not need it.
+    # Imported here because it is slow and workers do not need it.
     import tensorflow_datasets as tfds
+    from etils import epath
+    from tensorflow_datasets.core import dataset_info, splits
 
     from data_pipeline import features
 
@@ -559,24 +562,21 @@ def _tfds_metadata(folder: Path, name: str, rows: Sequence[ShardRow]) -> None:
         part = [row for row in rows if row.split == split]
         if part:
             template = tfds.core.ShardedFileTemplate(
-                dataset_name=name,
-                data_dir=folder,
-                split=split,
-                filetype_suffix="array_record",
+                dataset_name=name, data_dir=epath.Path(folder), split=split, filetype_suffix="array_record",
                 template=shards.FILE_TEMPLATE,
-            )
+            )  # fmt: skip
             infos.append(
                 tfds.core.SplitInfo(
                     name=split, shard_lengths=[row.records for row in part], num_bytes=sum(row.bytes for row in part),
                     filename_template=template,
                 )
             )  # fmt: skip
-    identity = tfds.core.dataset_info.DatasetIdentity(
+    identity = dataset_info.DatasetIdentity(
         name=name, version=tfds.core.Version("1.0.0"), data_dir=os.fspath(folder), module_name=""
     )
     info = tfds.core.DatasetInfo(
         builder=identity, features=features.features(), description="CT and MR slices, see card.json"
     )
     info.set_file_format("array_record")
-    info.set_splits(tfds.core.splits.SplitDict(infos))
+    info.set_splits(splits.SplitDict(infos))
     info.write_to_directory(folder)

@@ -247,8 +247,8 @@ def convert_shard(
                     continue
                 summaries.append(converted.summary)
                 histograms = converted.tally.histograms
-                for kind, pixels in intensities(converted.identity.units, histograms).items():
-                    intensity[kind] = [a + b for a, b in zip(intensity[kind], pixels, strict=True)]
+                kind, pixels = intensities(converted.identity.units, histograms)
+                intensity[kind] = [a + int(b) for a, b in zip(intensity[kind], pixels, strict=True)]
                 per_record = conversion.slices_per_record
                 for record in pack(converted.identity, converted.slices, histograms, per_record, spool):
                     where: IndexRow = {"split": shard.split, "shard": name, "record": len(counts)}
@@ -505,11 +505,11 @@ def _reduce(item: Slice, size: int | None) -> Slice:
     rows, columns = item.pixels.shape
     if size is None or max(rows, columns) <= size:
         return item
-    target = tuple(max(1, round(n * size / max(rows, columns))) for n in (rows, columns))
+    height, width = (max(1, round(n * size / max(rows, columns))) for n in (rows, columns))
     # PIL resizes float32 with an antialiased bicubic filter; 16-bit values are exact in it.
-    small = Image.fromarray(item.pixels.astype(np.float32)).resize(target[::-1], Image.Resampling.BICUBIC)
+    small = Image.fromarray(item.pixels.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
     pixels = np.clip(np.rint(np.asarray(small)), 0, LEVELS - 1).astype(np.uint16)
-    spacing = (item.spacing[0] * rows / target[0], item.spacing[1] * columns / target[1])
+    spacing = (item.spacing[0] * rows / height, item.spacing[1] * columns / width)
     return dataclasses.replace(item, pixels=pixels, spacing=spacing, flags=item.flags | records.RESIZED)
 
 

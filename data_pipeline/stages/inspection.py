@@ -167,7 +167,7 @@ def print_difference(folder: Path, ours: pa.Table, other: Path, theirs: pa.Table
     for name in found.new_columns:
         print(f"column {name} is in one of them only")
     if not found.same + found.differ and len(ours) and len(theirs):
-        pixels = pc.sum(pc.is_in(ours["source"], pc.unique(theirs["source"]))).as_py()
+        pixels = int(np.isin(ours["source"].to_pylist(), theirs["source"].to_pylist()).sum())
         print(
             f"no series in common: pseudonyms differ where the keys do; by their source pixels {pixels:,} slices are in both"
         )
@@ -185,16 +185,19 @@ def difference(ours: pa.Table, theirs: pa.Table) -> Difference:
         a, b = both[name], both[f"{name} of theirs"]
         if a.type != b.type:
             a, b = a.cast(pa.string()), b.cast(pa.string())
-        unequal = pc.fill_null(pc.not_equal(a, b), False).to_numpy() | (
-            pc.is_null(a).to_numpy() != pc.is_null(b).to_numpy()
+        unequal = pc.fill_null(pc.call_function("not_equal", [a, b]), False).to_numpy() | (
+            a.is_null().to_numpy() != b.is_null().to_numpy()
         )
         if unequal.any():
             columns[name] = int(unequal.sum())
             differs |= unequal
-    alone = []
-    for a, b in ((ours, theirs), (theirs, ours)):
+
+    def alone(a: pa.Table, b: pa.Table) -> tuple[int, int]:
         rest = a.select(list(KEY)).join(b.select(list(KEY)), list(KEY), join_type="left anti")
-        alone += [len(rest), len(rest["series"].unique())]
+        return len(rest), len(rest["series"].unique())
+
+    (our_slices, our_series), (their_slices, their_series) = alone(ours, theirs), alone(theirs, ours)
     return Difference(
-        int((~differs).sum()), int(differs.sum()), *alone, columns, sorted(set(ours.column_names) ^ set(theirs.column_names))
+        int((~differs).sum()), int(differs.sum()), our_slices, our_series, their_slices, their_series, columns,
+        sorted(set(ours.column_names) ^ set(theirs.column_names))
     )  # fmt: skip

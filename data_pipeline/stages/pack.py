@@ -63,7 +63,7 @@ class Spool:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._file = tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=folder)  # noqa: SIM115 - closed by __exit__
+        self._file = tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=str(folder))  # noqa: SIM115 - closed by __exit__
         self._end = 0
 
     def __enter__(self) -> "Spool":
@@ -203,11 +203,13 @@ def _index_row(slot: int, header: records.RecordHeader, entry: records.SliceEntr
     return row | {PATH: os.fsencode(one.path)}
 
 
-def intensities(units: str, histograms: Mapping[Scale, Int[np.ndarray, " levels"]]) -> dict[str, list[int]]:
-    """Pixels per bin of the card's histogram, by its kind ("HU" or "relative"); reformats are not counted."""
-    kind = "HU" if units == "HU" else "relative"
+def intensities(
+    units: str, histograms: Mapping[Scale, Int[np.ndarray, " levels"]]
+) -> tuple[str, Int[np.ndarray, " bins"]]:
+    """The kind of the card's histogram ("HU" or "relative") and the pixels per bin; reformats are not counted."""
+    hu = units == "HU"
     bins = [
-        card.intensities(histogram, *scale, series_statistics(histogram, *scale).percentiles, hu=kind == "HU")
+        card.intensities(histogram, *scale, series_statistics(histogram, *scale).percentiles, hu=hu)
         for scale, histogram in histograms.items()
     ]
-    return {kind: np.sum(bins, axis=0, dtype=np.int64).tolist()}
+    return "HU" if hu else "relative", np.sum(bins, axis=0)

@@ -398,10 +398,10 @@ def _clear_unfinished(build: _Build) -> bool:
     own = commit.folder_of(build.private, build.known.additions)
     if not own.exists():
         return False
-    plan = assignment.read(own)
-    for place in plan.shards if plan else ():
-        name = shards.file_name(plan.settings.conversion.name, place.split, place.number)
-        (build.output / name).unlink(missing_ok=True)
+    if plan := assignment.read(own):
+        for place in plan.shards:
+            name = shards.file_name(plan.settings.conversion.name, place.split, place.number)
+            (build.output / name).unlink(missing_ok=True)
     shutil.rmtree(own)
     return True
 

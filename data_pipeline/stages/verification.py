@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from array_record.python import array_record_module
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue] - an extension module
 
 from curia_common import progress
 from curia_common.errors import UserError, fault_location
@@ -199,9 +199,9 @@ def pending(folder: Path, known: Collection[str]) -> set[str]:
     """Shards in the folder that an unfinished addition has planned; only where its build folder exists."""
     found: set[str] = set()
     for own in folder.glob(f"{commit.BUILD_FOLDER}/addition-*"):
-        plan = assignment.read(own)
-        for place in plan.shards if plan else ():
-            found.add(shards.file_name(plan.settings.conversion.name, place.split, place.number))
+        if plan := assignment.read(own):
+            name = plan.settings.conversion.name
+            found |= {shards.file_name(name, place.split, place.number) for place in plan.shards}
     return {name for name in found if name not in known and (folder / name).exists()}
 
 
@@ -242,7 +242,8 @@ def _tfds_problems(folder: Path, table: Sequence[ShardRow]) -> list[str]:
     try:
         builder = tfds.builder_from_directory(folder)
         wanted = json.dumps(features.features().to_json(), sort_keys=True)
-        if json.dumps(builder.info.features.to_json(), sort_keys=True) != wanted:
+        described = builder.info.features
+        if described is None or json.dumps(described.to_json(), sort_keys=True) != wanted:
             return ["features.json describes other records than this version writes and reads"]
         found = {
             name: [(Path(path).name, length) for path, length in zip(info.filepaths, info.shard_lengths, strict=True)]
@@ -360,17 +361,16 @@ def _check_shard(path: Path, row: ShardRow) -> ShardFindings:
         problems.append(f"{name} has {size:,} bytes, published with {row.bytes:,}")
     elif (digest := shards.sha256(path)) != row.sha256:
         problems.append(f"{name} has SHA-256 {digest[:16]}…, published with {row.sha256[:16]}…")
-    reader, count = None, 0
     try:
         reader = array_record_module.ArrayRecordReader(str(path), "")
         count = reader.num_records() if reader.ok() else 0
     except Exception:  # noqa: BLE001 - array_record raises a RuntimeError for some kinds of damage
-        pass
+        reader, count = None, 0
     if count != row.records:
         problems.append(f"{name} holds {count:,} readable records, published with {row.records:,}")
     checked: list[_CheckedRecord] = []
     damaged = []
-    for number in range(count) if reader is not None else ():
+    for number in range(count):
         try:
             checked.append(_check_record(reader.read([number])[0], number))
         except _Damaged as error:

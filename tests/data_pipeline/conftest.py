@@ -85,7 +85,7 @@ def run_build(key_file: Path) -> Callable[..., Result]:
         given = ("--key-file", key_file) if key and "--key-file" not in words else ()
         with pytest.MonkeyPatch.context() as patch:
             if not processes:
-                patch.setattr(build.workers, "run", _inline)
+                patch.setattr(workers, "run", _inline)
             return _run(build.main, (*words, *given, "--workers", processes or 1))
 
     return run
@@ -98,7 +98,7 @@ def run_verify() -> Callable[..., Result]:
     def run(*words: Any, processes: int = 0) -> Result:
         with pytest.MonkeyPatch.context() as patch:
             if not processes:
-                patch.setattr(verify.workers, "run", _inline)
+                patch.setattr(workers, "run", _inline)
             return _run(verify.main, (*words, "--workers", processes or 1))
 
     return run

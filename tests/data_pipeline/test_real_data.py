@@ -369,7 +369,7 @@ def test_no_identifying_value_of_any_header_is_in_the_dataset(built, golden, row
         reader = array_record_module.ArrayRecordReader(str(path), "")
         words: set[bytes] = set()
         for n in range(reader.num_records()):
-            for name, feature in records.proto.Example.FromString(reader.read([n])[0]).features.feature.items():
+            for name, feature in records.Example.FromString(reader.read([n])[0]).features.feature.items():
                 words.update({name.encode()} if name == "slices" else {name.encode(), *feature.bytes_list.value})
         texts[path.name] = "\n".join(sorted(word.decode() for word in words))
     leaking = [name for name, text in texts.items() if _any_of(values, text.lower())]

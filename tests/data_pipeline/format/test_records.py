@@ -51,7 +51,7 @@ def test_record_has_bytes_of_deterministic_protobuf(sizes: list[int]) -> None:
     _, header, entries = record(len(sizes))
     slices = [RANDOM.bytes(size) for size in sizes]
     data = records.serialize(slices, header, entries)
-    example = records.proto.Example.FromString(data)
+    example = records.Example.FromString(data)
     assert list(example.features.feature["slices"].bytes_list.value) == slices
     assert example.SerializeToString(deterministic=True) == data
     assert {*example.features.feature} == {
