@@ -187,7 +187,7 @@ def write_json(file: str | None, content: Any) -> None:
         Path(file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def at_least(option: str, value: float, low: float) -> None:
+def at_least(option: str, value: int | float, low: int | float) -> None:
     """Raises UserError where the value of an option is below what it has to be."""
     if not value >= low:
         raise UserError(f"{option} is {value:g}; it has to be at least {low:g}")

@@ -3,16 +3,10 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 SECONDS_BETWEEN_LINES = 10.0
 Item = TypeVar("Item")
-
-
-class Counter(Protocol):
-    """What code that reports progress needs of a display."""
-
-    def step(self, amount: float = 1, text: str = "") -> None: ...
 
 
 class Progress:
@@ -32,7 +26,7 @@ class Progress:
         self, stage: str, total: int | None, unit: str = "files", *, done: int = 0, enabled: bool = True
     ) -> None:
         self._stage, self._total, self._unit, self._start = stage, total, unit, done
-        self._done: float = done
+        self._done: int | float = done
         self._enabled = enabled
         self._bar = None
 
@@ -60,11 +54,11 @@ class Progress:
             amount = self._done - self._start
             self._print(f"{amount:,.0f} {self._unit} in {format_seconds(seconds)}, {_format_rate(self._rate())}")
 
-    def step(self, amount: float = 1, text: str = "") -> None:
+    def step(self, amount: int | float = 1, text: str = "") -> None:
         """`amount` more are done; `text` says more about the newest (a loss, say)."""
         self.update(self._done + amount, text)
 
-    def update(self, done: float, text: str = "") -> None:
+    def update(self, done: int | float, text: str = "") -> None:
         """`done` are finished by now."""
         self._done = done
         if not self._enabled:
@@ -112,7 +106,7 @@ def _format_rate(per_second: float) -> str:
     )
 
 
-def format_seconds(seconds: float) -> str:
+def format_seconds(seconds: int | float) -> str:
     """42 s, 3.5 min, 12 min, 2.5 h, 3.1 days."""
     if seconds < 60:
         return f"{seconds:.0f} s"

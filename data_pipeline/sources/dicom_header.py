@@ -8,7 +8,8 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, BinaryIO, NamedTuple
+from io import BufferedIOBase
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.filereader import read_partial
@@ -73,7 +74,7 @@ FACES = frozenset("brain ear eye eyelid face head headneck jaw mandible maxilla 
                   "pituitary thyroid parathyroid tongue carotid wholebody".split())  # fmt: skip
 
 # Classes of manufacturers; the text of the tag itself does not leave this module.
-_MANUFACTURERS = ("siemens", "philips", "toshiba", "canon", "hitachi", "fujifilm", "hyperfine", "ge", "united imaging")
+MANUFACTURERS = ("siemens", "philips", "toshiba", "canon", "hitachi", "fujifilm", "hyperfine", "ge", "united imaging")
 
 
 # What technicians and scanners call localizers; Siemens writes an image type that does not tell them from other series.
@@ -126,7 +127,7 @@ class Header:
     geometry: tuple[FrameGeometry, ...]
 
 
-def is_dicom(file: BinaryIO) -> bool:
+def is_dicom(file: BufferedIOBase) -> bool:
     """True for a file with the DICM mark, or one that starts with a plausible data set; leaves the file at its start."""
     start = file.read(132)
     file.seek(0)
@@ -136,7 +137,7 @@ def is_dicom(file: BinaryIO) -> bool:
     return start[:2] in (b"\x08\x00", b"\x02\x00") or start[:4] in (b"\x00\x08\x00\x05", b"\x00\x08\x00\x08")
 
 
-def read_header(source: str | BinaryIO) -> Header:
+def read_header(source: str | BufferedIOBase) -> Header:
     """The whitelisted fields of a file, a path or open; no pixels.
 
     Raises:
@@ -189,7 +190,7 @@ class Element(NamedTuple):
     length: int
 
 
-def read_elements(file: BinaryIO, tags: Sequence[BaseTag], stop: int) -> tuple[FileDataset, Element | None]:
+def read_elements(file: BufferedIOBase, tags: Sequence[BaseTag], stop: int) -> tuple[FileDataset, Element | None]:
     """The elements with these tags before the tag `stop`, and the head of the element at which reading ended.
 
     Raises:
@@ -212,7 +213,7 @@ def read_elements(file: BinaryIO, tags: Sequence[BaseTag], stop: int) -> tuple[F
 
     try:
         with silenced():
-            return read_partial(file, stop_when=ends, force=True, specific_tags=list(tags)), last
+            return read_partial(cast(BinaryIO, file), stop_when=ends, force=True, specific_tags=list(tags)), last
     except (ReadError, UserError):
         raise
     except MemoryError as error:
@@ -332,7 +333,7 @@ def _header(dataset: Dataset) -> Header:
         burned_in=text(dataset, "BurnedInAnnotation").upper() == "YES",
         called_localizer=_is_called_localizer(dataset),
         body_part=body_part if body_part in BODY_PARTS else "",
-        manufacturer=next((name for name in _MANUFACTURERS if name in manufacturer), "unknown"),
+        manufacturer=next((name for name in MANUFACTURERS if name in manufacturer), "unknown"),
         thickness=_thickness(dataset),
         lossy=lossy == "01" if lossy in ("00", "01") else transfer_syntax(dataset) in LOSSY_SYNTAXES,
         has_pixels="BitsAllocated" in dataset and "Rows" in dataset,

@@ -6,6 +6,7 @@ import io
 import os
 import struct
 from collections.abc import Iterator, Sequence
+from io import BufferedIOBase
 from typing import BinaryIO, cast
 
 import numpy as np
@@ -162,7 +163,7 @@ class Image:
     decoder: str
     _dataset: FileDataset
     _representation: str  # of the pixel data
-    _source: BinaryIO  # at their first byte: the file, or its inflated content as pydicom wraps it
+    _source: BufferedIOBase  # at their first byte: the file, or its inflated content as pydicom wraps it
 
     def stored(self) -> Iterator[Frame]:
         """The stored values before any rescaling, frame by frame, so that only one frame is in memory.
@@ -223,7 +224,7 @@ def open_image(path: str) -> Iterator[Image]:
         try:
             with silenced():
                 # Of a deflated file pydicom keeps the inflated content.
-                content = source if dataset.buffer is None else cast(BinaryIO, dataset.buffer)
+                content = source if dataset.buffer is None else cast(BufferedIOBase, dataset.buffer)
                 image = _image(path, dataset, content, last)
         except ReadError:
             raise
@@ -240,7 +241,7 @@ def read_stored(path: str) -> tuple[Integer[np.ndarray, "frames rows columns"], 
         return np.stack(list(image.stored())), image.decoder
 
 
-def _image(path: str, dataset: FileDataset, source: BinaryIO, last: Element | None) -> Image:
+def _image(path: str, dataset: FileDataset, source: BufferedIOBase, last: Element | None) -> Image:
     syntax = transfer_syntax(dataset)
     if not syntax:
         raise ReadError("no transfer syntax: how the pixels are encoded is unknown")
@@ -278,7 +279,7 @@ def _image(path: str, dataset: FileDataset, source: BinaryIO, last: Element | No
     )
 
 
-def _check_items(source: BinaryIO) -> None:
+def _check_items(source: BufferedIOBase) -> None:
     """Raises ReadError where compressed pixel data is cut off; decoders would take the rest for an image."""
     begin = source.tell()
     while True:
@@ -295,12 +296,14 @@ def _check_items(source: BinaryIO) -> None:
 # ---- decoders: frames, to be advanced under silenced()
 
 
-def _decode_with_pydicom(dataset: Dataset, representation: str, source: BinaryIO, plugin: str) -> Iterator[Frame]:
+def _decode_with_pydicom(dataset: Dataset, representation: str, source: BufferedIOBase, plugin: str) -> Iterator[Frame]:
     syntax = dataset.file_meta.TransferSyntaxUID
     options = as_pixel_options(dataset, pixel_keyword="PixelData", pixel_vr=representation)
     if syntax in UNCOMPRESSED:
         options["view_only"] = True  # nobody writes to what was read, so it needs no copy
-    for values, _ in get_decoder(syntax).iter_array(source, raw=True, decoding_plugin=plugin, **options):
+    for values, _ in get_decoder(syntax).iter_array(
+        cast(BinaryIO, source), raw=True, decoding_plugin=plugin, **options
+    ):
         yield values
 
 

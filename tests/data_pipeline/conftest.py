@@ -241,8 +241,8 @@ import os, time
 settings = os.environ.get("TROUBLE")
 if settings:
     import json
-    from data_pipeline.sources import dicom
-    trouble, read = json.loads(settings), dicom.open_image
+    from data_pipeline.sources import dicom_pixels
+    trouble, read = json.loads(settings), dicom_pixels.open_image
     def open_image(path):
         what = trouble.get(os.path.basename(path), trouble.get("*"))
         if what == "crash": os.abort()
@@ -250,7 +250,7 @@ if settings:
         if what == "bug": raise KeyError(open(path, "rb").read())
         if isinstance(what, float): time.sleep(what)
         return read(path)
-    dicom.open_image = open_image
+    dicom_pixels.open_image = open_image
 """
 
 

@@ -7,7 +7,8 @@ import pydicom
 import pytest
 
 from data_pipeline import phantom
-from data_pipeline.sources import dicom, geometry, volumes
+from data_pipeline.sources import geometry, volumes
+from data_pipeline.sources.dicom_header import read_header
 from data_pipeline.stages import exclusion as rules
 
 LABELS = phantom.LABELS
@@ -101,7 +102,7 @@ def test_every_series_is_a_regular_dicom_volume(study: Path) -> None:
     assert len(folders) == 8 * 4
     uids: set[str] = set()
     for folder in folders[:8]:
-        headers = [dicom.read_header(str(path)) for path in sorted(folder.iterdir())]
+        headers = [read_header(str(path)) for path in sorted(folder.iterdir())]
         assert len(headers) == 5 and len({header.series_uid for header in headers}) == 1
         assert [rules.exclude_header(header) for header in headers] == [None] * 5
         (found,) = geometry.check(
@@ -114,7 +115,7 @@ def test_every_series_is_a_regular_dicom_volume(study: Path) -> None:
         uids |= {header.sop_uid for header in headers} | {headers[0].series_uid}
     assert len(uids) == 8 * 6
     # The head's two contrasts are one study, chest and abdomen are others.
-    studies = {folder.name: dicom.read_header(str(folder / "000.dcm")).study_uid for folder in folders[:4]}
+    studies = {folder.name: read_header(str(folder / "000.dcm")).study_uid for folder in folders[:4]}
     assert len(set(studies.values())) == 3 and studies["3_head_t1"] == studies["4_head_t2"]
 
 

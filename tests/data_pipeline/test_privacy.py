@@ -19,9 +19,8 @@ from pydicom.datadict import DicomDictionary, keyword_for_tag
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
-from data_pipeline import build
 from data_pipeline.format import shards
-from data_pipeline.sources import archives
+from data_pipeline.sources import archives, dicom_pixels
 from tests.data_pipeline.packing import pack, write_dicomdir
 
 # Long enough for every representation of text, and short and plain enough for a defined term.
@@ -137,7 +136,7 @@ def test_error_messages_quote_no_header_and_no_path(tmp_path: Path, write_series
     folder = tmp_path / "exams" / SECRETS[0]
     paths = [plant(path) for path in write_series(folder, 6)]
     words = ("--input", tmp_path / "exams", "--output", tmp_path / "out")
-    read = build.convert.dicom.open_image
+    read = dicom_pixels.open_image
 
     def change(path: str):
         os.utime(paths[-1], ns=(1, 1))
@@ -145,7 +144,7 @@ def test_error_messages_quote_no_header_and_no_path(tmp_path: Path, write_series
 
     for function in (change, lambda path: 1 / 0, lambda path: (_ for _ in ()).throw(ValueError(SECRETS[0]))):
         with monkeypatch.context() as patch:
-            patch.setattr(build.convert.dicom, "open_image", function)
+            patch.setattr(dicom_pixels, "open_image", function)
             result = run_build(*words)
         assert result.code == 2
         assert leaks((result.out + result.err).encode(), WORDS) == 0

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from curia_common.errors import UserError
-from data_pipeline.sources import dicom
+from data_pipeline.sources import dicom_header
 from data_pipeline.stages import inventory, pseudonyms
 
 KEY = b"0123456789abcdef"
@@ -107,14 +107,14 @@ def test_fates_and_reasons(tmp_path: Path, write_dicom) -> None:
 
 def test_an_unexpected_error_costs_its_file_and_quotes_nothing(tmp_path: Path, write_dicom, monkeypatch) -> None:
     paths = [write_dicom(tmp_path / "a.dcm"), write_dicom(tmp_path / "b.dcm")]
-    read = inventory.dicom.read_header
+    read = dicom_header.read_header
 
-    def fail(path: str, file):
-        if path.endswith("a.dcm"):
+    def fail(file):
+        if file.name.endswith("a.dcm"):
             raise LookupError("DOE^JOHN")
-        return read(path, file)
+        return read(file)
 
-    monkeypatch.setattr(inventory.dicom, "read_header", fail)
+    monkeypatch.setattr(dicom_header, "read_header", fail)
     bad, good = inspect(*paths)
     assert bad.fate == "quarantined" and "LookupError" in bad.reason and "DOE" not in bad.reason
     assert good.fate == ""
@@ -176,4 +176,4 @@ def test_faces_are_left_out_on_demand_and_what_does_not_say_what_it_shows_with_t
     entries = inspect(*paths, tmp_path / "brain.nii.gz", options=inventory.Options(KEY, keep_faces=False))
     assert [entry.reason for entry in entries] == [*parts.values(), MAY_BE]
     assert {entry.reason for entry in inspect(*paths)} == {""}
-    assert dicom.FACES <= dicom.BODY_PARTS
+    assert dicom_header.FACES <= dicom_header.BODY_PARTS
