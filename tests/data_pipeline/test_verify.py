@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline import verify
+from curia_common.exit_codes import ExitCode
 from data_pipeline.format import shards
 
 
@@ -36,7 +36,7 @@ def put(table: pa.Table, name: str, row: int, value: object) -> pa.Table:
 def problems(folder: Path, run_verify, **more) -> list[str]:
     result = run_verify(folder, **more)
     lines = result.out.splitlines()
-    assert result.code == (1 if lines else 0), result.err
+    assert result.code == (ExitCode.DATA if lines else ExitCode.DONE), result.err
     assert "Traceback" not in result.err
     return lines
 
@@ -181,4 +181,4 @@ def test_folders_without_a_dataset_are_errors(tmp_path: Path, run_verify) -> Non
     assert (result.code, result.error) == (
         2, f"error: no dataset in {tmp_path}: it has no shards.parquet; data_pipeline.build writes it when it has finished",
     )  # fmt: skip
-    assert run_verify(tmp_path, "--json", tmp_path / "a" / "b").error.startswith("error: --json: no folder ")
+    assert run_verify(tmp_path, "--json", tmp_path / "a" / "b").error.startswith("error: --json=")
