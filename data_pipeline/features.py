@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
-from jaxtyping import UInt16
+from jaxtyping import Shaped, UInt16
 
 from data_pipeline.format import codec, records
 from data_pipeline.format.files import Json
@@ -31,7 +31,9 @@ class Slices(tfds.features.FeatureConnector):
             "these slices are decoded without TensorFlow: use as_data_source() instead of as_dataset()"
         )
 
-    def decode_example_np(self, example_data: bytes | Sequence[bytes]) -> UInt16[np.ndarray, "slices height width"]:
+    def decode_example_np(
+        self, example_data: bytes | Shaped[np.ndarray, " slices"] | Sequence[bytes]
+    ) -> UInt16[np.ndarray, "slices height width"]:
         data = [example_data] if isinstance(example_data, bytes) else example_data
         first = codec.decode(data[0])
         pixels = np.empty((len(data), *first.shape), np.uint16)

@@ -144,7 +144,10 @@ def run(options: Options) -> card.Card:
     if not private.is_dir():
         if output.exists() and (not output.is_dir() or any(not path.name.startswith(".") for path in output.iterdir())):
             raise UserError(f"{output} is not empty and holds no build; choose an empty or new --output")
-        private.mkdir(parents=True)
+        try:
+            private.mkdir(parents=True)
+        except (NotADirectoryError, PermissionError) as error:
+            raise UserError(f"--output {output} cannot be made ({error.strerror}); choose another one") from error
     private.chmod(0o700)
     with _only_build(private, output):
         key, origin = pseudonyms.load_key(options.key_file, options.output)

@@ -69,7 +69,7 @@ def readable(row: dict[str, str]) -> bool:
     return grey and "ok" in (row["pydicom_status"], row["simpleitk_status"]) and not broken
 
 
-def test_stored_values_are_those_of_independent_decoders(golden, real_data: Path) -> None:
+def test_stored_values_equal_independent_decoders(golden, real_data: Path) -> None:
     wrong, same, lossy = [], 0, 0
     for row in golden:
         try:
@@ -91,7 +91,7 @@ def test_stored_values_are_those_of_independent_decoders(golden, real_data: Path
     assert same >= 230 and lossy <= 6
 
 
-def test_one_ct_in_nine_lossless_encodings_is_one_image(golden, real_data: Path) -> None:
+def test_nine_lossless_encodings_give_one_image(golden, real_data: Path) -> None:
     of_one = [row for row in golden if "ct_hispeed_13ts" in row["file"]]
     (digest, count), *_ = Counter(row["sha256_16_of_stored_values_int64"] for row in of_one).most_common()
     assert count == 9
@@ -106,7 +106,7 @@ def test_one_ct_in_nine_lossless_encodings_is_one_image(golden, real_data: Path)
     }
 
 
-def test_both_decoders_agree_wherever_both_read(golden, real_data: Path) -> None:
+def test_both_decoders_agree(golden, real_data: Path) -> None:
     compared = 0
     for row in golden:
         if not row["file"].startswith(
@@ -123,7 +123,7 @@ def test_both_decoders_agree_wherever_both_read(golden, real_data: Path) -> None
     assert compared > 20
 
 
-def test_stored_hashes_in_the_manifest_are_the_golden_ones(golden, rows) -> None:
+def test_stored_hashes_equal_golden_ones(golden, rows) -> None:
     checked = 0
     for row in golden:
         found = rows[row["file"]]
@@ -146,7 +146,7 @@ def test_stored_hashes_in_the_manifest_are_the_golden_ones(golden, rows) -> None
         ("sliceorientation_001", geometry.MIXED_ORIENTATION),
     ],
 )
-def test_every_trap_is_flagged_for_its_own_reason(rows, folder: str, problem: str) -> None:
+def test_geometry_defects_are_flagged_by_their_own_reason(rows, folder: str, problem: str) -> None:
     own = {geometry.TILTED, geometry.REPEATED_POSITION, geometry.GAP, geometry.MIXED_ORIENTATION}
     for row in under(rows, f"dicom/bad_geometry/{folder}"):
         problems = set(row["problems"].split("; "))
@@ -156,7 +156,7 @@ def test_every_trap_is_flagged_for_its_own_reason(rows, folder: str, problem: st
         assert row["fate"] == "kept" or row["reason"] == "values are no HU"
 
 
-def test_tilt_and_uneven_spacing_of_a_head_are_seen_and_its_slices_kept(rows) -> None:
+def test_tilted_head_is_flagged_and_kept(rows) -> None:
     head = under(rows, "dicom/ct_ge_head_tilt18")
     assert {row["fate"] for row in head} == {"kept"}
     assert {row["problems"] for row in head} == {f"{geometry.GAP}; {geometry.TILTED}"}
@@ -171,11 +171,11 @@ def test_tilt_and_uneven_spacing_of_a_head_are_seen_and_its_slices_kept(rows) ->
         "enhanced_multiframe/siemens_multiframe_anatomical_001",
     ],
 )
-def test_clean_volumes_are_clean(rows, folder: str) -> None:
+def test_regular_volumes_have_no_problems(rows, folder: str) -> None:
     assert {(row["fate"], row["problems"]) for row in under(rows, f"dicom/{folder}")} == {("kept", "")}
 
 
-def test_planes_of_a_study_are_told_apart(built, rows) -> None:
+def test_planes_of_a_study(built, rows) -> None:
     index = pq.read_table(built[0] / shards.INDEX).to_pylist()
     planes = {row["series"]: row["plane"] for row in index}
     for folder, plane in (
@@ -187,7 +187,7 @@ def test_planes_of_a_study_are_told_apart(built, rows) -> None:
 # ---- what is left out
 
 
-def test_negatives_are_left_out_by_their_own_rule(rows, real_data: Path) -> None:
+def test_localizers_and_mislabelled_files_are_excluded(rows, real_data: Path) -> None:
     folder = real_data / "dicom" / "ct_philips_localizer_and_sc"
     for path in sorted(folder.iterdir()):
         header = dicom.read_header(str(path))
@@ -200,7 +200,7 @@ def test_negatives_are_left_out_by_their_own_rule(rows, real_data: Path) -> None
     assert {(row["fate"], row["reason"]) for row in mislabelled} == {("excluded", "values are no HU")}
 
 
-def test_odd_and_broken_files_each_have_a_fate(rows, golden) -> None:
+def test_damaged_files_have_fates(rows, golden) -> None:
     odd = {path: row for path, row in rows.items() if path.startswith("dicom/odd/")}
     assert set(odd) >= {row["file"] for row in golden if row["file"].startswith("dicom/odd/")}
     assert all(row["fate"] == "kept" or row["reason"] for row in odd.values())
@@ -212,7 +212,7 @@ def test_odd_and_broken_files_each_have_a_fate(rows, golden) -> None:
         assert odd[f"dicom/odd/{name}"]["fate"] == fate, name
 
 
-def test_every_reason_is_one_that_a_person_understands(rows) -> None:
+def test_reasons_are_sentences(rows) -> None:
     assert rows["dicom/odd/badVR.dcm"]["reason"] == "malformed header: NumberOfFrames is no whole number"
     quarantined = {path: row["reason"] for path, row in rows.items() if row["fate"] == "quarantined"}
     assert len(quarantined) >= 10
@@ -222,7 +222,7 @@ def test_every_reason_is_one_that_a_person_understands(rows) -> None:
         assert len(reason.split()) >= 3, path
 
 
-def test_images_to_register_are_kept_and_their_labels_left_out(rows) -> None:
+def test_registration_images_are_kept_without_labels(rows) -> None:
     label = "label map: few distinct whole numbers"
     fates = {
         folder: Counter((row["fate"], row["reason"]) for row in under(rows, f"registration/{folder}"))
@@ -250,7 +250,7 @@ def test_images_to_register_are_kept_and_their_labels_left_out(rows) -> None:
     assert pairs == {"kept": 16, "excluded": 6, "quarantined": 10}
 
 
-def test_label_maps_are_left_out_and_images_kept_with_their_modality(built, rows) -> None:
+def test_label_maps_are_excluded_and_images_keep_modality(built, rows) -> None:
     index = pq.read_table(built[0] / shards.INDEX).to_pylist()
     modality = {row["series"]: row["modality"] for row in index}
     kept = {path: row for path, row in rows.items() if path.startswith("nifti/") and row["fate"] == "kept"}
@@ -270,7 +270,7 @@ def test_label_maps_are_left_out_and_images_kept_with_their_modality(built, rows
 # ---- what is in
 
 
-def test_hu_tell_contrast_from_plain_ct(built, rows, real_data: Path) -> None:
+def test_hu_separate_contrast_from_plain_ct(built, rows, real_data: Path) -> None:
     with (real_data / "labelled" / "ct_luad_contrast" / "labels.csv").open(newline="") as file:
         contrast = {row["file"]: int(row["contrast"]) for row in csv.DictReader(file)}
     digests = {
@@ -302,7 +302,7 @@ def test_no_patient_is_in_two_splits(built) -> None:
     assert set.union(*splits.values()) <= set(pseudonyms.SPLITS)
 
 
-def test_every_file_stands_in_the_manifest(rows, real_data: Path) -> None:
+def test_every_file_is_in_the_manifest(rows, real_data: Path) -> None:
     files = {
         str(path.relative_to(real_data))
         for folder in FOLDERS
@@ -312,7 +312,7 @@ def test_every_file_stands_in_the_manifest(rows, real_data: Path) -> None:
     assert set(rows) == files
 
 
-def test_what_was_said_adds_up(built) -> None:
+def test_printed_summary_equals_the_card(built) -> None:
     output, err = built
     card = json.loads((output / "card.json").read_text())
     assert "Traceback" not in err and "Warning" not in err
