@@ -184,7 +184,7 @@ def _series_records(
 
     def whole(file: dict[str, Any], outcome: dict[str, Any]) -> tuple[list[_Encoded], _Read]:
         source = objects.Object(file["path"], file["size"], file["modified_ns"])
-        with archives.at_hand(source, file.get("member"), unpacked, scratch or unpacked, touch) as path:
+        with archives.materialize(source, _member(file), unpacked, scratch or unpacked, touch) as path:
             return _encode(file, path, series, facts, settings, outcome, read.sources, spool)
 
     for file in series["files"]:
@@ -386,10 +386,15 @@ def merge_outcome(outcomes: dict[str, dict[str, Any]], path: str, outcome: dict[
         outcomes[path] = outcome
 
 
+def _member(file: Mapping[str, Any]) -> archives.Member | None:
+    return archives.Member(*file["member"]) if "member" in file else None
+
+
 def _check_unchanged(file: Mapping[str, Any]) -> None:
     # Paths can hold names, so the texts have none; whoever runs the task knows the file in hand.
     try:
-        unchanged = archives.is_unchanged(file)
+        source = objects.Object(file["path"], file["size"], file["modified_ns"])
+        unchanged = archives.is_unchanged(source, _member(file))
     except OSError as error:
         raise UserError(GONE) from error
     if not unchanged:
