@@ -20,7 +20,7 @@ import pyarrow as pa
 from jaxtyping import Int
 from PIL import Image
 
-from curia_common.errors import StorageError, UserError, fault_location
+from curia_common.errors import DataError, StorageError, UserError, fault_location
 from data_pipeline.format import codec, files, records, shards
 from data_pipeline.format.files import Json
 from data_pipeline.sources import archives, geometry, readers
@@ -219,7 +219,7 @@ def convert_shard(
       The report, and the rows of index.parquet with the path of each slice's file.
 
     Raises:
-      UserError: an input changed since the inventory.
+      DataError: an input changed since the inventory.
       StorageError: an input cannot be read any more, or the scratch disk is full.
       OSError: the disk of the output is full.
     """
@@ -407,8 +407,7 @@ def _convert_file(
     """A file is taken whole or not at all."""
 
     def read() -> _ConvertedFile:
-        source = objects.Object(file.path, file.size, file.modified_ns)
-        with archives.at_hand(source, file.member, place.unpacked, place.scratch, heartbeat) as path:
+        with archives.materialize(_object(file), file.member, place.unpacked, place.scratch, heartbeat) as path:
             return _read_file(file, path, series, conversion, seen, place)
 
     def quarantine(reason: str) -> _ConvertedFile:
@@ -442,11 +441,15 @@ def _convert_file(
 def _check_unchanged(file: PlannedFile) -> None:
     # Paths can hold names, so the messages have none; the runner knows which file it is.
     try:
-        unchanged = archives.is_unchanged(file._asdict())
+        unchanged = archives.is_unchanged(_object(file), file.member)
     except OSError as error:
         raise StorageError(GONE) from error
     if not unchanged:
-        raise UserError(objects.CHANGED)
+        raise DataError(objects.CHANGED)
+
+
+def _object(file: PlannedFile) -> objects.Object:
+    return objects.Object(file.path, file.size, file.modified_ns)
 
 
 def _read_file(

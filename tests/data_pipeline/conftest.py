@@ -27,7 +27,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from data_pipeline import build, inspect, phantom, verify, workers
+from data_pipeline import build, inspect, phantom, synthetic_exams, verify, workers
 from data_pipeline.format import shards
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,7 +118,7 @@ def run_phantom() -> Callable[..., Result]:
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A phantom of 8 patients: 32 series of 5 slices, 40 px."""
     folder = tmp_path_factory.mktemp("phantom")
-    phantom.write_study(folder, patients=8, seed=3, size=40, slices=5)
+    synthetic_exams.write_study(folder, patients=8, seed=3, size=40, slices=5)
     return folder
 
 

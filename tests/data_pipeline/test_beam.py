@@ -155,7 +155,7 @@ def test_worker_error_ends_beam_build_with_one_line(tmp_path: Path, exams: Path,
     for path in exams.rglob("*.dcm"):
         os.utime(path, ns=(1, 1))
     _, err = running.process.communicate(timeout=200)
-    assert running.process.returncode == 2
+    assert running.process.returncode == ExitCode.DATA
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     where = tmp_path / "out" / ".build" / "failed_on.txt"
     assert "an input changed while the build ran" in line and line.endswith(f"is in {where})")

@@ -542,10 +542,10 @@ def test_second_build_on_output_and_changed_input_are_rejected(
     assert len(finished) < 4
     os.utime(last, ns=(1, 1))
     _, err = running.process.communicate(timeout=60)
-    assert running.process.returncode == 2
+    assert running.process.returncode == ExitCode.DATA
     where = tmp_path / "out" / ".build" / "failed_on.txt"
     assert (
-        f"error: an input changed while the build ran; start the build again (the path of the file is in {where})"
+        f"error: an input changed while the build ran; rerun the same command (the path of the file is in {where})"
         in err
     )
     assert where.read_text() == f"{last}\n" and stat.S_IMODE(where.stat().st_mode) == 0o600

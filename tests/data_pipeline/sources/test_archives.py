@@ -39,16 +39,16 @@ def problems(path: Path) -> dict[str, str]:
     return {member.name: member.problem for member in found.members}
 
 
-def at_hand(member: archives.Member, folder: Path) -> contextlib.AbstractContextManager[str]:
+def materialize(member: archives.Member, folder: Path) -> contextlib.AbstractContextManager[str]:
     source = objects.Object(member.path, member.size, member.modified_ns)
-    return archives.at_hand(source, list(member), str(folder), str(folder), lambda item: None)
+    return archives.materialize(source, member, str(folder), str(folder), lambda item: None)
 
 
 def content(member: archives.Member, folder: Path) -> bytes:
-    with at_hand(member, folder) as path:
+    with materialize(member, folder) as path:
         data = Path(path).read_bytes()
     source = objects.Object(member.path, member.size, member.modified_ns)
-    with archives.stream(source, list(member), str(folder), lambda item: None) as file:
+    with archives.stream(source, member, str(folder), lambda item: None) as file:
         assert file.read() == data
     return data
 
@@ -185,7 +185,7 @@ def test_a_stopped_build_uses_its_copies_again_and_a_changed_archive_is_copied_a
     unpacked = []
     decompressed = archives._decompressed
     monkeypatch.setattr(
-        archives, "_decompressed", lambda one, touch: unpacked.append(one.archive) or decompressed(one, touch)
+        archives, "_decompressed", lambda one, heartbeat: unpacked.append(one.archive) or decompressed(one, heartbeat)
     )
     listing(path, folder=copy.parent)
     assert unpacked == []
@@ -224,8 +224,8 @@ def test_want_of_room_ends_the_build_with_a_remedy_and_is_no_reason_to_leave_fil
     (tmp_path / "u" / "gone.tar").symlink_to(tmp_path / "nowhere")
     assert listing(tmp_path / "e.tar.gz", folder=tmp_path / "u").problem == ""
     monkeypatch.setattr(archives.tempfile, "mkdtemp", lambda **_: (_ for _ in ()).throw(OSError(28, "No space left")))
-    with pytest.raises(UserError, match="No space left; make room there"), contextlib.ExitStack() as stack:
-        stack.enter_context(at_hand(member, tmp_path / "u"))
+    with pytest.raises(UserError, match="No space left.*free some space there"), contextlib.ExitStack() as stack:
+        stack.enter_context(materialize(member, tmp_path / "u"))
 
 
 # ---- members
@@ -401,7 +401,7 @@ def test_a_header_is_read_without_unpacking_its_file(tmp_path: Path, write_dicom
 def test_a_member_lies_on_the_disk_while_it_is_read_and_no_longer(tmp_path: Path) -> None:
     path = pack(tmp_path / "a.zip", {"Quibbleton/Xanthippe ä mask.nii.gz": b"abc"})
     (member,) = listing(path).members
-    with at_hand(member, tmp_path / "u") as place:
+    with materialize(member, tmp_path / "u") as place:
         assert Path(place).name == "Xanthippe___mask.nii.gz"  # endings and words like mask decide how it is read
         assert (Path(place).parent.stat().st_mode & 0o077, Path(place).read_bytes()) == (0, b"abc")
     assert list((tmp_path / "u").iterdir()) == []

@@ -15,8 +15,7 @@ import pytest
 from PIL import Image
 
 from curia_common.errors import UserError
-from data_pipeline.format import files
-from data_pipeline.sources import archives
+from data_pipeline.sources import archives, retry
 from data_pipeline.sources import object_stores as objects
 from data_pipeline.stages import inventory
 from tests.data_pipeline.buckets import NAME, Bucket, serve
@@ -32,7 +31,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Bucket]:
         monkeypatch.delenv(name)
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "CLOUDSDK_CONFIG"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
-    monkeypatch.setattr(files, "PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(retry, "PAUSES", (0.01, 0.01))
     monkeypatch.setitem(objects.RETRIES, "max_retries", 1)
     with serve() as one:
         for name, value in one.environment.items():
@@ -436,7 +435,7 @@ def test_folders_need_no_client_of_buckets() -> None:
 def test_a_disk_that_fails_costs_no_file(
     tmp_path: Path, write_series, run_build, manifest, monkeypatch, number, kept
 ) -> None:
-    monkeypatch.setattr(files, "PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(retry, "PAUSES", (0.01, 0.01))
     write_series(tmp_path / "in")
     opened, failed = open, [0]
 
@@ -488,7 +487,7 @@ def test_other_errors_of_a_read_are_not_tried_again() -> None:
 
 
 def test_pauses_do_not_count_for_the_file_in_hand(monkeypatch) -> None:
-    monkeypatch.setattr(files, "PAUSES", (0.0,))
+    monkeypatch.setattr(retry, "PAUSES", (0.0,))
     touched: list[str | None] = []
 
     def read() -> None:
