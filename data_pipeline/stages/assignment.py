@@ -57,8 +57,9 @@ class Conversion:
     @classmethod
     def from_json(cls, value: Json) -> "Conversion":
         """Plans of older versions lack the later fields."""
-        found = {field.name: value[field.name] for field in dataclasses.fields(cls) if field.name in value}
-        return cls(**(found | {"planes": tuple(value.get("planes", ()))}))
+        found: Json = {field.name: value[field.name] for field in dataclasses.fields(cls) if field.name in value}
+        found["planes"] = tuple(value.get("planes", ()))
+        return cls(**found)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -172,7 +172,7 @@ def known(output: Path, private: Path) -> Known:
 # ---- exact duplicates
 
 
-def _keys(table: pa.Table) -> UInt64[np.ndarray, "slices"]:
+def pixel_keys(table: pa.Table) -> UInt64[np.ndarray, "slices"]:
     """For each row of an index 64 bits that identify the pixels of its slice and their size."""
     source = np.fromiter((int(text, 16) for text in table["source"].to_pylist()), np.uint64, len(table))
     size = table["height"].to_numpy().astype(np.uint64) << np.uint64(32) | table["width"].to_numpy().astype(np.uint64)
@@ -195,7 +195,7 @@ def duplicates(
       By file, record and slot of the slices to drop.
     """
     ranked = sorted(parts, key=lambda part: -pseudonyms.SPLITS.index(part[1]))  # stable: the order of shards stays
-    keys = [*before, *(_keys(part[2]) for part in ranked)]
+    keys = [*before, *(pixel_keys(part[2]) for part in ranked)]
     if not keys:
         return {}
     _, first = np.unique(np.concatenate(keys), return_index=True)
@@ -314,7 +314,7 @@ def commit(r: Request, plan: StoredPlan) -> card.Card:
         reports.append(ShardReport.from_json(json.loads((sidecars / f"{file}.json").read_text(encoding="utf-8"))))
         tables[file] = pq.read_table(sidecars / f"{file}.parquet")
     drops = duplicates(
-        [_keys(table) for table in _index_tables(r.output, r.before, ["source", "height", "width", "shard"])],
+        [pixel_keys(table) for table in _index_tables(r.output, r.before, ["source", "height", "width", "shard"])],
         [(report.file, report.split, tables[report.file]) for report in reports if report.slices],
     )
     outcomes: dict[str, FileOutcome] = {}

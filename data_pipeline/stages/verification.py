@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -361,11 +361,12 @@ def _check_shard(path: Path, row: ShardRow) -> ShardFindings:
         problems.append(f"{name} has {size:,} bytes, published with {row.bytes:,}")
     elif (digest := shards.sha256(path)) != row.sha256:
         problems.append(f"{name} has SHA-256 {digest[:16]}…, published with {row.sha256[:16]}…")
+    reader: Any = None  # array_record has no types
     try:
         reader = array_record_module.ArrayRecordReader(str(path), "")
         count = reader.num_records() if reader.ok() else 0
     except Exception:  # noqa: BLE001 - array_record raises a RuntimeError for some kinds of damage
-        reader, count = None, 0
+        count = 0
     if count != row.records:
         problems.append(f"{name} holds {count:,} readable records, published with {row.records:,}")
     checked: list[_CheckedRecord] = []

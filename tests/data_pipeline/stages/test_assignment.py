@@ -72,7 +72,9 @@ def test_plan_hash_is_that_of_earlier_versions() -> None:
         FrameGeometry((1.0, 0.0, 0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 2.0), (1.0, 1.0), 1.0, 0.0),
     ))  # fmt: skip
     entries.append(entry(9, 9, kind="dicom", facts=facts))
-    assert make(entries, conversion=conversion).hash == "620d107ff1a0217d6b1161f2b2c493dabd877ed292f0e624cc8341785bf6884c"
+    assert (
+        make(entries, conversion=conversion).hash == "620d107ff1a0217d6b1161f2b2c493dabd877ed292f0e624cc8341785bf6884c"
+    )
 
 
 def test_shard_is_read_from_its_line_and_replaced_plan_is_named(tmp_path: Path) -> None:

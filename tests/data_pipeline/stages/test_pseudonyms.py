@@ -15,9 +15,7 @@ def no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(pseudonyms.KEY_VARIABLE, raising=False)
 
 
-def test_key_file_precedes_variable_precedes_default_file(
-    tmp_path, monkeypatch
-) -> None:
+def test_key_file_precedes_variable_precedes_default_file(tmp_path, monkeypatch) -> None:
     output = tmp_path / "out"
     made, origin = pseudonyms.load_key(None, str(output))
     assert "new key in" in origin and str(tmp_path / "out.key") in origin
