@@ -19,6 +19,7 @@ from pydicom.datadict import DicomDictionary, keyword_for_tag
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
+from curia_common.exit_codes import ExitCode
 from data_pipeline.format import shards
 from data_pipeline.sources import archives, dicom_pixels
 from tests.data_pipeline.packing import pack, write_dicomdir
@@ -146,12 +147,12 @@ def test_error_messages_quote_no_header_value_or_path(tmp_path: Path, write_seri
         with monkeypatch.context() as patch:
             patch.setattr(dicom_pixels, "open_image", function)
             result = run_build(*words)
-        assert result.code == 2
+        assert result.code == ExitCode.DATA
         assert leaks((result.out + result.err).encode(), WORDS) == 0
     for path in paths:
         path.write_bytes(path.read_bytes()[:-2000])
     result = run_build(*words)
-    assert result.code == 2 and leaks((result.out + result.err).encode(), WORDS) == 0
+    assert result.code == ExitCode.DATA and leaks((result.out + result.err).encode(), WORDS) == 0
 
 
 @pytest.mark.parametrize("name", ["index", "shards"])
@@ -222,6 +223,9 @@ def test_errors_of_archives_quote_no_member_name(tmp_path: Path, write_series, r
     path = plant(write_series(tmp_path / "series", 1)[0])
     pack(tmp_path / "a.tar.gz", {f"{SECRETS[0]}/{SECRETS[1]}.dcm": path.read_bytes()})
     index = write_dicomdir(tmp_path / "DICOMDIR", [["..", SECRETS[0].upper()]])
-    for words in (("--input", tmp_path / "a.tar.gz", "--unpack-gb", 0), ("--input", index)):
+    for code, *words in (
+        (ExitCode.USAGE, "--input", tmp_path / "a.tar.gz", "--unpack-gb", 0),
+        (ExitCode.DATA, "--input", index),
+    ):
         result = run_build(*words, "--output", tmp_path / "out")
-        assert result.code == 2 and leaks((result.out + result.err).encode(), WORDS) == 0
+        assert result.code == code and leaks((result.out + result.err).encode(), WORDS) == 0

@@ -312,7 +312,7 @@ def test_object_deleted_during_the_build_stops_it(bucket: Bucket, folder: Path, 
 
     bucket.fault = gone
     result = run_build("--input", address, "--output", tmp_path / "out")
-    assert result.code == 2 and "an input can no longer be read" in result.error
+    assert result.code == ExitCode.RESTART and "an input can no longer be read" in result.error
 
 
 def test_transient_errors_of_the_store_lose_no_file(
