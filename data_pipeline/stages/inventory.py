@@ -1,4 +1,4 @@
-"""First stage: every file under the inputs, what it is, and the headers of those that are images. No pixels of DICOM files."""
+"""First stage: lists every file under the inputs, what it is, and the headers of DICOM images; reads no pixels."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydicom.uid import MediaStorageDirectoryStorage
 
-from curia_common.errors import UserError, fault_location
+from curia_common.errors import DataError, StorageError, UserError, fault_location
 from data_pipeline.sources import archives, dicom_header
 from data_pipeline.sources import object_stores as objects
 from data_pipeline.sources.base import Heartbeat, ReadError
@@ -31,13 +31,13 @@ Labels = Mapping[str, str | int | float | None]
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the inventory has to know of the user's wishes.
+    """Options of the inventory.
 
     Attributes:
       key: for pseudonyms.
       modality: "auto", "CT" or "MR": of files that do not say.
       keep_lossy: keep slices that were compressed with loss.
-      keep_faces: keep series in which a face can be, or of which nobody says that none can.
+      keep_faces: keep series that show a face, or may show one because their body part is not named.
       unpacked: folder of the copies of compressed archives.
     """
 
@@ -109,17 +109,19 @@ class Entry:
 
 
 def find_files(inputs: Sequence[str], leave_out: str | None = None) -> list[Path | Object]:
-    """Everything under the inputs that is no folder, in the order of the paths, each once; as an Object what lies in a bucket.
+    """All files and objects under the inputs, each once, sorted by path.
 
-    Links to folders are followed. Hidden files and folders are left out. What turns out not to be readable (broken links,
-    folders that may not be listed) is among the result, so that it is counted. A DICOMDIR that is itself an input stands for the
-    files that it names; one that lies in a folder or a bucket is a file like others.
+    Links to folders are followed; hidden files and folders are skipped. What cannot be read (broken links, folders without
+    permission) is in the result too, so that it is counted. A DICOMDIR that is itself an input is replaced by the files that it
+    names; in a folder or a bucket it is a file like others.
 
     Args:
-      leave_out: a folder inside an input that is none: the output.
+      leave_out: a folder inside an input that is skipped: the output.
 
     Raises:
-      UserError: an input does not exist or cannot be listed, a DICOMDIR cannot be read, or there is no file in any input.
+      UserError: an input does not exist.
+      DataError: a DICOMDIR cannot be read, or there is no file in any input.
+      StorageError: a folder or a bucket cannot be listed at the moment.
     """
     found: dict[str, Path | Object] = {}
     # Links can lead back up; each folder is walked once.
@@ -131,9 +133,9 @@ def find_files(inputs: Sequence[str], leave_out: str | None = None) -> list[Path
         found.setdefault(os.path.abspath(path), path)
 
     def unreadable(error: OSError) -> None:
-        if error.errno in TRANSIENT:  # a quarantined folder would be left out with all that is in it
-            raise UserError(
-                f"a folder of the inputs cannot be listed ({error.strerror}); start the build again when the storage answers"
+        if error.errno in TRANSIENT:  # to quarantine the folder would drop all files in it
+            raise StorageError(
+                f"a folder of the inputs cannot be listed ({error.strerror}); rerun the same command when the storage answers"
             ) from error
         add(Path(error.filename))
 
@@ -171,19 +173,19 @@ def find_files(inputs: Sequence[str], leave_out: str | None = None) -> list[Path
                 if not name.startswith("."):
                     add(Path(folder, name))
     if not found:
-        raise UserError(
+        raise DataError(
             f"no files in {', '.join(inputs)}; name a folder of DICOM, NIfTI, NRRD, MetaImage, PNG or JPEG files"
         )
     return sorted(found.values(), key=lambda one: Path(path_of(one)))
 
 
 def path_of(found: Path | Object) -> str:
-    """As the manifest has it."""
+    """The path as the manifest has it."""
     return found.path if isinstance(found, Object) else str(found)
 
 
 def read_holdout(path: str) -> list[tuple[int, str]]:
-    """Lines of a hold-out file that are not empty, with their numbers from 1.
+    """Non-empty lines of a hold-out file, with their numbers from 1.
 
     Raises:
       UserError: it cannot be read.
@@ -196,8 +198,8 @@ def read_holdout(path: str) -> list[tuple[int, str]]:
 
 
 def is_place(line: str) -> bool:
-    """Whether a line of a hold-out file names a folder, an archive, a file, a place in an archive, exams.zip!/folder, or one of
-    these in a bucket."""
+    """Whether a line of a hold-out file names a path: a folder, a file, an archive or a folder in one (exams.zip!/folder), on a
+    disk or in a bucket."""
     archive, mark, _ = line.partition("!/")
     return (
         objects.is_address(line)
@@ -209,7 +211,7 @@ def is_place(line: str) -> bool:
 
 
 def lies_in(path: str, place: str) -> bool:
-    """Whether an absolute path, of a file or of a member of an archive, is a place or lies in it."""
+    """Whether an absolute path, of a file or an archive member, is `place` or is in it."""
     top = absolute(place)
     return path == top or path.startswith((top + os.sep, top + "!/"))
 
@@ -218,21 +220,21 @@ MOUNTS = {"gs": "gcsfuse --implicit-dirs", "s3": "mount-s3", "az": "blobfuse2", 
 
 
 def refuse_address(option: str, text: str) -> None:
-    """Raises UserError for an address where files are opened; names the program that makes files of objects."""
+    """Raises UserError for an address where a path is needed; names the program that mounts such a bucket."""
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)
     if scheme:
         mount = MOUNTS.get(scheme[1].lower(), "rclone mount")
         raise UserError(
-            f"{option} {text} is an address, wanted is a path; mount it ({mount} …, see docs/ingest.md) and name the mounted folder"
+            f"{option} {text} is an address, but a path is needed; mount it ({mount} …, see docs/ingest.md) and name the mounted folder"
         )
 
 
 def _named_by_dicomdir(path: Path) -> list[Path]:
-    """Paths of the files that a DICOMDIR names, found as media write them: in upper or lower case."""
+    """Paths of the files that a DICOMDIR names, whether the medium has them in upper or lower case."""
     try:
         names = dicom_header.read_dicomdir(str(path))
     except ReadError as error:
-        raise UserError(f"{path}: {error}; name its folder instead, which takes every file there") from error
+        raise DataError(f"{path}: {error}; name its folder instead, which takes every file there") from error
     listed: dict[Path, dict[str, str]] = {}
     found = []
     for name in names:
@@ -241,7 +243,7 @@ def _named_by_dicomdir(path: Path) -> list[Path]:
             if place not in listed:
                 listed[place] = {entry.upper(): entry for entry in (os.listdir(place) if place.is_dir() else ())}
             place = place / listed[place].get(part.upper(), part)
-        found.append(place)  # also where it is missing, so that it is counted
+        found.append(place)  # missing files too, so that they are counted
     return found
 
 
@@ -260,7 +262,7 @@ def inspect(
 
     Raises:
       StorageError: the storage fails.
-      UserError: an object was replaced since it was listed.
+      DataError: an object was replaced since it was listed.
     """
     sources, options = task
     entries = []
@@ -305,7 +307,7 @@ def _inspect(source: str | Object | archives.Member, path: str, options: Options
 
 
 def _classify(entry: Entry, options: Options, heartbeat: Heartbeat) -> Entry:
-    """The entry with what its name, or its header, says."""
+    """The entry with kind, series, patient and facts from its name or header."""
     name = entry.path.lower()
     if name.endswith(VOLUME_SUFFIXES):
         entry = _without_header(entry, "volume", options.modality, options)

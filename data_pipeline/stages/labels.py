@@ -65,7 +65,7 @@ class LabelTable:
         columns = {name: _typed([row.cells[name] for row in rows]) for name in self._label_names(rows)}
         for number, row in enumerate(rows):
             entry = by_path[row.path]
-            modality = row.cells[self.modality_column] if self.modality_column is not None else ""
+            modality = row.cells[self.modality_column] if self.modality_column else ""
             if modality and modality not in MODALITIES:
                 raise UserError(
                     f"{self.path}, line {row.line}: modality {modality!r} is none of {', '.join(MODALITIES)}"
@@ -91,8 +91,8 @@ class LabelTable:
         """Pseudonym of the patient by path."""
         by_series: dict[str, tuple[str, int]] = {}
         by_patient: dict[str, set[str]] = {}
-        for row in rows if self.patient_column is not None else ():
-            entry, value = by_path[row.path], row.cells[self.patient_column]
+        for row in rows:
+            entry, value = by_path[row.path], row.cells[self.patient_column] if self.patient_column else ""
             if not value or not entry.series:
                 continue
             before, first = by_series.setdefault(entry.series, (value, row.line))
@@ -110,8 +110,8 @@ class LabelTable:
     def _splits(self, rows: Sequence[_Row], patients: Mapping[str, str]) -> dict[str, str]:
         """Split by pseudonym of the patient."""
         found: dict[str, tuple[str, int]] = {}
-        for row in rows if self.split_column is not None else ():
-            cell, patient = row.cells[self.split_column], patients[row.path]
+        for row in rows:
+            cell, patient = row.cells[self.split_column] if self.split_column else "", patients[row.path]
             split = _SPLIT_ALIASES.get(cell, cell)
             if not split or not patient:
                 continue

@@ -10,7 +10,7 @@ from pydicom.uid import (
 )
 
 from data_pipeline.sources.dicom_header import FrameGeometry, Header
-from data_pipeline.stages import exclusion as rules
+from data_pipeline.stages import exclusion
 
 CT = Header(
     sop_class=CTImageStorage, sop_uid="1", series_uid="2", study_uid="3", patient_id="P", modality="CT",
@@ -51,7 +51,7 @@ CORONAL = FrameGeometry((1.0, 0.0, 0.0, 0.0, 0.0, -1.0), None, None, 1.0, 0.0)
     ],
 )  # fmt: skip
 def test_header_rules(change: dict, rule: str | None) -> None:
-    assert rules.exclude_header(dataclasses.replace(CT, **change)) == rule
+    assert exclusion.exclude_header(dataclasses.replace(CT, **change)) == rule
 
 
 def body(low: float, high: float) -> np.ndarray:
@@ -70,19 +70,19 @@ def body(low: float, high: float) -> np.ndarray:
     ],
 )
 def test_pixel_rules(values: np.ndarray, hu: bool, rule: str | None) -> None:
-    assert rules.exclude_pixels(values.shape, *np.unique(values, return_counts=True), hu=hu) == rule
+    assert exclusion.exclude_pixels(values.shape, *np.unique(values, return_counts=True), hu=hu) == rule
 
 
 @pytest.mark.parametrize(
     ("values", "modality", "rule"),
     [
         (np.arange(-1000, 800), "CT", None),
-        (np.arange(0, 255), "CT", rules.NO_HU),  # MR stored as CT
-        (np.arange(-1024, -769), "CT", rules.NO_HU),  # 8-bit values with an intercept of -1024
+        (np.arange(0, 255), "CT", exclusion.NO_HU),  # MR stored as CT
+        (np.arange(-1024, -769), "CT", exclusion.NO_HU),  # 8-bit values with an intercept of -1024
         (np.arange(0, 255), "MR", None),
         (np.arange(-4096, 4095), "MR", None),  # phase
-        (np.concatenate([np.arange(-1030, -970), np.arange(0, 80)]), "MR", rules.HU_IN_MR),
+        (np.concatenate([np.arange(-1030, -970), np.arange(0, 80)]), "MR", exclusion.HU_IN_MR),
     ],
 )  # fmt: skip
 def test_series_rules(values: np.ndarray, modality: str, rule: str | None) -> None:
-    assert rules.exclude_series(values.astype(np.float64), np.ones(len(values), np.int64), modality) == rule
+    assert exclusion.exclude_series(values.astype(np.float64), np.ones(len(values), np.int64), modality) == rule

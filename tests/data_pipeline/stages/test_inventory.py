@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from curia_common.errors import UserError
+from curia_common.errors import DataError, UserError
 from data_pipeline.sources import dicom_header
 from data_pipeline.stages import inventory, pseudonyms
 
@@ -27,7 +27,7 @@ def picture(path: Path) -> Path:
 # ---- which files
 
 
-def test_every_file_is_found_once_in_the_order_of_the_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_found_once_sorted_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("b/2", "b/1", "a/x/y/z", ".hidden/a", "b/.hidden"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
@@ -38,7 +38,7 @@ def test_every_file_is_found_once_in_the_order_of_the_paths(tmp_path: Path, monk
     assert inventory.find_files(["b"]) == wanted[1:]
 
 
-def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+def test_links_to_folders_are_followed_without_cycles(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "a").write_text("x")
     exams = tmp_path / "exams"
@@ -54,7 +54,7 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path) -> Non
     assert (pipe.fate, pipe.reason) == ("quarantined", "neither a file nor a folder")
 
 
-def test_a_folder_that_cannot_be_listed_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_without_permission_is_quarantined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "closed").mkdir()
     (tmp_path / "a").write_text("x")
     scandir = os.scandir
@@ -70,24 +70,24 @@ def test_a_folder_that_cannot_be_listed_is_counted(tmp_path: Path, monkeypatch: 
     assert inspect(found[1])[0].reason == "the folder cannot be listed"
 
 
-def test_the_output_is_no_input(tmp_path: Path) -> None:
+def test_output_folder_is_not_searched(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "slices-train.array_record-00000").write_text("x")
     (tmp_path / "a").write_text("x")
     assert inventory.find_files([str(tmp_path)], leave_out=str(tmp_path / "out")) == [tmp_path / "a"]
 
 
-def test_inputs_that_are_missing_or_empty_are_errors(tmp_path: Path) -> None:
+def test_missing_or_empty_inputs_raise(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such input: .*none"):
         inventory.find_files([str(tmp_path / "none")])
-    with pytest.raises(UserError, match="no files in .*name a folder of DICOM"):
+    with pytest.raises(DataError, match="no files in .*name a folder of DICOM"):
         inventory.find_files([str(tmp_path)])
 
 
 # ---- what they are
 
 
-def test_fates_and_reasons(tmp_path: Path, write_dicom) -> None:
+def test_fates_and_reasons_of_files(tmp_path: Path, write_dicom) -> None:
     (tmp_path / "report.pdf").write_bytes(b"%PDF-1.7 ...")
     (tmp_path / "empty.dcm").write_bytes(b"")
     (tmp_path / "empty.nii.gz").write_bytes(b"")
@@ -105,7 +105,7 @@ def test_fates_and_reasons(tmp_path: Path, write_dicom) -> None:
     assert inspect(good, skip={str(good): "it hangs"})[0].reason == "it hangs"
 
 
-def test_an_unexpected_error_costs_its_file_and_quotes_nothing(tmp_path: Path, write_dicom, monkeypatch) -> None:
+def test_unexpected_error_quarantines_its_file_without_header_values(tmp_path: Path, write_dicom, monkeypatch) -> None:
     paths = [write_dicom(tmp_path / "a.dcm"), write_dicom(tmp_path / "b.dcm")]
     read = dicom_header.read_header
 
@@ -120,7 +120,7 @@ def test_an_unexpected_error_costs_its_file_and_quotes_nothing(tmp_path: Path, w
     assert good.fate == ""
 
 
-def test_entries_hold_pseudonyms_and_whitelisted_facts_alone(tmp_path: Path, write_dicom) -> None:
+def test_entries_hold_only_pseudonyms_and_whitelisted_facts(tmp_path: Path, write_dicom) -> None:
     fields = {
         "PatientID": "SECRET1",
         "SeriesInstanceUID": "2.25.77",
@@ -133,12 +133,12 @@ def test_entries_hold_pseudonyms_and_whitelisted_facts_alone(tmp_path: Path, wri
     assert not any(word in text for word in ("SECRET", "2.25"))
 
 
-def test_one_series_uid_used_for_two_patients_is_two_series(tmp_path: Path, write_dicom) -> None:
+def test_series_uid_shared_by_two_patients_is_two_series(tmp_path: Path, write_dicom) -> None:
     a, b = inspect(*(write_dicom(tmp_path / f"{p}.dcm", PatientID=p) for p in "ab"))
     assert a.series != b.series and a.patient != b.patient
 
 
-def test_without_a_patient_id_the_study_tells_patients_apart(tmp_path: Path, write_dicom) -> None:
+def test_missing_patient_id_falls_back_to_the_study(tmp_path: Path, write_dicom) -> None:
     first, second, other = inspect(
         write_dicom(tmp_path / "a.dcm", PatientID="", SeriesInstanceUID="2.25.10"),
         write_dicom(tmp_path / "b.dcm", PatientID=None, SeriesInstanceUID="2.25.11"),
@@ -147,7 +147,7 @@ def test_without_a_patient_id_the_study_tells_patients_apart(tmp_path: Path, wri
     assert first.patient == second.patient != other.patient
 
 
-def test_the_files_of_a_bids_subject_are_one_patient(tmp_path: Path) -> None:
+def test_files_of_a_bids_subject_are_one_patient(tmp_path: Path) -> None:
     names = [
         "ds/sub-01/anat/sub-01_T1w.nii.gz", "ds/sub-01/ses-2/anat/sub-01_ses-2_T1w.nii.gz", "ds/sub-01_flat.nii",
         "ds/derivatives/tool/sub-01/anat/sub-01_x.nii", "ds/rawdata/sub-01/x.nii",
@@ -161,9 +161,7 @@ def test_the_files_of_a_bids_subject_are_one_patient(tmp_path: Path) -> None:
     assert len({patients[0], *patients[5:]}) == 4
 
 
-def test_faces_are_left_out_on_demand_and_what_does_not_say_what_it_shows_with_them(
-    tmp_path: Path, write_dicom
-) -> None:
+def test_drop_faces_excludes_faces_and_unnamed_body_parts(tmp_path: Path, write_dicom) -> None:
     parts = {
         "HEAD": "a body part with a face",
         "NECK_CHEST": "a body part with a face",

@@ -49,7 +49,7 @@ def test_labels_have_the_type_of_their_column(tmp_path: Path, pictures) -> None:
     assert {type(entry.labels["decimal"]) for entry in pictures[:2]} == {float}
 
 
-def test_only_the_named_columns_become_labels(tmp_path: Path, pictures) -> None:
+def test_only_named_columns_become_labels(tmp_path: Path, pictures) -> None:
     text = "\ufefffile,name,grade,split\np/0.png,Doe,3,test\n"  # as Excel writes UTF-8
     pictures = table(tmp_path, text, columns=("grade",), split_column="split").apply(pictures, KEY)
     assert pictures[0].labels == {"grade": 3}
@@ -58,7 +58,7 @@ def test_only_the_named_columns_become_labels(tmp_path: Path, pictures) -> None:
     assert pictures[0].patient == pseudonyms.digest(KEY, "patient", "Doe")
 
 
-def test_empty_cells_of_the_special_columns_leave_things_as_they_are(tmp_path: Path, pictures) -> None:
+def test_empty_special_cells_change_nothing(tmp_path: Path, pictures) -> None:
     patients = [entry.patient for entry in pictures]
     text = "file,patient,split,kind\np/0.png,A,val,CT\np/1.png,,,\np/2.png,A,,MR\np/3.png,,train,\n"
     pictures = table(tmp_path, text, patient_column="patient", split_column="split", modality_column="kind").apply(
@@ -70,13 +70,13 @@ def test_empty_cells_of_the_special_columns_leave_things_as_they_are(tmp_path: P
     assert pictures[0].patient == pictures[2].patient != patients[0]
 
 
-def test_the_modality_column_does_not_overrule_dicom(tmp_path: Path, write_dicom) -> None:
+def test_modality_column_does_not_override_dicom(tmp_path: Path, write_dicom) -> None:
     entries = inspect(write_dicom(tmp_path / "p" / "0.dcm"))
     entries = table(tmp_path, "file,kind\np/0.dcm,MR\n", modality_column="kind").apply(entries, KEY)
     assert entries[0].facts.modality == "CT"
 
 
-def test_a_patient_named_for_one_slice_counts_for_the_series(tmp_path: Path, write_series) -> None:
+def test_patient_named_for_one_slice_holds_for_the_series(tmp_path: Path, write_series) -> None:
     entries = inspect(*write_series(tmp_path / "p", 3))
     entries = table(tmp_path, "file,who\np/000.dcm,\np/001.dcm,A\np/002.dcm,\n", patient_column="who").apply(
         entries, KEY
@@ -87,7 +87,7 @@ def test_a_patient_named_for_one_slice_counts_for_the_series(tmp_path: Path, wri
     assert "lines 2 and 3: two patients in column who for files of one series" in text
 
 
-def test_a_patient_in_two_splits_is_refused(tmp_path: Path, pictures) -> None:
+def test_patient_in_two_splits_is_rejected(tmp_path: Path, pictures) -> None:
     columns = {"patient_column": "who", "split_column": "split"}
     text = refusal(tmp_path, pictures, "file,who,split\np/0.png,A,train\np/1.png,B,test\np/2.png,A,test\n", **columns)
     assert text.endswith(
@@ -95,7 +95,7 @@ def test_a_patient_in_two_splits_is_refused(tmp_path: Path, pictures) -> None:
     )
 
 
-def test_a_dicom_patient_in_two_splits_is_refused_without_a_patient_column(tmp_path: Path, write_dicom) -> None:
+def test_dicom_patient_in_two_splits_is_rejected(tmp_path: Path, write_dicom) -> None:
     entries = inspect(*(write_dicom(tmp_path / "p" / f"{n}.dcm", SeriesInstanceUID=f"2.25.{n}") for n in range(2)))
     assert "one patient is in train" in refusal(
         tmp_path, entries, "file,split\np/0.dcm,train\np/1.dcm,test\n", split_column="split"
@@ -119,11 +119,11 @@ def test_a_dicom_patient_in_two_splits_is_refused_without_a_patient_column(tmp_p
         ("", {}, "has no column file; its columns are: none"),
     ],
 )
-def test_what_is_wrong_with_a_table_is_said_in_one_line(tmp_path: Path, pictures, text, columns, message) -> None:
+def test_invalid_table_is_explained_in_one_line(tmp_path: Path, pictures, text, columns, message) -> None:
     assert message in refusal(tmp_path, pictures, text, **columns)
 
 
-def test_a_table_that_cannot_be_read_is_an_error(tmp_path: Path, pictures) -> None:
+def test_unreadable_table_raises_user_error(tmp_path: Path, pictures) -> None:
     with pytest.raises(UserError, match="cannot read the label table"):
         LabelTable(str(tmp_path / "none.csv")).apply(pictures, KEY)
     (tmp_path / "latin.csv").write_bytes(b"file,a\np/0.png,M\xfcller\n")
