@@ -162,9 +162,7 @@ def test_added_slices_of_a_series_continue_its_numbers(
     check(tmp_path / "out", run_verify)
 
 
-def test_fixed_file_is_added_and_changed_file_is_rejected(
-    tmp_path: Path, run_build, write_series, manifest
-) -> None:
+def test_fixed_file_is_added_and_changed_file_is_rejected(tmp_path: Path, run_build, write_series, manifest) -> None:
     paths = write_patient(write_series, tmp_path / "in", 1, 6)
     whole = paths[2].read_bytes()
     paths[2].write_bytes(whole[:-500])
@@ -287,7 +285,9 @@ def test_holdout_rejects_patient_of_the_dataset(tmp_path: Path, exams: Path, run
     assert result.code == 2 and "1 held-out patients with 5 files are in" in result.error
 
 
-def test_held_out_patient_stays_out_of_additions(tmp_path: Path, exams: Path, run_build, write_series, manifest) -> None:
+def test_held_out_patient_stays_out_of_additions(
+    tmp_path: Path, exams: Path, run_build, write_series, manifest
+) -> None:
     (tmp_path / "holdout.txt").write_text("P4\n")
     words = ("--output", tmp_path / "out", *SPLITS)
     assert run_build("--input", exams, *words, "--holdout", tmp_path / "holdout.txt").code == 0
@@ -322,9 +322,7 @@ def test_holdout_takes_archives_and_places_in_them(
     assert result.code == ExitCode.DATA and "slices are of 1 patients of" in result.out
 
 
-def test_verify_checks_holdout_with_the_key(
-    tmp_path: Path, exams: Path, run_build, run_verify, key_file: Path
-) -> None:
+def test_verify_checks_holdout_with_the_key(tmp_path: Path, exams: Path, run_build, run_verify, key_file: Path) -> None:
     (tmp_path / "holdout.txt").write_text(f"P4\n{exams / 'p5'}\n")
     words = ("--input", exams, "--output", tmp_path / "out", *SPLITS)
     assert run_build(*words, "--holdout", tmp_path / "holdout.txt").code == 0

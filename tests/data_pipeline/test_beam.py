@@ -101,9 +101,7 @@ def test_beam_gives_the_same_bytes_as_local_processes(
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
-def test_decoder_hang_or_crash_leaves_beam_worker_alive(
-    tmp_path: Path, exams: Path, start_build, manifest
-) -> None:
+def test_decoder_hang_or_crash_leaves_beam_worker_alive(tmp_path: Path, exams: Path, start_build, manifest) -> None:
     for name, (patient, number) in {"hang.dcm": (1, 0), "crash.dcm": (2, 3), "bug.dcm": (3, 2)}.items():
         (exams / f"p{patient}" / f"{number:03d}.dcm").rename(exams / f"p{patient}" / name)
     running = start_build(

@@ -422,9 +422,7 @@ def test_dataset_of_old_version_is_named(tmp_path: Path, run_build) -> None:
     assert "an unfinished build of another version" in run_build(*words).error
 
 
-def test_unfinished_build_of_other_inputs_is_replaced(
-    tmp_path: Path, run_build, contents, monkeypatch
-) -> None:
+def test_unfinished_build_of_other_inputs_is_replaced(tmp_path: Path, run_build, contents, monkeypatch) -> None:
     pictures(tmp_path / "in", 3)
     words = ("--input", tmp_path / "in", "--output", tmp_path / "out")
     with monkeypatch.context() as patch:

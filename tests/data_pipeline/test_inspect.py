@@ -106,9 +106,7 @@ def test_diff_counts_series_and_columns(dataset: Path, tmp_path: Path, run_inspe
     assert difference(index_of(copy), with_label).new_columns == ["label_a"]
 
 
-def test_diff_under_other_key_compares_pixels(
-    study: Path, tmp_path: Path, run_build, run_inspect
-) -> None:
+def test_diff_under_other_key_compares_pixels(study: Path, tmp_path: Path, run_build, run_inspect) -> None:
     (tmp_path / "other.key").write_text("another key of sixteen bytes")
     words = ("--input", study / "dicom" / "PHANTOM-0001", "--validation", 0, "--test", 0)
     assert run_build(*words, "--output", tmp_path / "a").code == 0

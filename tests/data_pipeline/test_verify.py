@@ -116,7 +116,9 @@ def test_stray_and_unlisted_shards_are_named(copy: Path, run_verify) -> None:
         ("record", 99, "index.parquet has another record than {shard} for "),
     ],
 )
-def test_index_that_contradicts_records_is_detected(copy: Path, run_verify, name: str, value: object, text: str) -> None:
+def test_index_that_contradicts_records_is_detected(
+    copy: Path, run_verify, name: str, value: object, text: str
+) -> None:
     row = pq.read_table(copy / shards.INDEX)["split"].to_pylist().index("train")
     change(copy / shards.INDEX, lambda table: put(table, name, row, value))
     wanted = text.format(shard=shard_of(copy).name)
@@ -146,7 +148,9 @@ def test_patient_in_two_splits_and_missing_rows_are_detected(copy: Path, run_ver
         ("file", "../x", "shards.parquet names '../x', which is no file of this folder"),
     ],
 )
-def test_shard_table_that_contradicts_shards_is_detected(copy: Path, run_verify, name: str, value: object, text: str) -> None:
+def test_shard_table_that_contradicts_shards_is_detected(
+    copy: Path, run_verify, name: str, value: object, text: str
+) -> None:
     row = pq.read_table(copy / shards.SHARDS)["split"].to_pylist().index("test")
     change(copy / shards.SHARDS, lambda table: put(table, name, row, value))
     assert any(text in line for line in problems(copy, run_verify))

@@ -54,9 +54,7 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_shard_written_in_scratch_is_copied_and_compared(
-    tmp_path: Path, monkeypatch
-) -> None:
+def test_shard_written_in_scratch_is_copied_and_compared(tmp_path: Path, monkeypatch) -> None:
     scratch, out = tmp_path / "scratch", tmp_path / "out"
     scratch.mkdir()
     out.mkdir()
