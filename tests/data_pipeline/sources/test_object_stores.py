@@ -257,7 +257,7 @@ def test_changed_objects_are_recognized_by_etag(
     )
     bucket.put("exams/0.dcm", (folder / "p1" / "0.dcm").read_bytes())
     result = run_build(*words)
-    assert result.code == 2 and "in the dataset already has changed since" in result.error
+    assert result.code == ExitCode.DATA and "in the dataset already has changed since" in result.error
 
 
 # ---- interruptions
