@@ -14,6 +14,7 @@ import pydicom
 import SimpleITK
 from jaxtyping import Integer
 from pydicom.dataset import Dataset, FileDataset
+from pydicom.filebase import DicomBytesIO
 from pydicom.filereader import read_partial
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.utils import as_pixel_options
@@ -223,8 +224,9 @@ def open_image(path: str) -> Iterator[Image]:
         dataset, last = read_elements(source, _PIXEL_TAGS, stop=PIXEL_DATA)
         try:
             with silenced():
-                # Of a deflated file pydicom keeps the inflated content.
-                content = source if dataset.buffer is None else cast(BufferedIOBase, dataset.buffer)
+                # Of a deflated file pydicom keeps the inflated content, in a wrapper.
+                inflated = isinstance(dataset.buffer, DicomBytesIO)
+                content = cast(BufferedIOBase, dataset.buffer.parent) if inflated else source
                 image = _image(path, dataset, content, last)
         except ReadError:
             raise

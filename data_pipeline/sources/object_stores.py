@@ -83,8 +83,8 @@ def find(address: str) -> list[Object]:
             f"{address}: no permission to list it; the credentials in use have to allow listing the bucket and reading its objects"
         ) from error
     except OSError as error:
-        kind = StorageError if error.errno == errno.EIO else UserError
-        raise kind(f"{address}: {error.strerror}") from error
+        failed = error.errno == errno.EIO and error.strerror not in (OTHER_REGION, NO_CREDENTIALS)
+        raise (StorageError if failed else UserError)(f"{address}: {error.strerror}") from error
     # Some programs leave empty objects as folders.
     if empty := {one.path for one in found if not one.size}:
         folders = {one.path[: slash.start()] for one in found for slash in re.finditer("/", one.path)} & empty
@@ -236,6 +236,7 @@ def _open_store(scheme: str, bucket: str) -> Any:
         raise UserError(f"{scheme}://{bucket} cannot be opened: {_reason(str(error))}") from error
 
 
+OTHER_REGION = "the bucket is in another region; name it in AWS_REGION"
 NO_CREDENTIALS = (
     "no credentials are found; sign in as the store's own programs want it (aws configure, gcloud auth application-default "
     "login), or set AWS_SKIP_SIGNATURE=true or GOOGLE_SKIP_SIGNATURE=true for a public bucket"
@@ -269,7 +270,7 @@ def _translated_errors() -> Iterator[None]:
 def _reason(text: str) -> str:
     """The part of a store's message that quotes no object names."""
     if "configured region" in text:
-        return "the bucket is in another region; name it in AWS_REGION"
+        return OTHER_REGION
     if "token request" in text or "credential" in text.lower():
         return NO_CREDENTIALS
     status, code = re.search(r"status code: (\d{3} [A-Z][A-Za-z ]*)", text), re.search(r"<Code>(\w+)</Code>", text)

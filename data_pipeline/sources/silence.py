@@ -1,6 +1,7 @@
 """Keeps the messages of reading libraries out of logs: they quote header values."""
 
 import contextlib
+import functools
 import logging
 import warnings
 from collections.abc import Iterator
@@ -17,12 +18,7 @@ def silenced() -> Iterator[None]:
 
     Wrap each call into a library, not the `yield` of a generator, which would change settings for whoever consumes it.
     """
-    loggers = logging.Logger.manager.loggerDict.items()
-    loud = [
-        logger
-        for name, logger in loggers
-        if name.partition(".")[0] in _LIBRARIES and isinstance(logger, logging.Logger) and not logger.disabled
-    ]
+    loud = [logger for logger in _loggers(len(logging.Logger.manager.loggerDict)) if not logger.disabled]
     shown = SimpleITK.ProcessObject.GetGlobalWarningDisplay()
     validation = pydicom.config.settings.reading_validation_mode
     with warnings.catch_warnings(action="ignore"):
@@ -37,3 +33,13 @@ def silenced() -> Iterator[None]:
                 logger.disabled = False
             SimpleITK.ProcessObject.SetGlobalWarningDisplay(shown)
             pydicom.config.settings.reading_validation_mode = validation
+
+
+@functools.lru_cache(maxsize=1)
+def _loggers(existing: int) -> tuple[logging.Logger, ...]:
+    """Those of the libraries; looked up again once there are more loggers, because this runs for every frame."""
+    return tuple(
+        logger
+        for name, logger in logging.Logger.manager.loggerDict.items()
+        if name.partition(".")[0] in _LIBRARIES and isinstance(logger, logging.Logger)
+    )

@@ -15,8 +15,9 @@ import pytest
 from array_record.python import array_record_module
 
 from data_pipeline.format import records, shards
-from data_pipeline.sources import dicom, geometry
+from data_pipeline.sources import dicom_header, dicom_pixels, geometry
 from data_pipeline.sources.base import ReadError
+from data_pipeline.sources.stored_values import stored_sha256
 from data_pipeline.stages import commit, pseudonyms
 from data_pipeline.stages import exclusion as rules
 
@@ -73,15 +74,15 @@ def test_stored_values_equal_independent_decoders(golden, real_data: Path) -> No
     wrong, same, lossy = [], 0, 0
     for row in golden:
         try:
-            values, _ = dicom.read_stored(str(real_data / row["file"]))
+            values, _ = dicom_pixels.read_stored(str(real_data / row["file"]))
         except ReadError:
             if readable(row):
                 wrong.append(f"{row['file']}: refused")
             continue
         expected = row["sha256_16_of_stored_values_int64"]
-        if expected and dicom.stored_sha256(values) == expected:
+        if expected and stored_sha256(values) == expected:
             same += 1
-        elif row["transfer_syntax"] in dicom.LOSSY_SYNTAXES and (
+        elif row["transfer_syntax"] in dicom_header.LOSSY_SYNTAXES and (
             not row["stored_max"] or abs(int(values.max()) - float(row["stored_max"])) <= 1
         ):
             lossy += 1  # decoders of lossy JPEG differ by rounding, and the reference decoded some of them with another
@@ -96,13 +97,13 @@ def test_nine_lossless_encodings_give_one_image(golden, real_data: Path) -> None
     (digest, count), *_ = Counter(row["sha256_16_of_stored_values_int64"] for row in of_one).most_common()
     assert count == 9
     lossless = [row for row in of_one if row["sha256_16_of_stored_values_int64"] == digest]
-    decoded = [dicom.read_stored(str(real_data / row["file"])) for row in lossless]
-    assert {dicom.stored_sha256(values) for values, _ in decoded} == {digest}
+    decoded = [dicom_pixels.read_stored(str(real_data / row["file"])) for row in lossless]
+    assert {stored_sha256(values) for values, _ in decoded} == {digest}
     assert len({row["transfer_syntax"] for row in lossless}) == 9
     # Each by the decoder that is pinned for it, none by the fallback.
     plugins = {row["transfer_syntax"]: name.split()[-1] for row, (_, name) in zip(lossless, decoded, strict=True)}
-    assert {syntax: plugins[syntax] for syntax in plugins if syntax in dicom.PLUGINS} == {
-        syntax: dicom.PLUGINS[syntax] for syntax in plugins if syntax in dicom.PLUGINS
+    assert {syntax: plugins[syntax] for syntax in plugins if syntax in dicom_pixels.PLUGINS} == {
+        syntax: dicom_pixels.PLUGINS[syntax] for syntax in plugins if syntax in dicom_pixels.PLUGINS
     }
 
 
@@ -113,11 +114,15 @@ def test_both_decoders_agree(golden, real_data: Path) -> None:
             ("dicom/enhanced_multiframe", "dicom/mr_vendors", "dicom/transfer_syntaxes/pydicom")
         ):
             continue
-        if not readable(row) or row["modality"] not in ("CT", "MR") or row["transfer_syntax"] in dicom.LOSSY_SYNTAXES:
+        if (
+            not readable(row)
+            or row["modality"] not in ("CT", "MR")
+            or row["transfer_syntax"] in dicom_header.LOSSY_SYNTAXES
+        ):
             continue
-        values, _ = dicom.read_stored(str(real_data / row["file"]))
+        values, _ = dicom_pixels.read_stored(str(real_data / row["file"]))
         path = str(real_data / row["file"])
-        again = list(dicom._decoded_by_itk(path, "x", dicom.read_header(path).geometry))
+        again = list(dicom_pixels.decode_with_simpleitk(path, dicom_header.read_header(path).geometry))
         np.testing.assert_array_equal(again, values)
         compared += 1
     assert compared > 20
@@ -127,7 +132,7 @@ def test_stored_hashes_equal_golden_ones(golden, rows) -> None:
     checked = 0
     for row in golden:
         found = rows[row["file"]]
-        if found["fate"] == "kept" and row["transfer_syntax"] not in dicom.LOSSY_SYNTAXES:
+        if found["fate"] == "kept" and row["transfer_syntax"] not in dicom_header.LOSSY_SYNTAXES:
             assert found["stored_sha256"] == row["sha256_16_of_stored_values_int64"], row["file"]
             checked += 1
     assert checked > 100
@@ -190,7 +195,7 @@ def test_planes_of_a_study(built, rows) -> None:
 def test_localizers_and_mislabelled_files_are_excluded(rows, real_data: Path) -> None:
     folder = real_data / "dicom" / "ct_philips_localizer_and_sc"
     for path in sorted(folder.iterdir()):
-        header = dicom.read_header(str(path))
+        header = dicom_header.read_header(str(path))
         row = rows[str(path.relative_to(real_data))]
         localizer = header.sop_class in rules.IMAGE_CLASSES
         assert row["fate"] == "excluded"
@@ -353,8 +358,8 @@ def test_no_identifying_value_of_any_header_is_in_the_dataset(built, golden, row
         # Short ones turn up anywhere; whitelisted words are in the index rightly.
         values.update(value for value in found if len(value) >= 6)
     allowed = (
-        dicom.BODY_PARTS
-        | set(dicom._MANUFACTURERS)
+        dicom_header.BODY_PARTS
+        | set(dicom_header.MANUFACTURERS)
         | {"unknown", "axial", "coronal", "sagittal", "oblique", "arbitrary"}
     )
     values = {value for value in values if value.lower() not in allowed}

@@ -19,7 +19,7 @@ import pytest
 import SimpleITK
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from pydicom.uid import JPEG2000Lossless, RLELossless
+from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 
 from data_pipeline.sources import readers
 from data_pipeline.sources.base import ImageFacts, ReadError, ReadRequest, Slice
@@ -91,7 +91,10 @@ def write_dicom_frames(path: Path, write_enhanced: Callable[..., Path], **unused
 
 def write_dicom_compressed(path: Path, write_dicom: Callable[..., Path], **unused) -> Sample:
     data = pydicom.dcmread(write_dicom(path, FRAMES[1]))
-    data.compress(RLELossless if "rle" in path.name else JPEG2000Lossless)
+    if "deflated" in path.name:
+        data.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    else:
+        data.compress(RLELossless if "rle" in path.name else JPEG2000Lossless)
     data.save_as(path)
     real = FRAMES[1:2].astype(np.float64) - 1024
     return Sample("dicom", ReadRequest(str(path), "CT", str(path.parent), frames=((0, 0.0),)), real)
@@ -123,7 +126,7 @@ def write_picture(path: Path, **unused) -> Sample:
 
 
 SAMPLES: dict[str, Callable[..., Sample]] = {
-    "ct.dcm": write_dicom_ct, "mr.dcm": write_dicom_mr, "frames.dcm": write_dicom_frames, "rle.dcm": write_dicom_compressed,
+    "ct.dcm": write_dicom_ct, "mr.dcm": write_dicom_mr, "frames.dcm": write_dicom_frames, "rle.dcm": write_dicom_compressed, "deflated.dcm": write_dicom_compressed,
     "j2k.dcm": write_dicom_compressed, "v.nii": write_nifti, "v.nii.gz": write_nifti, "float.nii.gz": write_nifti_float,
     "v.nrrd": write_itk, "v.mha": write_itk, "p.png": write_picture, "p.tif": write_picture,
 }  # fmt: skip

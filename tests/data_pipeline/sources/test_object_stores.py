@@ -257,7 +257,7 @@ def test_changed_objects_are_recognized_by_etag(
     )
     bucket.put("exams/0.dcm", (folder / "p1" / "0.dcm").read_bytes())
     result = run_build(*words)
-    assert result.code == 2 and "in the dataset already has changed since" in result.error
+    assert result.code == ExitCode.DATA and "in the dataset already has changed since" in result.error
 
 
 # ---- interruptions
@@ -381,17 +381,17 @@ def test_object_name_that_is_no_path_is_an_error(bucket: Bucket, tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    "status, said",
+    "status, code, said",
     [
-        (403, "no permission to list it"),
-        (503, "the object storage answers 503"),
-        (301, "in another region; name it in AWS_REGION"),
+        (403, ExitCode.USAGE, "no permission to list it"),
+        (503, ExitCode.RESTART, "the object storage answers 503"),
+        (301, ExitCode.USAGE, "in another region; name it in AWS_REGION"),
     ],
 )
-def test_bucket_that_cannot_be_listed_says_why(bucket: Bucket, tmp_path: Path, run_build, status, said) -> None:
+def test_bucket_that_cannot_be_listed_says_why(bucket: Bucket, tmp_path: Path, run_build, status, code, said) -> None:
     bucket.fault = lambda method, path: status
     result = run_build("--input", f"{TOP}/exams", "--output", tmp_path / "out")
-    assert result.code == 2 and said in result.error
+    assert result.code == code and said in result.error
 
 
 def test_unreachable_store_says_so(bucket: Bucket, tmp_path: Path, run_build, monkeypatch) -> None:
