@@ -1,18 +1,19 @@
-"""Builds a dataset of thousands of damaged and malicious files, and says what became of them.
+"""Builds a dataset from thousands of damaged and malicious files, and checks what became of them.
 
   python -m benchmarks.fuzz                                         10,000 files; `make fuzz`
-  python -m benchmarks.fuzz --files 500 --seed 7 --keep /tmp/fuzz   another 500, kept to look at
+  python -m benchmarks.fuzz --files 500 --seed 7 --keep /tmp/fuzz   another 500, kept for inspection
 
-Every file is a small sound one (each DICOM transfer syntax for which there is an encoder here or a file in the real data;
-NIfTI, NRRD, MetaImage, PNG, JPEG, TIFF, zip, tar) that one of the mutations below has changed. File n of a seed is always the
-same. The build must end with exit code 0, give every file a fate, take no more than 10 s for any and keep its workers within
-their memory. Decoders written in C may crash on some: their worker is replaced and the file is quarantined; how many did is
-printed. Exits with 1 if a promise is broken.
+Every file is a small sound one (each DICOM transfer syntax that has an encoder here or a file in the real data; NIfTI, NRRD,
+MetaImage, PNG, JPEG, TIFF, zip, tar) changed by one of the mutations below. File n of a seed is always the same. The build
+must end with exit code 0, give every file a fate, take at most 10 s per file and keep its workers within their memory limit.
+Decoders in C may crash on some: the worker is replaced and the file quarantined; the number of crashes is printed. Exits with
+1 if one of these requirements is violated.
 """
 
 import argparse
 import bz2
 import collections
+import dataclasses
 import gzip
 import io
 import os
@@ -27,8 +28,9 @@ import time
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import nibabel
 import numpy as np
@@ -45,33 +47,43 @@ from data_pipeline import build
 
 SECONDS_PER_FILE = 10.0
 MEMORY_GB = 2.0
-# In place of UIDs, so that no two files are taken for copies of one instance.
-INSTANCE, SERIES = "2.25.7700000000000001", "2.25.7800000000000001"
+# Replaced by a number per file, so that no two files count as copies of one instance.
+INSTANCE, SERIES = uid.UID("2.25.7700000000000001"), uid.UID("2.25.7800000000000001")
+
+
+class Sound(NamedTuple):
+    """A sound file: ending of its name, and its bytes."""
+
+    ending: str
+    data: bytes
+
+
+Mutation = Callable[[bytes, random.Random], bytes]
 
 
 # ---- sound files
 
 
-def seeds(folder: Path | None) -> dict[str, tuple[str, bytes]]:
-    """Name -> (ending, bytes) of sound files; `folder` is that of the real data, for syntaxes that nothing here encodes."""
+def seeds(folder: Path | None) -> dict[str, Sound]:
+    """Sound files by name; `folder` is that of the real data, for transfer syntaxes that nothing here encodes."""
     noise = np.random.default_rng(0)
     smooth = np.add.outer(np.arange(40), np.arange(48)) * 20
     pixels = (smooth + noise.integers(0, 60, smooth.shape)).astype(np.uint16)
-    found: dict[str, tuple[str, bytes]] = {}
+    found: dict[str, Sound] = {}
     for name, syntax in (
         ("implicit", uid.ImplicitVRLittleEndian), ("explicit", uid.ExplicitVRLittleEndian), ("big", uid.ExplicitVRBigEndian),
         ("deflated", uid.DeflatedExplicitVRLittleEndian),
     ):  # fmt: skip
-        found[f"dicom_{name}"] = (".dcm", _dicom(pixels, syntax))
+        found[f"dicom_{name}"] = Sound(".dcm", _dicom(pixels, syntax))
     for name, syntax in (
         ("rle", uid.RLELossless), ("jpegls", uid.JPEGLSLossless), ("jpegls_near", uid.JPEGLSNearLossless),
         ("j2k", uid.JPEG2000Lossless), ("j2k_lossy", uid.JPEG2000),
     ):  # fmt: skip
-        found[f"dicom_{name}"] = (".dcm", _compressed(pixels, syntax))
+        found[f"dicom_{name}"] = Sound(".dcm", _compressed(pixels, syntax))
     jpeg = io.BytesIO()
     Image.fromarray((pixels >> 4).astype(np.uint8)).save(jpeg, "JPEG")
-    found["dicom_jpeg"] = (".dcm", _dicom((pixels >> 4).astype(np.uint8), uid.JPEGBaseline8Bit, jpeg.getvalue()))
-    found["dicom_enhanced"] = (".dcm", _enhanced(pixels))
+    found["dicom_jpeg"] = Sound(".dcm", _dicom((pixels >> 4).astype(np.uint8), uid.JPEGBaseline8Bit, jpeg.getvalue()))
+    found["dicom_enhanced"] = Sound(".dcm", _enhanced(pixels))
     if folder is not None:
         found |= _real(folder)
     volume = noise.integers(0, 900, (40, 36, 4)).astype(np.int16)
@@ -79,31 +91,33 @@ def seeds(folder: Path | None) -> dict[str, tuple[str, bytes]]:
         for ending in (".nii", ".nii.gz"):
             image = nibabel.Nifti1Image(volume, np.diag([1.0, 1.0, 3.0, 1.0]))
             image.to_filename(f"{place}/a{ending}")
-            found[f"nifti{ending}"] = (ending, Path(f"{place}/a{ending}").read_bytes())
+            found[f"nifti{ending}"] = Sound(ending, Path(f"{place}/a{ending}").read_bytes())
         for ending in (".nrrd", ".mha"):
             for packed in (False, True):
                 SimpleITK.WriteImage(SimpleITK.GetImageFromArray(volume), f"{place}/a{ending}", packed)
-                found[f"{ending[1:]}_{'gz' if packed else 'raw'}"] = (ending, Path(f"{place}/a{ending}").read_bytes())
+                found[f"{ending[1:]}_{'gz' if packed else 'raw'}"] = Sound(
+                    ending, Path(f"{place}/a{ending}").read_bytes()
+                )
     for ending, kind, values in (
         (".png", "PNG", pixels), (".png", "PNG", (pixels >> 4).astype(np.uint8)), (".jpg", "JPEG", (pixels >> 4).astype(np.uint8)),
         (".tif", "TIFF", pixels),
     ):  # fmt: skip
         file = io.BytesIO()
         Image.fromarray(values).save(file, kind)
-        found[f"{kind.lower()}{values.dtype.itemsize * 8}"] = (ending, file.getvalue())
+        found[f"{kind.lower()}{values.dtype.itemsize * 8}"] = Sound(ending, file.getvalue())
     members = {"a/1.dcm": found["dicom_explicit"][1], "a/2.png": found["png8"][1], "b.nii.gz": found["nifti.nii.gz"][1]}
     for ending in (".zip", ".tar", ".tar.gz", ".tar.zst", ".tar.bz2"):
-        found[f"archive{ending}"] = (ending, archive(ending, members))
+        found[f"archive{ending}"] = Sound(ending, archive(ending, members))
     return found
 
 
-def _dicom(pixels: np.ndarray, syntax: str, frame: bytes | None = None) -> bytes:
+def _dicom(pixels: np.ndarray, syntax: uid.UID, frame: bytes | None = None) -> bytes:
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = uid.CTImageStorage, INSTANCE
     meta.TransferSyntaxUID = syntax
     big = syntax == uid.ExplicitVRBigEndian
     data = FileDataset(
-        None, {}, file_meta=meta, preamble=b"\0" * 128, is_implicit_VR=syntax == uid.ImplicitVRLittleEndian, is_little_endian=not big
+        "", {}, file_meta=meta, preamble=b"\0" * 128, is_implicit_VR=syntax == uid.ImplicitVRLittleEndian, is_little_endian=not big
     )  # fmt: skip
     bits = pixels.dtype.itemsize * 8
     fields = {
@@ -124,10 +138,14 @@ def _dicom(pixels: np.ndarray, syntax: str, frame: bytes | None = None) -> bytes
     return file.getvalue()
 
 
-def _compressed(pixels: np.ndarray, syntax: str) -> bytes:
+def _compressed(pixels: np.ndarray, syntax: uid.UID) -> bytes:
     data = pydicom.dcmread(io.BytesIO(_dicom(pixels, uid.ExplicitVRLittleEndian)))
-    options = {uid.JPEG2000: {"j2k_cr": [4]}, uid.JPEGLSNearLossless: {"jls_error": 2}}.get(syntax, {})
-    data.compress(syntax, generate_instance_uid=False, **options)
+    if syntax == uid.JPEG2000:
+        data.compress(syntax, generate_instance_uid=False, j2k_cr=[4])
+    elif syntax == uid.JPEGLSNearLossless:
+        data.compress(syntax, generate_instance_uid=False, jls_error=2)
+    else:
+        data.compress(syntax, generate_instance_uid=False)
     file = io.BytesIO()
     data.save_as(file, enforce_file_format=True)
     return file.getvalue()
@@ -135,7 +153,7 @@ def _compressed(pixels: np.ndarray, syntax: str) -> bytes:
 
 def _enhanced(pixels: np.ndarray) -> bytes:
     data = pydicom.dcmread(io.BytesIO(_dicom(np.stack([pixels, pixels + 1, pixels + 2]), uid.ExplicitVRLittleEndian)))
-    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.2.1"
+    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = uid.EnhancedCTImageStorage
     data.NumberOfFrames = 3
     frames = []
     for n in range(3):
@@ -149,9 +167,9 @@ def _enhanced(pixels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def _real(folder: Path) -> dict[str, tuple[str, bytes]]:
+def _real(folder: Path) -> dict[str, Sound]:
     """One small grey file of each transfer syntax that the real data has."""
-    found: dict[str, tuple[str, bytes]] = {}
+    found: dict[str, Sound] = {}
     for path in sorted((folder / "dicom").rglob("*"), key=lambda path: (path.stat().st_size, str(path))):
         if not path.is_file() or path.stat().st_size > 400_000:
             continue
@@ -168,7 +186,7 @@ def _real(folder: Path) -> dict[str, tuple[str, bytes]]:
             for old, new in ((data.get("SOPInstanceUID"), INSTANCE), (data.get("SeriesInstanceUID"), SERIES)):
                 if old and len(old) >= len(new):
                     whole = whole.replace(old.encode(), (new + "1" * (len(old) - len(new))).encode())
-            found[name] = (".dcm", whole)
+            found[name] = Sound(".dcm", whole)
     return found
 
 
@@ -261,7 +279,7 @@ def element(data: bytes, rng: random.Random) -> bytes:
 
 
 def frames(data: bytes, rng: random.Random) -> bytes:
-    """A DICOM file that promises many frames."""
+    """A DICOM header that states many frames."""
     text = rng.choice((b"0 ", b"-1", b"2 ", b"99", b"65536 ", b"99999999", b"1e5 ", b"NaN "))
     mark = b"\x28\x00\x10\x00"
     at = data.find(mark + b"US")
@@ -270,7 +288,7 @@ def frames(data: bytes, rng: random.Random) -> bytes:
 
 
 def number_text(data: bytes, rng: random.Random) -> bytes:
-    """A number written as text becomes another one: positions, slopes; sizes and types of NRRD and MetaImage."""
+    """A number in text form becomes another one: positions, slopes; sizes and types of NRRD and MetaImage."""
     found = [match for match in re.finditer(rb"(?<![\w.])-?\d+(?:\.\d+)?(?![\w.])", data[:3000])]
     if not found:
         return flip(data, rng)
@@ -279,8 +297,8 @@ def number_text(data: bytes, rng: random.Random) -> bytes:
     return data[: match.start()] + text + data[match.end() :]
 
 
-def elsewhere(data: bytes, rng: random.Random) -> bytes:
-    """A header that names data files elsewhere, as MetaImage and NRRD can."""
+def external_data(data: bytes, rng: random.Random) -> bytes:
+    """A header that names data files outside its folder, as MetaImage and NRRD can."""
     target = rng.choice(
         (b"/etc/passwd", b"../../../../etc/passwd", b"LIST", b"%03d.raw 1 9 1", b"/dev/zero", b"/dev/stdin", b".")
     )
@@ -289,10 +307,10 @@ def elsewhere(data: bytes, rng: random.Random) -> bytes:
     return re.sub(rb"ElementDataFile = LOCAL", lambda _: b"ElementDataFile = " + target, data)
 
 
-def promise(data: bytes, rng: random.Random) -> bytes:
+def oversize(data: bytes, rng: random.Random) -> bytes:
     """Absurd dimensions in the headers of NIfTI (also packed) and PNG."""
     if data[:2] == b"\x1f\x8b":
-        with_size = promise(gzip.decompress(data), rng)
+        with_size = oversize(gzip.decompress(data), rng)
         return gzip.compress(with_size, mtime=0)
     out = bytearray(data)
     if data.startswith(b"\x89PNG"):
@@ -309,24 +327,20 @@ def promise(data: bytes, rng: random.Random) -> bytes:
 
 
 def bomb(data: bytes, rng: random.Random) -> bytes:
-    """Zeros without end in whatever is packed."""
+    """Very many zeros in whatever is compressed."""
     size = rng.choice((1 << 20, 1 << 20, 1 << 24, 1 << 24, 1 << 27))
     if data[:2] == b"\x1f\x8b":
-        return compress(".tar.gz", gzip.decompress(data)[:352] + _zeros(size))
+        return compress(".tar.gz", gzip.decompress(data)[:352] + bytes(size))
     if data[:4] == b"PK\3\4":
-        return archive(".zip", {"bomb.nii": _zeros(size), "bomb.dcm": _zeros(size)})
+        return archive(".zip", {"bomb.nii": bytes(size), "bomb.dcm": bytes(size)})
     if data[:4] == b"\x28\xb5\x2f\xfd":
-        return compress(".tar.zst", archive(".tar", {"bomb.dcm": _zeros(size)}))
+        return compress(".tar.zst", archive(".tar", {"bomb.dcm": bytes(size)}))
     mark = uid.DeflatedExplicitVRLittleEndian.encode()
     if mark in data:
         end = data.index(mark) + len(mark) + len(mark) % 2
         deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
-        return data[:end] + deflate.compress(_zeros(size)) + deflate.flush()
-    return data + _zeros(min(size, 1 << 20))
-
-
-def _zeros(size: int) -> bytes:
-    return bytes(size)
+        return data[:end] + deflate.compress(bytes(size)) + deflate.flush()
+    return data + bytes(min(size, 1 << 20))
 
 
 NAMES = (
@@ -345,7 +359,7 @@ NAMES = (
 
 
 def names(data: bytes, rng: random.Random) -> bytes:
-    """An archive whose members have names that lead elsewhere, are links, devices, archives, or one and the same."""
+    """An archive whose members have names outside it or twice, or are links, devices or archives."""
     ending = ".zip" if data[:2] == b"PK" else ".tar"
     file = io.BytesIO()
     inner = {rng.choice(NAMES): b"x" * 500, "in.zip": data[:200], "1.dcm": data[:700]}
@@ -371,15 +385,15 @@ def names(data: bytes, rng: random.Random) -> bytes:
 
 
 ANYWHERE = (flip, flip, flip_header, truncate, shuffle, number, number)
-SPECIAL: dict[str, tuple[Callable[[bytes, random.Random], bytes], ...]] = {
-    ".dcm": (element, element, frames, number_text, bomb), ".nii": (promise,), ".nii.gz": (promise, bomb), ".png": (promise,),
-    ".nrrd": (number_text, elsewhere), ".mha": (number_text, elsewhere), ".jpg": (), ".tif": (), ".zip": (names, names, bomb),
+SPECIAL: dict[str, tuple[Mutation, ...]] = {
+    ".dcm": (element, element, frames, number_text, bomb), ".nii": (oversize,), ".nii.gz": (oversize, bomb), ".png": (oversize,),
+    ".nrrd": (number_text, external_data), ".mha": (number_text, external_data), ".jpg": (), ".tif": (), ".zip": (names, names, bomb),
     ".tar": (names, names), ".tar.gz": (names, bomb), ".tar.zst": (names, bomb), ".tar.bz2": (names,),
 }  # fmt: skip
 
 
-def write_files(folder: Path, count: int, seed: int, sound: dict[str, tuple[str, bytes]]) -> None:
-    """Files 0 … count - 1 of a seed; each name says what was done to what."""
+def write_files(folder: Path, count: int, seed: int, sound: Mapping[str, Sound]) -> None:
+    """Writes files 0 … count - 1 of a seed; each name has the sound file and the mutation."""
     kinds = sorted(sound)
     for n in range(count):
         rng = random.Random(f"{seed}/{n}")
@@ -398,10 +412,30 @@ def write_files(folder: Path, count: int, seed: int, sound: dict[str, tuple[str,
 # ---- the build, and what became of the files
 
 
-def run(
-    folder: Path, output: Path, workers: int, memory_gb: float = MEMORY_GB, again: bool = True
-) -> dict[str, object]:
-    """Builds and counts. Returns "code", "fates", "reasons", "crashed", "slow", "faults" (paths), "without_fate", "rss_mb"."""
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of the files.
+
+    Attributes:
+      code: exit code of the build.
+      fates, reasons: number of files by each; digits in reasons are replaced.
+      crashed, slow, without_fate: paths.
+      faults: path and reason of each exception that no reader expects.
+      rss_mb: peak memory of a worker, MB.
+    """
+
+    code: int
+    fates: collections.Counter[str]
+    reasons: collections.Counter[str]
+    crashed: list[str]
+    slow: list[str]
+    faults: list[str]
+    without_fate: list[str]
+    rss_mb: float
+
+
+def run(folder: Path, output: Path, workers: int, memory_gb: float = MEMORY_GB, retry_slow: bool = True) -> Outcome:
+    """Builds the folder and reads the manifest."""
     code = build.main([
         "--input", str(folder), "--output", str(output), "--workers", str(workers), "--timeout", str(SECONDS_PER_FILE),
         "--memory-gb", str(memory_gb), "--unpack-gb", "50", "--examples", "0",
@@ -411,31 +445,32 @@ def run(
     seen = {row["path"].split("!/")[0] for row in rows}
     files = [str(path) for path in folder.rglob("*") if path.is_file()]
     slow = [row["path"] for row in rows if "took more than" in row["reason"]]
-    if again and slow:  # the machine may have been busy: each once more, with nothing beside it
+    if retry_slow and slow:  # the machine may have been busy: each once more, on its own
         place = output.with_name(f"{output.name}_slow")
         (place / "files").mkdir(parents=True)
         for path in {path.split("!/")[0] for path in slow}:
             (place / "files" / os.path.basename(path)).write_bytes(Path(path).read_bytes())
-        slow = run(place / "files", place / "dataset", 1, memory_gb, again=False)["slow"]
-    return {
-        "code": code,
-        "fates": collections.Counter(row["fate"] for row in rows),
-        "reasons": collections.Counter(re.sub(r"[\d,]{2,}|\d", "N", row["reason"]) for row in rows),
-        "crashed": [row["path"] for row in rows if "crashed" in row["reason"]],
-        "slow": slow,
-        "faults": [f"{row['path']}: {row['reason']}" for row in rows if "reader failed on it" in row["reason"]],
-        "without_fate": [path for path in files if path not in seen] + [row["path"] for row in rows if not row["fate"]],
-        "rss_mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
-    }
+        slow = run(place / "files", place / "dataset", 1, memory_gb, retry_slow=False).slow
+    return Outcome(
+        code=code,
+        fates=collections.Counter(row["fate"] for row in rows),
+        reasons=collections.Counter(re.sub(r"[\d,]{2,}|\d", "N", row["reason"]) for row in rows),
+        crashed=[row["path"] for row in rows if "crashed" in row["reason"]],
+        slow=slow,
+        faults=[f"{row['path']}: {row['reason']}" for row in rows if "reader failed on it" in row["reason"]],
+        without_fate=[path for path in files if path not in seen] + [row["path"] for row in rows if not row["fate"]],
+        rss_mb=resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
+    )
 
 
-def broken_promises(found: dict[str, object], memory_gb: float = MEMORY_GB) -> list[str]:
-    problems = [] if found["code"] == 0 else [f"the build ended with exit code {found['code']}"]
-    problems += [f"more than {SECONDS_PER_FILE:g} s: {path}" for path in found["slow"]]
-    problems += [f"no fate: {path}" for path in found["without_fate"]]
-    problems += [f"an exception that no reader expects: {text}" for text in found["faults"]]
-    if found["rss_mb"] > memory_gb * 1000:
-        problems.append(f"a worker took {found['rss_mb']:,.0f} MB, allowed are {memory_gb * 1000:,.0f}")
+def violations(found: Outcome, memory_gb: float = MEMORY_GB) -> list[str]:
+    """Requirements that the build did not meet."""
+    problems = [] if found.code == 0 else [f"the build ended with exit code {found.code}"]
+    problems += [f"more than {SECONDS_PER_FILE:g} s: {path}" for path in found.slow]
+    problems += [f"no fate: {path}" for path in found.without_fate]
+    problems += [f"an exception that no reader expects: {text}" for text in found.faults]
+    if found.rss_mb > memory_gb * 1000:
+        problems.append(f"a worker took {found.rss_mb:,.0f} MB; the limit is {memory_gb * 1000:,.0f}")
     return problems
 
 
@@ -457,15 +492,15 @@ def main() -> int:
         began = time.monotonic()
         found = run(top / "files", top / "dataset", args.workers)
         seconds = time.monotonic() - began
-    print(f"{args.files:,} files of {len(sound)} kinds in {seconds:,.0f} s: {dict(found['fates'])}")
-    print(f"crashes of decoders, each contained: {len(found['crashed'])}; peak of a worker: {found['rss_mb']:,.0f} MB")
-    for path in found["crashed"]:
+    print(f"{args.files:,} files of {len(sound)} kinds in {seconds:,.0f} s: {dict(found.fates)}")
+    print(f"crashes of decoders, each contained: {len(found.crashed)}; peak of a worker: {found.rss_mb:,.0f} MB")
+    for path in found.crashed:
         print(f"  {os.path.basename(path)}")
-    for reason, count in found["reasons"].most_common():
+    for reason, count in found.reasons.most_common():
         print(f"  {count:6,}  {reason}")
-    problems = broken_promises(found)
+    problems = violations(found)
     for text in problems:
-        print(f"BROKEN PROMISE: {text}")
+        print(f"VIOLATED: {text}")
     return 1 if problems else 0
 
 

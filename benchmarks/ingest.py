@@ -1,13 +1,14 @@
 """Speed of the ingest beside its bounds, memory, the codec, and what 130 TB cost. Prints the tables of docs/ingest.md.
 
   python -m benchmarks.ingest                           all of it, some minutes
-  python -m benchmarks.ingest --only syntaxes codec     some of it: syntaxes, stages, png, scaling, memory, codec
+  python -m benchmarks.ingest --only syntaxes codec     parts of it: syntaxes, stages, png, scaling, memory, codec
 
 Rates count CPU seconds, not those of the clock, so that a machine shared with others gives the same ratios; each rate is
-the median of several rounds in which everything that is compared takes its turn. Slices are 512 x 512 px of 16 bit.
+the median of several rounds in which all candidates take turns. Slices are 512 x 512 px of 16 bit.
 """
 
 import argparse
+import dataclasses
 import functools
 import gzip
 import io
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,13 @@ from pydicom.encaps import encapsulate
 from pydicom.pixels import apply_rescale, get_encoder, pixel_array
 
 from data_pipeline import workers
-from data_pipeline.format import codec, records, shards
-from data_pipeline.sources import dicom
-from data_pipeline.stages import assignment as plan
-from data_pipeline.stages import convert, inventory
+from data_pipeline.format import codec, shards
+from data_pipeline.sources import dicom_pixels
+from data_pipeline.sources.base import Heartbeat
+from data_pipeline.sources.stored_values import stored_sha256, to_uint16
+from data_pipeline.stages import assignment, convert, exclusion, inventory
+from data_pipeline.stages.assignment import Conversion, PlannedShard
+from data_pipeline.stages.statistics import slice_statistics
 
 try:
     from imagecodecs import htj2k_encode  # of OpenJPH; pylibjpeg-openjpeg only decodes
@@ -138,22 +142,37 @@ def _with_gdcm(source: Path, target: Path, syntax: str) -> None:
     assert writer.Write()
 
 
-def task(paths: Sequence[Path], folder: Path, number: int = 0) -> tuple[Any, ...]:
-    """What convert.convert_shard takes, for one shard of these files."""
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One shard to convert into a folder."""
+
+    folder: str
+    conversion: Conversion
+    shard: PlannedShard
+
+
+def task_of(paths: Sequence[Path], folder: Path, number: int = 0) -> Task:
+    """The conversion of these files to one shard."""
     entries = inventory.inspect(([str(path) for path in paths], inventory.Options(KEY)), {}, lambda item: None)
-    conversion = {"size": None, "slices_per_record": 16, "codec": codec.DELTA, "name": "x"}
-    made = plan.make(entries, plan.Options(KEY, 0.0, 0.0, 10**12, frozenset(), conversion))
-    series = [one for shard in made["shards"] for one in shard["series"]]
+    conversion = Conversion("x", slices_per_record=16)
+    options = assignment.Options(KEY, 0.0, 0.0, 10**12, frozenset(), conversion)
+    plan, _ = assignment.make(entries, options)
+    series = tuple(one for shard in plan.shards for one in shard.series)
     folder.mkdir(parents=True, exist_ok=True)
-    return str(folder), "x", made["conversion"], {"split": "train", "number": number, "count": 99, "series": series}
+    return Task(str(folder), conversion, PlannedShard("train", number, series))
+
+
+def convert_task(task: Task, skip: Mapping[str, str], heartbeat: Heartbeat) -> convert.ShardReport:
+    """The work of a worker process."""
+    return convert.convert_shard(task.folder, task.conversion, task.shard, skip, heartbeat)[0]
 
 
 def converter(paths: Sequence[Path], folder: Path) -> Callable[[], object]:
-    one = task(paths, folder)
+    one = task_of(paths, folder)
 
     def run() -> None:
-        report = convert.convert_shard(one, {}, lambda item: None)
-        assert report["slices"] == len(paths), report["files"]
+        report = convert_task(one, {}, lambda item: None)
+        assert report.slices == len(paths), report.files
 
     return run
 
@@ -162,7 +181,7 @@ def bound(paths: Sequence[Path]) -> Callable[[], object]:
     """The bare decoding and encoding of the same bytes, from memory; what the fallback decodes, from the file."""
     contents = [path.read_bytes() for path in paths]
     syntax = str(pydicom.dcmread(paths[0], stop_before_pixels=True).file_meta.TransferSyntaxUID)
-    plugin = dicom.PLUGINS.get(syntax, "")
+    plugin = dicom_pixels.PLUGINS.get(syntax, "")
 
     def run() -> None:
         for path, data in zip(paths, contents, strict=True):
@@ -190,13 +209,13 @@ def syntaxes(data: Path, place: Path) -> dict[str, dict[str, float]]:
         if syntax == uid.HTJ2KLossless and htj2k_encode is None:
             continue
         paths = encoded(plain, place / syntax, syntax)
-        stored = dicom.read_stored(str(paths[0]))[0]
+        stored = dicom_pixels.read_stored(str(paths[0]))[0]
         bare = bound(paths)
 
         def hashed(bare: Callable[[], object] = bare, stored: np.ndarray = stored, count: int = len(paths)) -> None:
             bare()
             for _ in range(count):
-                dicom.stored_sha256(stored)
+                stored_sha256(stored)
 
         measured = rates({"bound": bare, "hashed": hashed, "pipeline": converter(paths, place / "out")}, len(paths))
         size = sum(path.stat().st_size for path in paths) // len(paths)
@@ -219,33 +238,34 @@ def stages(data: Path, place: Path) -> None:
     shard = next(path for path in (place / "out").iterdir() if path.is_file())
     reader = array_record_module.ArrayRecordReader(str(shard), "")
     packed = [reader.read([n])[0] for n in range(reader.num_records())]
-    stored = [dicom.read_stored(str(path))[0][0] for path in paths]
-    with dicom.open_image(str(paths[0])) as image:
+    stored = [dicom_pixels.read_stored(str(path))[0][0] for path in paths]
+    with dicom_pixels.open_image(str(paths[0])) as image:
         spot = image.geometry[0]
-    slices = [convert.to_uint16(one, spot.slope, spot.intercept, hu=True) for one in stored]
+    slices = [to_uint16(one, spot.slope, spot.intercept, hu=True) for one in stored]
     pixels = [one[0] for one in slices]
     counts = [np.bincount(one.ravel()) for one in pixels]
-    items = [convert._Slice(0, one[0], one[1], one[2], 0.0, 0, "", (1.0, 1.0)) for one in slices]
 
     def header() -> None:
         for path in paths:
-            with dicom.open_image(str(path)):
+            with dicom_pixels.open_image(str(path)):
                 pass
 
     def pixels_too() -> None:
         for path in paths:
-            dicom.read_stored(str(path))
+            dicom_pixels.read_stored(str(path))
 
     def statistics_and_rules() -> None:
-        for item, count in zip(items, counts, strict=True):
-            convert._exclude(item, count, {"units": "HU"})
-            records.slice_statistics(item.pixels, item.slope, item.intercept, count)
+        for (one, slope, intercept, _), count in zip(slices, counts, strict=True):
+            found = np.flatnonzero(count)
+            values = found.astype(np.float32) * slope + intercept
+            exclusion.exclude_pixels(one.shape, values, count[found], hu=True)
+            slice_statistics(one, slope, intercept, count)
 
     parts: dict[str, Callable[[], object]] = {
         "file and header": header,
         "header and pixels": pixels_too,
-        "SHA-256 of the manifest": lambda: [dicom.stored_sha256(one) for one in stored],
-        "to 16-bit HU": lambda: [convert.to_uint16(one, spot.slope, spot.intercept, hu=True) for one in stored],
+        "SHA-256 of the manifest": lambda: [stored_sha256(one) for one in stored],
+        "to 16-bit HU": lambda: [to_uint16(one, spot.slope, spot.intercept, hu=True) for one in stored],
         "histogram": lambda: [np.bincount(one.ravel()) for one in pixels],
         "rules, statistics, body box": statistics_and_rules,
         "encode": lambda: [codec.encode(one) for one in pixels],
@@ -258,7 +278,7 @@ def stages(data: Path, place: Path) -> None:
     print("| Stage, explicit VR | ms a slice |\n|---|---|")
     for name in sorted(spent, key=lambda name: -spent[name]):
         print(f"| {name} | {spent[name]:.2f} |")
-    print(f"| the rest: spool, records, index, caches that are cold | {whole - sum(spent.values()):.2f} |")
+    print(f"| the rest: spool, records, index, cold caches | {whole - sum(spent.values()):.2f} |")
     print(f"| whole | {whole:.2f} |\n| bound | {bare:.2f} |", flush=True)
 
 
@@ -272,10 +292,7 @@ def png(data: Path, place: Path) -> None:
             pixels = np.clip(hu + 1024, 0, 65535).astype(np.uint16)
             Image.fromarray(pixels).save(place / "slice.png")
 
-    entries = task(paths, place / "png")
-    measured = rates(
-        {"script": script, "pipeline": lambda: convert.convert_shard(entries, {}, lambda item: None)}, len(paths), 3
-    )
+    measured = rates({"script": script, "pipeline": converter(paths, place / "png")}, len(paths), 3)
     print(f"pydicom to 16-bit PNG: {measured['script']:,.0f} slices/s; the pipeline: {measured['pipeline']:,.0f}, "
           f"{measured['pipeline'] / measured['script']:.1f} x", flush=True)  # fmt: skip
 
@@ -283,14 +300,14 @@ def png(data: Path, place: Path) -> None:
 def scaling(data: Path, place: Path) -> None:
     source = next(path for path in sorted((data / ONE_CT).iterdir()) if "LittleEndianExplicit" in path.name)
     paths = copies(source, place / "scaling", 240)
-    tasks = [task(paths[n::12], place / "scaled", n) for n in range(12)]
+    tasks = [task_of(paths[n::12], place / "scaled", n) for n in range(12)]
     clock: dict[int, list[float]] = {1: [], 2: []}
     cpu: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(3):
         for count in (1, 2):
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
             began = None
-            for message in workers.run(convert.convert_shard, tasks, workers=count, timeout=600.0):
+            for message in workers.run(convert_task, tasks, workers=count, timeout=600.0):
                 # From the first file on: starting a process takes seconds, whatever there is to do.
                 began = began or time.perf_counter()
                 del message
@@ -343,14 +360,14 @@ def one_series(data: Path, kind: str, count: int) -> None:
         folder = Path(place, "in")
         folder.mkdir()
         _WRITERS[kind](image, count, folder)
-        one = task(sorted(folder.iterdir()), Path(place, "out"))
+        one = task_of(sorted(folder.iterdir()), Path(place, "out"))
         (report,) = (
             message.result
-            for message in workers.run(convert.convert_shard, [one], workers=1, timeout=600.0)
+            for message in workers.run(convert_task, [one], workers=1, timeout=600.0)
             if isinstance(message, workers.Done)
         )
     most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    print(json.dumps({"slices": report["slices"], "mb": most}))
+    print(json.dumps({"slices": report.slices, "mb": most}))
 
 
 def _changing(pixels: np.ndarray, count: int) -> Iterator[np.ndarray]:

@@ -46,6 +46,7 @@ from curia_common import cli
 from curia_common.errors import UserError
 from curia_common.exit_codes import ExitCode
 from data_pipeline.format import records, shards
+from data_pipeline.stages.statistics import series_statistics, slice_statistics
 
 BATCH = 64
 # This project's rate over the contender's has to be at least this.
@@ -72,15 +73,14 @@ def many_shards(folder: Path, count: int) -> Path:
     target = folder / "many"
     target.mkdir()
     pixels = np.random.default_rng(0).integers(0, 4096, (32, 32)).astype(np.uint16)
-    statistics_of = records.slice_statistics(pixels, 1.0, -1024.0)
-    facts = {
-        "series": "a", "patient": "b", "modality": "CT", "units": "HU", "plane": "axial", "body_part": "chest",
-        "manufacturer": "phantom", "slope": 1.0, "intercept": -1024.0, "spacing": (1.0, 1.0, 1.0),
-        **records.series_statistics(np.bincount(pixels.ravel()), 1.0, -1024.0),
-    }  # fmt: skip
-    per_slice = {name: [value] for name, value in statistics_of.items()}
-    per_slice |= {"position": [0.0], "index": [0], "flags": [0], "source": ["0" * 16]}
-    data = records.serialize([records.codec.encode(pixels)], facts, per_slice)
+    one = slice_statistics(pixels, 1.0, -1024.0)
+    whole = series_statistics(np.bincount(pixels.ravel()), 1.0, -1024.0)
+    header = records.RecordHeader(
+        "a", "b", "CT", "HU", "axial", "chest", "phantom", 1.0, -1024.0, whole.mean, whole.std, (1.0, 1.0, 1.0),
+        whole.percentiles,
+    )  # fmt: skip
+    entry = records.SliceEntry(0.0, one.low, one.high, one.mean, one.std, 0, 0, one.body_box, "0" * 16)
+    data = records.serialize([records.codec.encode(pixels)], header, [entry])
     names = [f"slices-train.array_record-{number:05d}" for number in range(count)]
     _, digest = shards.write(target / names[0], [data])
     for name in names[1:]:

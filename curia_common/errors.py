@@ -38,8 +38,14 @@ class StorageError(UserError):
     exit_code = ExitCode.RESTART
 
 
+class RemoteFault(Exception):
+    """An unexpected error in another process; its text is the `fault_location` there."""
+
+
 def fault_location(error: BaseException) -> str:
     """Type and source line of an unexpected error, without its text: libraries quote DICOM header values in theirs."""
+    if isinstance(error, RemoteFault):
+        return str(error)
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if PACKAGES.intersection(Path(frame.filename).parts)] or frames[-1:]
     where = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""

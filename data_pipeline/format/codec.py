@@ -1,6 +1,6 @@
 """One slice of 16-bit pixels to bytes and back, without loss.
 
-The first five bytes say how to read the rest: codec id (1 byte), height and width (2 bytes each, little-endian).
+The first five bytes are a header: codec id (1 byte), height and width (2 bytes each, little-endian).
 
   RAW    0  the pixels, little-endian
   DELTA  1  difference to the pixel above, zigzag, then blosc2 (zstd level 3, byte shuffle, one thread)
@@ -16,7 +16,7 @@ import blosc2
 import numpy as np
 from jaxtyping import UInt16
 
-# blosc2 keeps Python's lock while it works unless asked not to; other threads of a loader decode meanwhile.
+# By default blosc2 holds Python's GIL while it works; released, other threads of a loader decode meanwhile.
 blosc2.set_releasegil(True)
 
 RAW, DELTA = 0, 1
@@ -52,16 +52,16 @@ def encode(pixels: UInt16[np.ndarray, "height width"], codec: int = DELTA) -> by
     delta[1:] -= pixels[:-1]  # modulo 65536
     signed = delta.view(np.int16)
     zigzag = ((signed << 1) ^ (signed >> 15)).view(np.uint16)
-    return header + blosc2.compress2(zigzag, **_COMPRESSION)
+    return header + blosc2.compress2(zigzag, **_COMPRESSION)  # pyright: ignore[reportOperatorIssue] - it returns bytes
 
 
 def decode(data: bytes) -> UInt16[np.ndarray, "height width"]:
     """Decodes a slice.
 
-    There is no checksum in it: the container has one for every record, and notices flipped bits when it reads.
+    It has no checksum of its own: the container has one for every record, and detects flipped bits when it reads.
 
     Raises:
-      ValueError: bytes that `encode` did not make, or that are cut off.
+      ValueError: the bytes are not from `encode`, or are truncated.
     """
     pixels = np.empty((1, *_header(data)[1:]), np.uint16)
     decode_into([data], pixels)
@@ -69,12 +69,12 @@ def decode(data: bytes) -> UInt16[np.ndarray, "height width"]:
 
 
 def decode_into(items: Iterable[bytes], images: UInt16[np.ndarray, "slices height width"]) -> list[tuple[int, int]]:
-    """Decodes slices to the top left of images, one each, with zeros right of them and below.
+    """Decodes slices to the top left of images, one each, with zeros to the right and below.
 
-    It needs less time than decoding one by one and copying, above all for small slices; see _add_deltas.
+    Faster than decoding one by one and copying, above all for small slices; see _add_deltas.
 
     Args:
-      items: encoded slices. Each is unpacked before the next is asked for.
+      items: encoded slices. Each is decompressed before the next is taken.
       images: C-contiguous.
 
     Returns:
@@ -111,7 +111,7 @@ def decode_into(items: Iterable[bytes], images: UInt16[np.ndarray, "slices heigh
 def _header(data: bytes) -> tuple[int, int, int]:
     """Codec, height and width (px) of an encoded slice whose length is right for them."""
     if len(data) < _HEADER.size:
-        raise ValueError(f"{len(data)} bytes are no encoded slice")
+        raise ValueError(f"{len(data)} bytes are too few for an encoded slice")
     codec, height, width = _HEADER.unpack_from(data)
     if codec not in NAMES:
         raise ValueError(f"unknown codec {codec}; this version reads {NAMES}")
@@ -122,17 +122,17 @@ def _header(data: bytes) -> tuple[int, int, int]:
         # blosc2 writes past the end of a target that is too small and leaves the end of a larger one.
         sound = packed >= _CHUNK.size and _CHUNK.unpack_from(data, _HEADER.size)[1:4:2] == (unpacked, packed)
     if not sound or not unpacked:
-        raise ValueError(f"a slice of {height}x{width} px with {packed} bytes is damaged or cut off")
+        raise ValueError(f"a slice of {height}x{width} px with {packed} bytes is damaged or truncated")
     return codec, height, width
 
 
 def _unpack(data: bytes, codec: int, target: UInt16[np.ndarray, "height width"]) -> None:
-    """Writes what is packed, pixels or deltas, to `target`, which is contiguous and of the slice's size."""
+    """Decompresses pixels or deltas to `target`, which is contiguous and of the slice's size."""
     body = memoryview(data)[_HEADER.size :]
     if codec == RAW:
         target[:] = np.frombuffer(body, "<u2").reshape(target.shape)
     else:
-        blosc2.decompress2(body, dst=target, nthreads=1)
+        blosc2.decompress2(body, dst=target, nthreads=1)  # pyright: ignore[reportArgumentType] - its annotation is wrong
 
 
 def _add_deltas(pixels: UInt16[np.ndarray, "slices height width"]) -> None:
@@ -144,7 +144,7 @@ def _add_deltas(pixels: UInt16[np.ndarray, "slices height width"]) -> None:
     """
     if not pixels.size:
         return
-    # In place: a new array costs as much as the arithmetic, in pages that the kernel has to zero.
+    # In place: a new array costs as much as the arithmetic, in pages that the operating system has to zero.
     sign = np.empty(pixels.shape[1:], np.uint16)
     for one in pixels:
         np.bitwise_and(one, 1, out=sign)

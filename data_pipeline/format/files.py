@@ -1,15 +1,16 @@
-"""Atomic file writes: a file is written under a temporary name and renamed, so a reader sees the old one or the new one."""
+"""Atomic file writes: a file is written under a temporary name and renamed, so that readers see the old or the new file."""
 
 import contextlib
 import os
 import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+Json = dict[str, Any]  # an object of a JSON file, right before it is written or right after it is read
 ROWS_TOGETHER = 1 << 18  # of a row group
 
 
@@ -32,7 +33,7 @@ def write_table(path: Path, table: pa.Table, *, private: bool = False) -> None:
 
 
 def write_tables(path: Path, schema: pa.Schema, tables: Iterable[pa.Table], *, private: bool = False) -> int:
-    """Parquet out of tables of one schema, a few of which are in memory at a time; returns the number of rows."""
+    """Parquet from tables of one schema, a few of which are in memory at a time; returns the number of rows."""
     rows = 0
     with written(path, private) as file, pq.ParquetWriter(file, schema) as writer:
         waiting: list[pa.Table] = []
@@ -48,13 +49,13 @@ def write_tables(path: Path, schema: pa.Schema, tables: Iterable[pa.Table], *, p
 
 
 def beside(path: Path) -> Path:
-    """A name for what is to become `path`; no other process takes it, on whatever machine."""
+    """A temporary name in the same folder that no other process uses, on any machine."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 @contextlib.contextmanager
-def written(path: Path, private: bool) -> Iterator[Any]:
-    """A binary file that gets its name at the end, and is removed if something went wrong."""
+def written(path: Path, private: bool) -> Iterator[BinaryIO]:
+    """A binary file that is renamed to `path` at the end, or removed if writing fails."""
     name = beside(path)
     try:
         with open(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666), "wb") as file:

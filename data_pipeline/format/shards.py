@@ -9,8 +9,8 @@ A dataset folder holds
   card.json, index.html               counts, and why files were left out; examples
   manifest.parquet                    every input file and its fate; holds paths, so it stays with the site
 
-Shards are numbered per split and their names hold no total: exams that are added later become further shards, and those
-that are there keep their names and bytes. dataset_info.json says the same with the file name template
+Shards are numbered per split and their names hold no total: exams that are added later become further shards, and existing
+shards keep their names and bytes. dataset_info.json says the same with the file name template
 {DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}. A file belongs to the dataset once shards.parquet lists it.
 """
 
@@ -22,26 +22,49 @@ import threading
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from array_record.python import array_record_module
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue] - an extension module
 from jaxtyping import UInt16
 
-from curia_common.errors import UserError
+from curia_common.errors import DataError, StorageError, UserError
 from data_pipeline.format import codec, files, records
 
-# The codec stands in the record, so the container neither groups nor compresses.
+# The codec compresses each slice, so the container neither groups nor compresses.
 WRITER_OPTIONS = "group_size:1,uncompressed"
 SHARDS, INDEX, MANIFEST = "shards.parquet", "index.parquet", "manifest.parquet"
 CARD, PAGE = "card.json", "index.html"
-
-
 FILE_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
 MOST_SHARDS = 99_999  # per split; with more TFDS writes all numbers with six digits
+
+
+REMEDY = "copy it again or build it again"
+
+
+class ShardRow(NamedTuple):
+    """A row of shards.parquet.
+
+    Attributes:
+      records, slices, bytes: how many the file has.
+      largest_height, largest_width: of its slices, px.
+      slice_counts: slices in each record; None where each record has one.
+      addition: which addition it came with; 0 for the first build.
+    """
+
+    file: str
+    split: str
+    records: int
+    slices: int
+    bytes: int
+    sha256: str
+    largest_height: int
+    largest_width: int
+    slice_counts: list[int] | None
+    addition: int
 
 
 def file_name(dataset: str, split: str, number: int) -> str:
@@ -56,17 +79,18 @@ def sha256(path: Path) -> str:
 
 
 def write(path: Path, items: Iterable[bytes], scratch: Path | None = None) -> tuple[int, str]:
-    """Writes records beside `path`, opens the file again, verifies it and only then gives it its name.
+    """Writes records under a temporary name, reads the file back, verifies it and only then renames it to `path`.
 
     Args:
-      scratch: a folder on a local disk to write and verify in, where that of `path` is none; the finished shard is then copied
-        beside `path`, read again and compared.
+      scratch: a folder on a local disk to write and verify in, where the folder of `path` is not on one. The verified shard
+        is then copied to the folder of `path`, read again and compared.
 
     Returns:
       Number of records and the file's SHA-256.
 
     Raises:
-      OSError: the disk is full or the file cannot be written; nothing is left behind.
+      StorageError: what is read back is not what was written.
+      OSError: the disk is full or the file cannot be written. In both cases nothing is left behind.
     """
     beside = written = files.beside(path)
     if scratch is not None:
@@ -76,16 +100,16 @@ def write(path: Path, items: Iterable[bytes], scratch: Path | None = None) -> tu
         writer = array_record_module.ArrayRecordWriter(str(written), WRITER_OPTIONS)
         for item in items:
             writer.write(item)
-            checksums.append(zlib.crc32(item))  # for the moment; the container keeps hashes of its own
+            checksums.append(zlib.crc32(item))
         writer.close()
         reader = array_record_module.ArrayRecordReader(str(written), "")
         if not reader.ok() or reader.num_records() != len(checksums):
-            raise OSError(
+            raise StorageError(
                 f"{path.name}: wrote {len(checksums)} records but {reader.num_records()} can be read; is the disk full?"
             )
         for number, checksum in enumerate(checksums):
             if zlib.crc32(reader.read([number])[0]) != checksum:
-                raise OSError(f"{path.name}: record {number} reads back changed; is the disk failing?")
+                raise StorageError(f"{path.name}: record {number} reads back changed; is the disk failing?")
         reader.close()
         digest = sha256(written)
         if written != beside:
@@ -93,7 +117,7 @@ def write(path: Path, items: Iterable[bytes], scratch: Path | None = None) -> tu
         with beside.open("rb") as file:
             os.fsync(file.fileno())
         if written != beside and sha256(beside) != digest:
-            raise OSError(f"{path.name}: its copy reads back changed; is the disk failing?")
+            raise StorageError(f"{path.name}: its copy reads back changed; is the disk failing?")
         os.replace(beside, path)
     finally:
         for leftover in {written, beside}:
@@ -102,11 +126,11 @@ def write(path: Path, items: Iterable[bytes], scratch: Path | None = None) -> tu
 
 
 def thin(path: Path, target: Path, drop: Collection[tuple[int, int]]) -> tuple[int, str, list[int]]:
-    """A shard without some of its slices; the slices themselves are copied as they are.
+    """Writes a shard without some of its slices; the others are copied unchanged.
 
     Args:
       path, target: read and written; they may be the same.
-      drop: record and slot of what is left out.
+      drop: record and slot of each slice to leave out.
 
     Returns:
       Number of records, the file's SHA-256, slices per record.
@@ -133,7 +157,7 @@ def thin(path: Path, target: Path, drop: Collection[tuple[int, int]]) -> tuple[i
 
 
 def read_record(path: Path, number: int) -> bytes:
-    """One record of a shard. For a few; SliceSource keeps shards open."""
+    """One record of a shard; opens and closes the file each time, where SliceSource keeps it open."""
     reader = array_record_module.ArrayRecordReader(str(path), "")
     try:
         return reader.read([number])[0]
@@ -145,23 +169,24 @@ class SliceSource:
     """Random access to the decoded slices of a split.
 
     Slice n is row n of `index`: shards in the order of their names, records in the order of the file, slices in the order
-    of the record. Opening checks that every shard is there with the size that it was published with, because an ArrayRecord
-    reader takes a missing or truncated file for an empty one. Shards are opened at their first read. Reads are safe from
-    several threads, and the source can be sent to another process.
+    of the record. Opening checks that every shard exists with its published size, because an ArrayRecord reader takes a
+    missing or truncated file for an empty one. Shards are opened at their first read. Reads are thread-safe, and the source
+    can be pickled.
 
     Args:
       folder: dataset folder.
       split: "train", "validation" or "test"; several with a plus, as in TFDS: "train+validation".
-      additions: take the shards of the first build and of this many additions, and leave out what was added later; None takes all.
+      additions: take the shards of the first build and of this many additions; None takes all.
 
     Attributes:
       largest: greatest height and width of a slice, px.
-      additions: the newest addition that it has; 0 for those of the first build alone.
-      fingerprint: hex digest of the names, digests and counts of its shards: equal for two sources with the same slices in the
-        same order, wherever they lie.
+      additions: the newest addition it has; 0 for the first build alone.
+      fingerprint: hex digest of the names, digests and counts of its shards: equal for two copies of the same slices in the
+        same order.
 
     Raises:
-      UserError: no such folder or split, or a shard that is missing, truncated or not as published.
+      UserError: no dataset in the folder, or no such split.
+      DataError: a table or shard is missing, truncated or not as published.
     """
 
     def __init__(self, folder: str | Path, split: str, *, additions: int | None = None) -> None:
@@ -174,7 +199,7 @@ class SliceSource:
         try:
             table = pq.read_table(table_path)
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{table_path} is damaged; build the dataset again or copy it again") from error
+            raise DataError(f"{table_path} is damaged; copy the dataset again or build it again") from error
         splits = sorted(set(table["split"].to_pylist()))
         for name in split.split("+"):
             if name not in splits:
@@ -185,7 +210,7 @@ class SliceSource:
             table = table.filter(pc.field("addition") <= additions)
             if not len(table):
                 raise UserError(f"{folder} has no shards of split '{split}' among its first {additions} additions")
-        self.additions = int(pc.max(table["addition"]).as_py())
+        self.additions = max(table["addition"].to_pylist())
         identity = table.select(["file", "sha256", "records", "slices"]).to_pylist()
         self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self._files = table["file"].to_pylist()
@@ -194,7 +219,7 @@ class SliceSource:
             found = path.stat().st_size if path.is_file() else None
             if found != size:
                 state = "is missing" if found is None else f"has {found:,} bytes"
-                raise UserError(f"shard {path} {state}, published with {size:,} bytes; build it again or copy it again")
+                raise DataError(f"shard {path} {state}, published with {size:,} bytes; {REMEDY}")
         self._records = table["records"].to_numpy()
         counts = [
             np.ones(n, np.int64) if slices is None else np.asarray(slices, np.int64)
@@ -204,15 +229,15 @@ class SliceSource:
         self._first_slice = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
         self._first_record = np.concatenate([[0], np.cumsum(self._records)])
         self._single = bool(self._first_slice[-1] == self._first_record[-1])
-        self.largest = (int(pc.max(table["largest_height"]).as_py()), int(pc.max(table["largest_width"]).as_py()))
+        self.largest = (max(table["largest_height"].to_pylist()), max(table["largest_width"].to_pylist()))
         self._open: dict[int, Any] = {}
         self._lock = threading.Lock()
         self._index: pa.Table | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict:
         return self.__dict__ | {"_open": {}, "_lock": None, "_index": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
 
@@ -223,7 +248,7 @@ class SliceSource:
     def index(self) -> pa.Table:
         """One row per slice of this split: the columns of index.parquet. Read at the first use."""
         if self._index is None:
-            # While exams are added the index may name shards that are not part of this dataset yet.
+            # While exams are being added the index may already name shards that are not part of this dataset.
             table = pq.read_table(self.folder / INDEX, filters=[("split", "in", self._splits)])
             table = table.filter(pc.field("shard").isin(self._files))
             self._index = table.sort_by([("shard", "ascending"), ("record", "ascending"), ("slot", "ascending")])
@@ -234,13 +259,13 @@ class SliceSource:
 
         Raises:
           IndexError: beyond the end.
-          UserError: the shard cannot be opened, holds another number of records, or is damaged where the slice lies.
+          DataError: the shard cannot be opened, has a wrong number of records, or the record is damaged.
         """
         data, slot, where = self._read(number)
         try:
             return records.parse_slice(data, slot)
         except Exception as error:  # protobuf and the codec each raise their own kinds
-            raise UserError(f"{where} is damaged; copy it again or build it again") from error
+            raise DataError(f"{where} is damaged; {REMEDY}") from error
 
     def read_into(
         self, numbers: Sequence[int], images: UInt16[np.ndarray, "batch height width"]
@@ -248,11 +273,11 @@ class SliceSource:
         """Decodes slices to the top left of images, one each, with zeros right of them and below.
 
         Returns:
-          Height and width of every slice, and what training needs to know of it.
+          Height and width of every slice, and its facts for training.
 
         Raises:
           ValueError: the images are smaller than the largest slice.
-          IndexError, UserError: as reading a slice.
+          IndexError, DataError: as `__getitem__`.
         """
         if images.shape[1] < self.largest[0] or images.shape[2] < self.largest[1]:
             raise ValueError(f"slices of up to {self.largest} px do not fit into images of {images.shape[1:]}")
@@ -269,13 +294,13 @@ class SliceSource:
 
         try:
             return codec.decode_into(encoded(), images), facts
-        except (UserError, IndexError):
+        except (DataError, IndexError):
             raise
         except Exception as error:  # protobuf and the codec each raise their own kinds
-            raise UserError(f"{where} is damaged; copy it again or build it again") from error
+            raise DataError(f"{where} is damaged; {REMEDY}") from error
 
     def read(self, number: int) -> tuple[bytes, int]:
-        """The record that holds slice `number`, and the slice's place in it; raises what reading the slice raises."""
+        """The record that holds slice `number`, and the slice's slot in it; raises as `__getitem__`."""
         return self._read(number)[:2]
 
     def _read(self, number: int) -> tuple[bytes, int, str]:
@@ -288,7 +313,7 @@ class SliceSource:
         try:
             data = reader.read([within])[0]
         except Exception as error:  # array_record raises several kinds
-            raise UserError(f"{where} is damaged; copy it again or build it again") from error
+            raise DataError(f"{where} is damaged; {REMEDY}") from error
         return data, 0 if self._single else int(number - self._first_slice[record]), where
 
     def _reader(self, shard: int) -> Any:
@@ -300,10 +325,10 @@ class SliceSource:
                     reader = array_record_module.ArrayRecordReader(str(path), "")
                     found = reader.num_records() if reader.ok() else 0
                 except Exception as error:  # array_record raises a RuntimeError for some kinds of damage
-                    raise UserError(f"shard {path} is damaged; copy it again or build it again") from error
+                    raise DataError(f"shard {path} is damaged; {REMEDY}") from error
                 if found != self._records[shard]:
-                    raise UserError(
-                        f"shard {path} holds {found} readable records, published with {self._records[shard]}; copy it again or build it again"
+                    raise DataError(
+                        f"shard {path} holds {found} readable records, published with {self._records[shard]}; {REMEDY}"
                     )
                 self._open[shard] = reader
         return reader

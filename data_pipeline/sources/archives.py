@@ -1,14 +1,13 @@
 """Zip and tar archives as inputs: their members are read where they lie, each as a file of its own.
 
-A member has the path `archive.zip!/folder/name`. An archive is listed once; from then on a member is a place in a file, or
-in an object of a bucket, (offset, bytes, method), so that any worker reads it in one step, in any order, without the
-archive's table of contents.
+A member has the path `archive.zip!/folder/name`. An archive is listed once; after that a member is (offset, bytes, method) in a
+file or an object of a bucket, so that any worker reads it directly, in any order, without the archive's table of contents.
 
-  .zip                              read in place; as it is (method 0) or deflated (8)
+  .zip                              read in place; stored (method 0) or deflated (8)
   .tar                              read in place
-  .tar.gz .tar.zst .tar.bz2 .tar.xz have no random access: a plain tar of each is kept in the build folder until the commit
+  .tar.gz .tar.zst .tar.bz2 .tar.xz no random access: a plain tar of each is kept in the build folder until the commit
 
-Nothing is ever written under a name that an archive gives. Sizes are believed no further than the bytes go.
+No file is written under a name that an archive gives. Sizes that an archive states are checked against the bytes it has.
 """
 
 import bz2
@@ -29,15 +28,14 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from curia_common.errors import UserError
+from curia_common.errors import StorageError, UserError
 from data_pipeline.sources import object_stores as objects
-from data_pipeline.sources import retry
 from data_pipeline.sources.base import Heartbeat, ReadError
-from data_pipeline.sources.retry import TRANSIENT
+from data_pipeline.sources.retry import TRANSIENT, retry_transient
 
 SUFFIXES = (".zip", ".tar")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
@@ -45,7 +43,7 @@ UNREAD = (".7z", ".rar", ".lzh", ".arj", ".cab", ".iso")
 
 MEMBERS = 2_000_000  # a public archive of 900,000 slices in one zip exists
 MEMBER_BYTES = 8 << 30
-RATIO, RATIO_BYTES = 200, 1 << 30  # what is larger than this many bytes and times its packed size is a bomb, no image
+RATIO, RATIO_BYTES = 200, 1 << 30  # what unpacks to more than both this many bytes and times its size is no image
 PIECE = 1 << 16  # bytes read at a time, because a header is shorter
 NAME_BYTES = 1 << 20  # of an extended tar header; PATH_MAX is 4,096
 LONGEST_NAME = 4096
@@ -54,10 +52,10 @@ NO_CHECKSUM = -1
 
 
 class Member(NamedTuple):
-    """Where the bytes of a member lie; plain values, so that it goes through JSON as a list.
+    """Where the bytes of a member are; plain values, so that JSON holds it as a list.
 
     Attributes:
-      archive: the archive's path; archive_size (bytes) and modified_ns tell whether it changed under the build.
+      archive: the archive's path; archive_size (bytes) and modified_ns show whether it changed during the build.
       copy: name of the unpacked copy in the build folder that holds the bytes, or "" for the archive itself.
       offset: of the data in a tar, of the member's own header in a zip.
       packed, size: bytes before and after unpacking.
@@ -84,7 +82,7 @@ class Member(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """What is in an archive, and what is wrong with it as a whole, or ""."""
+    """The members of an archive, and what is wrong with it as a whole, or ""."""
 
     archive: str
     size: int
@@ -94,91 +92,94 @@ class Listing(NamedTuple):
 
 
 def folder(output: str | Path) -> str:
-    """Where copies and single members of archives lie while a build runs: in its private folder, because they hold names."""
+    """Folder of copies and single members of archives during a build: private, because they hold names."""
     return os.path.join(output, ".build", "unpacked")
 
 
 def is_archive(path: str) -> bool:
-    """By its name: `dose.tar` is one, `dose.tar.dcm` is none."""
+    """By its name: `dose.tar` is one, `dose.tar.dcm` is not."""
     return path.lower().endswith((*SUFFIXES, *COMPRESSED))
 
 
 # ---- listing
 
 
-def list_members(task: tuple[str, str, int], skip: Mapping[str, str], touch: Heartbeat) -> Listing:
+def list_members(task: tuple[str, str, int], skip: Mapping[str, str], heartbeat: Heartbeat) -> Listing:
     """The members of one archive; the work of one task of workers.run. Never raises for what an archive holds.
 
     Args:
       task: the archive, the folder for unpacked copies, and the bytes that all copies together may take.
+      skip: archives that must not be opened, with the reason.
 
     Raises:
-      UserError: there is no room for the copy.
+      UserError: copies would take more than that.
+      StorageError: the storage fails.
       OSError: the disk is full.
     """
-    path, folder, room = task
+    path, folder, limit = task
     try:
-        listing, regular = retry.retry_transient(lambda: _state(path), touch, path)
+        listing, regular = retry_transient(lambda: _state(path), heartbeat, path)
     except OSError as error:
         return Listing(path, 0, 0, [], f"cannot be read: {error.strerror}")
     if path in skip:
         return listing._replace(problem=skip[path])
-    touch(path)
+    heartbeat(path)
     try:
         if not regular:
             raise ReadError("neither a file nor a folder")
         if listing.size == 0:
             raise ReadError("empty file")
-        members, problem = retry.retry_transient(lambda: _members(listing, folder, room, touch), touch, path)
+        members, problem = retry_transient(lambda: _members(listing, folder, limit, heartbeat), heartbeat, path)
     except ReadError as error:
         members, problem = [], str(error)
-    touch(None)
-    members = _tame(members)
+    heartbeat(None)
+    members = _sanitized(members)
     if not members and not problem:
         problem = "an archive without files"
     return listing._replace(members=members, problem=problem)
 
 
 def _state(path: str) -> tuple[Listing, bool]:
-    """An archive before it is listed; and whether it is something that can be read."""
+    """An archive before it is listed; and whether it is a regular file or an object."""
     if objects.is_address(path):
         return Listing(*objects.head(path), [], ""), True
     status = os.stat(path)
     return Listing(path, status.st_size, status.st_mtime_ns, [], ""), stat.S_ISREG(status.st_mode)
 
 
-def _members(listing: Listing, folder: str, room: int, touch: Heartbeat) -> tuple[list[Member], str]:
-    """What is in an archive, as it says itself, and what is wrong with the rest."""
+def _members(listing: Listing, folder: str, limit: int, heartbeat: Heartbeat) -> tuple[list[Member], str]:
+    """The members that an archive lists, and what is wrong with the rest, or ""."""
     if listing.archive.lower().endswith(".zip"):
-        return list(_zip_members(listing, touch)), ""
+        return list(_zip_members(listing, heartbeat)), ""
     if listing.archive.lower().endswith(".tar"):
-        with _opened(listing, touch, listing.archive) as file:
+        with _open_archive(listing, heartbeat, listing.archive) as file:
             return _tar_members(listing, file, listing.size, "")
-    copy, problem = _unpack(listing, folder, room, touch)
+    copy, problem = _unpack(listing, folder, limit, heartbeat)
     path = os.path.join(folder, copy)
     with open(path, "rb") as file:
         members, of_tar = _tar_members(listing, file, os.path.getsize(path), copy)
     return members, problem or of_tar
 
 
-def _opened(source: "Listing | Member", touch: Heartbeat, item: str, first: int = objects.HEADER_BYTES) -> BinaryIO:
-    """The file or object that holds an archive. The first request to a bucket is for `first` bytes."""
-    if isinstance(source, Listing):
-        state = objects.Object(source.archive, source.size, source.modified_ns)
-    else:
-        state = objects.Object(source.archive, source.archive_size, source.modified_ns)
-    return _open(state, touch, item, first)
+def _open_archive(
+    source: Listing | Member, heartbeat: Heartbeat, item: str, first: int = objects.HEADER_BYTES
+) -> io.BufferedIOBase:
+    """The file or object that an archive is. The first request to a bucket is for `first` bytes."""
+    size = source.size if isinstance(source, Listing) else source.archive_size
+    return _open(objects.Object(source.archive, size, source.modified_ns), heartbeat, item, first)
 
 
-def _open(source: objects.Object, touch: Heartbeat, item: str, first: int = objects.HEADER_BYTES) -> BinaryIO:
+def _open(
+    source: objects.Object, heartbeat: Heartbeat, item: str, first: int = objects.HEADER_BYTES
+) -> io.BufferedIOBase:
     if objects.is_address(source.path):
-        return io.BufferedReader(objects.Reader(source, touch, item, first), PIECE)
+        return io.BufferedReader(objects.Reader(source, heartbeat, item, first), PIECE)
     return open(source.path, "rb")
 
 
-def _zip_members(listing: Listing, touch: Heartbeat) -> Iterator[Member]:
+def _zip_members(listing: Listing, heartbeat: Heartbeat) -> Iterator[Member]:
     try:
-        with _opened(listing, touch, listing.archive) as raw, zipfile.ZipFile(raw) as file:
+        with _open_archive(listing, heartbeat, listing.archive) as raw, zipfile.ZipFile(raw) as file:
             infos = file.infolist()
     except UserError:
         raise
@@ -223,10 +224,10 @@ _NO_FILE = "neither a file nor a folder"
 _CUT = "cut off with its archive"
 
 
-def _tar_members(listing: Listing, file: BinaryIO, end: int, copy: str) -> tuple[list[Member], str]:
-    """Members of a plain tar file of `end` bytes as far as they can be read, and what is wrong with the rest."""
+def _tar_members(listing: Listing, file: io.BufferedIOBase, end: int, copy: str) -> tuple[list[Member], str]:
+    """The readable members of a plain tar file of `end` bytes, and what is wrong with the rest, or ""."""
     members: list[Member] = []
-    own: dict[str, str] = {}  # what extended headers say of the next member
+    own: dict[str, str] = {}  # from extended headers, for the next member
     offset = 0
     while offset < end:
         file.seek(offset)
@@ -304,8 +305,8 @@ def _check_ratio(packed: int, size: int) -> None:
         raise ReadError(f"a bomb: {packed:,} bytes become {size:,}")
 
 
-def _tame(members: Sequence[Member]) -> list[Member]:
-    """Members in the order of their names, without hidden ones, and with a reason where one is not to be read."""
+def _sanitized(members: Sequence[Member]) -> list[Member]:
+    """Members sorted by name, without hidden ones; those that must not be read get a plain name and the reason."""
     result: dict[str, Member] = {}
     for number, member in enumerate(members):
         # Some programs write backslashes for folders, and ./ before every name.
@@ -315,7 +316,7 @@ def _tame(members: Sequence[Member]) -> list[Member]:
         problem = member.problem
         name = "/".join(parts)
         if ".." in parts or member.name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", name) or "\0" in name:
-            name = f"{number:07d}"  # the manifest is no place for tricks either
+            name = f"{number:07d}"  # the manifest does not quote it either
             problem = "its name leads out of the archive"
         elif len(os.fsencode(name)) > LONGEST_NAME or not name:
             name, problem = f"{number:07d}", "no name, or one that is too long"
@@ -325,7 +326,7 @@ def _tame(members: Sequence[Member]) -> list[Member]:
             problem = f"{member.size:,} bytes; a member of an archive may have {MEMBER_BYTES:,}"
         if not problem and member.size > RATIO_BYTES and member.size > RATIO * member.packed:
             problem = f"a bomb: {member.packed:,} bytes become {member.size:,}"
-        # Of two with one name the later is the newer, as tar's own users expect.
+        # Of two members with one name the later replaces the earlier, as in tar itself.
         result[name] = member._replace(name=name, problem=problem)
     return [result[name] for name in sorted(result)]
 
@@ -333,10 +334,10 @@ def _tame(members: Sequence[Member]) -> list[Member]:
 # ---- compressed tars
 
 
-def _unpack(listing: Listing, folder: str, room: int, touch: Heartbeat) -> tuple[str, str]:
-    """A plain tar of a compressed one: the name of the copy, and what is wrong with the archive, or "".
+def _unpack(listing: Listing, folder: str, limit: int, heartbeat: Heartbeat) -> tuple[str, str]:
+    """Unpacks a compressed tar: the name of the plain copy, and what is wrong with the archive, or "".
 
-    A copy that an earlier build finished is used again.
+    A copy that an earlier build finished is reused.
     """
     copy = hashlib.sha256(os.fsencode(objects.absolute(listing.archive))).hexdigest()[:16] + ".tar"
     target = os.path.join(folder, copy)
@@ -349,7 +350,7 @@ def _unpack(listing: Listing, folder: str, room: int, touch: Heartbeat) -> tuple
     Path(note).unlink(missing_ok=True)
     problem = ""
     with open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        pieces = _decompressed(listing, touch)
+        pieces = _decompressed(listing, heartbeat)
         while True:
             try:
                 piece = next(pieces, b"")
@@ -370,10 +371,10 @@ def _unpack(listing: Listing, folder: str, room: int, touch: Heartbeat) -> tuple
                 problem = f"a bomb: {listing.size:,} bytes become more than {file.tell():,}"
                 file.truncate(0)
                 break
-            if file.tell() // _CHECK != (file.tell() - len(piece)) // _CHECK:
-                touch(listing.archive)  # the time limit is for what hangs, not for what is large
-                _check_room(folder, room)
-    _check_room(folder, room)
+            if file.tell() // _CHECK_BYTES != (file.tell() - len(piece)) // _CHECK_BYTES:
+                heartbeat(listing.archive)  # the time limit is for a hang, not for a large archive
+                _check_used(folder, limit)
+    _check_used(folder, limit)
     if not os.path.getsize(target):
         os.unlink(target)
         raise ReadError(problem or "an archive without files")
@@ -381,39 +382,37 @@ def _unpack(listing: Listing, folder: str, room: int, touch: Heartbeat) -> tuple
     return copy, problem
 
 
-_CHECK = 64 << 20  # bytes
+_CHECK_BYTES = 64 << 20
 
 
 def _starts_a_tar(piece: bytes) -> bool:
     try:
         tarfile.TarInfo.frombuf(piece[: tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
-    except tarfile.EOFHeaderError:
-        return True  # an empty one
     except tarfile.HeaderError:
-        return False
+        return piece[: tarfile.BLOCKSIZE] == bytes(tarfile.BLOCKSIZE)  # an empty one
     return True
 
 
-def _check_room(folder: str, room: int) -> None:
+def _check_used(folder: str, limit: int) -> None:
     used = 0
     for copy in Path(folder).glob("*.tar"):
-        with contextlib.suppress(FileNotFoundError):  # another worker takes away what is no tar
+        with contextlib.suppress(FileNotFoundError):  # another worker deletes what is no tar
             used += copy.stat().st_size
-    if used > room:
+    if used > limit:
         raise UserError(
-            f"unpacked copies of compressed tar archives take more than the {room / 1e9:g} GB of --unpack-gb; raise it, or unpack the archives (plain .tar and .zip need no room)"
+            f"unpacked copies of compressed tar archives take more than the {limit / 1e9:g} GB of --unpack-gb; raise it, or unpack the archives (plain .tar and .zip need no room)"
         )
 
 
-def _decompressed(listing: Listing, touch: Heartbeat) -> Iterator[bytes]:
+def _decompressed(listing: Listing, heartbeat: Heartbeat) -> Iterator[bytes]:
     openers = {"gz": gzip.open, "tgz": gzip.open, "bz2": bz2.open, "tbz2": bz2.open, "xz": lzma.open, "txz": lzma.open}
     opener = openers.get(listing.archive.lower().rsplit(".", 1)[1], _open_zstd)
-    with _opened(listing, touch, listing.archive, objects.LARGEST) as packed, opener(packed) as file:
+    with _open_archive(listing, heartbeat, listing.archive, objects.LARGEST) as packed, opener(packed) as file:
         while piece := file.read(1 << 20):
             yield piece
 
 
-def _open_zstd(file: BinaryIO) -> pa.CompressedInputStream:
+def _open_zstd(file: io.BufferedIOBase) -> pa.CompressedInputStream:
     return pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")
 
 
@@ -428,12 +427,12 @@ def _write(path: str, text: str) -> None:
 
 
 class _Stream(io.RawIOBase):
-    """A member's bytes; what is deflated is inflated as far as it is asked for, and kept."""
+    """A member's bytes; deflated ones are inflated up to the position that is read, and kept."""
 
     name, mode = "", "rb"  # pydicom asks for a name; files have a mode
 
-    def __init__(self, member: Member, folder: str, touch: Heartbeat) -> None:
-        self._pieces = _pieces(member, folder, touch, objects.HEADER_BYTES)
+    def __init__(self, member: Member, folder: str, heartbeat: Heartbeat) -> None:
+        self._pieces = _pieces(member, folder, heartbeat, objects.HEADER_BYTES)
         self._data, self._at, self._size = bytearray(), 0, member.size
 
     def readable(self) -> bool:
@@ -449,7 +448,7 @@ class _Stream(io.RawIOBase):
         self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence])
         return self._at
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: Any, /) -> int:
         while len(self._data) < self._at + len(buffer) and (piece := next(self._pieces, b"")):
             self._data += piece
         part = self._data[self._at : self._at + len(buffer)]
@@ -459,89 +458,106 @@ class _Stream(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def stream(source: objects.Object, member: Sequence[Any] | None, folder: str, touch: Heartbeat) -> Iterator[BinaryIO]:
-    """An input as a binary file; `member` is a Member as a list, or None for a file of a folder or an object of a bucket.
+def stream(
+    source: objects.Object, member: Member | None, folder: str, heartbeat: Heartbeat
+) -> Iterator[io.BufferedIOBase]:
+    """An input as a binary file.
+
+    Args:
+      member: where it is in an archive; None for a file of a folder or an object of a bucket.
+      folder: of unpacked copies.
 
     Reading raises:
       ReadError: the member is damaged.
-      UserError: what lies in a bucket changed since it was listed.
+      DataError: what is in a bucket changed since it was listed.
     """
     if member is None:
-        with _open(source, touch, source.path) as file:
+        with _open(source, heartbeat, source.path) as file:
             yield file
     else:
-        yield io.BufferedReader(_Stream(Member(*member), folder, touch), PIECE)
+        yield io.BufferedReader(_Stream(member, folder, heartbeat), PIECE)
 
 
 @contextlib.contextmanager
-def at_hand(
-    source: objects.Object, member: Sequence[Any] | None, folder: str, scratch: str, touch: Heartbeat
+def materialize(
+    source: objects.Object, member: Member | None, folder: str, scratch: str, heartbeat: Heartbeat
 ) -> Iterator[str]:
-    """The path under which an input can be opened, as readers written in C demand.
+    """A path of an input on a local disk, as readers written in C demand.
 
-    A member or an object lies there for as long as the context lasts, in a private folder within `scratch`, with a plain form
-    of its name.
+    A member or an object is copied there for as long as the context lasts, to a private folder within `scratch`, under a plain
+    form of its name.
+
+    Args:
+      member, folder: as in stream.
 
     Raises:
       ReadError: the member is damaged.
-      UserError: it cannot be written there, for want of room as a rule, or it changed since it was listed.
+      StorageError: the scratch disk is full.
+      DataError: what is in a bucket changed since it was listed.
     """
     if member is None and not objects.is_address(source.path):
         yield source.path
         return
+    with _scratch_folder(scratch) as place:
+        # Readers go by the ending, and label maps are recognized by their names.
+        target = os.path.join(place, re.sub(r"[^A-Za-z0-9._-]", "_", os.path.basename(source.path))[-80:])
+        with open(target, "wb", buffering=0) as file:
+            for piece in _whole(source, heartbeat) if member is None else _pieces(member, folder, heartbeat):
+                try:
+                    file.write(piece)
+                except OSError as error:
+                    raise StorageError(_SCRATCH_FAILED.format(folder=scratch, error=error.strerror)) from error
+        yield target
+
+
+_SCRATCH_FAILED = (
+    "cannot write to the scratch folder {folder} ({error}); free some space there and rerun the same command"
+)
+
+
+@contextlib.contextmanager
+def _scratch_folder(scratch: str) -> Iterator[str]:
     try:
         os.makedirs(scratch, mode=0o700, exist_ok=True)
         place = tempfile.mkdtemp(prefix="m", dir=scratch)
     except OSError as error:
-        raise UserError(_NO_ROOM.format(folder=scratch, error=error.strerror)) from error
+        raise StorageError(_SCRATCH_FAILED.format(folder=scratch, error=error.strerror)) from error
     try:
-        # Readers go by the ending, and label maps are known by their names.
-        target = os.path.join(place, re.sub(r"[^A-Za-z0-9._-]", "_", os.path.basename(source.path))[-80:])
-        with open(target, "wb", buffering=0) as file:
-            for piece in _whole(source, touch) if member is None else _pieces(Member(*member), folder, touch):
-                try:
-                    file.write(piece)
-                except OSError as error:
-                    raise UserError(_NO_ROOM.format(folder=scratch, error=error.strerror)) from error
-        yield target
+        yield place
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
 
-_NO_ROOM = "no member of an archive or a bucket can be laid out in {folder}: {error}; make room there and start the build again"
-
-
-def is_unchanged(file: Mapping[str, Any]) -> bool:
-    """Whether an input of the plan is still what the inventory saw: by size and time of the file that holds it. What lies in a
-    bucket says so itself whenever it is read.
+def is_unchanged(source: objects.Object, member: Member | None) -> bool:
+    """Whether an input is still as the inventory saw it, by size and time of the file that holds it. An object of a bucket is
+    checked whenever it is read.
 
     Raises:
       OSError: it is gone.
     """
-    member = file.get("member")
-    if objects.is_address(file["path"]):
+    if objects.is_address(source.path):
         return True
-    found = os.stat(file["path"] if member is None else member[0])
-    wanted = (file["size"], file["modified_ns"]) if member is None else tuple(member[1:3])
+    found = os.stat(source.path if member is None else member.archive)
+    wanted = source[1:] if member is None else (member.archive_size, member.modified_ns)
     return (found.st_size, found.st_mtime_ns) == wanted
 
 
-def _whole(source: objects.Object, touch: Heartbeat) -> Iterator[bytes]:
-    with _open(source, touch, source.path, objects.LARGEST) as file:
+def _whole(source: objects.Object, heartbeat: Heartbeat) -> Iterator[bytes]:
+    with _open(source, heartbeat, source.path, objects.LARGEST) as file:
         while piece := file.read(objects.LARGEST):
             yield piece
 
 
-def _pieces(member: Member, folder: str, touch: Heartbeat, first: int | None = None) -> Iterator[bytes]:
-    """A member's bytes, a piece at a time; at the end they are checked against size and checksum.
+def _pieces(member: Member, folder: str, heartbeat: Heartbeat, first: int | None = None) -> Iterator[bytes]:
+    """A member's bytes in pieces; size and checksum are verified at the end.
 
     Args:
       first: bytes of the first request to a bucket; the whole member unless given.
     """
     if member.copy:
-        opened: BinaryIO = open(os.path.join(folder, member.copy), "rb")  # noqa: SIM115 - closed below
+        opened: io.BufferedIOBase = open(os.path.join(folder, member.copy), "rb")  # noqa: SIM115 - closed below
     else:
-        opened = _opened(member, touch, member.path, member.packed + PIECE if first is None else first)
+        opened = _open_archive(member, heartbeat, member.path, member.packed + PIECE if first is None else first)
     with opened as file:
         file.seek(member.offset)
         if member.checksum != NO_CHECKSUM:
@@ -570,7 +586,7 @@ def _pieces(member: Member, folder: str, touch: Heartbeat, first: int | None = N
         raise ReadError("damaged in its archive: its checksum is another")
 
 
-def _skip_zip_header(file: BinaryIO) -> None:
+def _skip_zip_header(file: io.BufferedIOBase) -> None:
     header = file.read(30)
     if len(header) < 30 or header[:4] != b"PK\3\4":
         raise ReadError("damaged in its archive: no member begins where the table of contents says")

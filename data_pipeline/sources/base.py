@@ -1,15 +1,20 @@
 """The contract of a reader: how one input file becomes slices.
 
 A reader is a function `open_…(request) -> context manager of SourceFile`. All of them keep these rules, and
-tests/data_pipeline/sources/test_contract.py holds every one to them:
+tests/data_pipeline/sources/test_contract.py checks every one of them:
 
 1. It raises ReadError for whatever is wrong with the file, with a reason that quotes no value of any header; OSError with an
-   errno for storage that fails; MemoryError where the file needs more than the worker may take. Nothing else.
-2. It changes none of its arguments and no global state: what it found out is in the SourceFile.
-3. `slices()` yields each slice once. Its order is the file's; `Slice.rank` is the place in spatial order.
+   errno for storage that fails; StorageError for a full scratch disk; MemoryError or ReadError(NO_MEMORY) where the file needs
+   more than the worker may take. Opening raises, or else reading the slices does.
+2. It changes none of its arguments and no global state: what it learns is in the SourceFile. Settings of libraries that
+   only exist globally are changed for the length of a call and put back (see silence.py).
+3. `slices()` is called once and yields each slice once, in the order of the file; `Slice.rank` is the place in spatial order.
+   The ranks of a file are 0, 1, … without gaps, unless the request names frames that the file does not have.
 4. Pixels are uint16 and real value = pixels * slope + intercept with slope > 0, exactly for whole numbers.
-5. At most one frame (or slab of a compressed volume) is in memory at a time; scratch files lie in `request.scratch`.
-6. `decoder` and `stored_sha256` are final once `slices()` is exhausted.
+5. At most one frame (or slab of a volume) is in memory at a time, but for compressed forms that a library decodes whole;
+   scratch files lie in `request.scratch`.
+6. `facts` and `excluded` are known once the file is open; `decoder` and `stored_sha256` once `slices()` is exhausted.
+7. The same file gives the same slices and digests every time.
 """
 
 import dataclasses
@@ -20,6 +25,8 @@ from typing import Literal, Protocol
 import numpy as np
 from jaxtyping import UInt16
 
+from data_pipeline.sources.geometry import Direction
+
 # Called with an item before it is read, and with None when nothing is being read: only reading has a time limit.
 Heartbeat = Callable[[str | None], None]
 Units = Literal["HU", "arbitrary"]
@@ -29,7 +36,7 @@ SCRATCH_FULL = "scratch disk is full ({error}); free some space and rerun the sa
 
 
 class ReadError(Exception):
-    """A file cannot be read. The reason is for people to read and holds no value of any header."""
+    """A file cannot be read. The reason is shown to users and holds no value of any header."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +47,8 @@ class ReadRequest:
       path: the file on a local disk.
       modality: "CT", "MR" or "OT"; "auto" where neither the file nor the user says.
       scratch: folder on a local disk for temporary files.
-      frames: of a DICOM file, the wanted frames in spatial order: number and mm along the normal.
-      flags: bits of format.records that follow from the header (IRREGULAR, LOSSY).
+      frames: of a DICOM file, the frames to read in spatial order: number within the file, and mm along the normal.
+      flags: bits of format.records that the inventory and the plan know (IRREGULAR, LOSSY).
     """
 
     path: str
@@ -75,14 +82,14 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True)
 class ImageFacts:
-    """What is known of a file's slices once it is open; None where the file does not say and the header's word stands.
+    """What is known of a file's slices once it is open; None where what the inventory and the plan say stands.
 
     Attributes:
       modality: "CT", "MR" or "OT".
       units: of real values.
       plane: "axial", "coronal", "sagittal", "oblique" or "unknown".
       spacing: mm between slices.
-      directions: unit vectors of rows, columns and slices in patient coordinates, where reformatting can use them.
+      directions: of slices, rows and columns in patient coordinates, where the file says so.
     """
 
     modality: str
@@ -91,7 +98,7 @@ class ImageFacts:
     manufacturer: str | None = None
     plane: str | None = None
     spacing: float | None = None
-    directions: tuple[tuple[float, ...], ...] | None = None
+    directions: tuple[Direction, Direction, Direction] | None = None
 
 
 class SourceFile(Protocol):
@@ -99,7 +106,7 @@ class SourceFile(Protocol):
 
     Attributes:
       facts: known from the start.
-      excluded: why it has no slices though it could be read (a label map, say); "" where it has some.
+      excluded: why it has no slices though it can be read (a label map, say); "" where it has some.
       decoder: name of the library that decoded the pixels.
       stored_sha256: of all stored pixels; "" where they are no whole numbers.
     """

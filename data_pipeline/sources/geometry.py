@@ -1,6 +1,6 @@
 """Whether the slices of a series form a regular volume, decided from positions and orientations alone.
 
-SliceThickness, SpacingBetweenSlices, SliceLocation, instance numbers and file names are descriptions, not geometry.
+SliceThickness, SpacingBetweenSlices, SliceLocation, instance numbers and file names describe slices; they are not used.
 """
 
 import dataclasses
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# What is wrong with a series; the names stand in the manifest and the card.
+# What is wrong with a series, as the manifest and the card quote it.
 NO_POSITION = "slices without position or orientation"
 FEW = "fewer than 5 slices"
 MIXED_ORIENTATION = "several orientations"
@@ -17,7 +17,7 @@ GAP = "uneven spacing or missing slices"
 TILTED = "gantry tilt: slices are sheared"
 
 MINIMUM_SLICES = 5
-FARTHEST_MM = 1e6  # 1 km from the origin lies no slice: what a header states beyond is no geometry
+FARTHEST_MM = 1e6  # 1 km: header values beyond it are no geometry
 ORIENTATION_TOLERANCE = 1e-3  # of a direction cosine
 REPEATED_MM = 1e-2
 SPACING_TOLERANCE = 0.05  # of the median spacing
@@ -28,6 +28,8 @@ OBLIQUE_COSINE = 0.7  # a normal further than 45 degrees from every axis is obli
 
 Orientation = tuple[float, ...] | None
 Position = tuple[float, ...] | None
+# Patient axis (0 to the left, 1 to the back, 2 up) and sign (1 or -1) of one array axis.
+Direction = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +37,8 @@ class SeriesGeometry:
     """The slices of one orientation.
 
     Attributes:
-      order: numbers of the slices (of those given), sorted along the normal.
-      positions: distance of each along the normal, mm, in that order.
+      order: indices of the slices among those given, sorted along the normal.
+      positions: of each along the normal, mm, in that order.
       plane: "axial", "coronal", "sagittal", "oblique" or "unknown".
       spacing: median distance between neighbours, mm; 0 where it is unknown.
       tilt: angle between the direction of travel and the normal, degrees.
@@ -103,7 +105,7 @@ def _check_group(
     normal /= np.linalg.norm(normal)
     points = np.array([positions[n] for n in members], dtype=np.float64)
     along = points @ normal
-    rank = np.lexsort((members, along))
+    rank = np.lexsort((np.asarray(members), along))
     along, points = along[rank], points[rank]
     found = list(problems)
     if len(members) < MINIMUM_SLICES:

@@ -1,7 +1,7 @@
-"""Inputs in object storage, s3://bucket/… and gs://bucket/…: listed once, then read by range requests, each a file of its own.
+"""Inputs in object storage, s3://bucket/… and gs://bucket/…: listed once, then read by range requests, one file per object.
 
-An object is replaced, never changed, and every answer of the storage names by its ETag the version that it is of. So what is
-read is what the inventory saw, or an error, without asking before and after.
+An object is replaced, never changed, and every answer of the storage carries the ETag of the version it comes from. So either
+the version that the inventory saw is read, or an error is raised, without requests before and after.
 
 Credentials, endpoint and region come from where each store's own programs have them: the environment, ~/.aws, gcloud's
 application-default credentials, the machine's role. AWS_SKIP_SIGNATURE=true or GOOGLE_SKIP_SIGNATURE=true reads public buckets.
@@ -16,31 +16,34 @@ import io
 import os
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from curia_common.errors import UserError
+from curia_common.errors import DataError, StorageError, UserError
 from data_pipeline.sources.base import Heartbeat
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, GCSConfig, RetryConfig, S3Config
 
 SCHEMES = ("s3", "gs")
 HEADER_BYTES = 1 << 16  # of a first request: most headers are shorter
 LARGEST = 1 << 23  # bytes of a request
-# Of a request. What is still down after this is asked for again by retry.retry_transient.
-RETRIES = {
+# Of a request; failures after these are retried by retry_transient.
+RETRIES: "RetryConfig" = {
     "max_retries": 6,
     "retry_timeout": datetime.timedelta(seconds=60),
     "backoff": {"init_backoff": datetime.timedelta(milliseconds=200), "max_backoff": datetime.timedelta(seconds=10), "base": 2},
 }  # fmt: skip
 CREDENTIALS_LAST = datetime.timedelta(minutes=5)  # botocore renews those that expire within ten
 REQUEST_TIMEOUT = datetime.timedelta(seconds=60)
-CHANGED = "an input changed while the build ran; start the build again"
+CHANGED = "an input changed while the build ran; rerun the same command"
 
 
 class Object(NamedTuple):
-    """An object as a listing has it.
+    """A file of the inputs, as a rule an object of a bucket.
 
     Attributes:
       path: its address.
-      modified_ns: a number made of its ETag, which tells versions apart as a file's time does.
+      modified_ns: of an object, a number made of its ETag, which distinguishes versions as a file's time does.
     """
 
     path: str
@@ -53,30 +56,36 @@ def is_address(path: str) -> bool:
 
 
 def absolute(path: str) -> str:
-    """A path in the one form under which it is known: an address without slashes at its end, everything else absolute."""
+    """A path in its one normal form: an address without trailing slashes, everything else absolute."""
     return path.rstrip("/") if is_address(path) else os.path.abspath(path)
 
 
 def find(address: str) -> list[Object]:
-    """What lies under an address, or the object that it names, in the order of the names. Hidden ones are left out.
+    """The objects under an address, or the one that it names, sorted by name, without hidden ones.
 
     Raises:
-      UserError: there is nothing, it may not be listed, or the storage does not answer.
+      UserError: there are none, or they may not be listed.
+      StorageError: the storage does not answer.
     """
-    store, key = _store(address), _split(address)[1]  # says it where the extra is missing
+    store, key = _store(address), _split(address)[1]  # before the import: it explains a missing extra
     import obstore
 
     top = address[: len(address) - len(key)] if key else f"{address.rstrip('/')}/"
     found = []
     try:
-        with _told():
+        with _translated_errors():
             for batch in obstore.list(store, key or None, chunk_size=1000):
                 found += [_object(top + one["path"], one) for one in batch if not _is_hidden(one["path"], key)]
-    except OSError as error:
+    except FileNotFoundError as error:
+        raise UserError(f"no such input: {address}; there is no bucket of this name") from error
+    except PermissionError as error:
         raise UserError(
-            _SAID.get(error.errno, "{address}: {error}").format(address=address, error=error.strerror)
+            f"{address}: no permission to list it; the credentials in use have to allow listing the bucket and reading its objects"
         ) from error
-    # Some programs leave empty objects behind that stand for folders.
+    except OSError as error:
+        failed = error.errno == errno.EIO and error.strerror not in (OTHER_REGION, NO_CREDENTIALS)
+        raise (StorageError if failed else UserError)(f"{address}: {error.strerror}") from error
+    # Some programs leave empty objects as folders.
     if empty := {one.path for one in found if not one.size}:
         folders = {one.path[: slash.start()] for one in found for slash in re.finditer("/", one.path)} & empty
         found = [one for one in found if one.path not in folders]
@@ -88,30 +97,24 @@ def find(address: str) -> list[Object]:
     return sorted(found)
 
 
-_SAID = {
-    errno.ENOENT: "no such input: {address}; there is no bucket of this name",
-    errno.EACCES: "{address}: no permission to list it; the credentials in use have to allow listing the bucket and reading its objects",
-}
-
-
 def _is_hidden(key: str, top: str) -> bool:
     return any(part.startswith(".") for part in key[len(top.rstrip("/")) :].split("/"))
 
 
 def head(path: str) -> Object:
-    """An object as it is now.
+    """The current version of an object.
 
     Raises:
-      OSError: it is not there, may not be read, or the storage does not answer.
+      OSError: it does not exist, may not be read, or the storage does not answer.
     """
     import obstore
 
-    with _told():
+    with _translated_errors():
         return _object(path, obstore.head(_store(path), _split(path)[1]))
 
 
 def _object(path: str, meta: Any) -> Object:
-    # Listings and answers differ in whether they quote an ETag and call it a weak one.
+    # Listings and responses differ in whether they quote an ETag and mark it as weak.
     tag = (meta["e_tag"] or meta["last_modified"].isoformat()).removeprefix("W/").strip('"')
     return Object(path, meta["size"], int.from_bytes(hashlib.sha256(tag.encode()).digest()[:7], "big"))
 
@@ -120,18 +123,18 @@ class Reader(io.RawIOBase):
     """The bytes of an object.
 
     Reading raises:
-      UserError: it is another version than `source` says.
+      DataError: it is another version than `source`.
       OSError: with errno, as a file's.
     """
 
     name, mode = "", "rb"  # pydicom asks for a name; files have a mode
 
-    def __init__(self, source: Object, touch: Heartbeat, item: str, first: int = HEADER_BYTES) -> None:
+    def __init__(self, source: Object, heartbeat: Heartbeat, item: str, first: int = HEADER_BYTES) -> None:
         """Args:
-        touch, item: while the storage is waited for, `item` is out of hand: its time limit is for decoders.
-        first: bytes of the first request; where reading goes on after it the next ones are larger.
+        heartbeat, item: waiting for the storage does not count against the time limit of `item`.
+        first: bytes of the first request; the requests after it are larger while reading is sequential.
         """
-        self._source, self._touch, self._item, self._first = source, touch, item, first
+        self._source, self._heartbeat, self._item, self._first = source, heartbeat, item, first
         self._at, self._start, self._data = 0, 0, b""
 
     def readable(self) -> bool:
@@ -147,7 +150,7 @@ class Reader(io.RawIOBase):
         self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._source.size}[whence])
         return self._at
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: Any, /) -> int:
         want = min(len(buffer), self._source.size - self._at)
         if want <= 0:
             return 0
@@ -164,17 +167,17 @@ class Reader(io.RawIOBase):
     def _fetch(self, start: int, length: int) -> memoryview:
         import obstore
 
-        self._touch(None)
+        self._heartbeat(None)
         try:
-            with _told():
+            with _translated_errors():
                 answer = obstore.get(
                     _store(self._source.path), _split(self._source.path)[1], options={"range": (start, start + length)}
                 )
                 data = memoryview(answer.bytes())
         finally:
-            self._touch(self._item)
+            self._heartbeat(self._item)
         if _object(self._source.path, answer.meta) != self._source:
-            raise UserError(CHANGED)
+            raise DataError(CHANGED)
         return data
 
 
@@ -193,7 +196,7 @@ def _store(address: str) -> Any:
 
 @functools.cache
 def _open_store(scheme: str, bucket: str) -> Any:
-    """Of this process: connections are kept and used again.
+    """One per process and bucket, so that connections are reused.
 
     Raises:
       UserError: the extra is not installed, the address is none, or there are no credentials.
@@ -213,26 +216,27 @@ def _open_store(scheme: str, bucket: str) -> Any:
             f"an address is {scheme}://bucket/folder, without credentials in it; they come from the environment"
         )
     endpoint = os.environ.get("GOOGLE_BASE_URL" if scheme == "gs" else "AWS_ENDPOINT_URL", "")
-    settings = {
-        "client_options": {"timeout": REQUEST_TIMEOUT, "allow_http": endpoint.startswith("http://")}, "retry_config": RETRIES,
-    }  # fmt: skip
+    client: ClientConfig = {"timeout": REQUEST_TIMEOUT, "allow_http": endpoint.startswith("http://")}
     unsigned = f"{'GOOGLE' if scheme == 'gs' else 'AWS'}_SKIP_SIGNATURE"
     public = os.environ.get(unsigned, "").lower() in ("1", "true")
     try:
         if scheme == "gs":
-            config = {"google_skip_signature": public} | ({"google_base_url": endpoint} if endpoint else {})
-            return GCSStore(bucket, config=config, **settings)
+            google: GCSConfig = {"skip_signature": public}
+            if endpoint:
+                google["base_url"] = endpoint
+            return GCSStore(bucket, config=google, client_options=client, retry_config=RETRIES)
         provider = None if public else Boto3CredentialProvider(boto3.Session(), ttl=CREDENTIALS_LAST)
-        config = {"aws_skip_signature": public}
+        amazon: S3Config = {"skip_signature": public}
         if region := os.environ.get("AWS_REGION"):  # before the region of a profile, which need not be the bucket's
-            config["aws_region"] = region
-        return S3Store(bucket, config=config, credential_provider=provider, **settings)
+            amazon["region"] = region
+        return S3Store(bucket, config=amazon, credential_provider=provider, client_options=client, retry_config=RETRIES)
     except (ValueError, botocore.exceptions.BotoCoreError) as error:
         raise UserError(f"{scheme}://{bucket}: {NO_CREDENTIALS} ({type(error).__name__})") from error
     except obstore.exceptions.BaseError as error:
         raise UserError(f"{scheme}://{bucket} cannot be opened: {_reason(str(error))}") from error
 
 
+OTHER_REGION = "the bucket is in another region; name it in AWS_REGION"
 NO_CREDENTIALS = (
     "no credentials are found; sign in as the store's own programs want it (aws configure, gcloud auth application-default "
     "login), or set AWS_SKIP_SIGNATURE=true or GOOGLE_SKIP_SIGNATURE=true for a public bucket"
@@ -240,8 +244,8 @@ NO_CREDENTIALS = (
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """What the store's errors say, as an OSError that names no object and has the errno of a file's."""
+def _translated_errors() -> Iterator[None]:
+    """Raises errors of the store as OSErrors that name no object and have the errno that a file's would have."""
     import obstore.exceptions as exceptions
 
     try:
@@ -264,9 +268,9 @@ def _told() -> Iterator[None]:
 
 
 def _reason(text: str) -> str:
-    """What can be told of a store's message: it quotes names of objects."""
+    """The part of a store's message that quotes no object names."""
     if "configured region" in text:
-        return "the bucket is in another region; name it in AWS_REGION"
+        return OTHER_REGION
     if "token request" in text or "credential" in text.lower():
         return NO_CREDENTIALS
     status, code = re.search(r"status code: (\d{3} [A-Z][A-Za-z ]*)", text), re.search(r"<Code>(\w+)</Code>", text)

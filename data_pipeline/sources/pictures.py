@@ -1,33 +1,68 @@
 """PNG, JPEG and TIFF pictures of slices."""
 
-import warnings
+import contextlib
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import UInt
 from PIL import Image
 
-from data_pipeline.sources.base import NO_MEMORY, ReadError
+from data_pipeline.sources.base import NO_MEMORY, ImageFacts, ReadError, ReadRequest, Slice, SourceFile
+from data_pipeline.sources.silence import silenced
+from data_pipeline.sources.stored_values import stored_sha256
 
 # JPEG stores grey pictures in three channels with rounding errors of this size.
 GREY_TOLERANCE = 12
-Image.MAX_IMAGE_PIXELS = None  # asked below, with a reason of its own
 MAXIMUM_PIXELS = 1 << 26  # 8,192 x 8,192; a slice has a twentieth
 
 
-def read_image(path: str) -> UInt[np.ndarray, "rows columns"]:
+class PictureFile:
+    """The SourceFile of a picture. It has no HU, whatever the modality: a window was applied when it was made."""
+
+    excluded = ""
+    decoder = "Pillow"
+
+    def __init__(self, request: ReadRequest) -> None:
+        self.facts = ImageFacts(request.modality, "arbitrary", body_part="", manufacturer="unknown")
+        self.stored_sha256 = ""
+        self._request = request
+
+    def slices(self) -> Iterator[Slice]:
+        values = read_picture(self._request.path)
+        self.stored_sha256 = stored_sha256(values)
+        yield Slice(
+            rank=0,
+            pixels=values.astype(np.uint16),
+            slope=1.0,
+            intercept=0.0,
+            position=0.0,
+            flags=self._request.flags,
+            source=self.stored_sha256,
+            spacing=(0.0, 0.0),
+        )
+
+
+@contextlib.contextmanager
+def open_picture(request: ReadRequest) -> Iterator[SourceFile]:
+    """The reader of pictures; see data_pipeline.sources.base."""
+    yield PictureFile(request)
+
+
+def read_picture(path: str) -> UInt[np.ndarray, "rows columns"]:
     """Grey values, 8 or 16 bit.
 
     Raises:
       ReadError: it is no picture, is cut off, has several pages, or has colours.
     """
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+        with silenced(), _any_size(), Image.open(path) as image:
             if image.width * image.height > MAXIMUM_PIXELS:
                 raise ReadError(f"{image.width:,} x {image.height:,} px; a picture may have {MAXIMUM_PIXELS:,}")
             pages = getattr(image, "n_frames", 1)
             if image.mode in ("P", "LA", "RGBA", "1", "CMYK", "YCbCr"):
-                image = image.convert("RGB" if image.mode != "1" else "L")
-            values = np.asarray(image)
+                values = np.asarray(image.convert("RGB" if image.mode != "1" else "L"))
+            else:
+                values = np.asarray(image)
     except ReadError:
         raise
     except MemoryError as error:
@@ -44,7 +79,17 @@ def read_image(path: str) -> UInt[np.ndarray, "rows columns"]:
             raise ReadError("colour image")
         values = values[:, :, 1]
     if values.dtype == np.int32 and values.min() >= 0 and values.max() <= 0xFFFF:
-        values = values.astype(np.uint16)  # how older readers hand over 16-bit PNG
+        values = values.astype(np.uint16)  # how older versions of Pillow return 16-bit PNG
     if values.dtype.newbyteorder("=") not in (np.uint8, np.uint16):
         raise ReadError(f"pixels are {values.dtype}; wanted are 8 or 16 bit grey values")
     return values.astype(values.dtype.newbyteorder("="))
+
+
+@contextlib.contextmanager
+def _any_size() -> Iterator[None]:
+    """Pillow without its own size limit, which warns first; MAXIMUM_PIXELS is checked instead."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before

@@ -1,4 +1,4 @@
-"""NIfTI, NRRD and MetaImage volumes, cut into slices as a DICOM viewer would show them."""
+"""NIfTI, NRRD and MetaImage volumes, cut into slices oriented as a DICOM viewer shows them."""
 
 import contextlib
 import dataclasses
@@ -8,22 +8,26 @@ import re
 import tempfile
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import BinaryIO
 
 import nibabel
 import numpy as np
 import SimpleITK
 from jaxtyping import Shaped
+from nibabel.arrayproxy import ArrayProxy
+from nibabel.openers import ImageOpener
+from nibabel.spatialimages import SpatialImage
 from nibabel.volumeutils import apply_read_scaling
 
-from curia_common.errors import UserError
-from data_pipeline.sources.base import NO_MEMORY, SCRATCH_FULL, ReadError
-from data_pipeline.sources.geometry import FARTHEST_MM
+from curia_common.errors import StorageError, UserError
+from data_pipeline.format import records
+from data_pipeline.sources.base import NO_MEMORY, SCRATCH_FULL, ImageFacts, ReadError, ReadRequest, Slice, SourceFile
+from data_pipeline.sources.geometry import FARTHEST_MM, PLANES, Direction
+from data_pipeline.sources.silence import silenced
+from data_pipeline.sources.stored_values import LEVELS, Digest, stored_sha256, to_uint16
 
-SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
-
-# A label map holds few distinct whole numbers. Images of 8 bit have up to 256, so a name is asked for above this.
+# A label map holds few distinct whole numbers. 8-bit images have up to 256, so above FEW_LABEL_VALUES the file name has to
+# say so too.
 LABEL_VALUES = 128
 FEW_LABEL_VALUES = 24
 MAXIMUM_RATIO = 1100  # deflate, which all these formats use, packs 1,032 bytes into one at best
@@ -33,6 +37,75 @@ IN_MEMORY_BYTES = 1 << 28
 SLAB_BYTES = 1 << 24  # of neighbouring planes as they are stored
 BLOCK_BYTES = 1 << 28  # of planes across the order in which they are stored: each needs one look at the whole file
 LABEL_NAMES = re.compile(r"(seg|mask|msk|label|lobes?|roi)", re.IGNORECASE)
+LABEL_MAP = "label map: few distinct whole numbers"
+# Where slices, rows and columns go once a volume is turned as a viewer shows it.
+DIRECTIONS: dict[str, tuple[Direction, Direction, Direction]] = {
+    "axial": ((2, 1), (1, 1), (0, 1)), "coronal": ((1, -1), (2, -1), (0, 1)), "sagittal": ((0, -1), (2, -1), (1, 1)),
+}  # fmt: skip
+
+
+# ---- the reader
+
+
+class VolumeFile:
+    """The SourceFile of a volume."""
+
+    def __init__(self, request: ReadRequest, volume: "Volume") -> None:
+        self.decoder = "nibabel" if is_nifti(request.path) else "SimpleITK"
+        self.stored_sha256 = ""
+        self.excluded = LABEL_MAP if volume.is_label_map else ""
+        inferred = request.modality == "auto"
+        modality = infer_modality(volume.low, volume.high) if inferred else request.modality
+        self.facts = ImageFacts(
+            modality=modality,
+            units="HU" if modality == "CT" else "arbitrary",
+            body_part="",
+            manufacturer="unknown",
+            plane=volume.plane,
+            spacing=volume.spacing[2],
+            directions=DIRECTIONS[volume.plane],
+        )
+        self._volume = volume
+        self._flags = request.flags | (records.MODALITY_INFERRED if inferred else 0)
+
+    def slices(self) -> Iterator[Slice]:
+        volume, digest = self._volume, Digest()
+        if volume.is_label_map:
+            for plane in volume.slices():
+                digest.add(plane)
+            self.stored_sha256 = digest.hex()
+            return
+        # Whole numbers as they are; others in 65,535 equal steps between the lowest and the highest.
+        as_is = volume.integers and volume.high - min(volume.low, 0) < LEVELS
+        slope = 1.0 if as_is else (float(volume.high) - float(volume.low)) / (LEVELS - 1) or 1.0
+        intercept = 0.0 if as_is else float(volume.low)
+        for number, plane in enumerate(volume.slices()):
+            steps = plane if as_is else np.rint((plane.astype(np.float64) - intercept) / slope).astype(np.int64)
+            source = digest.add(plane, also_alone=True) if volume.integers else ""
+            pixels, pixel_slope, pixel_intercept, clipped = to_uint16(
+                steps, slope, intercept, hu=self.facts.units == "HU", low=int(volume.low) if as_is else 0
+            )
+            yield Slice(
+                rank=number,
+                pixels=pixels,
+                slope=pixel_slope,
+                intercept=pixel_intercept,
+                position=number * volume.spacing[2],
+                flags=self._flags | clipped,
+                source=source if as_is else stored_sha256(steps),
+                spacing=volume.spacing[:2],
+            )
+        self.stored_sha256 = digest.hex() if volume.integers else ""
+
+
+@contextlib.contextmanager
+def open_volume_file(request: ReadRequest) -> Iterator[SourceFile]:
+    """The reader of volumes; see data_pipeline.sources.base."""
+    with open_volume(request.path, request.scratch) as volume:
+        yield VolumeFile(request, volume)
+
+
+# ---- stored values
 
 
 class _Array:
@@ -45,13 +118,13 @@ class _Array:
         """Planes first to last along an axis."""
         return self.values[(slice(None),) * axis + (slice(first, last),)]
 
-    def together(self, axis: int) -> int:
-        """How many planes to ask for at a time."""
+    def planes_at_once(self, axis: int) -> int:
+        """How many planes to read at a time."""
         return max(1, SLAB_BYTES * self.shape[axis] // max(1, self.values.nbytes))
 
 
 class _File:
-    """Stored values in a file, of which planes are read when they are asked for."""
+    """Stored values in a file; planes are read on request."""
 
     def __init__(self, file: BinaryIO, offset: int, shape: tuple[int, int, int], dtype: np.dtype) -> None:
         self._file, self._offset, self.shape, self.dtype = file, offset, shape, dtype
@@ -75,7 +148,7 @@ class _File:
             raise ReadError("damaged volume: it is cut off")
         return np.frombuffer(data, self.dtype).reshape(shape, order="F")
 
-    def together(self, axis: int) -> int:
+    def planes_at_once(self, axis: int) -> int:
         plane = math.prod(self.shape) // self.shape[axis] * self.dtype.itemsize
         return max(1, (SLAB_BYTES if axis == 2 else BLOCK_BYTES) // plane)
 
@@ -103,10 +176,13 @@ class Volume:
     _orientation: np.ndarray
 
     def slices(self) -> Iterator[Shaped[np.ndarray, "rows columns"]]:
-        """One after the other, rescaled, turned as open_volume says; integers where all values are, else float32."""
+        """In spatial order, rescaled, turned as open_volume says; integers where all values are, else float32.
+
+        NaN becomes the lowest value, infinity the highest or lowest.
+        """
         through = PLANES.index(self.plane)
         axis = int(np.flatnonzero(self._orientation[:, 0] == through)[0])
-        count, step = self._stored.shape[axis], self._stored.together(axis)
+        count, step = self._stored.shape[axis], self._stored.planes_at_once(axis)
         starts = range(0, count, step)
         for start in starts if self._orientation[axis, 1] > 0 else reversed(starts):
             values = _scaled(self._stored.planes(axis, start, min(start + step, count)), self._scaling)
@@ -119,24 +195,22 @@ class Volume:
                 yield np.ascontiguousarray(one)
 
 
-PLANES = ("sagittal", "coronal", "axial")  # across axes that point right, front, up
-
-
 def is_nifti(path: str) -> bool:
     """By its name: NIfTI goes to nibabel, everything else to SimpleITK."""
     return path.lower().endswith((".nii", ".nii.gz"))
 
 
 @contextlib.contextmanager
-def open_volume(path: str, scratch: Path | None = None) -> Iterator[Volume]:
-    """Looks at a volume once, for what holds of all its slices, and turns it so that slices are seen as usual: axial and
-    coronal with the patient's right on the left and front or head up, sagittal with the face to the left.
+def open_volume(path: str, scratch: str | None = None) -> Iterator[Volume]:
+    """Reads a volume once for its range and turns it as viewers show it: axial and coronal slices with the patient's right on
+    the left and front or head up, sagittal ones with the face to the left.
 
-    A volume of more than IN_MEMORY_BYTES is read in pieces. One that is compressed lies in `scratch` for that, as a file
-    without a name, as long as the context lasts. Unusual forms of NRRD and MetaImage are read whole: text, bzip2, skipped bytes.
+    A volume of more than IN_MEMORY_BYTES is read in pieces. A compressed one is unpacked to `scratch` for that, as a file
+    without a name. Unusual forms of NRRD and MetaImage are read whole: text, bzip2, skipped bytes.
 
     Raises:
       ReadError: damaged, or not of two or three dimensions.
+      StorageError: the scratch disk is full.
     """
     try:
         with contextlib.ExitStack() as stack:
@@ -166,7 +240,7 @@ def _volume(path: str, stored: _Array | _File, scaling: tuple[float, float], aff
     elif spacing.max() > 1.1 * np.sort(spacing)[1]:
         through = int(np.argmax(spacing))
     in_plane = [axis for axis in range(3) if axis != through]
-    low, high, integers, distinct = _look(stored, scaling)
+    low, high, integers, distinct = _range(stored, scaling)
     few = distinct <= FEW_LABEL_VALUES or (
         distinct <= LABEL_VALUES and bool(LABEL_NAMES.search(path.rsplit("/", 1)[-1]))
     )
@@ -197,25 +271,28 @@ def _shape(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, int, int]:
 
 
 def _open_nifti(
-    path: str, scratch: Path | None, stack: contextlib.ExitStack
+    path: str, scratch: str | None, stack: contextlib.ExitStack
 ) -> tuple[_Array | _File, tuple[float, float], np.ndarray]:
     try:
-        image = nibabel.load(path)
-        _check_promise(path, image.shape, image.get_data_dtype().itemsize)
-        affine = np.asarray(image.affine, np.float64)
-        proxy = image.dataobj
-        shape = _shape(proxy.shape, proxy.dtype)
-        size = math.prod(shape) * proxy.dtype.itemsize
-        if size <= IN_MEMORY_BYTES:
-            stored: _Array | _File = _Array(np.asarray(proxy.get_unscaled()).reshape(shape, order="F"))
-        elif path.lower().endswith(".gz"):
-            file = stack.enter_context(tempfile.TemporaryFile(dir=scratch))
-            with nibabel.openers.ImageOpener(path) as packed:
-                packed.seek(proxy.offset)
-                _copy(iter(lambda: packed.read(SLAB_BYTES), b""), file, size)
-            stored = _File(file, 0, shape, proxy.dtype)
-        else:
-            stored = _File(stack.enter_context(open(path, "rb")), proxy.offset, shape, proxy.dtype)
+        with silenced():
+            image = nibabel.load(path)
+            proxy = image.dataobj if isinstance(image, SpatialImage) else None
+            if not isinstance(image, SpatialImage) or not isinstance(proxy, ArrayProxy):
+                raise ReadError("damaged volume: no NIfTI")
+            _check_size(path, image.shape, image.get_data_dtype().itemsize)
+            affine = np.asarray(image.affine, np.float64)
+            shape = _shape(proxy.shape, proxy.dtype)
+            size = math.prod(shape) * proxy.dtype.itemsize
+            if size <= IN_MEMORY_BYTES:
+                stored: _Array | _File = _Array(np.asarray(proxy.get_unscaled()).reshape(shape, order="F"))
+            elif path.lower().endswith(".gz"):
+                file = stack.enter_context(tempfile.TemporaryFile(dir=scratch))
+                with ImageOpener(path) as packed:
+                    packed.seek(proxy.offset)
+                    _copy(iter(lambda: packed.read(SLAB_BYTES), b""), file, size)
+                stored = _File(file, 0, shape, proxy.dtype)
+            else:
+                stored = _File(stack.enter_context(open(path, "rb")), proxy.offset, shape, proxy.dtype)
     except (ReadError, UserError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - nibabel, gzip and zlib each raise their own kinds
@@ -223,7 +300,7 @@ def _open_nifti(
             raise
         _read_through(path)
         raise ReadError(f"damaged volume ({type(error).__name__})") from error
-    return stored, (float(proxy.slope), float(proxy.inter)), _sound(affine)
+    return stored, (float(proxy.slope), float(proxy.inter)), _checked(affine)
 
 
 def _copy(pieces: Iterator[bytes], target: BinaryIO, size: int) -> None:
@@ -236,7 +313,7 @@ def _copy(pieces: Iterator[bytes], target: BinaryIO, size: int) -> None:
             target.write(piece)
             target.flush()
         except OSError as error:  # not the input's fault
-            raise UserError(SCRATCH_FULL.format(error=error.strerror)) from error
+            raise StorageError(SCRATCH_FULL.format(error=error.strerror)) from error
 
 
 def _scaled(stored: np.ndarray, scaling: tuple[float, float]) -> np.ndarray:
@@ -249,13 +326,12 @@ def _scaled(stored: np.ndarray, scaling: tuple[float, float]) -> np.ndarray:
     return apply_read_scaling(stored, np.float64(slope), np.float64(inter)).astype(np.float32)
 
 
-def _look(stored: _Array | _File, scaling: tuple[float, float]) -> tuple[int | float, int | float, bool, int]:
-    """Lowest and highest value; whether all are whole numbers of 32 bits, or of their own type; and how many distinct ones
-    there are, of whole numbers and as far as it matters. What is no number counts for the lowest value, infinity for the
-    highest or lowest."""
+def _range(stored: _Array | _File, scaling: tuple[float, float]) -> tuple[int | float, int | float, bool, int]:
+    """Lowest and highest finite value; whether all are whole numbers that fit 32 bits or their own type; and the count of
+    distinct whole numbers, exact up to LABEL_VALUES."""
     low, high, whole = math.inf, -math.inf, True
     distinct: set[int] = set()
-    for start in range(0, stored.shape[2], step := stored.together(2)):
+    for start in range(0, stored.shape[2], step := stored.planes_at_once(2)):
         values = _scaled(stored.planes(2, start, min(start + step, stored.shape[2])), scaling)
         kind = values.dtype.kind
         if kind == "f":
@@ -288,7 +364,7 @@ def _is_small(number: float) -> bool:
     return float(number).is_integer() and abs(number) < 1 << 14
 
 
-def _check_promise(path: str, shape: tuple[int, ...], itemsize: int) -> None:
+def _check_size(path: str, shape: tuple[int, ...], itemsize: int) -> None:
     promised = math.prod(shape) * itemsize
     if promised > MAXIMUM_RATIO * os.path.getsize(path):
         raise ReadError(f"damaged volume: its header promises {promised:,} bytes, which the file cannot hold")
@@ -302,7 +378,7 @@ def _data_file(path: str) -> str:
     """The file that holds the values: the header's own, or one in its folder or below.
 
     Raises:
-      ReadError: there are several, it is missing, or it lies elsewhere: whoever writes a header must not choose what is read.
+      ReadError: there are several, it is missing, or it lies elsewhere: a header must not make us read other files.
     """
     with open(path, "rb") as file:
         start = file.read(HEADER_BYTES)
@@ -334,39 +410,40 @@ def _data_file(path: str) -> str:
 
 
 def _open_itk(
-    path: str, scratch: Path | None, stack: contextlib.ExitStack
+    path: str, scratch: str | None, stack: contextlib.ExitStack
 ) -> tuple[_Array | _File, tuple[float, float], np.ndarray]:
     reader = SimpleITK.ImageFileReader()
-    # By the name alone: ITK would look at the content and take any format that it knows, some of which open other files.
+    # By the name alone: ITK would try every format that it knows, some of which open other files.
     reader.SetImageIO("NrrdImageIO" if path.lower().endswith((".nrrd", ".nhdr")) else "MetaImageIO")
     reader.SetFileName(path)
     data = _data_file(path)
     try:
-        reader.ReadImageInformation()
-        components = reader.GetNumberOfComponents()
-        dtype = _TYPES.get(reader.GetPixelID())
-        _check_promise(data, (*reader.GetSize(), components), dtype.itemsize if dtype else 1)
-        if components != 1:
-            raise ReadError("colour values")
-        if reader.GetDimension() != 3:
-            raise ReadError(f"{reader.GetDimension()} dimensions; slices come from volumes of 2 or 3")
-        affine = np.eye(4)
-        affine[:3, :3] = np.array(reader.GetDirection()).reshape(3, 3) * np.array(reader.GetSpacing())
-        affine[:2] *= -1  # ITK's axes point left and back, NIfTI's right and front
-        stored: _Array | _File | None = None
-        if dtype and math.prod(reader.GetSize()) * dtype.itemsize > IN_MEMORY_BYTES:
-            stored = _open_raw(path, data, reader.GetSize(), dtype, scratch, stack)
-        if stored is None:
-            stored = _Array(SimpleITK.GetArrayFromImage(reader.Execute()).transpose(2, 1, 0))
+        with silenced():
+            reader.ReadImageInformation()
+            components, size = reader.GetNumberOfComponents(), reader.GetSize()
+            dtype = _TYPES.get(reader.GetPixelID())
+            _check_size(data, (*size, components), dtype.itemsize if dtype else 1)
+            if components != 1:
+                raise ReadError("colour values")
+            if reader.GetDimension() != 3:
+                raise ReadError(f"{reader.GetDimension()} dimensions; slices come from volumes of 2 or 3")
+            affine = np.eye(4)
+            affine[:3, :3] = np.array(reader.GetDirection()).reshape(3, 3) * np.array(reader.GetSpacing())
+            affine[:2] *= -1  # ITK's axes point left and back, NIfTI's right and front
+            stored: _Array | _File | None = None
+            if dtype and math.prod(size) * dtype.itemsize > IN_MEMORY_BYTES:
+                stored = _open_raw(path, data, (size[0], size[1], size[2]), dtype, scratch, stack)
+            if stored is None:
+                stored = _Array(SimpleITK.GetArrayFromImage(reader.Execute()).transpose(2, 1, 0))
     except (RuntimeError, zlib.error) as error:
         _read_through(data)
         raise ReadError("damaged volume (SimpleITK cannot read it)") from error
     _shape(stored.shape, stored.dtype)
-    return stored, (1.0, 0.0), _sound(affine)
+    return stored, (1.0, 0.0), _checked(affine)
 
 
 def _read_through(path: str) -> None:
-    """Raises OSError if it is the storage that fails and not the file, which readers do not always tell apart."""
+    """Raises OSError if the storage fails rather than the file, which libraries do not always tell apart."""
     with open(path, "rb") as file:
         while file.read(1 << 20):
             pass
@@ -382,9 +459,9 @@ _FIELD = re.compile(rb"^([A-Za-z][A-Za-z ]*?)\s*[:=](?!=)[ \t]*([^\r\n]*?)\s*$",
 
 
 def _open_raw(
-    path: str, data: str, size: tuple[int, ...], dtype: np.dtype, scratch: Path | None, stack: contextlib.ExitStack
+    path: str, data: str, size: tuple[int, int, int], dtype: np.dtype, scratch: str | None, stack: contextlib.ExitStack
 ) -> _File | None:
-    """The values of an NRRD or MetaImage volume where they lie as they are or deflated; None in all other cases."""
+    """The values of an NRRD or MetaImage volume that are stored raw or deflated; None in all other cases."""
     with open(path, "rb") as file:
         start = file.read(HEADER_BYTES)
     nrrd = start.startswith(b"NRRD")
@@ -400,9 +477,14 @@ def _open_raw(
         plain = fields.get(b"binarydata") == b"true" and fields.get(b"headersize", b"0") == b"0"
         big = b"true" in (fields.get(b"binarydatabyteordermsb"), fields.get(b"elementbyteordermsb"))
         sizes = fields.get(b"dimsize", b"")
-    if packed is None or not plain or sizes.split() != [b"%d" % n for n in size] or (data == path and end is None):
+    if packed is None or not plain or sizes.split() != [b"%d" % n for n in size]:
         return None
-    offset = end.end() if data == path else 0
+    if data != path:
+        offset = 0
+    elif end is None:
+        return None
+    else:
+        offset = end.end()
     dtype = dtype.newbyteorder(">" if big else "<")
     if not packed:
         return _File(stack.enter_context(open(data, "rb")), offset, size, dtype)
@@ -422,7 +504,7 @@ def _inflated(source: BinaryIO) -> Iterator[bytes]:
             packed = inflate.unconsumed_tail
 
 
-def _sound(affine: np.ndarray) -> np.ndarray:
+def _checked(affine: np.ndarray) -> np.ndarray:
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise ReadError("its affine is singular: where the voxels lie is unknown")
     if np.abs(affine).max() > FARTHEST_MM:

@@ -1,8 +1,8 @@
-"""Second stage: which series goes to which shard. The plan is written once and never changed; its hash names it.
+"""Second stage: which series goes to which shard. The plan is written once and never changed; its hash identifies it.
 
-A plan holds pseudonyms, technical facts and paths; paths make it private to the site, so it stays in the hidden folder
-`.build` of the output, readable by its owner alone. It is kept as a file with a line for each shard, of which whoever converts
-a shard reads that line alone, and plan.json, which says where the lines are.
+A plan holds pseudonyms, technical facts and paths. Paths make it private to the site, so it stays in the hidden folder
+`.build` of the output, readable by its owner alone. On disk it is a file with one line per shard, of which a worker reads
+its own line alone, and plan.json, which says where each line is.
 """
 
 import contextlib
@@ -10,16 +10,86 @@ import dataclasses
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from curia_common.errors import UserError
-from data_pipeline.format import files
+from data_pipeline.format import codec, files
+from data_pipeline.format.files import Json
 from data_pipeline.format.shards import MOST_SHARDS
 from data_pipeline.sources import geometry
+from data_pipeline.sources.archives import Member
 from data_pipeline.stages import pseudonyms, reformat
-from data_pipeline.stages.inventory import Entry
+from data_pipeline.stages.inventory import Entry, Labels
+
+Directions = tuple[geometry.Direction, geometry.Direction, geometry.Direction]
+# Raised when the same plan gives different shards, or different files beside them.
+FORMAT = 3
+HELD_OUT = "patient is held out"
+KNOWN_INSTANCE = "the same instance is in the dataset already"
+REPEATED_INSTANCE = "the same instance was sent twice"
+CONTINUED = "other slices of the series were added before"
+# Small datasets get several shards too, so that several processes can write and read them.
+SMALL_SHARDS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """Settings of the conversion; they are part of the plan's hash.
+
+    Attributes:
+      name: dataset name, with which shard names start.
+      size: longer side to which larger slices are reduced, px; None keeps the native size.
+      slices_per_record: neighbours of a series stored together.
+      planes: planes into which regular series are reformatted too.
+      drop_faces, drop_lossy: leave out series that may show a face, and slices that were compressed with loss.
+    """
+
+    name: str
+    size: int | None = None
+    slices_per_record: int = 1
+    codec: int = codec.DELTA
+    planes: tuple[str, ...] = ()
+    drop_faces: bool = False
+    drop_lossy: bool = False
+
+    @classmethod
+    def from_json(cls, value: Json) -> "Conversion":
+        """Plans of older versions lack the later fields."""
+        found: Json = {field.name: value[field.name] for field in dataclasses.fields(cls) if field.name in value}
+        found["planes"] = tuple(value.get("planes", ()))
+        return cls(**found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What all additions to a dataset have in common.
+
+    Attributes:
+      key: a digest that tells keys apart and reveals none.
+      validation, test: shares of the patients.
+    """
+
+    key: str
+    validation: float
+    test: float
+    conversion: Conversion
+    format: int = FORMAT
+
+    def to_json(self) -> Json:
+        flat = dataclasses.asdict(self)
+        return {name: value for name, value in flat.items() if name != "conversion"} | flat["conversion"]
+
+    @classmethod
+    def from_json(cls, value: Json) -> "Settings":
+        conversion = Conversion.from_json(value)
+        return cls(value["key"], value["validation"], value["test"], conversion, value["format"])
+
+
+def settings(key: bytes, validation: float, test: float, conversion: Conversion) -> Settings:
+    """The settings of a build under this key."""
+    return Settings(pseudonyms.digest(key, "key", ""), validation, test, conversion)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +99,8 @@ class Options:
     Attributes:
       key: for splits and order.
       validation, test: shares of the patients.
-      shard_bytes: input bytes that one shard is meant to hold.
+      shard_bytes: input bytes that one shard should hold.
       held_out: pseudonyms of patients that must not be in the dataset.
-      conversion: settings of the conversion stage; they are part of the plan's hash.
       first: by split, the number of its first shard; 0 unless the dataset has shards already.
       instances: pseudonyms of the DICOM instances that the dataset has already.
       splits: of the patients that the dataset has already.
@@ -43,206 +112,336 @@ class Options:
     test: float
     shard_bytes: int
     held_out: frozenset[str]
-    conversion: Mapping[str, Any]
+    conversion: Conversion
     first: Mapping[str, int] = dataclasses.field(default_factory=dict)
     instances: frozenset[str] = frozenset()
     splits: Mapping[str, str] = dataclasses.field(default_factory=dict)
     continued: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
-# Raised when shards, or what is kept beside them, come out differently from the same plan.
-FORMAT = 3
-HELD_OUT = "patient is held out"
-CONTINUED = "other slices of the series were added before"
-# Small datasets get several shards too, so that several processes can write and read them.
-SMALL_SHARDS = 4
+# ---- the plan
 
 
-def settings(key: bytes, validation: float, test: float, conversion: Mapping[str, Any]) -> dict[str, Any]:
-    """What all additions to a dataset have in common; it tells keys apart and gives none away."""
-    name = pseudonyms.digest(key, "key", "")
-    return {"key": name, "validation": validation, "test": test, "format": FORMAT, **conversion}
+class PlannedFile(NamedTuple):
+    """What the conversion needs to know of an input file.
+
+    Attributes:
+      size, modified_ns: by which a file that changed during the build is noticed.
+      first: number within the series of its first slice.
+      frames: of a DICOM file, the wanted frames in spatial order: number and mm along the normal.
+      lossy: it was compressed with loss.
+      member: where it lies in an archive.
+    """
+
+    path: str
+    size: int
+    modified_ns: int
+    first: int
+    frames: tuple[tuple[int, float], ...]
+    lossy: bool
+    labels: Labels
+    member: Member | None = None
+
+    def to_json(self) -> Json:
+        value = self._asdict()
+        if self.member is None:
+            del value["member"]
+        return value
+
+    @classmethod
+    def from_json(cls, value: Json) -> "PlannedFile":
+        frames = tuple((number, along) for number, along in value["frames"])
+        member = Member(*value["member"]) if "member" in value else None
+        return cls(**(value | {"frames": frames, "member": member}))
 
 
-def make(entries: Sequence[Entry], options: Options) -> dict[str, Any]:
-    """The plan; marks duplicates and held-out patients in `entries`.
+@dataclasses.dataclass(frozen=True)
+class PlannedSeries:
+    """A series, or the part of one that has a single orientation.
 
-    Returns:
-      {"hash", "format", "settings", "conversion", "shards": [{"split", "number", "series": [series, …]}, …]}, where a series
-      has its pseudonyms, split, facts and files in spatial order, each with the frames that belong to it.
+    Attributes:
+      series, patient: pseudonyms.
+      kind: "dicom", "volume" or "image".
+      plane, spacing: as the headers say, mm between slices; "unknown" and 0 where only the pixels file tells.
+      directions: patient axis and sense of slices, rows and columns; None where reformatting cannot use them.
+      problems: what makes it irregular; see sources.geometry.
+      bytes: of its input files.
+      modality, body_part, manufacturer: as the headers say.
+      files: in spatial order.
+    """
+
+    series: str
+    patient: str
+    split: str
+    kind: str
+    part: int
+    plane: str
+    spacing: float
+    problems: tuple[str, ...]
+    bytes: int
+    modality: str
+    body_part: str
+    manufacturer: str
+    directions: Directions | None
+    files: tuple[PlannedFile, ...]
+
+    def to_json(self) -> Json:
+        """In the order of the fields that existing plans have, because their hash depends on it."""
+        dicom = self.kind == "dicom"
+        names = ("series", "patient", "split", "kind", "part", "plane", "spacing")
+        value: Json = {name: getattr(self, name) for name in names}
+        if dicom:
+            value["along"] = self.directions
+        facts = {"modality": self.modality}
+        if dicom:
+            facts |= {"body_part": self.body_part, "manufacturer": self.manufacturer}
+        return value | {
+            "problems": self.problems, "bytes": self.bytes, "facts": facts, "files": [file.to_json() for file in self.files],
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, value: Json) -> "PlannedSeries":
+        rest = {name: v for name, v in value.items() if name not in ("along", "problems", "facts", "files")}
+        along = value.get("along")
+        return cls(
+            **rest, problems=tuple(value["problems"]), modality=value["facts"]["modality"],
+            body_part=value["facts"].get("body_part", ""), manufacturer=value["facts"].get("manufacturer", ""),
+            directions=(tuple(along[0]), tuple(along[1]), tuple(along[2])) if along else None,
+            files=tuple(map(PlannedFile.from_json, value["files"])),
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedShard:
+    """A shard of a plan: its number within the split, and the series that go into it."""
+
+    split: str
+    number: int
+    series: tuple[PlannedSeries, ...]
+
+    def to_line(self) -> bytes:
+        """A line of JSON. Keys are not sorted: labels stay in the order of the label table."""
+        series = [one.to_json() for one in self.series]
+        return json.dumps({"split": self.split, "number": self.number, "series": series}).encode() + b"\n"
+
+    @classmethod
+    def from_line(cls, line: bytes) -> "PlannedShard":
+        value = json.loads(line)
+        return cls(value["split"], value["number"], tuple(map(PlannedSeries.from_json, value["series"])))
+
+
+class ShardPlace(NamedTuple):
+    """Where the line of a shard is in the file of the plan.
+
+    Attributes:
+      files: how many input files the shard has.
+      offset, length: of the line, bytes.
+    """
+
+    split: str
+    number: int
+    files: int
+    offset: int
+    length: int
+
+    def to_json(self) -> Json:
+        return {"split": self.split, "number": self.number, "files": self.files, "at": [self.offset, self.length]}
+
+    @classmethod
+    def from_json(cls, value: Json) -> "ShardPlace":
+        return cls(value["split"], value["number"], value["files"], *value["at"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A plan as it is made; `hash` covers the settings and every shard."""
+
+    hash: str
+    settings: Settings
+    shards: tuple[PlannedShard, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredPlan:
+    """A plan on disk: everything but the shards themselves, whose lines are read one by one."""
+
+    hash: str
+    settings: Settings
+    shards: tuple[ShardPlace, ...]
+
+
+def make(entries: Sequence[Entry], options: Options) -> tuple[Plan, list[Entry]]:
+    """The plan, and the entries in the same order with what it decided: held out, duplicate, and the split of the others.
 
     Raises:
-      UserError: a patient of the dataset is to be in another split now, or there are more shards than TFDS can name.
+      UserError: the label table moves a patient of the dataset to another split, or there are more shards than TFDS can name.
     """
-    best: dict[str, Entry] = {}
-    for entry in entries:
-        if not entry.fate and entry.patient in options.held_out:
-            entry.fate, entry.reason = "excluded", HELD_OUT
-        instance = entry.facts.get("sop")
-        if not entry.fate and instance in options.instances:
-            entry.fate, entry.reason = "duplicate", "the same instance is in the dataset already"
-        # Of several copies the largest file is taken: a transfer that broke off left a smaller one.
-        if not entry.fate and instance is not None and (instance not in best or entry.size > best[instance].size):
-            best[instance] = entry
-    by_series: dict[str, list[Entry]] = defaultdict(list)
-    for entry in entries:
-        if entry.fate:
-            continue
-        if best.get(entry.facts.get("sop", ""), entry) is not entry:
-            entry.fate, entry.reason = "duplicate", "the same instance was sent twice"
-            continue
-        by_series[entry.series].append(entry)
-
-    series_by_split: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for members in by_series.values():
-        patient = members[0].patient
-        before = options.splits.get(patient, "")
-        if before and members[0].split not in ("", before):
-            raise UserError(
-                f"the label table puts a patient into {members[0].split} who is in {before} in the dataset already; correct the table or build into a new --output"
-            )
-        split = (
-            members[0].split or before or pseudonyms.split_of(options.key, patient, options.validation, options.test)
-        )
-        for entry in members:
-            entry.split = split
-        series_by_split[split].extend(_series(members, split, options.continued.get(members[0].series, 0)))
-
-    shards = []
-    for split in pseudonyms.SPLITS:
-        items = series_by_split.get(split, [])
-        # The keyed hash is the global shuffle: neighbours in a shard are strangers.
-        items.sort(key=lambda s: (pseudonyms.digest(options.key, "order", s["series"]), s["part"]))
-        total = sum(s["bytes"] for s in items)
-        count = min(len(items), max(SMALL_SHARDS, -(-total // options.shard_bytes)))
-        first = options.first.get(split, 0)
-        if first + count > MOST_SHARDS:
-            raise UserError(
-                f"{split} would have {first + count:,} shards, TFDS names {MOST_SHARDS:,} at most; raise --shard-mb"
-            )
-        for number in range(count):
-            part = items[len(items) * number // count : len(items) * (number + 1) // count]
-            shards.append({"split": split, "number": first + number, "series": part})
+    entries = _drop_copies(entries, options)
+    by_series: dict[str, list[int]] = defaultdict(list)
+    for number, entry in enumerate(entries):
+        if not entry.fate:
+            by_series[entry.series].append(number)
+    series_by_split: dict[str, list[PlannedSeries]] = defaultdict(list)
+    for numbers in by_series.values():
+        split = _split_of(entries[numbers[0]], options)
+        for number in numbers:
+            entries[number] = dataclasses.replace(entries[number], split=split)
+        members = [entries[number] for number in numbers]
+        series_by_split[split] += _plan_series(members, options.continued.get(members[0].series, 0))
+    shards = [shard for split in pseudonyms.SPLITS for shard in _fill_shards(split, series_by_split[split], options)]
     common = settings(options.key, options.validation, options.test, options.conversion)
-    plan = {"format": FORMAT, "settings": common, "conversion": dict(options.conversion)}
-    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode())
+    head = {"format": FORMAT, "settings": common.to_json(), "conversion": dataclasses.asdict(options.conversion)}
+    digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
     for shard in shards:
-        digest.update(_line(shard))
-    return {"hash": digest.hexdigest(), **plan, "shards": shards}
+        digest.update(shard.to_line())
+    return Plan(digest.hexdigest(), common, tuple(shards)), entries
 
 
-# ---- on the disk
+def _drop_copies(entries: Iterable[Entry], options: Options) -> list[Entry]:
+    """The entries, with fates for held-out patients and for all but one copy of each DICOM instance."""
+    found = []
+    best: dict[str, int] = {}
+    for entry in entries:
+        instance = entry.facts.instance
+        if not entry.fate and entry.patient in options.held_out:
+            entry = entry.with_fate("excluded", HELD_OUT)
+        if not entry.fate and instance in options.instances:
+            entry = entry.with_fate("duplicate", KNOWN_INSTANCE)
+        # Of several copies the largest file is taken: an interrupted transfer left a smaller one.
+        if not entry.fate and instance and (instance not in best or entry.size > found[best[instance]].size):
+            best[instance] = len(found)
+        found.append(entry)
+    return [
+        entry.with_fate("duplicate", REPEATED_INSTANCE)
+        if not entry.fate and best.get(entry.facts.instance, number) != number else entry
+        for number, entry in enumerate(found)
+    ]  # fmt: skip
+
+
+def _split_of(entry: Entry, options: Options) -> str:
+    before = options.splits.get(entry.patient, "")
+    if before and entry.split not in ("", before):
+        raise UserError(
+            f"the label table puts a patient into {entry.split} who is in {before} in the dataset already; correct the table or build into a new --output"
+        )
+    return entry.split or before or pseudonyms.split_of(options.key, entry.patient, options.validation, options.test)
+
+
+def _fill_shards(split: str, series: Sequence[PlannedSeries], options: Options) -> list[PlannedShard]:
+    # The keyed hash is the global shuffle: neighbours in a shard have nothing in common.
+    items = sorted(series, key=lambda one: (pseudonyms.digest(options.key, "order", one.series), one.part))
+    total = sum(one.bytes for one in items)
+    count = min(len(items), max(SMALL_SHARDS, -(-total // options.shard_bytes)))
+    first = options.first.get(split, 0)
+    if first + count > MOST_SHARDS:
+        raise UserError(
+            f"{split} would have {first + count:,} shards, but TFDS can name {MOST_SHARDS:,}; raise --shard-mb"
+        )
+    return [
+        PlannedShard(split, first + n, tuple(items[len(items) * n // count : len(items) * (n + 1) // count]))
+        for n in range(count)
+    ]
+
+
+def _plan_series(members: Sequence[Entry], start: int) -> list[PlannedSeries]:
+    """A series, or its parts where it has several orientations; its slices are numbered from `start`."""
+    if members[0].kind != "dicom":
+        return [_planned([entry], part, "unknown", 0.0, (), None, [_planned_file(entry, 0)], entry.size)
+                for part, entry in enumerate(members)]  # fmt: skip
+    members = sorted(members, key=lambda entry: entry.facts.instance)  # file names and their order do not matter
+    frames = [(entry, number) for entry in members for number in range(entry.facts.frames)]
+    places = [entry.facts.geometry[number] for entry, number in frames]
+    parts = geometry.check([place.orientation for place in places], [place.position for place in places])
+    result = []
+    first = start
+    for number, part in enumerate(parts):
+        # In spatial order, but the frames of one file stay together, so that no file is decoded twice.
+        by_file: dict[str, tuple[Entry, list[tuple[int, float]]]] = {}
+        for index, along in zip(part.order, part.positions, strict=True):
+            entry, frame = frames[index]
+            by_file.setdefault(entry.path, (entry, []))[1].append((frame, along))
+        planned = []
+        for entry, wanted in by_file.values():
+            planned.append(_planned_file(entry, first, wanted))
+            first += len(wanted)
+        problems = (*part.problems, *((CONTINUED,) if start else ()))
+        orientation = places[part.order[0]].orientation
+        directions = reformat.directions(orientation) if orientation is not None else None
+        size = sum(entry.size for entry in members) // len(parts)
+        spacing = part.spacing or members[0].facts.thickness
+        result.append(_planned(members, number, part.plane, spacing, problems, directions, planned, size))
+    return result
+
+
+def _planned(
+    members: Sequence[Entry], part: int, plane: str, spacing: float, problems: tuple[str, ...],
+    directions: Directions | None, planned: Sequence[PlannedFile], size: int,
+) -> PlannedSeries:  # fmt: skip
+    one = members[0]
+    facts = one.facts
+    return PlannedSeries(
+        one.series, one.patient, one.split, one.kind, part, plane, spacing, problems, size, facts.modality, facts.body_part,
+        facts.manufacturer, directions, tuple(planned),
+    )  # fmt: skip
+
+
+def _planned_file(entry: Entry, first: int, frames: Sequence[tuple[int, float]] = ()) -> PlannedFile:
+    return PlannedFile(
+        entry.path, entry.size, entry.modified_ns, first, tuple(frames), entry.facts.lossy, entry.labels, entry.member
+    )
+
+
+# ---- on disk
 
 PLAN = "plan.json"
+REPLACED = "the plan of this build no longer exists: another build into the same output replaced it; rerun this one"
 
 
-def _line(shard: Mapping[str, Any]) -> bytes:
-    return json.dumps(shard).encode() + b"\n"  # in the order in which it was made: labels stay as the table has them
+def lines_of(folder: Path, plan_hash: str) -> Path:
+    """The file with one line per shard. Its name holds the hash, so that a worker notices that another plan replaced its own."""
+    return folder / f"plan-{plan_hash[:16]}.jsonl"
 
 
-def lines_of(folder: Path, name: str) -> Path:
-    """The file with a line for each shard of the plan with this hash. The name tells a worker that another plan took its place."""
-    return folder / f"plan-{name[:16]}.jsonl"
-
-
-def write(folder: Path, made: Mapping[str, Any]) -> dict[str, Any]:
-    """Keeps a plan and returns what plan.json has of it: of each shard split, number, how many files it has, and its place.
+def write(folder: Path, plan: Plan) -> StoredPlan:
+    """Writes a plan into an existing folder.
 
     Raises:
       OSError: the disk is full.
     """
     places, end = [], 0
-    with files.written(lines_of(folder, made["hash"]), private=True) as file:
-        for shard in made["shards"]:
-            line = _line(shard)
-            count = sum(len(series["files"]) for series in shard["series"])
-            places.append({"split": shard["split"], "number": shard["number"], "files": count, "at": [end, len(line)]})
+    with files.written(lines_of(folder, plan.hash), private=True) as file:
+        for shard in plan.shards:
+            line = shard.to_line()
+            count = sum(len(series.files) for series in shard.series)
+            places.append(ShardPlace(shard.split, shard.number, count, end, len(line)))
             file.write(line)
             end += len(line)
-    short = {**made, "shards": places}
-    files.write_text(folder / PLAN, json.dumps(short, sort_keys=True), private=True)
-    return short
+    value = {
+        "hash": plan.hash, "format": FORMAT, "settings": plan.settings.to_json(),
+        "conversion": dataclasses.asdict(plan.settings.conversion), "shards": [place.to_json() for place in places],
+    }  # fmt: skip
+    files.write_text(folder / PLAN, json.dumps(value, sort_keys=True), private=True)
+    return StoredPlan(plan.hash, plan.settings, tuple(places))
 
 
-def read(folder: Path) -> dict[str, Any] | None:
-    """What plan.json says, or None where there is no plan."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((folder / PLAN).read_text(encoding="utf-8"))
+def read(folder: Path) -> StoredPlan | None:
+    """The plan in a folder; None if there is none or it is damaged."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        value = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        places = tuple(map(ShardPlace.from_json, value["shards"]))
+        return StoredPlan(value["hash"], Settings.from_json(value["settings"]), places)
     return None
 
 
-def read_shard(lines: str | Path, at: Sequence[int]) -> dict[str, Any]:
-    """One shard of a plan.
-
-    Args:
-      at: where its line begins, and how long it is.
+def read_shard(lines: str | Path, offset: int, length: int) -> PlannedShard:
+    """One shard of a plan; `offset` and `length` are of its line, bytes.
 
     Raises:
-      UserError: the plan is there no more.
+      UserError: the plan was replaced.
     """
     try:
         with open(lines, "rb") as file:
-            file.seek(at[0])
-            return json.loads(file.read(at[1]))
+            file.seek(offset)
+            return PlannedShard.from_line(file.read(length))
     except FileNotFoundError as error:
         raise UserError(REPLACED) from error
-
-
-REPLACED = "the plan of this build is gone: another build has taken its place; start this one again"
-
-
-def _series(members: list[Entry], split: str, start: int) -> list[dict[str, Any]]:
-    """A series, or its parts where it has several orientations; its slices are numbered from `start`."""
-    one = members[0]
-    common = {"series": one.series, "patient": one.patient, "split": split, "kind": one.kind, "part": 0}
-    if one.kind != "dicom":
-        return [
-            common | {"part": n, "plane": "unknown", "spacing": 0.0, "problems": [], "bytes": e.size, "facts": e.facts,
-                      "files": [_file(e, 0)]}
-            for n, e in enumerate(members)
-        ]  # fmt: skip
-    members.sort(key=lambda e: e.facts["sop"])  # names and the order of arrival do not matter
-    frames = [(entry, number) for entry in members for number in range(entry.facts["frames"])]
-    facts = [entry.facts["geometry"][number] for entry, number in frames]
-    parts = geometry.check([f["orientation"] for f in facts], [f["position"] for f in facts])
-    result = []
-    first = start
-    for number, part in enumerate(parts):
-        # In spatial order; the frames of one file stay together, so that no file is decoded twice.
-        by_file: dict[str, tuple[Entry, list[Any]]] = {}
-        for index, along in zip(part.order, part.positions, strict=True):
-            entry, frame = frames[index]
-            by_file.setdefault(entry.path, (entry, []))[1].append([frame, along])
-        files = []
-        for entry, places in by_file.values():
-            files.append(_file(entry, first, places))
-            first += len(places)
-        result.append(
-            common
-            | {
-                "part": number,
-                "plane": part.plane,
-                "spacing": part.spacing or members[0].facts["thickness"],
-                "along": _along(facts[part.order[0]]["orientation"]),
-                "problems": [*part.problems, *((CONTINUED,) if start else ())],
-                "bytes": sum(e.size for e in members) // len(parts),
-                "facts": {k: members[0].facts[k] for k in ("modality", "body_part", "manufacturer")},
-                "files": files,
-            }  # fmt: skip
-        )
-    return result
-
-
-def _along(orientation: Any) -> Any:
-    found = reformat.directions(tuple(orientation)) if orientation is not None else None
-    return [list(one) for one in found] if found else None
-
-
-def _file(entry: Entry, first: int, frames: Sequence[Any] = ()) -> dict[str, Any]:
-    """What the conversion has to know of a file: size and time tell whether it changed under the build; `first` is the
-    number within the series of its first slice; `member` is where it lies in an archive."""
-    file = {
-        "path": entry.path, "size": entry.size, "modified_ns": entry.modified_ns, "first": first, "frames": list(frames),
-        "lossy": bool(entry.facts.get("lossy")), "labels": entry.labels,
-    }  # fmt: skip
-    return file | ({"member": entry.member} if entry.member else {})

@@ -1,7 +1,7 @@
 """The dataset card: what is in a dataset and what was left out, for programs (card.json) and people (index.html).
 
-Neither holds a path, a pseudonym or any other identifier. Example slices are chosen so that no face can be seen: slices
-that are not axial are shown only of body parts that are known and are no heads.
+Neither holds a path, a pseudonym or any other identifier. No example slice shows a face: slices that are not axial are
+shown only of body parts that are known and do not include the head or neck.
 """
 
 import base64
@@ -11,15 +11,18 @@ import html
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
 from PIL import Image
 
+from curia_common import __version__
 from data_pipeline.format import records, shards
-from data_pipeline.sources import dicom
+from data_pipeline.format.files import Json
+from data_pipeline.format.shards import ShardRow
+from data_pipeline.sources.dicom_header import FACES
 from data_pipeline.stages import contact_sheet, pseudonyms
 
 COUNTED = ("split", "modality", "units", "plane", "body_part", "manufacturer")
@@ -30,18 +33,43 @@ RELATIVE_EDGES = np.round(np.linspace(-0.25, 1.5, 71), 6)
 SPACING_EDGES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.5, 10.0)  # mm
 SIDE_EDGES = (0.0, 64.0, 128.0, 192.0, 256.0, 320.0, 384.0, 512.0, 768.0, 1024.0)  # px
 TILE = 160  # px
+Card = Json  # the content of card.json
+
+
+class Holdout(NamedTuple):
+    """What became of --holdout.
+
+    Attributes:
+      lines: lines of the file.
+      matched: of them, how many name a patient of these inputs.
+      unmatched_lines: numbers of the others.
+      files: input files that were left out.
+    """
+
+    lines: int
+    matched: int
+    unmatched_lines: Sequence[int]
+    files: int
+
+
+class Example(NamedTuple):
+    """Where a slice to show is."""
+
+    shard: str
+    record: int
+    slot: int
 
 
 def intensities(
     histogram: Int[np.ndarray, "levels"], slope: float, intercept: float, percentiles: Sequence[float], *, hu: bool
 ) -> Int[np.ndarray, "bins"]:
-    """Pixels per bin of HU_EDGES or RELATIVE_EDGES; what lies outside counts for the outermost bins.
+    """Pixels per bin of HU_EDGES or RELATIVE_EDGES; values outside count for the outermost bins.
 
     Args:
       histogram: counts of the stored values 0, 1, 2, …
       percentiles: p0.5, p50, p99.5 of the series, real values.
     """
-    # As a record keeps them, so that a slice that is taken out later leaves the very bins in which it was counted.
+    # In single precision, as records have them, so that a slice that is taken out later is in the same bins.
     slope, intercept, *percentiles = (
         np.asarray([slope, intercept, *percentiles], np.float32).astype(np.float64).tolist()
     )
@@ -56,19 +84,19 @@ def intensities(
 
 
 class Counts:
-    """What the rows of an index add up to, and the slices to show of it; takes the index part by part.
+    """What the rows of an index add up to, and which slices to show; takes the index part by part.
 
     Args:
       examples: how many slices to show.
       held_out: pseudonyms of patients of whom there must be none.
 
     Attributes:
-      slices, held_out: rows in all, and of patients that are held out.
+      slices, held_out: all rows, and those of held-out patients.
       by: rows by value, for each column of COUNTED.
       patients: pseudonyms by split.
-      series: pseudonyms.
-      near: series that look like another one.
-      near_patients: those of them that look like one of another patient; near_splits: of another split.
+      series: patient and split by pseudonym.
+      near: series that look like another one, with that one.
+      spacing, sides: rows by bin.
     """
 
     def __init__(self, examples: int, held_out: frozenset[str] = frozenset()) -> None:
@@ -82,7 +110,7 @@ class Counts:
         }  # fmt: skip
         self.sides: collections.Counter[str] = collections.Counter()
         self._count, self._held_out = examples, held_out
-        self._groups: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = collections.defaultdict(dict)
+        self._groups: dict[tuple[str, str, str], dict[str, Example]] = collections.defaultdict(dict)
 
     def add(self, rows: pa.Table) -> None:
         """Counts rows of index.parquet."""
@@ -114,25 +142,23 @@ class Counts:
         for number, key in enumerate(zip(*(rows[name].to_pylist() for name in columns), strict=True)):
             places[key].append(number)
         for (modality, plane, part, series), numbers in places.items():
-            if plane != "axial" and (not part or part in dicom.FACES):
+            if plane != "axial" and (not part or part in FACES):
                 continue
             group = self._groups[modality, plane, part]
             if series not in group:
-                (row,) = (
-                    rows.select(["shard", "record", "slot", "body_part"]).take([numbers[len(numbers) // 2]]).to_pylist()
-                )
-                group[series] = row
+                (row,) = rows.select(list(Example._fields)).take([numbers[len(numbers) // 2]]).to_pylist()
+                group[series] = Example(**row)
             # Pseudonyms are keyed hashes: their order is random and always the same.
             for other in sorted(group)[self._count :]:
                 del group[other]
 
-    def examples(self) -> list[dict[str, Any]]:
-        """Where the slices to show are: one modality, plane and body part after the other, from the middles of series.
+    def examples(self) -> list[Example]:
+        """The slices to show: one modality, plane and body part after the other, from the middles of series.
 
-        The choice follows from the rows alone; no slice is chosen on which a face could be seen.
+        The choice depends on the rows alone.
         """
         queues = [[row for _, row in sorted(self._groups[group].items())] for group in sorted(self._groups)]
-        chosen: list[dict[str, Any]] = []
+        chosen: list[Example] = []
         for turn in range(max((len(queue) for queue in queues), default=0)):
             chosen += [queue[turn] for queue in queues if turn < len(queue)]
         return chosen[: self._count]
@@ -147,22 +173,21 @@ class Counts:
 
 
 def make(
-    *, name: str, settings: Mapping[str, Any], codec: str, counts: Counts, shard_table: Sequence[Mapping[str, Any]],
-    files: Mapping[str, Mapping[str, int]], intensity: Mapping[str, Sequence[int]], left_out: Mapping[str, int],
-    held_out: Mapping[str, Any] | None, additions: int,
-) -> dict[str, Any]:  # fmt: skip
+    *, name: str, settings: Mapping[str, str | int | float | bool | None], codec: str, counts: Counts,
+    shard_rows: Sequence[ShardRow], files: Mapping[str, Mapping[str, int]], intensity: Mapping[str, Sequence[int]],
+    left_out: Mapping[str, int], holdout: Holdout | None, additions: int,
+) -> Card:  # fmt: skip
     """The card as plain JSON values.
 
     Args:
       files: number of files by fate and reason.
       intensity: pixels per bin, of "HU" and "relative".
       left_out: slices of readable files by the rule that left them out.
-      held_out: what became of --holdout, or None.
     """
     edges = {"HU": HU_EDGES, "relative": RELATIVE_EDGES}
-    card: dict[str, Any] = {
-        "name": name, "slices": counts.slices, "series": len(counts.series),
-        "patients": len(set().union(*counts.patients.values())), "bytes": sum(shard["bytes"] for shard in shard_table),
+    card: Card = {
+        "version": __version__, "name": name, "slices": counts.slices, "series": len(counts.series),
+        "patients": len(set().union(*counts.patients.values())), "bytes": sum(shard.bytes for shard in shard_rows),
         "codec": codec, "additions": additions,
         "slices_by": {column: dict(sorted(found.items())) for column, found in counts.by.items()},
         "patients_by_split": {split: len(found) for split, found in counts.patients.items()},
@@ -180,16 +205,16 @@ def make(
         "near_duplicates": counts.near_duplicates(),
         "settings": dict(settings),
         "shards": [
-            {key: shard[key] for key in ("file", "split", "records", "slices", "bytes", "sha256")} for shard in shard_table
+            {key: getattr(shard, key) for key in ("file", "split", "records", "slices", "bytes", "sha256")} for shard in shard_rows
         ],
     }  # fmt: skip
-    if held_out is not None:
-        card["held_out"] = dict(held_out) | {"slices_found": counts.held_out}
+    if holdout is not None:
+        card["held_out"] = holdout._asdict() | {"slices_found": counts.held_out}
     return card
 
 
 def _binned(values: np.ndarray, edges: Sequence[float]) -> dict[str, int]:
-    """Counts by bin, named by its edges; 0 is what the source does not say."""
+    """Counts by bin, named by its edges; 0 stands for unknown."""
     known = values[values > 0]
     counts = np.bincount(np.searchsorted(edges, known, side="left"), minlength=len(edges) + 1)
     found = {name: int(n) for name, n in zip(_names(edges), counts[1:], strict=True) if n}
@@ -204,12 +229,12 @@ def _in_order(counts: Mapping[str, int], edges: Sequence[float]) -> dict[str, in
     return {name: counts[name] for name in (*_names(edges), "unknown") if counts.get(name)}
 
 
-def examples(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[tuple[bytes, str]]:
-    """JPEG tiles and captions of slices that Counts.examples chose."""
+def examples(folder: Path, chosen: Sequence[Example]) -> list[tuple[bytes, str]]:
+    """JPEG tiles and captions of slices of the dataset in `folder`."""
     found = []
-    for row in rows:
-        data = shards.read_record(folder / row["shard"], row["record"])
-        one = records.parse_slice(data, row["slot"])
+    for example in chosen:
+        data = shards.read_record(folder / example.shard, example.record)
+        one = records.parse_slice(data, example.slot)
         view = contact_sheet.view_of(one)
         file = io.BytesIO()
         Image.fromarray(contact_sheet.tile(one, view, TILE)).save(file, "JPEG", quality=85)
@@ -242,7 +267,7 @@ code { font-size: .85rem; overflow-wrap: anywhere; } summary { cursor: pointer; 
 """
 
 
-def page(card: Mapping[str, Any], tiles: Sequence[tuple[bytes, str]]) -> str:
+def page(card: Card, tiles: Sequence[tuple[bytes, str]]) -> str:
     """index.html: complete in itself, and well-formed XML."""
     parts = [_key_figures(card), _splits_table(card)]
     if tiles:
@@ -272,7 +297,7 @@ def page(card: Mapping[str, Any], tiles: Sequence[tuple[bytes, str]]) -> str:
     )
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return html.escape(str(value), quote=True)
 
 
@@ -283,7 +308,7 @@ def _size(count: int) -> str:
     return f"{count / 1e3:,.1f} kB"
 
 
-def _key_figures(card: Mapping[str, Any]) -> str:
+def _key_figures(card: Card) -> str:
     figures = {
         "slices": f"{card['slices']:,}", "series": f"{card['series']:,}", "patients": f"{card['patients']:,}",
         "in shards": _size(card["bytes"]), "bytes per slice": f"{card['bytes'] / max(card['slices'], 1):,.0f}",
@@ -304,7 +329,7 @@ def _table(caption: str, head: Sequence[str], numbers: Sequence[str], rows: Sequ
     return f'<div class="scroll"><table>{title}<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _splits_table(card: Mapping[str, Any]) -> str:
+def _splits_table(card: Card) -> str:
     shards_of = collections.Counter(shard["split"] for shard in card["shards"])
     rows = [
         (split, f"{card['patients_by_split'][split]:,}", f"{n:,}", f"{shards_of[split]:,}")
@@ -325,7 +350,7 @@ def _bars(title: str, counts: Mapping[str, int], *, ordered: bool = False) -> st
     return f'<div class="scroll"><table><caption>{_text(title)}</caption><tbody>{rows}</tbody></table></div>'
 
 
-def _intensity_part(intensity: Mapping[str, Any]) -> str:
+def _intensity_part(intensity: Json) -> str:
     captions = {
         "HU": "Pixels by HU, logarithmic",
         "relative": "Pixels of other values, logarithmic; 0 is the series' 0.5 percentile, 1 its 99.5 percentile",
@@ -353,7 +378,7 @@ def _intensity_part(intensity: Mapping[str, Any]) -> str:
     return f'<h2>Intensities</h2><div class="grid">{"".join(charts)}</div>' if charts else ""
 
 
-def _files_part(card: Mapping[str, Any]) -> str:
+def _files_part(card: Card) -> str:
     total = sum(card["files"].values())
     rows = [(fate, _text(reason), f"{n:,}") for fate in FATES for reason, n in card["reasons"][fate].items()]
     counts = ", ".join(f"{n:,} {fate}" for fate, n in card["files"].items() if n)
@@ -368,7 +393,7 @@ def _files_part(card: Mapping[str, Any]) -> str:
     )
 
 
-def _holdout_part(card: Mapping[str, Any]) -> str:
+def _holdout_part(card: Card) -> str:
     held = card.get("held_out")
     if not held:
         return ""
@@ -386,7 +411,7 @@ def _holdout_part(card: Mapping[str, Any]) -> str:
 _SAID = {None: "as acquired", False: "no", True: "yes"}
 
 
-def _making_part(card: Mapping[str, Any]) -> str:
+def _making_part(card: Card) -> str:
     settings = [
         (_text(name.replace("_", " ")), _text(_SAID.get(v, v) if v is None or isinstance(v, bool) else v))
         for name, v in card["settings"].items()

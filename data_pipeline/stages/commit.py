@@ -1,8 +1,9 @@
-"""Fourth stage: duplicates out, then tables, card and TFDS metadata over everything that was ever added.
+"""Fourth stage: exact duplicates out, then tables, card and TFDS metadata over everything that was ever added.
 
 A dataset grows by additions. Each has a folder `.build/addition-00000` with its plan, its sidecars and what became of its
-files; it counts as soon as shards.parquet says so, which is replaced last. Until then readers see the dataset as it was:
-new shards are files that nothing names yet, and all metadata are made aside and moved into place in one go.
+files. It counts as soon as shards.parquet lists its shards, and that file is replaced last. Until then readers see the
+dataset as it was: new shards are files that no table names yet, and all metadata are written to a separate folder and moved
+into place together.
 """
 
 import collections
@@ -11,21 +12,24 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from jaxtyping import UInt64
 
-from curia_common.errors import UserError
+from curia_common.errors import DataError, UserError
 from data_pipeline.format import codec, files, records, shards
-from data_pipeline.stages import assignment as plan
-from data_pipeline.stages import card as cards
-from data_pipeline.stages import convert, inventory, pseudonyms
-from data_pipeline.stages import near_duplicates as likeness
+from data_pipeline.format.files import Json
+from data_pipeline.format.shards import ShardRow
+from data_pipeline.stages import assignment, card, convert, inventory, near_duplicates, pseudonyms
+from data_pipeline.stages.assignment import Settings, StoredPlan
+from data_pipeline.stages.convert import FileOutcome, ShardReport
+from data_pipeline.stages.pack import PATH
 
 BUILD_FOLDER = ".build"
 ADDITIONS = b"additions"  # in the metadata of shards.parquet: how many are finished
@@ -34,24 +38,43 @@ MANIFEST_COLUMNS = ("path", "fate", "reason", "series", "split", "problems", "st
 NEAR_COLUMN = "near_duplicate_of"
 NEAR = "looks like another series"
 SAME_PIXELS = "the same pixels as a slice of another series"
-_TEXT = (
-    "fate",
-    "reason",
-    "series",
-    "split",
-    "problems",
-    "stored_sha256",
-    "shard",
-    "decoder",
-    "instance",
-    "named",
-    "patient",
-)
-_FILES_SCHEMA = pa.schema(
-    [("path", pa.string()), ("raw", pa.binary()), ("size", pa.int64()), ("modified_ns", pa.int64())]
-    + [(name, pa.string()) for name in (*_TEXT, "labels")]
-)
+REBUILD = "choose another --output and build it anew"
 _PART = 1 << 16  # rows of the manifest that are in memory at a time
+
+Drops = Collection[tuple[int, int]]  # record and slot of slices to leave out
+
+
+class FileRow(NamedTuple):
+    """What became of an input file; a row of an addition's files.parquet.
+
+    Attributes:
+      path: as the manifest shows it; raw: byte for byte.
+      instance: pseudonym of the DICOM instance.
+      named, patient: pseudonyms of the patient by the header, and after the label table.
+      labels: JSON.
+    """
+
+    path: str
+    raw: bytes
+    size: int
+    modified_ns: int
+    fate: str
+    reason: str
+    series: str
+    split: str
+    problems: str
+    stored_sha256: str
+    shard: str
+    decoder: str
+    instance: str
+    named: str
+    patient: str
+    labels: str
+
+
+_FILES_SCHEMA = pa.schema([
+    (name, {"raw": pa.binary(), "size": pa.int64(), "modified_ns": pa.int64()}.get(name, pa.string())) for name in FileRow._fields
+])  # fmt: skip
 
 
 def folder_of(private: Path, addition: int) -> Path:
@@ -60,10 +83,10 @@ def folder_of(private: Path, addition: int) -> Path:
 
 
 def finished_additions(output: Path) -> int:
-    """How many additions the dataset consists of; 0 where there is none.
+    """How many additions the dataset consists of; 0 where there is no dataset.
 
     Raises:
-      UserError: the dataset is damaged, or of another version.
+      DataError: the dataset is damaged, or of another version.
     """
     path = output / shards.SHARDS
     if not path.exists():
@@ -71,93 +94,98 @@ def finished_additions(output: Path) -> int:
     try:
         metadata = pq.read_schema(path).metadata or {}
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is damaged; copy the dataset again or build it anew elsewhere") from error
+        raise DataError(f"{path} is damaged; copy the dataset again or build it anew elsewhere") from error
     if ADDITIONS not in metadata:
-        raise UserError(
+        raise DataError(
             f"{output} holds a finished dataset of another version of this software, which had no additions; choose another --output, or remove it to build it anew"
         )
     return int(metadata[ADDITIONS])
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Known:
     """What earlier additions brought.
 
     Attributes:
       additions: how many there are.
-      files: rows of files.parquet by path, the latest of each.
+      files: by path, the latest row of each.
       instances: pseudonyms of the DICOM instances that are kept.
-      splits: of the patients of whom something is kept.
-      shards: rows of shards.parquet.
+      splits: by patient, of whom something is kept.
       settings: of the first plan.
     """
 
     additions: int = 0
-    files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, FileRow] = dataclasses.field(default_factory=dict)
     instances: frozenset[str] = frozenset()
-    splits: dict[str, str] = dataclasses.field(default_factory=dict)
-    shards: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    settings: dict[str, Any] | None = None
+    splits: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    shards: Sequence[ShardRow] = ()
+    settings: Settings | None = None
 
     def first_numbers(self) -> dict[str, int]:
-        """The number that the next shard of each split has."""
-        return dict(collections.Counter(shard["split"] for shard in self.shards))
+        """By split, the number of its next shard."""
+        return dict(collections.Counter(shard.split for shard in self.shards))
 
     def held_out_files(self) -> int:
-        return sum(row["reason"] == plan.HELD_OUT for row in self.files.values())
+        """How many files were left out because their patient is held out."""
+        return sum(row.reason == assignment.HELD_OUT for row in self.files.values())
 
     def slices_of(self, output: Path, series: set[str]) -> dict[str, int]:
-        """For series that get further slices: the number that the next one has."""
+        """For series that get further slices: the number of the next one."""
         if not self.additions or not series:
             return {}
         table = pq.read_table(output / shards.INDEX, columns=["series", "index", "shard"])
-        table = table.filter(pc.field("shard").isin([shard["file"] for shard in self.shards]))
+        table = table.filter(pc.field("shard").isin([shard.file for shard in self.shards]))
         table = table.filter(pc.field("series").isin(sorted(series)))
         found = table.group_by("series").aggregate([("index", "max")]).to_pylist()
         return {row["series"]: row["index_max"] + 1 for row in found}
 
 
 def known(output: Path, private: Path) -> Known:
-    """What finished additions brought."""
+    """What finished additions brought.
+
+    Raises:
+      DataError: the dataset or its private folder is damaged, or of another version.
+    """
     count = finished_additions(output)
-    if not count and (private / plan.PLAN).exists():
-        raise UserError(
+    if not count and (private / assignment.PLAN).exists():
+        raise DataError(
             f"{output} holds an unfinished build of another version of this software; remove it to build it anew"
         )
     if not count:
         return Known()
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, FileRow] = {}
     for addition in range(count):
-        table = pq.read_table(folder_of(private, addition) / FILES)
-        for row in table.to_pylist():
-            found[os.fsdecode(row["raw"])] = row
-    kept = [row for row in found.values() if row["fate"] == "kept"]
-    first = plan.read(folder_of(private, 0))
+        for row in pq.read_table(folder_of(private, addition) / FILES).to_pylist():
+            found[os.fsdecode(row["raw"])] = FileRow(**row)
+    kept = [row for row in found.values() if row.fate == "kept"]
+    first = assignment.read(folder_of(private, 0))
     if first is None:
-        raise UserError(f"{folder_of(private, 0) / plan.PLAN} is missing or damaged; without it no exams can be added")
+        path = folder_of(private, 0) / assignment.PLAN
+        raise DataError(f"{path} is missing or damaged; without it no exams can be added")
     return Known(
-        count, found, frozenset(row["instance"] for row in kept if row["instance"]), {row["patient"]: row["split"] for row in kept},
-        pq.read_table(output / shards.SHARDS).to_pylist(), first["settings"],
+        additions=count, files=found, instances=frozenset(row.instance for row in kept if row.instance),
+        splits={row.patient: row.split for row in kept},
+        shards=[ShardRow(**row) for row in pq.read_table(output / shards.SHARDS).to_pylist()], settings=first.settings,
     )  # fmt: skip
 
 
 # ---- exact duplicates
 
 
-def _keys(table: pa.Table) -> np.ndarray:
-    """64 bits that stand for the pixels of a slice and its size."""
+def pixel_keys(table: pa.Table) -> UInt64[np.ndarray, "slices"]:
+    """For each row of an index 64 bits that identify the pixels of its slice and their size."""
     source = np.fromiter((int(text, 16) for text in table["source"].to_pylist()), np.uint64, len(table))
     size = table["height"].to_numpy().astype(np.uint64) << np.uint64(32) | table["width"].to_numpy().astype(np.uint64)
     return source ^ (size * np.uint64(0x9E3779B97F4A7C15))
 
 
 def duplicates(
-    before: Sequence[np.ndarray], parts: Sequence[tuple[str, str, pa.Table]]
+    before: Sequence[UInt64[np.ndarray, "_"]], parts: Sequence[tuple[str, str, pa.Table]]
 ) -> dict[str, set[tuple[int, int]]]:
-    """Slices whose pixels are somewhere else too: all but the first.
+    """Slices whose pixels occur more than once: all but the first.
 
-    What is in the dataset already comes first, then test, validation and train, so that of two copies the one to train on
-    goes; within a split the order of the shards decides.
+    Slices of the dataset come first, then test, validation and train, so that of two copies the one to train on goes. Within
+    a split the order of the shards decides.
 
     Args:
       before: keys of the slices of earlier additions.
@@ -167,7 +195,7 @@ def duplicates(
       By file, record and slot of the slices to drop.
     """
     ranked = sorted(parts, key=lambda part: -pseudonyms.SPLITS.index(part[1]))  # stable: the order of shards stays
-    keys = [*before, *(_keys(part[2]) for part in ranked)]
+    keys = [*before, *(pixel_keys(part[2]) for part in ranked)]
     if not keys:
         return {}
     _, first = np.unique(np.concatenate(keys), return_index=True)
@@ -184,8 +212,8 @@ def duplicates(
     return result
 
 
-def _without(table: pa.Table, drop: set[tuple[int, int]]) -> pa.Table:
-    """Rows of a shard's index after `drop` left the shard, with the new numbers of records and slots."""
+def _without(table: pa.Table, drop: Drops) -> pa.Table:
+    """The index of a shard without the slices in `drop`, records and slots numbered anew."""
     if not drop:
         return table
     record, slot = table["record"].to_pylist(), table["slot"].to_pylist()
@@ -202,20 +230,20 @@ def _without(table: pa.Table, drop: set[tuple[int, int]]) -> pa.Table:
     return table
 
 
-def _thin(output: Path, sidecars: Path, report: dict[str, Any], table: pa.Table, drop: set[tuple[int, int]]) -> None:
-    """Takes `drop` out of a shard and of its report; done once, however often a commit starts again."""
-    path, final = output / report["file"], sidecars / f"{report['file']}.final.json"
+def _thin(output: Path, sidecars: Path, report: ShardReport, plan: str, table: pa.Table, drop: Drops) -> ShardReport:
+    """Takes the slices in `drop` out of a shard; returns its new report. Done once, however often a commit is repeated."""
+    path, final = output / report.file, sidecars / f"{report.file}.final.json"
     name = hashlib.sha256(json.dumps(sorted(drop)).encode()).hexdigest()
-    done = json.loads(final.read_text(encoding="utf-8")) if final.exists() else {}
+    done: Json = json.loads(final.read_text(encoding="utf-8")) if final.exists() else {}
     if done.get("drop") != name or path.stat().st_size != done["report"]["bytes"]:
-        intensity = {kind: list(bins) for kind, bins in report["intensity"].items()}
+        intensity = {kind: list(bins) for kind, bins in report.intensity.items()}
         for number, slot in sorted(drop):
-            one = records.parse(shards.read_record(path, number))
-            if not one["flags"][slot] & records.REFORMATTED:  # those are not counted
-                kind = "HU" if one["units"] == "HU" else "relative"
-                histogram = np.bincount(codec.decode(one["slices"][slot]).ravel())
-                scale = (one["slope"], one["intercept"], one["series_percentiles"])
-                bins = cards.intensities(histogram, *scale, hu=kind == "HU")
+            header, slices, entries = records.parse(shards.read_record(path, number))
+            if not entries[slot].flags & records.REFORMATTED:  # those are not counted
+                hu = header.units == "HU"
+                kind = "HU" if hu else "relative"
+                histogram = np.bincount(codec.decode(slices[slot]).ravel())
+                bins = card.intensities(histogram, header.slope, header.intercept, header.series_percentiles, hu=hu)
                 intensity[kind] = [a - int(b) for a, b in zip(intensity[kind], bins, strict=True)]
         count, digest, counts = shards.thin(path, path, drop)
         left = _without(table, drop)
@@ -223,224 +251,232 @@ def _thin(output: Path, sidecars: Path, report: dict[str, Any], table: pa.Table,
             "records": count, "sha256": digest, "slices": len(left), "slice_counts": counts, "bytes": path.stat().st_size,
             "intensity": intensity, "largest": [max(left[side].to_pylist(), default=0) for side in ("height", "width")],
         }  # fmt: skip
-        done = {"plan": report["plan"], "drop": name, "report": changed}
+        done = {"plan": plan, "drop": name, "report": changed}
         files.write_text(final, json.dumps(done), private=True)
-    report |= done["report"]
+    left_out = {**report.left_out, SAME_PIXELS: len(drop)}
+    return dataclasses.replace(report, **done["report"], left_out=left_out)
 
 
 def is_finished(sidecars: Path, path: Path, plan_hash: str) -> bool:
-    """Whether a shard is published as a worker or an earlier commit left it."""
-    if not path.exists():
+    """Whether a shard is as the conversion or an earlier commit of this plan published it."""
+    if not path.exists() or not all((sidecars / f"{path.name}{end}").exists() for end in (".json", ".parquet")):
         return False
-    for name, size in ((f"{path.name}.json", lambda r: r["bytes"]), (f"{path.name}.final.json", lambda r: r["report"]["bytes"])):  # fmt: skip
+    for ending in (".json", ".final.json"):
         try:
-            report = json.loads((sidecars / name).read_text(encoding="utf-8"))
+            report = json.loads((sidecars / f"{path.name}{ending}").read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            continue  # made again
-        if report["plan"] == plan_hash and size(report) == path.stat().st_size:
-            return (sidecars / f"{path.name}.parquet").exists() and (sidecars / f"{path.name}.json").exists()
+            continue
+        if report["plan"] == plan_hash and report.get("report", report)["bytes"] == path.stat().st_size:
+            return True
     return False
 
 
 # ---- the commit
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Request:
     """What a commit needs to know.
 
     Attributes:
-      named: patients by the pseudonyms of their headers, before a label table renamed them; one per entry.
+      name: of the dataset.
+      settings: what the card says of the options of the build.
+      examples: slices to show on the card.
+      entries: what is new among the inputs.
+      named: of each entry, the pseudonym of the patient before a label table renamed patients.
       held_out: pseudonyms that must not be in the dataset.
-      holdout: what the card says of them, or None.
+      holdout: what the card says of --holdout; None where it was not given.
     """
 
     output: Path
     private: Path
     name: str
-    settings: Mapping[str, Any]
+    settings: Mapping[str, str | int | float | bool | None]
     examples: int
     before: Known
-    made: Mapping[str, Any]
     entries: Sequence[inventory.Entry]
     named: Sequence[str]
     held_out: frozenset[str]
-    holdout: dict[str, Any] | None
+    holdout: card.Holdout | None
 
 
-def commit(request: Request) -> dict[str, Any]:
+def commit(r: Request, plan: StoredPlan) -> card.Card:
     """Publishes the addition whose shards are all converted; returns the dataset card.
 
     Raises:
-      UserError: no slice is left, or a held-out patient is in the dataset.
+      DataError: no slice is left, or a held-out patient is in the dataset.
     """
-    r = request
     own = folder_of(r.private, r.before.additions)
     sidecars = own / "shards"
     reports, tables = [], {}
-    for shard in r.made["shards"]:
-        file = shards.file_name(r.name, shard["split"], shard["number"])
-        reports.append(json.loads((sidecars / f"{file}.json").read_text(encoding="utf-8")))
+    for shard in plan.shards:
+        file = shards.file_name(r.name, shard.split, shard.number)
+        reports.append(ShardReport.from_json(json.loads((sidecars / f"{file}.json").read_text(encoding="utf-8"))))
         tables[file] = pq.read_table(sidecars / f"{file}.parquet")
     drops = duplicates(
-        [_keys(table) for table in _index_tables(r.output, r.before, ["source", "height", "width", "shard"])],
-        [(report["file"], report["split"], tables[report["file"]]) for report in reports if report["slices"]],
+        [pixel_keys(table) for table in _index_tables(r.output, r.before, ["source", "height", "width", "shard"])],
+        [(report.file, report.split, tables[report.file]) for report in reports if report.slices],
     )
-    outcomes: dict[str, dict[str, Any]] = {}
-    for report in reports:
-        table, drop = tables[report["file"]], drops.get(report["file"], set())
-        _mark_duplicates(report, table, drop)
+    outcomes: dict[str, FileOutcome] = {}
+    left_out: collections.Counter[str] = collections.Counter()
+    for number, report in enumerate(reports):
+        drop = drops.get(report.file, set())
+        found = _mark_duplicates(report, tables[report.file], drop)
         if drop:
-            _thin(r.output, sidecars, report, table, drop)
-            report["left_out"][SAME_PIXELS] = len(drop)
-        tables[report["file"]] = _without(table, drop)
-        for path, outcome in report["files"].items():
-            convert.merge_outcome(outcomes, path, outcome)
-    # A split of which nothing is left would be an empty one to train on or to test with.
-    splits = {report["split"] for report in reports if report["slices"]}
+            reports[number] = report = _thin(r.output, sidecars, report, plan.hash, tables[report.file], drop)
+            tables[report.file] = _without(tables[report.file], drop)
+        for path, outcome in found.items():
+            outcomes[path] = convert.better_outcome(outcomes.get(path), outcome)
+        left_out.update(report.left_out)
+    # A split in which nothing is left would be an empty one to train on or to test with.
+    splits = {report.split for report in reports if report.slices}
     for report in reports:
-        if report["split"] not in splits:
-            (r.output / report["file"]).unlink(missing_ok=True)
-    left_out = collections.Counter()
-    for report in reports:
-        left_out.update(report["left_out"])
-    reports = [report for report in reports if report["split"] in splits]
-    tables = {report["file"]: tables[report["file"]] for report in reports}
+        if report.split not in splits:
+            (r.output / report.file).unlink(missing_ok=True)
+    reports = [report for report in reports if report.split in splits]
+    tables = {report.file: tables[report.file] for report in reports}
     near = _near_duplicates(r, own, reports, tables)
     rows = file_rows(r, outcomes, near)
     if not splits and not r.before.additions:
         raise nothing_left(r.output, rows)
-    files.write_table(own / FILES, pa.Table.from_pylist(rows, _FILES_SCHEMA), private=True)
-    bins = {"HU": len(cards.HU_EDGES) - 1, "relative": len(cards.RELATIVE_EDGES) - 1}
+    files.write_table(own / FILES, pa.Table.from_pylist([row._asdict() for row in rows], _FILES_SCHEMA), private=True)
     intensity = {
-        kind: np.sum([report["intensity"][kind] for report in reports], axis=0, initial=0, dtype=np.int64).tolist()
-        if reports
-        else [0] * count
-        for kind, count in bins.items()
+        kind: np.sum([np.zeros(count, np.int64), *(report.intensity[kind] for report in reports)], axis=0).tolist()
+        for kind, count in (("HU", len(card.HU_EDGES) - 1), ("relative", len(card.RELATIVE_EDGES) - 1))
     }
     summary = {"intensity": intensity, "left_out": dict(sorted(left_out.items()))}
     files.write_text(own / SUMMARY, json.dumps(summary), private=True)
-    shard_rows = r.before.shards + [_shard_row(report, r.before.additions) for report in reports]
+    shard_rows = [*r.before.shards, *(_shard_row(report, r.before.additions) for report in reports)]
     return publish(r, shard_rows, tables, near, r.before.additions + 1)
 
 
 def publish(
-    r: Request, shard_rows: list[dict[str, Any]], tables: Mapping[str, pa.Table], near: Mapping[str, str], additions: int
-) -> dict[str, Any]:  # fmt: skip
-    """Makes all metadata aside, then moves them into place, shards.parquet last."""
+    r: Request, shard_rows: Sequence[ShardRow], tables: Mapping[str, pa.Table], near: Mapping[str, str], additions: int
+) -> card.Card:
+    """Writes all metadata to a separate folder, then moves them into place, shards.parquet last; returns the dataset card.
+
+    Args:
+      tables: rows of the index, by new shard.
+      near: new series that look like another one, with that one.
+
+    Raises:
+      DataError: a held-out patient is in the dataset.
+      UserError: a label column has another type than in earlier additions.
+    """
     aside = r.private / "next"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    counts = cards.Counts(r.examples, r.held_out)
-    _write_index(aside / shards.INDEX, r, tables, near, counts)
+    counts = card.Counts(r.examples, r.held_out)
+    files.write_tables(aside / shards.INDEX, _index_schema(r, tables), _index_parts(r, tables, near, counts))
     if counts.held_out:
-        raise UserError(
-            f"{counts.held_out:,} slices of held-out patients are in the dataset; choose another --output and build it anew with --holdout"
-        )
+        raise DataError(f"{counts.held_out:,} slices of held-out patients are in the dataset; {REBUILD} with --holdout")
     fates = _write_manifest(aside / shards.MANIFEST, r.private, additions)
     summaries = [json.loads((folder_of(r.private, n) / SUMMARY).read_text(encoding="utf-8")) for n in range(additions)]
-    left_out = collections.Counter()
+    left_out: collections.Counter[str] = collections.Counter()
     for summary in summaries:
         left_out.update(summary["left_out"])
-    card = cards.make(
-        name=r.name, settings=r.settings, codec=codec.NAMES[codec.DELTA], counts=counts, shard_table=shard_rows, files=fates,
+    made = card.make(
+        name=r.name, settings=r.settings, codec=codec.NAMES[codec.DELTA], counts=counts, shard_rows=shard_rows, files=fates,
         intensity={kind: np.sum([s["intensity"][kind] for s in summaries], axis=0).tolist() for kind in ("HU", "relative")},
-        left_out=left_out, held_out=r.holdout, additions=additions,
+        left_out=left_out, holdout=r.holdout, additions=additions,
     )  # fmt: skip
-    files.write_text(aside / shards.CARD, json.dumps(card, indent=2) + "\n")
-    files.write_text(aside / shards.PAGE, cards.page(card, cards.examples(r.output, counts.examples())))
+    files.write_text(aside / shards.CARD, json.dumps(made, indent=2) + "\n")
+    files.write_text(aside / shards.PAGE, card.page(made, card.examples(r.output, counts.examples())))
     _tfds_metadata(aside, r.name, shard_rows)
     files.write_table(aside / shards.SHARDS, _shard_table(shard_rows, additions))
     moved = [path.name for path in aside.iterdir() if path.name != shards.SHARDS]
     for name in (shards.INDEX, *sorted(set(moved) - {shards.INDEX}), shards.SHARDS):
         os.replace(aside / name, r.output / name)
     aside.rmdir()
-    return card
+    return made
 
 
 def _index_tables(output: Path, before: Known, columns: list[str] | None = None) -> Iterator[pa.Table]:
-    """The index of the dataset as it is, part by part; rows of an addition that was never finished are left out."""
+    """The index of the dataset, part by part, without the rows of an unfinished addition."""
     if not before.additions:
         return
-    names = [shard["file"] for shard in before.shards]
+    names = [shard.file for shard in before.shards]
     with pq.ParquetFile(output / shards.INDEX) as file:
         for batch in file.iter_batches(files.ROWS_TOGETHER, columns=columns):
             table = pa.Table.from_batches([batch])
             yield table.filter(pc.field("shard").isin(names))
 
 
-def _mark_duplicates(report: dict[str, Any], table: pa.Table, drop: set[tuple[int, int]]) -> None:
-    """A file of whose slices none is left is a duplicate."""
+def _mark_duplicates(report: ShardReport, table: pa.Table, drop: Drops) -> dict[str, FileOutcome]:
+    """The outcomes of a shard's files; a file is a duplicate where none of its slices is left."""
     left: collections.Counter[str] = collections.Counter()
-    columns = (table[name].to_pylist() for name in ("record", "slot", convert.PATH)) if len(table) else ((), (), ())
+    columns = (table[name].to_pylist() for name in ("record", "slot", PATH)) if len(table) else ((), (), ())
     for record, slot, path in zip(*columns, strict=True):
         left[os.fsdecode(path)] += (record, slot) not in drop
-    for path, count in left.items():
-        if not count and path:
-            report["files"][path] |= {"fate": "duplicate", "reason": SAME_PIXELS, "shard": ""}
+    return {
+        path: dataclasses.replace(outcome, fate="duplicate", reason=SAME_PIXELS, shard="") if left.get(path) == 0 else outcome
+        for path, outcome in report.files.items()
+    }  # fmt: skip
 
 
 def _near_duplicates(
-    r: Request, own: Path, reports: Sequence[Mapping[str, Any]], tables: Mapping[str, pa.Table]
+    r: Request, own: Path, reports: Sequence[ShardReport], tables: Mapping[str, pa.Table]
 ) -> dict[str, str]:
     """New series that look like another one, with the first of those; writes the signatures of this addition."""
     new = []
     for report in reports:
-        here = set(tables[report["file"]]["series"].unique().to_pylist()) if report["slices"] else set()
-        new += [series for series in report["series"] if series["series"] in here]
+        here = set(tables[report.file]["series"].unique().to_pylist()) if report.slices else set()
+        new += [series for series in report.series if series.series in here]
     names = ("series", "part", "patient", "split", "modality", "plane")
     table = pa.table(
-        {name: pa.array([s[name] for s in new], pa.int32() if name == "part" else pa.string()) for name in names}
-        | {"signature": pa.array([np.asarray(s["signature"], np.int8).tobytes() for s in new], pa.binary())}
+        {
+            name: pa.array([getattr(s, name) for s in new], pa.int32() if name == "part" else pa.string())
+            for name in names
+        }
+        | {"signature": pa.array([np.asarray(s.signature, np.int8).tobytes() for s in new], pa.binary())}
     )
     files.write_table(own / SERIES, table, private=True)
     every = [pq.read_table(folder_of(r.private, n) / SERIES) for n in range(r.before.additions)] + [table]
     rows = pa.concat_tables(every)
-    shape = (len(likeness.PLACES), likeness.SIDE, likeness.SIDE)
+    shape = (len(near_duplicates.PLACES), near_duplicates.SIDE, near_duplicates.SIDE)
     signatures = np.frombuffer(b"".join(rows["signature"].to_pylist()), np.int8).reshape(len(rows), *shape)
     series = rows["series"].to_pylist()
     kinds = [f"{m} {p}" for m, p in zip(rows["modality"].to_pylist(), rows["plane"].to_pylist(), strict=True)]
-    first = likeness.groups(signatures, kinds)
+    first = near_duplicates.groups(signatures, kinds)
     start = len(rows) - len(table)
     return {
         series[n]: series[first[n]] for n in range(start, len(rows)) if first[n] != n and series[first[n]] != series[n]
     }
 
 
-def file_rows(r: Request, outcomes: Mapping[str, Mapping[str, Any]], near: Mapping[str, str]) -> list[dict[str, Any]]:
+def file_rows(r: Request, outcomes: Mapping[str, FileOutcome], near: Mapping[str, str]) -> list[FileRow]:
+    """One row per entry: what the inventory, the plan and the conversion made of it."""
     rows = []
     for entry, named in zip(r.entries, r.named, strict=True):
-        row: dict[str, Any] = {
-            "path": os.fsencode(entry.path).decode("utf-8", "backslashreplace"), "raw": os.fsencode(entry.path),
-            "size": entry.size, "modified_ns": entry.modified_ns, "fate": entry.fate, "reason": entry.reason,
-            "series": entry.series, "split": entry.split, "instance": entry.facts.get("sop", ""), "named": named,
-            "patient": entry.patient, "labels": json.dumps(entry.labels, sort_keys=True),
-            "problems": "", "stored_sha256": "", "shard": "", "decoder": "",
-        }  # fmt: skip
-        row |= outcomes.get(entry.path, {})
-        if row["fate"] == "kept" and row["series"] in near:
-            row["problems"] = row["reason"] = "; ".join(filter(None, (row["problems"], NEAR)))
+        row = FileRow(
+            path=os.fsencode(entry.path).decode("utf-8", "backslashreplace"), raw=os.fsencode(entry.path), size=entry.size,
+            modified_ns=entry.modified_ns, fate=entry.fate, reason=entry.reason, series=entry.series, split=entry.split,
+            problems="", stored_sha256="", shard="", decoder="", instance=entry.facts.instance, named=named,
+            patient=entry.patient, labels=json.dumps(entry.labels, sort_keys=True),
+        )  # fmt: skip
+        if entry.path in outcomes:
+            row = row._replace(**dataclasses.asdict(outcomes[entry.path]))
+        if row.fate == "kept" and row.series in near:
+            problems = "; ".join(filter(None, (row.problems, NEAR)))
+            row = row._replace(problems=problems, reason=problems)
         rows.append(row)
     return rows
 
 
-def nothing_left(output: Path, rows: Sequence[Mapping[str, Any]]) -> UserError:
-    """The error of a build that keeps nothing; manifest.parquet is written for it all the same."""
-    manifest = [{name: row[name] for name in MANIFEST_COLUMNS} for row in rows]
-    files.write_table(output / shards.MANIFEST, pa.Table.from_pylist(manifest), private=True)
-    reasons = collections.Counter(row["reason"] for row in manifest)
-    return UserError(
-        f"none of the {len(manifest):,} files is a usable slice: "
+def nothing_left(output: Path, rows: Sequence[FileRow]) -> DataError:
+    """The error of a build that keeps nothing; writes manifest.parquet for it all the same."""
+    manifest = pa.Table.from_pylist([row._asdict() for row in rows], _FILES_SCHEMA).select(list(MANIFEST_COLUMNS))
+    files.write_table(output / shards.MANIFEST, manifest, private=True)
+    reasons = collections.Counter(row.reason for row in rows)
+    return DataError(
+        f"none of the {len(rows):,} files is a usable slice: "
         + "; ".join(f"{count:,} x {reason}" for reason, count in reasons.most_common(4))
-        + f"; {output / shards.MANIFEST} says it for each file"
+        + f"; {output / shards.MANIFEST} has the reason of each file"
     )
 
 
-def _write_index(
-    path: Path, r: Request, tables: Mapping[str, pa.Table], near: Mapping[str, str], counts: cards.Counts
-) -> None:
-    new = [table for table in tables.values() if len(table)]
-    schemas = [table.schema for table in new]
+def _index_schema(r: Request, tables: Mapping[str, pa.Table]) -> pa.Schema:
+    schemas = [table.schema for table in tables.values() if len(table)]
     if r.before.additions:
         schemas.insert(0, pq.read_schema(r.output / shards.INDEX))
     schemas.append(pa.schema([(NEAR_COLUMN, pa.string())]))
@@ -450,31 +486,34 @@ def _write_index(
         raise UserError(
             f"a label column holds numbers in one addition and text in another ({error}); rename it in the table"
         ) from error
-    if convert.PATH in schema.names:
-        schema = schema.remove(schema.names.index(convert.PATH))
+    return schema.remove(schema.names.index(PATH)) if PATH in schema.names else schema
+
+
+def _index_parts(
+    r: Request, tables: Mapping[str, pa.Table], near: Mapping[str, str], counts: card.Counts
+) -> Iterator[pa.Table]:
+    """The index of the dataset and of this addition, part by part; each part is added to `counts`."""
+    schema = _index_schema(r, tables)
 
     def rows() -> Iterator[pa.Table]:
-        for table in _index_tables(r.output, r.before):
-            yield table
-        for table in new:
-            others = [near.get(series, "") for series in table["series"].to_pylist()]
-            yield table.append_column(NEAR_COLUMN, pa.array(others, pa.string()))
+        yield from _index_tables(r.output, r.before)
+        for table in tables.values():
+            if len(table):
+                others = [near.get(series, "") for series in table["series"].to_pylist()]
+                yield table.append_column(NEAR_COLUMN, pa.array(others, pa.string()))
 
-    def fitted() -> Iterator[pa.Table]:
-        for table in rows():
-            columns = [
-                table[name].cast(field.type) if (name := field.name) in table.column_names else pa.nulls(len(table), field.type)
-                for field in schema
-            ]  # fmt: skip
-            one = pa.Table.from_arrays(columns, schema=schema)
-            counts.add(one)
-            yield one
-
-    files.write_tables(path, schema, fitted())
+    for table in rows():
+        columns = [
+            table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(len(table), field.type)
+            for field in schema
+        ]
+        part = pa.Table.from_arrays(columns, schema=schema)
+        counts.add(part)
+        yield part
 
 
 def _write_manifest(path: Path, private: Path, additions: int) -> dict[str, collections.Counter[str]]:
-    """Every file that was ever an input, with what became of it last; returns numbers of files by fate and reason."""
+    """Every file that was ever an input with its last fate; returns the number of files by fate and reason."""
     latest: dict[bytes, int] = {}
     for addition in range(additions):
         table = pq.read_table(folder_of(private, addition) / FILES, columns=["raw"])
@@ -496,51 +535,48 @@ def _write_manifest(path: Path, private: Path, additions: int) -> dict[str, coll
     return fates
 
 
-def _shard_row(report: Mapping[str, Any], addition: int) -> dict[str, Any]:
-    row = {name: report[name] for name in ("file", "split", "records", "slices", "bytes", "sha256")}
-    counts = None if set(report["slice_counts"]) <= {1} else report["slice_counts"]
-    return row | {
-        "largest_height": report["largest"][0], "largest_width": report["largest"][1], "slice_counts": counts, "addition": addition,
-    }  # fmt: skip
+def _shard_row(report: ShardReport, addition: int) -> ShardRow:
+    counts = None if set(report.slice_counts) <= {1} else list(report.slice_counts)
+    return ShardRow(
+        report.file, report.split, report.records, report.slices, report.bytes, report.sha256, report.largest[0],
+        report.largest[1], counts, addition,
+    )  # fmt: skip
 
 
-def _shard_table(rows: Sequence[Mapping[str, Any]], additions: int) -> pa.Table:
-    names = ("file", "split", "records", "slices", "bytes", "sha256", "largest_height", "largest_width")
-    table = {name: [row[name] for row in rows] for name in names}
-    table["slice_counts"] = pa.array([row["slice_counts"] for row in rows], pa.list_(pa.int32()))
-    table["addition"] = pa.array([row["addition"] for row in rows], pa.int32())
+def _shard_table(rows: Sequence[ShardRow], additions: int) -> pa.Table:
+    types = {"slice_counts": pa.list_(pa.int32()), "addition": pa.int32()}
+    table = {name: pa.array([getattr(row, name) for row in rows], types.get(name)) for name in ShardRow._fields}
     return pa.table(table).replace_schema_metadata({ADDITIONS: str(additions)})
 
 
-def _tfds_metadata(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    # Imported here: the other stages and the workers do not need it.
+def _tfds_metadata(folder: Path, name: str, rows: Sequence[ShardRow]) -> None:
+    # Imported here because it is slow and workers do not need it.
     import tensorflow_datasets as tfds
+    from etils import epath
+    from tensorflow_datasets.core import dataset_info, splits
 
     from data_pipeline import features
 
     infos = []
     for split in pseudonyms.SPLITS:
-        part = [row for row in rows if row["split"] == split]
+        part = [row for row in rows if row.split == split]
         if part:
             template = tfds.core.ShardedFileTemplate(
-                dataset_name=name,
-                data_dir=folder,
-                split=split,
-                filetype_suffix="array_record",
+                dataset_name=name, data_dir=epath.Path(folder), split=split, filetype_suffix="array_record",
                 template=shards.FILE_TEMPLATE,
-            )
+            )  # fmt: skip
             infos.append(
                 tfds.core.SplitInfo(
-                    name=split, shard_lengths=[row["records"] for row in part], num_bytes=sum(row["bytes"] for row in part),
+                    name=split, shard_lengths=[row.records for row in part], num_bytes=sum(row.bytes for row in part),
                     filename_template=template,
                 )
             )  # fmt: skip
-    identity = tfds.core.dataset_info.DatasetIdentity(
+    identity = dataset_info.DatasetIdentity(
         name=name, version=tfds.core.Version("1.0.0"), data_dir=os.fspath(folder), module_name=""
     )
     info = tfds.core.DatasetInfo(
         builder=identity, features=features.features(), description="CT and MR slices, see card.json"
     )
     info.set_file_format("array_record")
-    info.set_splits(tfds.core.splits.SplitDict(infos))
+    info.set_splits(splits.SplitDict(infos))
     info.write_to_directory(folder)

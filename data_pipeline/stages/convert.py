@@ -1,625 +1,527 @@
-"""Third stage: one shard of the plan to one ArrayRecord file. Idempotent, and free of any engine: whoever maps it over the
-shards (local processes, Beam, a Slurm array) gets the same bytes."""
+"""Third stage: one shard of the plan to one ArrayRecord file: spool, read, exclude, encode, pack.
+
+Idempotent and independent of the engine: local processes, Beam or a Slurm array give the same bytes.
+"""
 
 import collections
 import contextlib
 import dataclasses
 import errno
-import functools
 import hashlib
-import itertools
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Shaped, UInt16
+from jaxtyping import Int
 from PIL import Image
 
-from curia_common.errors import UserError, fault_location
+from curia_common.errors import DataError, StorageError, UserError, fault_location
 from data_pipeline.format import codec, files, records, shards
-from data_pipeline.sources import archives, dicom, geometry, retry, volumes
+from data_pipeline.format.files import Json
+from data_pipeline.sources import archives, geometry, readers
 from data_pipeline.sources import object_stores as objects
-from data_pipeline.sources import pictures as images
-from data_pipeline.sources.base import NO_MEMORY, SCRATCH_FULL, Heartbeat, ReadError
-from data_pipeline.stages import assignment as plan
-from data_pipeline.stages import card, reformat
-from data_pipeline.stages import exclusion as rules
-from data_pipeline.stages import near_duplicates as likeness
+from data_pipeline.sources.base import NO_MEMORY, Heartbeat, ImageFacts, ReadError, ReadRequest, Slice
+from data_pipeline.sources.retry import retry_transient
+from data_pipeline.sources.stored_values import LEVELS, stored_sha256
+from data_pipeline.stages import assignment, card, exclusion, near_duplicates, reformat
+from data_pipeline.stages.assignment import Conversion, PlannedFile, PlannedSeries, PlannedShard
+from data_pipeline.stages.pack import (
+    EncodedSlice,
+    IndexRow,
+    SeriesIdentity,
+    Spool,
+    Tally,
+    intensities,
+    pack,
+)  # fmt: skip
+from data_pipeline.stages.statistics import slice_statistics
 
-AIR_HU = -1024
-LEVELS = 1 << 16
 SAME_PIXELS = "the same pixels as another slice of the series"
-SPOOL_BYTES = 128_000_000
-PATH = "_path"  # column of the sidecars alone: paths stay out of index.parquet
+GONE = "an input can no longer be read; rerun the same command"
+# Worst to best.
+FATES = ("quarantined", "excluded", "duplicate", "kept")
 
 
-@dataclasses.dataclass
-class _Slice:
-    """A slice on its way into a record; real value = pixels * slope + intercept. `rank`: place in the spatial order of its
-    file, which need not be the order in which the file is read."""
-
-    rank: int
-    pixels: UInt16[np.ndarray, "rows columns"]
-    slope: float
-    intercept: float
-    position: float
-    flags: int
-    source: str
-    spacing: tuple[float, float]
+# ---- what comes out of a shard
 
 
-@dataclasses.dataclass
-class _Encoded:
-    """What is kept of a slice once it is encoded; its bytes wait in the spool."""
+@dataclasses.dataclass(frozen=True)
+class FileOutcome:
+    """What became of an input file; the columns of manifest.parquet that the conversion knows.
 
-    place: tuple[int, int]
-    shape: tuple[int, int]
-    index: int
-    labels: dict[str, Any]
-    origin: _Slice
-    statistics: dict[str, Any]
-    path: str
-    plane: str = ""  # of a reformat; else the series says it
-    step: float = 0.0  # mm between slices of a reformat
+    Attributes:
+      reason: why it is not kept; of a kept file, what is wrong with its series.
+      problems: of its series, whether kept or not.
+      stored_sha256: first 16 hex digits, over all stored pixels; "" where they are not whole numbers.
+      decoder: name of the library that decoded the pixels.
+    """
 
-
-class _Spool:
-    """Encoded slices of the series in hand: in memory while they are few, then in a file without a name, because the
-    statistics of a series stand in each of its records and are known only after its last slice."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._file = tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=folder)  # noqa: SIM115 - closed by __exit__
-        self.end = 0
-
-    def __enter__(self) -> "_Spool":
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        self._file.close()
-
-    def add(self, data: bytes) -> tuple[int, int]:
-        place = (self.end, len(data))
-        try:
-            self._file.seek(self.end)
-            self._file.write(data)
-        except OSError as error:  # no fault of the input, which would be quarantined for it
-            raise UserError(SCRATCH_FULL.format(error=error.strerror)) from error
-        self.end += len(data)
-        return place
-
-    def read(self, place: tuple[int, int]) -> bytes:
-        try:
-            self._file.seek(place[0])  # this writes what waits
-            return self._file.read(place[1])
-        except OSError as error:
-            raise UserError(SCRATCH_FULL.format(error=error.strerror)) from error
+    fate: str
+    reason: str
+    series: str
+    split: str
+    shard: str
+    problems: str = ""
+    stored_sha256: str = ""
+    decoder: str = ""
 
 
-def publish(task: Mapping[str, Any], skip: Mapping[str, str], touch: Heartbeat) -> str:
-    """Converts one shard and keeps its report beside it; the work of one task, wherever it runs.
+@dataclasses.dataclass(frozen=True)
+class SeriesSummary:
+    """What the search for near-duplicates compares; `signature` is that of near_duplicates.signature, flat."""
 
-    Args:
-      task: "output", "sidecars" (folders), "scratch" (folder or None), "plan" (its hash), "lines" (file of the plan's shards),
-        "at" (place of the shard in it), and what convert_shard takes: "name", "conversion".
+    series: str
+    part: int
+    patient: str
+    split: str
+    modality: str
+    plane: str
+    signature: Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardReport:
+    """What a shard holds and what became of its inputs. A shard in which nothing is left is a file with 0 records.
+
+    Attributes:
+      bytes: of the file.
+      slice_counts: slices in each record.
+      largest: greatest height and width, px.
+      intensity: pixels per bin of the card's histograms, by their kind.
+      series: one for each series of which something is kept.
+      left_out: slices by the rule that left them out.
+      files: by path.
+    """
+
+    file: str
+    split: str
+    records: int
+    slices: int
+    bytes: int
+    sha256: str
+    slice_counts: Sequence[int]
+    largest: Sequence[int]
+    intensity: Mapping[str, Sequence[int]]
+    series: Sequence[SeriesSummary]
+    left_out: Mapping[str, int]
+    files: Mapping[str, FileOutcome]
+
+    @classmethod
+    def from_json(cls, value: Json) -> "ShardReport":
+        given = {field.name: value[field.name] for field in dataclasses.fields(cls)}
+        given["series"] = tuple(SeriesSummary(**one) for one in value["series"])
+        given["files"] = {path: FileOutcome(**one) for path, one in value["files"].items()}
+        return cls(**given)
+
+
+def better_outcome(before: FileOutcome | None, outcome: FileOutcome) -> FileOutcome:
+    """Of the outcomes of a file whose frames went to several parts of a series, the better one: kept if any slice is."""
+    if before is None or FATES.index(outcome.fate) > FATES.index(before.fate):
+        return outcome
+    return before
+
+
+# ---- one task
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What all shards of a build share.
+
+    Attributes:
+      output, sidecars: dataset folder, and folder of the reports.
+      scratch: folder on a local disk, where the output is not on one; else None.
+      plan: its hash.
+      lines: file of the plan with one line per shard.
+    """
+
+    output: str
+    sidecars: str
+    scratch: str | None
+    plan: str
+    lines: str
+    conversion: Conversion
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardTask:
+    """One shard of a job; `offset` and `length` are of its line in the plan, bytes."""
+
+    job: Job
+    offset: int
+    length: int
+
+
+def publish(task: ShardTask, skip: Mapping[str, str], heartbeat: Heartbeat) -> str:
+    """Converts one shard and writes its report; the work of one task of workers.run.
 
     Returns:
-      The shard's file name. `sidecars` then holds <name>.parquet (its rows of the index, with the path of each slice's file)
-      and, written last, <name>.json (the rest of the report).
+      The shard's file name. The folder of the sidecars then holds <name>.parquet (rows of the index, with the path of each
+      slice's file) and, written last, <name>.json (the report).
+
+    Raises:
+      UserError: another plan has replaced the job's own, and as convert_shard.
     """
-    shard = plan.read_shard(task["lines"], task["at"])
+    job = task.job
+    shard = assignment.read_shard(job.lines, task.offset, task.length)
 
-    def touch_while_planned(item: str | None) -> None:
-        touch(item)
-        if item is None and not os.path.exists(task["lines"]):  # on a far machine, after the build was started anew
-            raise UserError(plan.REPLACED)
+    def heartbeat_while_planned(item: str | None) -> None:
+        heartbeat(item)
+        if item is None and not os.path.exists(job.lines):  # seen on a remote machine after the build was started anew
+            raise UserError(assignment.REPLACED)
 
-    arguments = (task["output"], task["name"], task["conversion"], shard)
-    with _scratch(task) as scratch:
-        report = convert_shard(arguments, skip, touch_while_planned, scratch=scratch)
-    index = report.pop("index")
-    path = Path(task["sidecars"], report["file"])
-    names = {name: None for row in index for name in row}  # labels may be missing in some rows
+    with _scratch(job) as scratch:
+        report, index = convert_shard(job.output, job.conversion, shard, skip, heartbeat_while_planned, scratch)
+    path = Path(job.sidecars, report.file)
+    names = {name: None for row in index for name in row}  # some rows lack labels
     table = pa.table({name: [row.get(name) for row in index] for name in names})
     files.write_table(path.with_name(f"{path.name}.parquet"), table, private=True)
-    report = {"plan": task["plan"], "rows": len(index), **report}
-    files.write_text(path.with_name(f"{path.name}.json"), json.dumps(report), private=True)
-    return report["file"]
+    content = {"plan": job.plan, "rows": len(index), **dataclasses.asdict(report)}
+    files.write_text(path.with_name(f"{path.name}.json"), json.dumps(content), private=True)
+    return report.file
 
 
 @contextlib.contextmanager
-def _scratch(task: Mapping[str, Any]) -> Iterator[str | None]:
-    """A folder of its own for what is in hand, where the output is on no local disk."""
-    if task["scratch"] is None:
+def _scratch(job: Job) -> Iterator[str | None]:
+    """A scratch folder of this task's own, where the job has scratch space."""
+    if job.scratch is None:
         yield None
         return
-    os.makedirs(scratch_folder(task["scratch"], task["output"]), mode=0o700, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=scratch_folder(task["scratch"], task["output"])) as folder:
+    parent = scratch_folder(job.scratch, job.output)
+    os.makedirs(parent, mode=0o700, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
         yield folder
 
 
 def scratch_folder(scratch: str, output: str) -> str:
-    """Where the builds of one output have what is in hand."""
+    """Where all builds into one output have their temporary files."""
     return os.path.join(scratch, f"curia-{hashlib.sha256(os.fsencode(os.path.abspath(output))).hexdigest()[:16]}")
 
 
 def convert_shard(
-    task: tuple[str, str, dict[str, Any], dict[str, Any]], skip: Mapping[str, str], touch: Heartbeat, *, scratch: str | None = None
-) -> dict[str, Any]:  # fmt: skip
-    """Writes the shard and reports on it; the work of one task of workers.run.
+    folder: str, conversion: Conversion, shard: PlannedShard, skip: Mapping[str, str], heartbeat: Heartbeat,
+    scratch: str | None = None,
+) -> tuple[ShardReport, list[IndexRow]]:  # fmt: skip
+    """Writes a shard.
 
     Args:
-      task: output folder, dataset name, the plan's "conversion" settings (size, slices_per_record), the plan's shard.
+      folder: of the dataset.
       skip: files that must not be opened again, with the reason.
-      touch: called with each path before it is read, and with None after the last.
-      scratch: a folder on a local disk for what is in hand; None takes the output folder.
+      heartbeat: called with each path before it is read, and with None after the last.
+      scratch: a folder on a local disk for temporary files; None takes `folder`.
 
     Returns:
-      {"file", "split", "records", "slices", "bytes", "sha256", "slice_counts", "largest", "index": rows of index.parquet, each
-      with the path it comes from, "intensity": pixels per bin of the card's histograms, "series": what likeness.groups
-      compares, "left_out": slices by rule, "files": {path: outcome}}. A shard of which nothing is left is a file with 0
-      records.
+      The report, and the rows of index.parquet with the path of each slice's file.
 
     Raises:
-      UserError: an input changed since the inventory.
-      OSError: the disk is full.
+      DataError: an input changed since the inventory.
+      StorageError: an input cannot be read any more, or the scratch disk is full.
+      OSError: the disk of the output is full.
     """
-    folder, dataset, settings, shard = task
-    report: dict[str, Any] = {
-        "file": shards.file_name(dataset, shard["split"], shard["number"]), "split": shard["split"],
-        "slice_counts": [], "largest": [0, 0], "index": [], "files": {}, "series": [], "left_out": collections.Counter(),
-        "intensity": {"HU": [0] * (len(card.HU_EDGES) - 1), "relative": [0] * (len(card.RELATIVE_EDGES) - 1)},
-    }  # fmt: skip
+    name = shards.file_name(conversion.name, shard.split, shard.number)
+    index: list[IndexRow] = []
+    counts: list[int] = []
+    largest = (0, 0)
+    bins = {"HU": len(card.HU_EDGES) - 1, "relative": len(card.RELATIVE_EDGES) - 1}
+    intensity = {kind: [0] * count for kind, count in bins.items()}
+    summaries: list[SeriesSummary] = []
+    left_out: collections.Counter[str] = collections.Counter()
+    outcomes: dict[str, FileOutcome] = {}
 
     def items() -> Iterator[bytes]:
-        for series in shard["series"]:
-            with _Spool(Path(scratch or folder)) as spool:
-                yield from _series_records(
-                    series, settings, skip, touch, report, archives.folder(folder), spool, scratch
-                )
-        touch(None)
+        nonlocal largest
+        for series in shard.series:
+            with Spool(Path(scratch or folder)) as spool:
+                unpacked = archives.folder(folder)
+                place = _Place(name, unpacked, scratch or unpacked, spool)
+                converted = _convert_series(series, conversion, skip, heartbeat, place)
+                for path, outcome in converted.outcomes.items():
+                    outcomes[path] = better_outcome(outcomes.get(path), outcome)
+                left_out.update(converted.tally.left_out)
+                if converted.identity is None or converted.summary is None:
+                    continue
+                summaries.append(converted.summary)
+                histograms = converted.tally.histograms
+                kind, pixels = intensities(converted.identity.units, histograms)
+                intensity[kind] = [a + int(b) for a, b in zip(intensity[kind], pixels, strict=True)]
+                per_record = conversion.slices_per_record
+                for record in pack(converted.identity, converted.slices, histograms, per_record, spool):
+                    where: IndexRow = {"split": shard.split, "shard": name, "record": len(counts)}
+                    index.extend(where | row for row in record.rows)
+                    counts.append(len(record.rows))
+                    largest = (max(largest[0], record.shape[0]), max(largest[1], record.shape[1]))
+                    yield record.data
+        heartbeat(None)
 
-    path = Path(folder, report["file"])
-    report["records"], report["sha256"] = shards.write(path, items(), Path(scratch) if scratch else None)
-    report["slices"] = sum(report["slice_counts"])
-    report["bytes"] = path.stat().st_size
-    return report
-
-
-def _series_records(
-    series: dict[str, Any], settings: Mapping[str, Any], skip: Mapping[str, str], touch: Heartbeat, report: dict[str, Any],
-    unpacked: str, spool: _Spool, scratch: str | None,
-) -> Iterator[bytes]:  # fmt: skip
-    facts = dict(series["facts"])  # readers add what only the pixels tell: units, and plane or modality of a volume
-    kept: list[_Encoded] = []
-    outcomes: dict[str, dict[str, Any]] = {}
-    read = _Read()
-
-    def whole(file: dict[str, Any], outcome: dict[str, Any]) -> tuple[list[_Encoded], _Read]:
-        source = objects.Object(file["path"], file["size"], file["modified_ns"])
-        with archives.at_hand(source, file.get("member"), unpacked, scratch or unpacked, touch) as path:
-            return _encode(file, path, series, facts, settings, outcome, read.sources, spool)
-
-    for file in series["files"]:
-        outcome = {
-            "fate": "excluded", "reason": "", "problems": "; ".join(series["problems"]), "stored_sha256": "", "decoder": "",
-            "series": series["series"], "split": series["split"], "shard": report["file"],
-        }  # fmt: skip
-        if file["path"] in skip:
-            outcome |= {"fate": "quarantined", "reason": skip[file["path"]]}
-        else:
-            touch(file["path"])
-            _check_unchanged(file)
-            try:
-                # A file is taken whole or not at all.
-                items, found = retry.retry_transient(functools.partial(whole, file, outcome), touch, file["path"])
-            except UserError:
-                raise
-            except ReadError as error:
-                outcome |= {"fate": "quarantined", "reason": str(error)}
-            except MemoryError:
-                outcome |= {"fate": "quarantined", "reason": NO_MEMORY}
-            except OSError as error:
-                if objects.is_address(file["path"]) and error.errno in (errno.ENOENT, errno.EACCES):
-                    raise UserError(GONE) from error  # by the inventory it could be read
-                outcome |= {"fate": "quarantined", "reason": f"cannot be read ({error.strerror})"}
-            except Exception as error:  # noqa: BLE001 - no file may end the build, whatever it holds
-                outcome |= {"fate": "quarantined", "reason": f"the reader failed on it ({fault_location(error)})"}
-            else:
-                kept += items
-                read.add(found)
-                if items:
-                    outcome |= {"fate": "kept", "reason": outcome["problems"]}  # kept and flagged
-            _check_unchanged(file)
-        outcomes[file["path"]] = outcome
-    reason = _exclude_series(series, facts, read)
-    if reason is not None:
-        read.left_out[reason] += len(kept)
-        for outcome in outcomes.values():
-            if outcome["fate"] == "kept":
-                outcome |= {"fate": "excluded", "reason": reason}
-        kept = []
-    elif kept:
-        shown = [codec.decode(spool.read(kept[n].place)) for n in likeness.places(len(kept))]
-        facts["signature"] = likeness.signature(shown)
-        if settings.get("planes"):
-            kept += _reformats(series, facts, kept, settings, spool, read)
-    for path, outcome in outcomes.items():
-        merge_outcome(report["files"], path, outcome)
-    report["left_out"].update(read.left_out)
-    if kept:
-        one = {name: series[name] for name in ("series", "part", "patient", "split")}
-        one |= {
-            "modality": facts["modality"],
-            "plane": series["plane"],
-            "signature": facts["signature"].ravel().tolist(),
-        }
-        report["series"].append(one)
-        yield from _pack(series, facts, kept, read.histograms, settings["slices_per_record"], report, spool)
+    path = Path(folder, name)
+    written, sha256 = shards.write(path, items(), Path(scratch) if scratch else None)
+    report = ShardReport(
+        file=name, split=shard.split, records=written, slices=sum(counts), bytes=path.stat().st_size, sha256=sha256,
+        slice_counts=counts, largest=largest, intensity=intensity, series=summaries, left_out=dict(left_out), files=outcomes,
+    )  # fmt: skip
+    return report, index
 
 
-@dataclasses.dataclass
-class _Read:
-    """What is known of the slices read so far, of a file or a series.
+# ---- one series
+
+
+class _Place(NamedTuple):
+    """Where a series is converted.
 
     Attributes:
-      histograms: of the pixels, by slope and intercept; as long as their highest value needs.
-      sources: hashes of the slices that are kept.
-      left_out: slices by rule.
+      shard: file name.
+      unpacked: folder of the copies of compressed archives.
+      scratch: folder for temporary files.
+      spool: of the series.
     """
 
-    histograms: dict[tuple[float, float], np.ndarray] = dataclasses.field(default_factory=dict)
-    sources: set[str] = dataclasses.field(default_factory=set)
-    left_out: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-
-    def count(self, key: tuple[float, float], histogram: np.ndarray) -> None:
-        """Adds a histogram, which is then this one's to change."""
-        before = self.histograms.get(key)
-        if before is None:
-            self.histograms[key] = histogram
-            return
-        long, short = (before, histogram) if len(before) >= len(histogram) else (histogram, before)
-        long[: len(short)] += short
-        self.histograms[key] = long
-
-    def discount(self, key: tuple[float, float], histogram: np.ndarray) -> None:
-        self.histograms[key][: len(histogram)] -= histogram
-        self.histograms[key] = np.trim_zeros(self.histograms[key], "b")
-        if not len(self.histograms[key]):
-            del self.histograms[key]
-
-    def add(self, other: "_Read") -> None:
-        for key, histogram in other.histograms.items():
-            self.count(key, histogram)
-        self.sources |= other.sources
-        self.left_out.update(other.left_out)
+    shard: str
+    unpacked: str
+    scratch: str
+    spool: Spool
 
 
-def _exclude_series(series: Mapping[str, Any], facts: Mapping[str, Any], read: _Read) -> str | None:
-    """The rule that leaves a whole series out, or None."""
-    told = facts["modality"] in ("CT", "MR") and series["facts"]["modality"] != "auto"
-    if not told or series["kind"] == "image" or not read.histograms:
-        return None
-    stored = [np.flatnonzero(histogram) for histogram in read.histograms.values()]
-    values = [places * slope + intercept for places, (slope, intercept) in zip(stored, read.histograms, strict=True)]
-    counts = [histogram[places] for places, histogram in zip(stored, read.histograms.values(), strict=True)]
-    return rules.exclude_series(np.concatenate(values), np.concatenate(counts), facts["modality"])
+class _ConvertedSeries(NamedTuple):
+    """`slices` are in the order of their records; identity and summary are None where no slice is kept."""
+
+    outcomes: dict[str, FileOutcome]
+    tally: Tally
+    slices: list[EncodedSlice]
+    identity: SeriesIdentity | None = None
+    summary: SeriesSummary | None = None
 
 
-def _encode(
-    file: dict[str, Any], path: str, series: dict[str, Any], facts: dict[str, Any], settings: Mapping[str, Any],
-    outcome: dict[str, Any], seen: set[str], spool: _Spool,
-) -> tuple[list[_Encoded], _Read]:  # fmt: skip
-    """The slices of a file that are kept, and what was seen of them; says in `outcome` why others are not."""
-    read = _Read()
-    found: list[tuple[int, str | None, _Encoded | None]] = []
-    for item in _READERS[series["kind"]](file | {"path": path}, series, facts, outcome, spool):
-        item = _shrink(item, settings["size"])
-        # The only look at all pixels: rules, statistics and the card's intensities follow from how many have which value.
-        counts = np.bincount(item.pixels.ravel())
-        reason = _exclude(item, counts, facts) or (SAME_PIXELS if item.source in seen else None)
-        if reason is None:
-            index = file["first"] + item.rank
-            found.append((item.rank, None, _keep(item, counts, index, file["labels"], file["path"], spool)))
-            read.count((item.slope, item.intercept), counts)
-        else:
-            found.append((item.rank, reason, None))
-    kept: list[_Encoded] = []
-    for _, reason, one in sorted(found, key=lambda entry: entry[0]):
-        if one is not None and one.origin.source in read.sources:
-            # In a file of several frames which of two comes first is known at the end.
-            reason = SAME_PIXELS
-            pixels = codec.decode(spool.read(one.place))
-            read.discount((one.origin.slope, one.origin.intercept), np.bincount(pixels.ravel()))
-        if reason is not None:
-            outcome |= {"fate": "duplicate" if reason == SAME_PIXELS else "excluded", "reason": reason}
-            read.left_out[reason] += 1
-            continue
-        read.sources.add(one.origin.source)
-        kept.append(one)
-    return kept, read
+class _ConvertedFile(NamedTuple):
+    """`facts` is None where the file was not read."""
+
+    outcome: FileOutcome
+    slices: list[EncodedSlice]
+    tally: Tally
+    facts: ImageFacts | None = None
 
 
-def _keep(
-    item: _Slice, counts: np.ndarray, index: int, labels: dict[str, Any], path: str, spool: _Spool
-) -> _Encoded:  # fmt: skip
-    statistics = records.slice_statistics(item.pixels, item.slope, item.intercept, counts)
-    place, shape = spool.add(codec.encode(item.pixels)), item.pixels.shape
-    item.pixels = np.empty((0, 0), np.uint16)  # a view would keep the whole slice in memory
-    return _Encoded(place, shape, index, labels, item, statistics, path)
-
-
-def _reformats(
-    series: Mapping[str, Any], facts: Mapping[str, Any], kept: list[_Encoded], settings: Mapping[str, Any], spool: _Spool,
-    read: _Read,
-) -> list[_Encoded]:  # fmt: skip
-    """Slices of the other planes that were asked for; none where the kept slices form no regular volume."""
-    one = kept[0]
-    along = series.get("along") or facts.get("along")
-    positions = np.diff([e.origin.position for e in kept])
-    spacing = (float(np.median(positions)) if len(positions) else 0.0, *one.origin.spacing)
-    alike = {(e.shape, e.origin.slope, e.origin.intercept, e.origin.spacing) for e in kept}
-    regular = (
-        not series["problems"] and along is not None and len(alike) == 1 and len(kept) >= geometry.MINIMUM_SLICES
-        and series["plane"] in reformat.PLANES and min(spacing) > 0
-        and float(np.abs(positions - spacing[0]).max()) <= geometry.SPACING_TOLERANCE * spacing[0]
+def _convert_series(
+    series: PlannedSeries, conversion: Conversion, skip: Mapping[str, str], heartbeat: Heartbeat, place: _Place
+) -> _ConvertedSeries:
+    tally, slices, facts = Tally(), [], None
+    outcomes: dict[str, FileOutcome] = {}
+    for file in series.files:
+        found = _convert_file(file, series, conversion, skip, heartbeat, tally.sources, place)
+        outcomes[file.path] = found.outcome
+        slices += found.slices
+        tally.add(found.tally)
+        facts = found.facts or facts
+    if not slices or facts is None:
+        return _ConvertedSeries(outcomes, tally, [])
+    reason = _exclude_series(series, facts, tally)
+    if reason is not None:
+        tally.left_out[reason] += len(slices)
+        outcomes = {
+            path: dataclasses.replace(one, fate="excluded", reason=reason) if one.fate == "kept" else one
+            for path, one in outcomes.items()
+        }
+        return _ConvertedSeries(outcomes, tally, [])
+    identity = SeriesIdentity(
+        series.series, series.patient, facts.modality, facts.units,
+        series.plane if facts.plane is None else facts.plane,
+        series.body_part if facts.body_part is None else facts.body_part,
+        series.manufacturer if facts.manufacturer is None else facts.manufacturer,
+        series.spacing if facts.spacing is None else facts.spacing,
     )  # fmt: skip
+    shown = [place.spool.pixels(slices[number]) for number in near_duplicates.places(len(slices))]
+    summary = SeriesSummary(
+        series.series, series.part, series.patient, series.split, identity.modality, identity.plane,
+        near_duplicates.signature(shown).ravel().tolist(),
+    )  # fmt: skip
+    directions = series.directions or facts.directions
+    if conversion.planes and directions is not None and not series.problems:
+        reformats, excluded = _reformat(slices, identity, directions, conversion, place.spool)
+        slices = slices + reformats
+        tally.left_out.update(excluded)
+    return _ConvertedSeries(outcomes, tally, slices, identity, summary)
+
+
+def _exclude_series(series: PlannedSeries, facts: ImageFacts, tally: Tally) -> str | None:
+    """The rule that leaves a whole series out, or None."""
+    if facts.modality not in ("CT", "MR") or series.modality == "auto" or series.kind == "image":
+        return None
+    stored = [np.flatnonzero(histogram) for histogram in tally.histograms.values()]
+    values = [one * slope + intercept for one, (slope, intercept) in zip(stored, tally.histograms, strict=True)]
+    counts = [histogram[one] for one, histogram in zip(stored, tally.histograms.values(), strict=True)]
+    return exclusion.exclude_series(np.concatenate(values), np.concatenate(counts), facts.modality)
+
+
+def _reformat(
+    slices: Sequence[EncodedSlice], identity: SeriesIdentity, directions: assignment.Directions, conversion: Conversion,
+    spool: Spool,
+) -> tuple[list[EncodedSlice], collections.Counter[str]]:  # fmt: skip
+    """Slices in the other wanted planes, and how many were left out by which rule; none unless `slices` form a regular volume."""
+    one = slices[0]
+    steps = np.diff([each.position for each in slices])
+    spacing = (float(np.median(steps)) if len(steps) else 0.0, *one.spacing)
+    regular = (
+        len({(each.shape, each.scale, each.spacing) for each in slices}) == 1
+        and len(slices) >= geometry.MINIMUM_SLICES
+        and identity.plane in reformat.PLANES
+        and min(spacing) > 0
+        and float(np.abs(steps - spacing[0]).max()) <= geometry.SPACING_TOLERANCE * spacing[0]
+    )
+    left_out: collections.Counter[str] = collections.Counter()
     if not regular:
-        return []
-    labels = one.labels if all(e.labels == one.labels for e in kept) else {}
-    flags = records.REFORMATTED | (one.origin.flags & (records.LOSSY | records.MODALITY_INFERRED))
+        return [], left_out
+    labels = one.labels if all(each.labels == one.labels for each in slices) else {}
+    flags = records.REFORMATTED | (one.flags & (records.LOSSY | records.MODALITY_INFERRED))
+    wanted = tuple(plane for plane in conversion.planes if plane != identity.plane)
     found = []
-    with reformat.Stack(Path(spool.folder), spacing, tuple(tuple(a) for a in along)) as stack:
-        for e in kept:
-            stack.add(codec.decode(spool.read(e.place)))
-        for cut in stack.planes(tuple(p for p in settings["planes"] if p != series["plane"])):
-            item = _Slice(
-                cut.number, cut.pixels, one.origin.slope, one.origin.intercept, cut.position, flags, dicom.stored_sha256(cut.pixels),
+    with reformat.Stack(spool.folder, spacing, directions) as stack:
+        for each in slices:
+            stack.add(spool.pixels(each))
+        for cut in stack.planes(wanted):
+            item = Slice(
+                cut.number, cut.pixels, *one.scale, cut.position, flags, stored_sha256(cut.pixels),
                 (stack.spacing, stack.spacing),
             )  # fmt: skip
-            item = _shrink(item, settings["size"])
-            counts = np.bincount(item.pixels.ravel())
-            reason = _exclude(item, counts, facts)
-            if reason is not None:
-                read.left_out[f"{reason} (reformatted)"] += 1
-                continue
-            encoded = _keep(item, counts, cut.number, labels, "", spool)
-            found.append(dataclasses.replace(encoded, plane=cut.plane, step=stack.spacing))
+            item = _reduce(item, conversion.size)
+            histogram = np.bincount(item.pixels.ravel())
+            reason = _exclude(item, histogram, identity.units)
+            if reason is None:
+                encoded = _encode(item, histogram, cut.number, labels, "", spool)
+                found.append(encoded._replace(plane=cut.plane, step=stack.spacing))
+            else:
+                left_out[f"{reason} (reformatted)"] += 1
+    return found, left_out
+
+
+# ---- one file
+
+
+def _convert_file(
+    file: PlannedFile, series: PlannedSeries, conversion: Conversion, skip: Mapping[str, str], heartbeat: Heartbeat,
+    seen: Collection[str], place: _Place,
+) -> _ConvertedFile:  # fmt: skip
+    """A file is taken whole or not at all."""
+
+    def read() -> _ConvertedFile:
+        with archives.materialize(_object(file), file.member, place.unpacked, place.scratch, heartbeat) as path:
+            return _read_file(file, path, series, conversion, seen, place)
+
+    def quarantine(reason: str) -> _ConvertedFile:
+        outcome = FileOutcome(
+            "quarantined", reason, series.series, series.split, place.shard, "; ".join(series.problems)
+        )
+        return _ConvertedFile(outcome, [], Tally())
+
+    if file.path in skip:
+        return quarantine(skip[file.path])
+    heartbeat(file.path)
+    _check_unchanged(file)
+    try:
+        found = retry_transient(read, heartbeat, file.path)
+    except UserError:
+        raise
+    except ReadError as error:
+        found = quarantine(str(error))
+    except MemoryError:
+        found = quarantine(NO_MEMORY)
+    except OSError as error:
+        if objects.is_address(file.path) and error.errno in (errno.ENOENT, errno.EACCES):
+            raise StorageError(GONE) from error  # the inventory could read it
+        found = quarantine(f"cannot be read ({error.strerror})")
+    except Exception as error:  # noqa: BLE001 - no file may end the build, whatever it holds
+        found = quarantine(f"the reader failed on it ({fault_location(error)})")
+    _check_unchanged(file)
     return found
 
 
-# Of several outcomes for one file, whose frames went to several parts of a series, the best stands in the manifest.
-_RANK = ("quarantined", "excluded", "duplicate", "kept")
-
-
-def merge_outcome(outcomes: dict[str, dict[str, Any]], path: str, outcome: dict[str, Any]) -> None:
-    """Adds the outcome of a file, or what is better about it than the one that is there."""
-    before = outcomes.get(path)
-    if before is None or _RANK.index(outcome["fate"]) > _RANK.index(before["fate"]):
-        outcomes[path] = outcome
-
-
-def _check_unchanged(file: Mapping[str, Any]) -> None:
-    # Paths can hold names, so the texts have none; whoever runs the task knows the file in hand.
+def _check_unchanged(file: PlannedFile) -> None:
+    # Paths can hold names, so the messages have none; the runner knows which file it is.
     try:
-        unchanged = archives.is_unchanged(file)
+        unchanged = archives.is_unchanged(_object(file), file.member)
     except OSError as error:
-        raise UserError(GONE) from error
+        raise StorageError(GONE) from error
     if not unchanged:
-        raise UserError(objects.CHANGED)
+        raise DataError(objects.CHANGED)
 
 
-GONE = "an input can no longer be read; start the build again"
+def _object(file: PlannedFile) -> objects.Object:
+    return objects.Object(file.path, file.size, file.modified_ns)
 
 
-def _exclude(item: _Slice, counts: np.ndarray, facts: Mapping[str, Any]) -> str | None:
-    stored = np.flatnonzero(counts)
-    hu = facts["units"] == "HU"
-    values = stored.astype(np.float32) * item.slope + item.intercept if hu else stored
-    return rules.exclude_pixels(item.pixels.shape, values, counts[stored], hu=hu)
-
-
-# ---- readers: one file to slices
-
-
-def _read_dicom(
-    file: dict[str, Any], series: dict[str, Any], facts: dict[str, Any], outcome: dict[str, Any], spool: _Spool
-) -> Iterator[_Slice]:
-    hu = facts["modality"] == "CT"
-    facts["units"] = "HU" if hu else "arbitrary"
-    flags = (records.IRREGULAR if set(series["problems"]) - {geometry.FEW} else 0) | (
-        records.LOSSY if file["lossy"] else 0
+def _read_file(
+    file: PlannedFile, path: str, series: PlannedSeries, conversion: Conversion, seen: Collection[str], place: _Place
+) -> _ConvertedFile:
+    """Reads a file; keeps the slices that no rule excludes and that are not in `seen`, the sources of the series' other files."""
+    flags = records.IRREGULAR if set(series.problems) - {geometry.FEW} else 0
+    flags |= records.LOSSY if file.lossy else 0
+    request = ReadRequest(path, series.modality, str(place.spool.folder), file.frames, flags)
+    tally = Tally()
+    found: list[tuple[int, str | None, EncodedSlice | None]] = []
+    with readers.open_source(series.kind, request) as source:
+        units = source.facts.units
+        for item in source.slices():
+            item = _reduce(item, conversion.size)
+            # The only look at all pixels: rules, statistics and the card's histograms follow from how many have which value.
+            histogram = np.bincount(item.pixels.ravel())
+            reason = _exclude(item, histogram, units) or (SAME_PIXELS if item.source in seen else None)
+            encoded = None
+            if reason is None:
+                encoded = _encode(item, histogram, file.first + item.rank, file.labels, file.path, place.spool)
+                tally.count(encoded.scale, histogram)
+            found.append((item.rank, reason, encoded))
+    fate, last_reason = "excluded", source.excluded
+    kept: list[EncodedSlice] = []
+    for _, reason, encoded in sorted(found, key=lambda each: each[0]):
+        if encoded is not None and encoded.source in tally.sources:
+            # Which of two equal frames comes first in space is known only now.
+            reason = SAME_PIXELS
+            tally.discount(encoded.scale, np.bincount(place.spool.pixels(encoded).ravel()))
+        if reason is None and encoded is not None:
+            tally.sources.add(encoded.source)
+            kept.append(encoded)
+        elif reason is not None:
+            fate, last_reason = ("duplicate" if reason == SAME_PIXELS else "excluded"), reason
+            tally.left_out[reason] += 1
+    problems = "; ".join(series.problems)
+    if kept:
+        fate, last_reason = "kept", problems
+    outcome = FileOutcome(
+        fate, last_reason, series.series, series.split, place.shard, problems, source.stored_sha256, source.decoder
     )
-    wanted = {frame: (rank, along) for rank, (frame, along) in enumerate(file["frames"])}
-    with dicom.open_image(file["path"]) as image:
-        whole = dicom.Digest()
-        for number, values in enumerate(image.stored()):
-            source = whole.add(values, of_its_own=image.frames > 1)
-            if number not in wanted:
-                continue
-            if image.photometric == "MONOCHROME1" and not hu:
-                # High values are meant to be seen dark. HU mean the same however they are shown.
-                values = (-1 if image.signed else (1 << image.bits_stored) - 1) - values.astype(np.int64)
-            place = image.geometry[number]
-            pixels, slope, intercept, clipped = to_uint16(values, place.slope, place.intercept, hu=hu)
-            rank, along = wanted[number]
-            spacing = place.spacing or (0.0, 0.0)
-            yield _Slice(
-                rank, pixels, slope, intercept, along, flags | clipped, source or whole.hex(), (spacing[0], spacing[1])
-            )
-        outcome["stored_sha256"], outcome["decoder"] = whole.hex(), image.decoder
+    return _ConvertedFile(outcome, kept, tally, source.facts)
 
 
-def _read_volume(
-    file: dict[str, Any], series: dict[str, Any], facts: dict[str, Any], outcome: dict[str, Any], spool: _Spool
-) -> Iterator[_Slice]:
-    with volumes.open_volume(file["path"], spool.folder) as volume:
-        outcome["decoder"] = "nibabel" if volumes.is_nifti(file["path"]) else "SimpleITK"
-        whole = dicom.Digest()
-        if volume.is_label_map:
-            for plane in volume.slices():
-                whole.add(plane)
-            outcome |= {"reason": "label map: few distinct whole numbers", "stored_sha256": whole.hex()}
-            return
-        flags = 0
-        if facts["modality"] == "auto":
-            facts["modality"], flags = volumes.infer_modality(volume.low, volume.high), records.MODALITY_INFERRED
-        hu = facts["modality"] == "CT"
-        facts |= {"units": "HU" if hu else "arbitrary", "body_part": "", "manufacturer": "unknown"}
-        series |= {"plane": volume.plane, "spacing": volume.spacing[2]}
-        facts["along"] = reformat.VOLUMES[volume.plane]
-        as_it_is = volume.integers and volume.high - min(volume.low, 0) < LEVELS
-        # Whole numbers as they are; others in 65,535 equal steps between the lowest and the highest.
-        slope = 1.0 if as_it_is else (float(volume.high) - float(volume.low)) / (LEVELS - 1) or 1.0
-        intercept = 0.0 if as_it_is else float(volume.low)
-        for number, plane in enumerate(volume.slices()):
-            steps = plane if as_it_is else np.rint((plane.astype(np.float64) - intercept) / slope).astype(np.int64)
-            if volume.integers:
-                source = whole.add(plane, of_its_own=True)
-            if not as_it_is:
-                source = dicom.stored_sha256(steps)
-            low = int(volume.low) if as_it_is else 0
-            pixels, s, i, clipped = to_uint16(steps, slope, intercept, hu=hu, low=low)
-            yield _Slice(number, pixels, s, i, number * volume.spacing[2], flags | clipped, source, volume.spacing[:2])
-        outcome["stored_sha256"] = whole.hex() if volume.integers else ""
+def _exclude(item: Slice, histogram: Int[np.ndarray, " levels"], units: str) -> str | None:
+    """The rule that leaves a slice out, or None."""
+    stored = np.flatnonzero(histogram)
+    hu = units == "HU"
+    values = stored.astype(np.float32) * item.slope + item.intercept if hu else stored
+    return exclusion.exclude_pixels(item.pixels.shape, values, histogram[stored], hu=hu)
 
 
-def _read_image(
-    file: dict[str, Any], series: dict[str, Any], facts: dict[str, Any], outcome: dict[str, Any], spool: _Spool
-) -> Iterator[_Slice]:
-    values = images.read_image(file["path"])
-    outcome["stored_sha256"], outcome["decoder"] = dicom.stored_sha256(values), "Pillow"
-    # Pictures have no HU, whatever the modality: a window was applied when they were made.
-    facts |= {"units": "arbitrary", "body_part": "", "manufacturer": "unknown"}
-    yield _Slice(0, values.astype(np.uint16), 1.0, 0.0, 0.0, 0, outcome["stored_sha256"], (0.0, 0.0))
-
-
-_READERS = {"dicom": _read_dicom, "volume": _read_volume, "image": _read_image}
-
-
-# ---- pixels
-
-
-def to_uint16(
-    values: Shaped[np.ndarray, "rows columns"], slope: float, intercept: float, *, hu: bool, low: int | None = None
-) -> tuple[UInt16[np.ndarray, "rows columns"], float, float, int]:
-    """Whole stored values to 16 bit without loss.
-
-    HU on whole numbers become HU + 1024, with what lies below -1024 (padding) raised to it. Everything else keeps its own
-    steps: the lowest value becomes 0 where it is negative. The slope that comes out is above 0.
-
-    Args:
-      values: whole numbers; real value = values * slope + intercept.
-      low: lowest value of the series; of this slice unless given.
-
-    Returns:
-      Pixels, slope and intercept of the pixels, and records.CLIPPED where padding was raised.
-
-    Raises:
-      ReadError: the values span more than 16 bits.
-    """
-    exact = float(slope).is_integer() and float(intercept).is_integer()
-    # 32 bits hold 16-bit values times any slope and intercept in use, at a tenth of the time of 64.
-    small = values.dtype.itemsize <= 2 and exact and abs(slope) < 1 << 14 and abs(intercept) < 1 << 28
-    if slope == 1 and small:
-        whole = values  # 16 bits do, because what is added wraps around
-    else:
-        whole = values.astype(np.int32 if small else np.int64)
-    if slope < 0:
-        whole, slope, low = -whole, -slope, None
-    clipped = 0
-    if hu and exact:
-        whole = whole if slope == 1 else whole * int(slope)
-        shift = int(intercept) - AIR_HU
-        bottom = int(whole.min()) + shift
-        if bottom < 0:
-            clipped = records.CLIPPED
-            whole = whole if -shift <= np.iinfo(whole.dtype).max else whole.astype(np.int32)
-            whole = np.maximum(whole, np.full_like(whole, -shift))  # five times faster than with a number
-        slope, intercept = 1.0, float(AIR_HU)
-    else:
-        shift = -min(int(whole.min()) if low is None else low, 0)
-        intercept = float(intercept - slope * shift)
-    top = int(whole.max()) + shift
-    if top >= LEVELS:
-        raise ReadError(f"values span {top + 1:,} steps; a slice holds {LEVELS:,}")
-    pixels = whole.view(np.uint16) if whole.dtype in (np.int16, np.uint16) else whole.astype(np.uint16)
-    return pixels + np.uint16(shift % LEVELS), float(slope), intercept, clipped
-
-
-def _shrink(item: _Slice, size: int | None) -> _Slice:
-    """Antialiased reduction so that the longer side has `size` px; smaller slices stay as they are."""
+def _reduce(item: Slice, size: int | None) -> Slice:
+    """Antialiased reduction to a longer side of `size` px; smaller slices stay as they are."""
     rows, columns = item.pixels.shape
     if size is None or max(rows, columns) <= size:
         return item
-    target = tuple(max(1, round(n * size / max(rows, columns))) for n in (rows, columns))
-    # PIL resizes float32 with an antialiased bicubic kernel; 16-bit values are exact in it.
-    small = Image.fromarray(item.pixels.astype(np.float32)).resize(target[::-1], Image.Resampling.BICUBIC)
+    height, width = (max(1, round(n * size / max(rows, columns))) for n in (rows, columns))
+    # PIL resizes float32 with an antialiased bicubic filter; 16-bit values are exact in it.
+    small = Image.fromarray(item.pixels.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
     pixels = np.clip(np.rint(np.asarray(small)), 0, LEVELS - 1).astype(np.uint16)
-    spacing = (item.spacing[0] * rows / target[0], item.spacing[1] * columns / target[1])
+    spacing = (item.spacing[0] * rows / height, item.spacing[1] * columns / width)
     return dataclasses.replace(item, pixels=pixels, spacing=spacing, flags=item.flags | records.RESIZED)
 
 
-# ---- records
-
-
-def _pack(
-    series: Mapping[str, Any], facts: Mapping[str, Any], kept: list[_Encoded],
-    histograms: Mapping[tuple[float, float], np.ndarray], per_record: int, report: dict[str, Any], spool: _Spool,
-) -> Iterator[bytes]:  # fmt: skip
-    """Records of up to `per_record` neighbours that share size, slope, intercept and spacing."""
-    # Slices of one series rarely differ in slope; where they do, each slope has its own series statistics.
-    statistics = {key: records.series_statistics(counts, *key) for key, counts in histograms.items()}
-    kind = "HU" if facts["units"] == "HU" else "relative"
-    for key, counts in histograms.items():
-        pixels = card.intensities(counts, *key, statistics[key]["series_percentiles"], hu=kind == "HU")
-        report["intensity"][kind] = [a + int(b) for a, b in zip(report["intensity"][kind], pixels, strict=True)]
-
-    def alike(e: _Encoded) -> tuple[Any, ...]:
-        return e.plane, e.shape, e.origin.slope, e.origin.intercept, e.origin.spacing
-
-    for _, group in itertools.groupby(kept, key=alike):
-        members = list(group)
-        for start in range(0, len(members), per_record):
-            part = members[start : start + per_record]
-            origin = part[0].origin
-            record = {
-                "series": series["series"], "patient": series["patient"], "modality": facts["modality"], "units": facts["units"],
-                "plane": part[0].plane or series["plane"], "body_part": facts["body_part"], "manufacturer": facts["manufacturer"],
-                "slope": origin.slope, "intercept": origin.intercept,
-                "spacing": (*origin.spacing, part[0].step or series["spacing"]),
-                **statistics[origin.slope, origin.intercept],
-            }  # fmt: skip
-            per_slice = {
-                name: [e.statistics[name] for e in part] for name in ("low", "high", "mean", "std", records.SLICE_BOX)
-            }
-            per_slice |= {
-                "index": [e.index for e in part], "position": [e.origin.position for e in part],
-                "flags": [e.origin.flags for e in part], "source": [e.origin.source for e in part],
-            }  # fmt: skip
-            for slot, e in enumerate(part):
-                report["index"].append(_index_row(report, record, per_slice, slot, e))
-            report["slice_counts"].append(len(part))
-            report["largest"] = [max(a, b) for a, b in zip(report["largest"], part[0].shape, strict=True)]
-            yield records.serialize([spool.read(e.place) for e in part], record, per_slice)
-
-
-def _index_row(
-    report: Mapping[str, Any], record: Mapping[str, Any], per_slice: Mapping[str, Any], slot: int, e: _Encoded
-) -> dict[str, Any]:
-    row = {"split": report["split"], "shard": report["file"], "record": len(report["slice_counts"]), "slot": slot}
-    row |= {name: record[name] for name in (*records.TEXT, *records.NUMBERS)}
-    row |= {
-        f"spacing_{axis}": value for axis, value in zip(("rows", "columns", "slices"), record["spacing"], strict=True)
-    }
-    row |= {
-        name: per_slice[name][slot] for name in (*records.SLICE_NUMBERS, *records.SLICE_INTEGERS, *records.SLICE_TEXT)
-    }
-    row |= {"height": e.shape[0], "width": e.shape[1]}
-    row |= {f"label_{name}": value for name, value in e.labels.items()}
-    return row | {PATH: os.fsencode(e.path)}
+def _encode(
+    item: Slice, histogram: Int[np.ndarray, " levels"], index: int, labels: Mapping[str, str | int | float | None],
+    path: str, spool: Spool,
+) -> EncodedSlice:  # fmt: skip
+    rows, columns = item.pixels.shape
+    return EncodedSlice(
+        spool.add(codec.encode(item.pixels)), (rows, columns), index, item.position, (item.slope, item.intercept), item.flags,
+        item.source, item.spacing, slice_statistics(item.pixels, item.slope, item.intercept, histogram), labels, path,
+    )  # fmt: skip

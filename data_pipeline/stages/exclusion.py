@@ -1,36 +1,37 @@
-"""Which images are left out, and why. Rules are data: a name that stands in the manifest, and a predicate."""
+"""Which images are excluded, and why. Rules are data: a name, which the manifest quotes, and a predicate."""
 
 from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Shaped
+from pydicom.uid import (
+    CTImageStorage,
+    EnhancedCTImageStorage,
+    EnhancedMRImageStorage,
+    LegacyConvertedEnhancedCTImageStorage,
+    LegacyConvertedEnhancedMRImageStorage,
+    MRImageStorage,
+)
 
 from data_pipeline.sources import geometry
-from data_pipeline.sources.dicom import Header
+from data_pipeline.sources.dicom_header import Header
 
-# DICOM PS3.4 B.5: CT, MR, and their enhanced and legacy-converted multi-frame forms.
-IMAGE_CLASSES = frozenset(
-    {
-        "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2",
-        "1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1", "1.2.840.10008.5.1.4.1.1.4.4",
-    }
-)  # fmt: skip
-MULTIFRAME_CLASSES = frozenset(
-    c
-    for c in IMAGE_CLASSES
-    if c.count(".") == 10 and c not in ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.4")
-)
+# DICOM PS3.4 B.5: CT and MR, and their enhanced and legacy-converted multi-frame forms.
+MULTIFRAME_CLASSES = frozenset({
+    EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage, EnhancedMRImageStorage, LegacyConvertedEnhancedMRImageStorage,
+})  # fmt: skip
+IMAGE_CLASSES = MULTIFRAME_CLASSES | {CTImageStorage, MRImageStorage}
 LOCALIZER_TYPES = frozenset(
     {"LOCALIZER", "SCREEN SAVE", "SCREENSAVE", "PATIENT_INFO", "REF_SURVIEW", "SURVIEW", "SCOUT", "SCANOGRAM", "TOPOGRAM",
      "DOSE_INFO", "DOSE", "CSA REPORT"}
 )  # fmt: skip
-# Maximum and minimum intensity projections, renderings, and planes cut out of other series by a console.
+# Maximum and minimum intensity projections, renderings, and planes that a console reformatted from other series.
 PROJECTION_TYPES = frozenset(
     {"PROJECTION IMAGE", "MIP", "MINIP", "MPR", "VRT", "SSD", "MAX_IP", "MIN_IP", "MAXIP", "MINIMUM", "MAXIMUM", "RADIAL_MIP",
      "VOLREN", "RENDERED", "VOLUME RENDERING", "REFORMATTED", "CSA MPR", "CSA MIP", "CSA RESAMPLED", "CURVED MPR"}
 )  # fmt: skip
 
-# The first that holds names the reason.
+# The first rule that applies gives the reason.
 HEADER_RULES: tuple[tuple[str, Callable[[Header], bool]], ...] = (
     ("not a CT or MR image object", lambda h: h.sop_class not in IMAGE_CLASSES),
     ("no pixel data", lambda h: not h.has_pixels),
@@ -40,7 +41,7 @@ HEADER_RULES: tuple[tuple[str, Callable[[Header], bool]], ...] = (
     ("projection or reformat", lambda h: bool(PROJECTION_TYPES & set(h.image_type))),
     ("several frames in a single-frame object", lambda h: h.frames > 1 and h.sop_class not in MULTIFRAME_CLASSES),
     ("neither CT nor MR", lambda h: h.modality not in ("CT", "MR")),
-    # CT is reconstructed across the table. Other planes are radiographs (localizers) or cut out of other series.
+    # CT is reconstructed across the table. Other planes are localizer radiographs or reformats of other series.
     (
         "a CT that is not axial and does not say what it is",
         lambda h: h.modality == "CT" and len(h.image_type) < 3 and _plane(h) in ("coronal", "sagittal"),
@@ -60,14 +61,14 @@ AIR_SHARE = 0.98
 
 
 def exclude_header(header: Header) -> str | None:
-    """Name of the first header rule that leaves the file out, or None."""
+    """Name of the first header rule that excludes the file, or None."""
     return next((name for name, predicate in HEADER_RULES if predicate(header)), None)
 
 
 def exclude_pixels(
     shape: tuple[int, int], values: Shaped[np.ndarray, " values"], counts: Shaped[np.ndarray, " values"], *, hu: bool
 ) -> str | None:
-    """Name of the first pixel rule that leaves a slice out, or None.
+    """Name of the first pixel rule that excludes a slice, or None.
 
     Args:
       shape: of the slice, px.
@@ -85,9 +86,9 @@ def exclude_pixels(
 def exclude_series(
     values: Shaped[np.ndarray, " values"], counts: Shaped[np.ndarray, " values"], modality: str
 ) -> str | None:
-    """Name of the rule that leaves a whole series out because its pixels contradict its modality, or None.
+    """Name of the rule that excludes a whole series because its pixels contradict its modality, or None.
 
-    One slice can lie in bone or in air alone; a whole series cannot.
+    A single slice can lie entirely in bone or in air; a whole series cannot.
 
     Args:
       values, counts: the distinct real values of all its slices, rescaled as the header says, and how many pixels have them.

@@ -1,39 +1,43 @@
-"""First stage: every file under the inputs, what it is, and the headers of those that are images. No pixels of DICOM files."""
+"""First stage: lists every file under the inputs, what it is, and the headers of DICOM images; reads no pixels."""
 
-import csv
 import dataclasses
 import functools
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from curia_common.errors import UserError, fault_location
-from data_pipeline.sources import archives, dicom, retry
+from pydicom.uid import MediaStorageDirectoryStorage
+
+from curia_common.errors import DataError, StorageError, UserError, fault_location
+from data_pipeline.sources import archives, dicom_header
 from data_pipeline.sources import object_stores as objects
 from data_pipeline.sources.base import Heartbeat, ReadError
+from data_pipeline.sources.dicom_header import FrameGeometry
 from data_pipeline.sources.object_stores import Object, absolute
-from data_pipeline.sources.retry import TRANSIENT
+from data_pipeline.sources.retry import TRANSIENT, retry_transient
 from data_pipeline.stages import exclusion as rules
 from data_pipeline.stages import pseudonyms
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
 FILES_PER_TASK = 64
-MODALITIES = ("CT", "MR")
+
+# Columns of the label table: whole numbers, decimal numbers or text, None for an empty cell.
+Labels = Mapping[str, str | int | float | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the inventory has to know of the user's wishes.
+    """Options of the inventory.
 
     Attributes:
       key: for pseudonyms.
       modality: "auto", "CT" or "MR": of files that do not say.
       keep_lossy: keep slices that were compressed with loss.
-      keep_faces: keep series in which a face can be, or of which nobody says that none can.
+      keep_faces: keep series that show a face, or may show one because their body part is not named.
       unpacked: folder of the copies of compressed archives.
     """
 
@@ -44,46 +48,80 @@ class Options:
     unpacked: str = ""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
+class FileFacts:
+    """Whitelisted header fields of a file; the defaults where it has no header.
+
+    Attributes:
+      modality: "CT", "MR" or "OT"; "auto" where neither the file nor the user says; "" of what is no image.
+      instance: pseudonym of the SOP instance.
+      rows, columns: px.
+      body_part: a defined term in lower case, or "".
+      manufacturer: a class of manufacturers, or "unknown".
+      lossy: the pixels were compressed with loss.
+      thickness: of a slice, mm.
+      geometry: one per frame.
+    """
+
+    modality: str
+    instance: str = ""
+    rows: int = 0
+    columns: int = 0
+    frames: int = 1
+    body_part: str = ""
+    manufacturer: str = ""
+    lossy: bool = False
+    thickness: float = 0.0
+    geometry: tuple[FrameGeometry, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Entry:
     """One input file.
 
     Attributes:
-      kind: "dicom", "volume", "image" or "" for what is none of these.
-      fate: "" while it is a candidate, else "excluded", "duplicate" or "quarantined".
+      path: as the manifest has it: a path, an address, or archive.zip!/member.
+      size: bytes.
+      modified_ns: as of os.stat; of an object, a number made of its ETag.
+      kind: which reader takes it; "" for what no reader takes.
+      fate: "" while it is a candidate, else "excluded", "duplicate" or "quarantined"; "known" if the dataset has it already.
       series, patient: pseudonyms.
-      facts: whitelisted header fields, plain JSON values.
-      labels: columns of the label table.
       split: set by the label table, else "".
-      member: of a file in an archive, an archives.Member as plain values.
+      labels: columns of the label table.
+      member: of a file in an archive.
     """
 
     path: str
-    size: int
-    modified_ns: int
-    kind: str = ""
+    size: int = 0
+    modified_ns: int = 0
+    kind: Literal["", "dicom", "volume", "image"] = ""
     fate: str = ""
     reason: str = ""
     series: str = ""
     patient: str = ""
     split: str = ""
-    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
-    labels: dict[str, Any] = dataclasses.field(default_factory=dict)
-    member: list[Any] | None = None
+    facts: FileFacts = FileFacts("")
+    labels: Labels = dataclasses.field(default_factory=dict)
+    member: archives.Member | None = None
+
+    def with_fate(self, fate: str, reason: str) -> "Entry":
+        return dataclasses.replace(self, fate=fate, reason=reason)
 
 
 def find_files(inputs: Sequence[str], leave_out: str | None = None) -> list[Path | Object]:
-    """Everything under the inputs that is no folder, in the order of the paths, each once; as an Object what lies in a bucket.
+    """All files and objects under the inputs, each once, sorted by path.
 
-    Links to folders are followed. Hidden files and folders are left out. What turns out not to be readable (broken links,
-    folders that may not be listed) is among the result, so that it is counted. A DICOMDIR that is itself an input stands for the
-    files that it names; one that lies in a folder or a bucket is a file like others.
+    Links to folders are followed; hidden files and folders are skipped. What cannot be read (broken links, folders without
+    permission) is in the result too, so that it is counted. A DICOMDIR that is itself an input is replaced by the files that it
+    names; in a folder or a bucket it is a file like others.
 
     Args:
-      leave_out: a folder inside an input that is none: the output.
+      leave_out: a folder inside an input that is skipped: the output.
 
     Raises:
-      UserError: an input does not exist or cannot be listed, a DICOMDIR cannot be read, or there is no file in any input.
+      UserError: an input does not exist.
+      DataError: a DICOMDIR cannot be read, or there is no file in any input.
+      StorageError: a folder or a bucket cannot be listed at the moment.
     """
     found: dict[str, Path | Object] = {}
     # Links can lead back up; each folder is walked once.
@@ -95,9 +133,9 @@ def find_files(inputs: Sequence[str], leave_out: str | None = None) -> list[Path
         found.setdefault(os.path.abspath(path), path)
 
     def unreadable(error: OSError) -> None:
-        if error.errno in TRANSIENT:  # a quarantined folder would be left out with all that is in it
-            raise UserError(
-                f"a folder of the inputs cannot be listed ({error.strerror}); start the build again when the storage answers"
+        if error.errno in TRANSIENT:  # to quarantine the folder would drop all files in it
+            raise StorageError(
+                f"a folder of the inputs cannot be listed ({error.strerror}); rerun the same command when the storage answers"
             ) from error
         add(Path(error.filename))
 
@@ -135,19 +173,19 @@ def find_files(inputs: Sequence[str], leave_out: str | None = None) -> list[Path
                 if not name.startswith("."):
                     add(Path(folder, name))
     if not found:
-        raise UserError(
+        raise DataError(
             f"no files in {', '.join(inputs)}; name a folder of DICOM, NIfTI, NRRD, MetaImage, PNG or JPEG files"
         )
     return sorted(found.values(), key=lambda one: Path(path_of(one)))
 
 
 def path_of(found: Path | Object) -> str:
-    """As the manifest has it."""
+    """The path as the manifest has it."""
     return found.path if isinstance(found, Object) else str(found)
 
 
 def read_holdout(path: str) -> list[tuple[int, str]]:
-    """Lines of a hold-out file that are not empty, with their numbers from 1.
+    """Non-empty lines of a hold-out file, with their numbers from 1.
 
     Raises:
       UserError: it cannot be read.
@@ -160,8 +198,8 @@ def read_holdout(path: str) -> list[tuple[int, str]]:
 
 
 def is_place(line: str) -> bool:
-    """Whether a line of a hold-out file names a folder, an archive, a file, a place in an archive, exams.zip!/folder, or one of
-    these in a bucket."""
+    """Whether a line of a hold-out file names a path: a folder, a file, an archive or a folder in one (exams.zip!/folder), on a
+    disk or in a bucket."""
     archive, mark, _ = line.partition("!/")
     return (
         objects.is_address(line)
@@ -173,7 +211,7 @@ def is_place(line: str) -> bool:
 
 
 def lies_in(path: str, place: str) -> bool:
-    """Whether an absolute path, of a file or of a member of an archive, is a place or lies in it."""
+    """Whether an absolute path, of a file or an archive member, is `place` or is in it."""
     top = absolute(place)
     return path == top or path.startswith((top + os.sep, top + "!/"))
 
@@ -182,21 +220,21 @@ MOUNTS = {"gs": "gcsfuse --implicit-dirs", "s3": "mount-s3", "az": "blobfuse2", 
 
 
 def refuse_address(option: str, text: str) -> None:
-    """Raises UserError for an address where files are opened; names the program that makes files of objects."""
+    """Raises UserError for an address where a path is needed; names the program that mounts such a bucket."""
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)
     if scheme:
         mount = MOUNTS.get(scheme[1].lower(), "rclone mount")
         raise UserError(
-            f"{option} {text} is an address, wanted is a path; mount it ({mount} …, see docs/ingest.md) and name the mounted folder"
+            f"{option} {text} is an address, but a path is needed; mount it ({mount} …, see docs/ingest.md) and name the mounted folder"
         )
 
 
 def _named_by_dicomdir(path: Path) -> list[Path]:
-    """Paths of the files that a DICOMDIR names, found as media write them: in upper or lower case."""
+    """Paths of the files that a DICOMDIR names, whether the medium has them in upper or lower case."""
     try:
-        names = dicom.read_dicomdir(str(path))
+        names = dicom_header.read_dicomdir(str(path))
     except ReadError as error:
-        raise UserError(f"{path}: {error}; name its folder instead, which takes every file there") from error
+        raise DataError(f"{path}: {error}; name its folder instead, which takes every file there") from error
     listed: dict[Path, dict[str, str]] = {}
     found = []
     for name in names:
@@ -205,7 +243,7 @@ def _named_by_dicomdir(path: Path) -> list[Path]:
             if place not in listed:
                 listed[place] = {entry.upper(): entry for entry in (os.listdir(place) if place.is_dir() else ())}
             place = place / listed[place].get(part.upper(), part)
-        found.append(place)  # also where it is missing, so that it is counted
+        found.append(place)  # missing files too, so that they are counted
     return found
 
 
@@ -215,79 +253,74 @@ def _identity(path: str) -> tuple[int, int]:
 
 
 def inspect(
-    task: tuple[Sequence[str | Object | archives.Member], Options], skip: Mapping[str, str], touch: Heartbeat
+    task: tuple[Sequence[str | Object | archives.Member], Options], skip: Mapping[str, str], heartbeat: Heartbeat
 ) -> list[Entry]:
-    """Entries of some files, objects and members of archives; the work of one task of workers.run. Never raises for what a file
-    holds.
+    """Entries of some files, objects and archive members; the work of one task of workers.run. Never raises for file contents.
+
+    Args:
+      skip: paths that must not be opened, with the reason.
 
     Raises:
-      UserError: the storage fails, or an object was replaced since it was listed.
+      StorageError: the storage fails.
+      DataError: an object was replaced since it was listed.
     """
     sources, options = task
     entries = []
     for source in sources:
         path = source if isinstance(source, str) else source.path
-        entry = Entry(path, 0, 0)
-        entries.append(entry)
         if path in skip:
-            entry.fate, entry.reason = "quarantined", skip[path]
+            entries.append(Entry(path).with_fate("quarantined", skip[path]))
             continue
-        touch(path)
-        try:
-            retry.retry_transient(functools.partial(_look, source, entry, options, touch), touch, path)
-        except UserError:
-            raise
-        except ReadError as error:
-            entry.fate, entry.reason = "quarantined", str(error)
-        except OSError as error:
-            link = " (broken link)" if os.path.islink(path) and not os.path.exists(path) else ""
-            entry.fate, entry.reason = "quarantined", f"cannot be read: {error.strerror}{link}"
-        except Exception as error:  # noqa: BLE001 - no file may end the build, whatever it holds
-            entry.fate, entry.reason = "quarantined", f"the reader failed on it ({fault_location(error)})"
-    touch(None)
+        heartbeat(path)
+        entries.append(_inspect(source, path, options, heartbeat))
+    heartbeat(None)
     return entries
 
 
-def _look(source: str | Object | archives.Member, entry: Entry, options: Options, touch: Heartbeat) -> None:
-    if isinstance(source, str):
-        status = os.stat(source)
-        entry.size, entry.modified_ns = status.st_size, status.st_mtime_ns
-        if stat.S_ISDIR(status.st_mode):
-            raise ReadError("the folder cannot be listed")
-        if not stat.S_ISREG(status.st_mode):
-            raise ReadError("neither a file nor a folder")
-    else:
-        entry.size, entry.modified_ns = source.size, source.modified_ns
-    if isinstance(source, archives.Member):
-        entry.member = list(source)
-        if source.problem:
-            raise ReadError(source.problem)
-    _inspect(entry, options, touch)
+def _inspect(source: str | Object | archives.Member, path: str, options: Options, heartbeat: Heartbeat) -> Entry:
+    entry = Entry(path)
+    try:
+        if isinstance(source, str):
+            status = retry_transient(functools.partial(os.stat, source), heartbeat, path)
+            entry = Entry(path, status.st_size, status.st_mtime_ns)
+            if stat.S_ISDIR(status.st_mode):
+                raise ReadError("the folder cannot be listed")
+            if not stat.S_ISREG(status.st_mode):
+                raise ReadError("neither a file nor a folder")
+        else:
+            member = source if isinstance(source, archives.Member) else None
+            entry = Entry(path, source.size, source.modified_ns, member=member)
+            if member and member.problem:
+                raise ReadError(member.problem)
+        if entry.size == 0:
+            raise ReadError("empty file")
+        return retry_transient(functools.partial(_classify, entry, options, heartbeat), heartbeat, path)
+    except UserError:
+        raise
+    except ReadError as error:
+        return entry.with_fate("quarantined", str(error))
+    except OSError as error:
+        link = " (broken link)" if os.path.islink(path) and not os.path.exists(path) else ""
+        return entry.with_fate("quarantined", f"cannot be read: {error.strerror}{link}")
+    except Exception as error:  # noqa: BLE001 - no file may end the build, whatever it holds
+        return entry.with_fate("quarantined", f"the reader failed on it ({fault_location(error)})")
 
 
-def _inspect(entry: Entry, options: Options, touch: Heartbeat) -> None:
+def _classify(entry: Entry, options: Options, heartbeat: Heartbeat) -> Entry:
+    """The entry with kind, series, patient and facts from its name or header."""
     name = entry.path.lower()
-    if entry.size == 0:
-        raise ReadError("empty file")
     if name.endswith(VOLUME_SUFFIXES):
-        entry.kind = "volume"
-        _name_by_path(entry, options)
-        if not options.keep_faces:
-            entry.fate, entry.reason = "excluded", MAY_BE_A_FACE
-        entry.facts = {"modality": options.modality}
-    elif name.endswith(IMAGE_SUFFIXES):
-        entry.kind = "image"
-        _name_by_path(entry, options)
-        entry.facts = {"modality": "OT" if options.modality == "auto" else options.modality}
-    elif name.endswith(archives.UNREAD):
+        entry = _without_header(entry, "volume", options.modality, options)
+        return entry if options.keep_faces else entry.with_fate("excluded", MAY_BE_A_FACE)
+    if name.endswith(IMAGE_SUFFIXES):
+        return _without_header(entry, "image", "OT" if options.modality == "auto" else options.modality, options)
+    if name.endswith(archives.UNREAD):
         raise ReadError("an archive of a kind that is not read: unpack it")
-    else:
-        place = Object(entry.path, entry.size, entry.modified_ns)
-        with archives.stream(place, entry.member, options.unpacked, touch) as file:
-            if dicom.is_dicom(file):
-                _inspect_dicom(entry, dicom.read_header(entry.path, file), options)
-            else:
-                entry.fate, entry.reason = "excluded", NO_IMAGE
+    place = Object(entry.path, entry.size, entry.modified_ns)
+    with archives.stream(place, entry.member, options.unpacked, heartbeat) as file:
+        if dicom_header.is_dicom(file):
+            return _with_header(entry, dicom_header.read_header(file), options)
+    return entry.with_fate("excluded", NO_IMAGE)
 
 
 A_FACE = "a body part with a face"
@@ -295,191 +328,59 @@ MAY_BE_A_FACE = "may show a face: its body part is not named"
 NO_IMAGE = "not a medical image (no DICOM, NIfTI, NRRD, MetaImage, PNG, JPEG or TIFF file)"
 
 
-def _inspect_dicom(entry: Entry, header: dicom.Header, options: Options) -> None:
-    entry.kind = "dicom"
+def _with_header(entry: Entry, header: dicom_header.Header, options: Options) -> Entry:
     series = header.series_uid or header.sop_uid or entry.path
-    # A patient without an id is told apart by the study, so that one study never falls into two splits.
+    # Patients without an ID are told apart by the study, so that one study never falls into two splits.
     patient = header.patient_id or header.study_uid or series
-    entry.patient = pseudonyms.digest(options.key, "patient", patient)
-    # With the patient, because some anonymisers give many patients the same series UID.
-    entry.series = pseudonyms.digest(options.key, "series", f"{patient}/{series}")
-    rule = "an index of DICOM files (DICOMDIR)" if header.sop_class == dicom.DICOMDIR else rules.exclude_header(header)
+    entry = dataclasses.replace(
+        entry,
+        kind="dicom",
+        patient=pseudonyms.digest(options.key, "patient", patient),
+        # With the patient, because some anonymisers give many patients the same series UID.
+        series=pseudonyms.digest(options.key, "series", f"{patient}/{series}"),
+    )
+    rule = (
+        "an index of DICOM files (DICOMDIR)"
+        if header.sop_class == MediaStorageDirectoryStorage
+        else rules.exclude_header(header)
+    )
     if rule is None and header.lossy and not options.keep_lossy:
         rule = "lossy compression"
     if rule is None and not options.keep_faces:
-        rule = A_FACE if header.body_part in dicom.FACES else MAY_BE_A_FACE if not header.body_part else None
+        rule = A_FACE if header.body_part in dicom_header.FACES else MAY_BE_A_FACE if not header.body_part else None
     if rule is not None:
-        entry.fate, entry.reason = "excluded", rule
-        return
-    entry.facts = {
-        "sop": pseudonyms.digest(options.key, "instance", header.sop_uid or entry.path),
-        "modality": header.modality, "rows": header.rows, "columns": header.columns, "frames": header.frames,
-        "body_part": header.body_part, "manufacturer": header.manufacturer, "lossy": header.lossy,
-        "thickness": header.thickness, "geometry": [dataclasses.asdict(frame) for frame in header.geometry],
-    }  # fmt: skip
+        return entry.with_fate("excluded", rule)
+    facts = FileFacts(
+        modality=header.modality,
+        instance=pseudonyms.digest(options.key, "instance", header.sop_uid or entry.path),
+        rows=header.rows,
+        columns=header.columns,
+        frames=header.frames,
+        body_part=header.body_part,
+        manufacturer=header.manufacturer,
+        lossy=header.lossy,
+        thickness=header.thickness,
+        geometry=header.geometry,
+    )
+    return dataclasses.replace(entry, facts=facts)
 
 
 # Parts of a BIDS dataset that repeat its subjects.
 _BIDS_PARTS = re.compile(r"/(?:rawdata|sourcedata|derivatives)(?:/|$)")
 
 
-def _name_by_path(entry: Entry, options: Options) -> None:
-    """Series and patient of a file without identities: the file itself, or the BIDS subject it belongs to."""
+def _without_header(entry: Entry, kind: Literal["volume", "image"], modality: str, options: Options) -> Entry:
+    """The series is the file itself; the patient too, or the BIDS subject it belongs to."""
     path = absolute(entry.path)
-    entry.series = pseudonyms.digest(options.key, "series", path)
     subject = re.search(r"(?<=/)sub-[A-Za-z0-9]+(?=[_/.])", path)
     patient = path
     if subject:
         dataset = _BIDS_PARTS.split(path[: subject.start() - 1])[0]
         patient = f"{dataset}/{subject[0]}"
-    entry.patient = pseudonyms.digest(options.key, "patient", patient)
-
-
-@dataclasses.dataclass(frozen=True)
-class LabelTable:
-    """A CSV with a column `file`, relative to the CSV, or an address.
-
-    Attributes:
-      columns: columns that become labels; None takes all but the special ones.
-      split_column, patient_column: columns that decide the split and the patient, or None. A row may leave them empty.
-      modality_column: column that holds the modality, CT or MR, of files that do not say, or None.
-    """
-
-    path: str
-    columns: tuple[str, ...] | None = None
-    split_column: str | None = None
-    patient_column: str | None = None
-    modality_column: str | None = None
-
-    def apply(self, entries: Sequence[Entry], key: bytes) -> None:
-        """Gives entries their labels, split, patient and modality; files that the table does not name are excluded.
-
-        A patient or split that is named for one file of a series or patient counts for the others with empty cells too.
-
-        Raises:
-          UserError: the table cannot be read, a column or a named file is missing or named twice, a split or modality is
-            not one that exists, a series has two patients, or a patient is in two splits.
-        """
-        rows = self._rows()
-        by_path = {absolute(entry.path): entry for entry in entries}
-        lines: dict[str, int] = {}
-        named: list[tuple[Entry, dict[str, str], int]] = []
-        for line, row in rows:
-            name = row["file"]
-            path = absolute(name if objects.is_address(name) else os.path.join(os.path.dirname(self.path), name))
-            if path not in by_path:
-                raise UserError(
-                    f"{self.path}, line {line}: the file it names is not among the inputs; correct the table or add its folder to --input"
-                )
-            if path in lines:
-                raise UserError(
-                    f"{self.path}, line {line}: it names the same file as line {lines[path]}; keep one of them"
-                )
-            lines[path] = line
-            named.append((by_path[path], row, line))
-        columns = {name: _typed([row[name] for _, row, _ in named]) for name in self._label_names(rows)}
-        for number, (entry, row, line) in enumerate(named):
-            entry.labels = {name: values[number] for name, values in columns.items()}
-            modality = row[self.modality_column] if self.modality_column is not None else ""
-            if modality and modality not in MODALITIES:
-                raise UserError(f"{self.path}, line {line}: modality {modality!r} is none of {', '.join(MODALITIES)}")
-            if modality and entry.kind in ("volume", "image"):
-                entry.facts["modality"] = modality
-        self._patients(entries, named, key)
-        self._splits(entries, named)
-        for path, entry in by_path.items():
-            if path not in lines and not entry.fate:
-                entry.fate, entry.reason = "excluded", "not in the label table"
-
-    def _patients(
-        self, entries: Sequence[Entry], named: Sequence[tuple[Entry, dict[str, str], int]], key: bytes
-    ) -> None:
-        if self.patient_column is None:
-            return
-        by_series: dict[str, tuple[str, int]] = {}
-        by_patient: dict[str, set[str]] = {}
-        for entry, row, line in named:
-            value = row[self.patient_column]
-            if not value or not entry.series:
-                continue
-            before, first = by_series.setdefault(entry.series, (value, line))
-            if before != value:
-                raise UserError(
-                    f"{self.path}, lines {first} and {line}: two patients in column {self.patient_column} for files of one series; correct one of them"
-                )
-            by_patient.setdefault(entry.patient, set()).add(value)
-        for entry in entries:
-            values = {by_series[entry.series][0]} if entry.series in by_series else by_patient.get(entry.patient, set())
-            if len(values) == 1:
-                entry.patient = pseudonyms.digest(key, "patient", next(iter(values)))
-
-    def _splits(self, entries: Sequence[Entry], named: Sequence[tuple[Entry, dict[str, str], int]]) -> None:
-        if self.split_column is None:
-            return
-        by_patient: dict[str, tuple[str, int]] = {}
-        for entry, row, line in named:
-            value = {"val": "validation", "valid": "validation", "dev": "validation"}.get(
-                row[self.split_column], row[self.split_column]
-            )
-            if not value or not entry.patient:
-                continue
-            if value not in pseudonyms.SPLITS:
-                raise UserError(f"{self.path}, line {line}: split {value!r} is none of {', '.join(pseudonyms.SPLITS)}")
-            before, first = by_patient.setdefault(entry.patient, (value, line))
-            if before != value:
-                raise UserError(
-                    f"{self.path}: one patient is in {before} (line {first}) and in {value} (line {line}); a patient belongs to one split, so correct column {self.split_column}"
-                )
-        for entry in entries:
-            if entry.patient in by_patient:
-                entry.split = by_patient[entry.patient][0]
-
-    def _label_names(self, rows: Sequence[tuple[int, dict[str, str]]]) -> tuple[str, ...]:
-        special = {"file", self.split_column, self.patient_column, self.modality_column}
-        if self.columns is not None:
-            return self.columns
-        return tuple(name for name in rows[0][1] if name not in special)
-
-    def _rows(self) -> list[tuple[int, dict[str, str]]]:
-        """Line numbers and rows."""
-        try:
-            with open(self.path, encoding="utf-8-sig", newline="") as file:
-                reader = csv.DictReader(file)
-                have = reader.fieldnames or []
-                special = (self.split_column, self.patient_column, self.modality_column)
-                wanted = ["file", *(self.columns or ()), *(name for name in special if name)]
-                missing = [name for name in wanted if name not in have]
-                if missing:
-                    raise UserError(
-                        f"{self.path} has no column {', '.join(missing)}; its columns are: {', '.join(have) or 'none'}"
-                    )
-                rows = []
-                for row in reader:
-                    if None in row or None in row.values():
-                        cells = len(row.get(None, ())) + sum(value is not None for name, value in row.items() if name)
-                        raise UserError(
-                            f"{self.path}, line {reader.line_num}: {cells} cells under {len(have)} column names; quote cells that hold commas"
-                        )
-                    rows.append((reader.line_num, {name: value.strip() for name, value in row.items()}))
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"cannot read the label table {self.path}: {error}") from error
-        if not rows:
-            raise UserError(f"{self.path} names no file; it has a header and no lines under it")
-        return rows
-
-
-_WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,17})")
-_DECIMAL = re.compile(r"-?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?")
-
-
-def _typed(cells: Sequence[str]) -> list[Any]:
-    """Whole numbers, decimal numbers or text, whichever holds the whole column; empty cells are None. 007 is text."""
-    full = [cell for cell in cells if cell]
-    kind: Callable[[str], Any] = str
-    if all(_WHOLE.fullmatch(cell) for cell in full):
-        kind = int
-    elif all(
-        _WHOLE.fullmatch(cell) or ("." in cell or "e" in cell.lower()) and _DECIMAL.fullmatch(cell) for cell in full
-    ):
-        kind = float
-    return [kind(cell) if cell else None for cell in cells]
+    return dataclasses.replace(
+        entry,
+        kind=kind,
+        series=pseudonyms.digest(options.key, "series", path),
+        patient=pseudonyms.digest(options.key, "patient", patient),
+        facts=FileFacts(modality),
+    )

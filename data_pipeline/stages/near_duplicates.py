@@ -1,7 +1,8 @@
-"""Series that look alike: the same exam reconstructed twice, or sent by another road with changed pixels.
+"""Near-duplicate series: the same exam reconstructed twice, or received by another route with changed pixels.
 
 The signature of a series is three of its slices, at a quarter, half and three quarters of its length, at 16 x 16 px and
-normalised. Series whose middle structure agrees are compared; those that correlate above LIKE are reported, and kept.
+normalised. Series that agree in the low frequencies of one of the three are compared; those that correlate above LIKE are
+reported, and kept.
 """
 
 import collections
@@ -14,13 +15,13 @@ from scipy.fft import dctn
 
 SIDE = 16
 PLACES = (0.25, 0.5, 0.75)
-# Correlation of signatures: two kernels of one CT are above 0.999; neighbouring patients in one position stay below 0.98.
+# Correlation of signatures: two reconstruction kernels of one CT are above 0.999; different patients stay below 0.98.
 LIKE = 0.995
-BLOCK = 2048  # series compared with as many at a time
+BLOCK = 2048  # series per side of one comparison
 
 
 def places(count: int) -> list[int]:
-    """Which slices of a series of `count` its signature is made of."""
+    """Indices of the slices of which a series of `count` slices has its signature."""
     return [min(int(place * count), count - 1) for place in PLACES]
 
 
@@ -31,7 +32,7 @@ def _thumbnail(pixels: UInt16[np.ndarray, "rows columns"]) -> Float[np.ndarray, 
 
 
 def signature(chosen: Sequence[UInt16[np.ndarray, "_ _"]]) -> Int8[np.ndarray, "3 16 16"]:
-    """Of the slices of a series that `places` names: small, with mean 0 and deviation 32 together."""
+    """Signature of the slices that `places` names: thumbnails with joint mean 0 and standard deviation 32."""
     small = np.stack([_thumbnail(pixels) for pixels in chosen])
     deviation = float(small.std())
     normal = (small - small.mean()) / (deviation if deviation > 0 else 1.0)
@@ -39,19 +40,19 @@ def signature(chosen: Sequence[UInt16[np.ndarray, "_ _"]]) -> Int8[np.ndarray, "
 
 
 def groups(signatures: Int8[np.ndarray, "series 3 16 16"], kinds: Sequence[str]) -> list[int]:
-    """For each series the number of the first one that it looks like; its own where there is none before it.
+    """For each series the index of the first one that it resembles; its own where there is none before it.
 
-    All that share a middle structure are compared: 20,000 series that share one take four CPU seconds, and ten times as many
-    a hundred times as long.
+    The time is quadratic in the number of series that share a structure: 20,000 take four CPU seconds.
 
     Args:
       kinds: only series of one kind (modality and plane) are compared.
     """
-    buckets: dict[tuple[object, ...], list[int]] = collections.defaultdict(list)
+    buckets: dict[tuple[str, int, bytes], list[int]] = collections.defaultdict(list)
     for start in range(0, len(signatures), BLOCK):
-        # Signs of the lowest frequencies: those of a slice survive noise and another kernel almost always, and one slice
-        # of three is enough.
-        low = dctn(signatures[start : start + BLOCK].astype(np.float32), axes=(2, 3), norm="ortho")[..., :5, :5] > 0
+        # Signs of the lowest frequencies survive noise and another reconstruction kernel almost always, and one of the
+        # three slices is enough.
+        block = signatures[start : start + BLOCK].astype(np.float32)
+        low = np.asarray(dctn(block, axes=(2, 3), norm="ortho"))[..., :5, :5] > 0
         for number, signs in enumerate(low, start):
             for place in range(len(PLACES)):
                 buckets[kinds[number], place, signs[place].tobytes()].append(number)
@@ -69,13 +70,13 @@ def groups(signatures: Int8[np.ndarray, "series 3 16 16"], kinds: Sequence[str])
 
 
 def _first_like(vectors: Int8[np.ndarray, "series values"]) -> Int64[np.ndarray, "series"]:
-    """For each row the first one before it that correlates above LIKE, else itself."""
+    """For each row the index of the first one before it that correlates above LIKE, else its own."""
     found = np.arange(len(vectors))
     lengths = np.linalg.norm(vectors.astype(np.float32), axis=1)
     for start in range(0, len(vectors), BLOCK):
         rows = vectors[start : start + BLOCK].astype(np.float32)
         for begin in range(0, start + len(rows), BLOCK):
-            # Sums of 768 products of 7-bit numbers are exact in 32-bit floats, in whatever order they are added.
+            # Dot products of 768 7-bit numbers are exact in float32, whatever the order of summation.
             products = rows @ vectors[begin : begin + BLOCK].astype(np.float32).T
             alike = products > LIKE * np.outer(lengths[start : start + BLOCK], lengths[begin : begin + BLOCK])
             place = begin + alike.argmax(axis=1)

@@ -1,8 +1,8 @@
 """Other planes of a regular series, at isotropic spacing, without holding the series in memory.
 
-The spacing is the cube root of the voxel's volume, so that a reformatted volume has about as many voxels as its source: in
-slices of 0.7 mm that are 1.4 mm apart it is 0.9 mm. Every axis is resampled once, with an antialiasing kernel where it
-shrinks and a cubic one where it grows.
+The spacing is the cube root of the voxel's volume, so that a reformatted volume has about as many voxels as its source: 0.9 mm
+for pixels of 0.7 mm in slices 1.4 mm apart. Every axis is resampled once, with an antialiasing filter where it shrinks and a
+cubic one where it grows.
 """
 
 import dataclasses
@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt16
 from PIL import Image
+
+from data_pipeline.sources.geometry import Direction
 
 PLANES = ("axial", "coronal", "sagittal")
 BLOCK_BYTES = 64 * 1024 * 1024
@@ -27,24 +29,17 @@ _VIEWS = {
     "sagittal": ((0, 1), (2, -1), (1, 1)),
 }
 
-# The same of volumes as volumes.open_volume turns them.
-VOLUMES = {
-    "axial": ((2, 1), (1, 1), (0, 1)), "coronal": ((1, -1), (2, -1), (0, 1)), "sagittal": ((0, -1), (2, -1), (1, 1)),
-}  # fmt: skip
-# Patient axis and direction (1 or -1) of one array axis.
-Direction = tuple[int, int]
-
 
 def directions(orientation: tuple[float, ...]) -> tuple[Direction, Direction, Direction] | None:
-    """Where slices sorted along their normal, their rows and their columns go; None where two go along the same axis.
+    """Directions of slices sorted along their normal, of their rows and columns; None where two share an axis.
 
     Args:
       orientation: direction cosines of a row and of a column, as in ImageOrientationPatient.
     """
     along_row, along_column = np.asarray(orientation[:3]), np.asarray(orientation[3:])
     vectors = (np.cross(along_row, along_column), along_column, along_row)  # slices, rows (downwards), columns
-    found = tuple((int(np.argmax(np.abs(v))), 1 if v[np.argmax(np.abs(v))] > 0 else -1) for v in vectors)
-    return found if len({axis for axis, _ in found}) == 3 else None
+    slices, rows, columns = ((int(np.argmax(np.abs(v))), 1 if v[np.argmax(np.abs(v))] > 0 else -1) for v in vectors)
+    return (slices, rows, columns) if len({slices[0], rows[0], columns[0]}) == 3 else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +57,12 @@ class Reformat:
 
 
 class Stack:
-    """Takes the slices of a series in order and cuts other planes out of them. A context manager.
+    """Takes the slices of a series in order and reformats them. A context manager.
 
     Args:
       where: folder for a temporary file that holds the resampled slices.
       spacing: between slices, rows and columns, mm.
-      along: of slices, rows and columns.
+      along: directions of slices, rows and columns.
     """
 
     def __init__(
@@ -78,7 +73,7 @@ class Stack:
         self._along = along
         self._file = tempfile.TemporaryFile(dir=where)  # noqa: SIM115 - it lives as long as the stack
         self._count = 0
-        self._shape: tuple[int, int] | None = None
+        self._shape = (0, 0)  # of the resampled slices, once there is one
 
     def __enter__(self) -> "Stack":
         return self
@@ -90,7 +85,8 @@ class Stack:
         """The next slice; all have one shape."""
         rows, columns = pixels.shape
         shape = (self._length(rows, self._rows_mm), self._length(columns, self._columns_mm))
-        self._shape = self._shape or shape
+        if not self._count:
+            self._shape = shape
         self._file.write(_resize(pixels, self._shape).tobytes())
         self._count += 1
 
@@ -98,9 +94,9 @@ class Stack:
         return max(1, round(count * spacing / self.spacing))
 
     def planes(self, wanted: tuple[str, ...]) -> Iterator[Reformat]:
-        """The slices of the planes in `wanted` that the series itself does not have, plane by plane, in the patient's
-        coordinates upwards, front to back, right to left."""
-        if self._shape is None:
+        """Slices of the planes in `wanted` other than the series' own, plane by plane; sorted in patient coordinates upwards,
+        front to back, right to left."""
+        if not self._count:
             return
         self._file.flush()
         axes = [axis for axis, _ in self._along]
@@ -122,7 +118,7 @@ class Stack:
             order = range(part.shape[1])
             for n in reversed(order) if backwards else order:
                 pixels = _resize(part[:, n], (self._length(self._count, self._step), across))
-                yield Reformat(plane, number, self._as_seen(plane, through, pixels), number * self.spacing)
+                yield Reformat(plane, number, self._oriented(plane, through, pixels), number * self.spacing)
                 number += 1
 
     def _block(self, through: int, first: int, last: int) -> UInt16[np.ndarray, "slices lines across"]:
@@ -142,7 +138,7 @@ class Stack:
             part[n] = whole[:, first:last].T
         return part
 
-    def _as_seen(
+    def _oriented(
         self, plane: str, through: int, pixels: UInt16[np.ndarray, "slices across"]
     ) -> UInt16[np.ndarray, "rows columns"]:
         here = (self._along[0], self._along[2 if through == 1 else 1])
@@ -159,6 +155,7 @@ class Stack:
 def _resize(pixels: UInt16[np.ndarray, "rows columns"], shape: tuple[int, int]) -> UInt16[np.ndarray, "high wide"]:
     if pixels.shape == shape:
         return pixels
-    # PIL's bicubic kernel widens where the picture shrinks; 16-bit values are exact in float32.
-    picture = Image.fromarray(pixels.astype(np.float32)).resize(shape[::-1], Image.Resampling.BICUBIC)
+    # Pillow's bicubic filter widens where the image shrinks; 16-bit values are exact in float32.
+    size = (shape[1], shape[0])
+    picture = Image.fromarray(pixels.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
     return np.clip(np.rint(np.asarray(picture)), 0, HIGHEST).astype(np.uint16)

@@ -10,13 +10,13 @@ LIMIT_MB = 1500
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ingest.LONG)
-def test_a_worker_stays_small_however_long_the_series(real_data: Path, kind: str) -> None:
+def test_worker_memory_does_not_grow_with_series_length(real_data: Path, kind: str) -> None:
     found = ingest.long_series(real_data, kind, 3000)
     assert found["slices"] == 3000
     assert found["mb"] < LIMIT_MB
 
 
-def test_the_long_series_are_what_they_are_called(real_data: Path) -> None:
+def test_long_series_have_the_slices_they_should(real_data: Path) -> None:
     for kind in ("frames-packed", "nifti-across", "nrrd-gz"):
         assert ingest.long_series(real_data, kind, 40)["slices"] == 40
 

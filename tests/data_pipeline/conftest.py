@@ -27,7 +27,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from data_pipeline import build, inspect, phantom, verify, workers
+from data_pipeline import build, inspect, phantom, synthetic_exams, verify, workers
 from data_pipeline.format import shards
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,7 +85,7 @@ def run_build(key_file: Path) -> Callable[..., Result]:
         given = ("--key-file", key_file) if key and "--key-file" not in words else ()
         with pytest.MonkeyPatch.context() as patch:
             if not processes:
-                patch.setattr(build.workers, "run", _inline)
+                patch.setattr(workers, "run", _inline)
             return _run(build.main, (*words, *given, "--workers", processes or 1))
 
     return run
@@ -98,7 +98,7 @@ def run_verify() -> Callable[..., Result]:
     def run(*words: Any, processes: int = 0) -> Result:
         with pytest.MonkeyPatch.context() as patch:
             if not processes:
-                patch.setattr(verify.workers, "run", _inline)
+                patch.setattr(workers, "run", _inline)
             return _run(verify.main, (*words, "--workers", processes or 1))
 
     return run
@@ -118,7 +118,7 @@ def run_phantom() -> Callable[..., Result]:
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A phantom of 8 patients: 32 series of 5 slices, 40 px."""
     folder = tmp_path_factory.mktemp("phantom")
-    phantom.write_study(folder, patients=8, seed=3, size=40, slices=5)
+    synthetic_exams.write_study(folder, patients=8, seed=3, size=40, slices=5)
     return folder
 
 
@@ -241,8 +241,8 @@ import os, time
 settings = os.environ.get("TROUBLE")
 if settings:
     import json
-    from data_pipeline.sources import dicom
-    trouble, read = json.loads(settings), dicom.open_image
+    from data_pipeline.sources import dicom_pixels
+    trouble, read = json.loads(settings), dicom_pixels.open_image
     def open_image(path):
         what = trouble.get(os.path.basename(path), trouble.get("*"))
         if what == "crash": os.abort()
@@ -250,7 +250,7 @@ if settings:
         if what == "bug": raise KeyError(open(path, "rb").read())
         if isinstance(what, float): time.sleep(what)
         return read(path)
-    dicom.open_image = open_image
+    dicom_pixels.open_image = open_image
 """
 
 

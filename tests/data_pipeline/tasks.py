@@ -4,17 +4,17 @@ import os
 import signal
 import time
 
-from curia_common.errors import UserError
+from curia_common.errors import StorageError, UserError
 
 
-def work(task, skip, touch):
-    """Goes through items; returns what it did with each."""
+def work(task, skip, heartbeat):
+    """Reads items; returns what became of each."""
     done = []
     for item in task:
         if item in skip:
             done.append((item, skip[item]))
             continue
-        touch(item)
+        heartbeat(item)
         if item.startswith("hang"):
             time.sleep(1000)
         if item.startswith("crash"):
@@ -25,13 +25,15 @@ def work(task, skip, touch):
         if item.startswith("killed always"):
             os.kill(os.getpid(), signal.SIGKILL)
         if item == "user":
-            raise UserError("mend this")
+            raise UserError("fix this")
+        if item == "storage":
+            raise StorageError("scratch disk is full")
         if item == "disk":
             raise OSError(28, "No space left on device", "/out/shard")
         if item == "bug":
             raise ValueError("a header value")
         done.append((item, "done"))
-    touch(None)
+    heartbeat(None)
     if task and task[-1] == "slow end":
         time.sleep(1.5)
     if task and task[-1] == "dead end":
@@ -39,42 +41,42 @@ def work(task, skip, touch):
     return done
 
 
-def pid_then_wait(task, skip, touch):
-    touch("a")
+def pid_then_wait(task, skip, heartbeat):
+    heartbeat("a")
     with open(task, "w") as file:
         file.write(str(os.getpid()))
     os.rename(task, task + ".pid")
     time.sleep(1000)
 
 
-def signals(task, skip, touch):
+def signals(task, skip, heartbeat):
     for number in (signal.SIGTERM, signal.SIGINT):
         os.kill(os.getpid(), number)
     return "alive"
 
 
-def hungry(task, skip, touch):
-    """Asks for a terabyte, then for a tenth of a gigabyte; or raises MemoryError where nobody expects it."""
-    touch("a")
+def hungry(task, skip, heartbeat):
+    """Allocates as many bytes as `task` says, then a tenth of a gigabyte; passes a MemoryError on from a terabyte on."""
+    heartbeat("a")
     try:
         return bytearray(task)
     except MemoryError:
-        touch("b")
+        heartbeat("b")
         if task > 10**12:
             raise
         return len(bytearray(100_000_000))
 
 
-def pid(task, skip, touch):
-    touch(task)
+def pid(task, skip, heartbeat):
+    heartbeat(task)
     if task == "bug":
         raise ValueError
-    touch(None)
+    heartbeat(None)
     return os.getpid()
 
 
-def table_and_bytes(task, skip, touch):
-    """Room that is left once Arrow is in use."""
+def table_and_bytes(task, skip, heartbeat):
+    """Allocates as many bytes as `task` says while Arrow is in use."""
     import pyarrow as pa
 
     table = pa.table({"a": [1]})

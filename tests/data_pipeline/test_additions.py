@@ -13,11 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
 
-from data_pipeline import build
+from curia_common.exit_codes import ExitCode
 from data_pipeline.format import shards
 from data_pipeline.sources import geometry
-from data_pipeline.stages import assignment as plan
-from data_pipeline.stages import commit
+from data_pipeline.stages import assignment, commit
 from tests.data_pipeline.packing import pack
 
 SPLITS = ("--validation", 0.3, "--test", 0.2)
@@ -54,7 +53,7 @@ def index_of(folder: Path) -> list[dict[str, Any]]:
 def slices_of(folder: Path) -> dict[str, list[np.ndarray]]:
     splits = sorted(set(pq.read_table(folder / shards.SHARDS)["split"].to_pylist()))
     sources = {split: shards.SliceSource(folder, split) for split in splits}
-    return {split: [source[n]["pixels"] for n in range(len(source))] for split, source in sources.items()}
+    return {split: [source[n].pixels for n in range(len(source))] for split, source in sources.items()}
 
 
 def check(folder: Path, run_verify) -> None:
@@ -73,7 +72,7 @@ def check(folder: Path, run_verify) -> None:
 
 
 @pytest.mark.parametrize("again", [True, False])
-def test_exams_that_come_later_become_further_shards(
+def test_added_exams_become_further_shards(
     tmp_path: Path, exams: Path, run_build, run_verify, write_series, manifest, again: bool
 ) -> None:
     output = tmp_path / "out"
@@ -104,7 +103,7 @@ def test_exams_that_come_later_become_further_shards(
         assert names == [shards.file_name("slices", split, n) for n in range(len(names))]
 
 
-def test_patients_keep_their_split_whatever_decided_it(tmp_path: Path, run_build, write_series) -> None:
+def test_patients_keep_their_split(tmp_path: Path, run_build, write_series) -> None:
     paths = [write_patient(write_series, tmp_path / "a" / f"p{n}", n) for n in range(3)]
     lines = [f"{path.relative_to(tmp_path)},{'test' if n == 1 else 'train'}" for n in range(3) for path in paths[n]]
     (tmp_path / "labels.csv").write_text("\n".join(["file,split", *lines]))
@@ -117,20 +116,20 @@ def test_patients_keep_their_split_whatever_decided_it(tmp_path: Path, run_build
     assert result.code == 0, result.err
     splits = {(row["patient"], row["split"]) for row in index_of(output)}
     assert len(splits) == 3 and Counter(row["split"] for row in index_of(output)) == {"train": 10, "test": 10}
-    # And a table cannot move him.
+    # And a table cannot move the patient.
     write_patient(write_series, tmp_path / "c", 1, SeriesInstanceUID="2.25.778")
     lines = [f"c/{n:03d}.dcm,train" for n in range(5)]
     (tmp_path / "more.csv").write_text("\n".join(["file,split", *lines]))
     more = ("--labels", tmp_path / "more.csv", "--split-column", "split")
     result = run_build("--input", tmp_path / "c", *words, *more)
     assert result.code == 2 and "puts a patient into train who is in test in the dataset already" in result.error
-    # A table that says something else of a file that is in.
+    # Nor say something else of a file of the dataset.
     (tmp_path / "labels.csv").write_text("\n".join(["file,grade", *(f"a/p0/{n:03d}.dcm,3" for n in range(5))]))
     result = run_build("--input", tmp_path / "a", tmp_path / "c", *words, "--labels", tmp_path / "labels.csv")
     assert result.code == 2 and "gives another patient, split or label than before" in result.error
 
 
-def test_what_is_in_already_is_not_taken_twice(tmp_path: Path, exams: Path, run_build, run_verify, manifest) -> None:
+def test_known_instances_are_not_added_twice(tmp_path: Path, exams: Path, run_build, run_verify, manifest) -> None:
     output = tmp_path / "out"
     assert run_build("--input", exams, "--output", output, *SPLITS).code == 0
     before = shard_state(output)
@@ -147,7 +146,7 @@ def test_what_is_in_already_is_not_taken_twice(tmp_path: Path, exams: Path, run_
     check(output, run_verify)
 
 
-def test_further_slices_of_a_series_get_further_numbers_and_are_flagged(
+def test_added_slices_of_a_series_continue_its_numbers(
     tmp_path: Path, run_build, run_verify, write_series, manifest
 ) -> None:
     paths = write_patient(write_series, tmp_path / "in", 1, 9)
@@ -159,13 +158,11 @@ def test_further_slices_of_a_series_get_further_numbers_and_are_flagged(
     assert run_build(*words).code == 0
     assert [row["index"] for row in index_of(tmp_path / "out")] == list(range(9))
     problems = Counter(row["problems"] for row in manifest(tmp_path / "out").values())
-    assert problems == {"": 5, f"{geometry.FEW}; {plan.CONTINUED}": 4}
+    assert problems == {"": 5, f"{geometry.FEW}; {assignment.CONTINUED}": 4}
     check(tmp_path / "out", run_verify)
 
 
-def test_a_file_that_was_bad_may_come_again_and_a_kept_one_may_not_change(
-    tmp_path: Path, run_build, write_series, manifest
-) -> None:
+def test_fixed_file_is_added_and_changed_file_is_rejected(tmp_path: Path, run_build, write_series, manifest) -> None:
     paths = write_patient(write_series, tmp_path / "in", 1, 6)
     whole = paths[2].read_bytes()
     paths[2].write_bytes(whole[:-500])
@@ -178,12 +175,12 @@ def test_a_file_that_was_bad_may_come_again_and_a_kept_one_may_not_change(
     assert len(rows) == 6 and {row["fate"] for row in rows.values()} == {"kept"}
     os.utime(paths[0], ns=(1, 1))
     result = run_build(*words)
-    assert result.code == 2 and "a file that is in the dataset already has changed since" in result.error
+    assert result.code == ExitCode.DATA and "a file that is in the dataset already has changed since" in result.error
     assert "000.dcm" not in result.err
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_an_addition_that_is_stopped_goes_on_and_the_dataset_stays_what_it_was(
+def test_stopped_addition_resumes_and_leaves_dataset_readable(
     tmp_path: Path, exams: Path, start_build, run_build, run_verify, write_series, contents, number: int
 ) -> None:
     words = ("--output", tmp_path / "out", "--validation", 0, "--test", 0)
@@ -216,7 +213,7 @@ def test_an_addition_that_is_stopped_goes_on_and_the_dataset_stays_what_it_was(
 
 
 @pytest.mark.parametrize("where", ["index.parquet", "manifest.parquet", "card.json", "shards.parquet"])
-def test_a_commit_that_is_cut_off_anywhere_leaves_one_dataset_or_the_other(
+def test_interrupted_commit_leaves_old_or_new_dataset(
     tmp_path: Path, exams: Path, run_build, run_verify, write_series, contents, monkeypatch, where: str
 ) -> None:
     words = ("--output", tmp_path / "out", "--validation", 0, "--test", 0)
@@ -232,21 +229,21 @@ def test_a_commit_that_is_cut_off_anywhere_leaves_one_dataset_or_the_other(
 
     with monkeypatch.context() as patch:
         patch.setattr(commit.os, "replace", fail)
-        assert run_build("--input", tmp_path / "later", *words).code == build.EXIT_STOPPED
+        assert run_build("--input", tmp_path / "later", *words).code == ExitCode.RESTART
     np.testing.assert_array_equal(slices_of(tmp_path / "out")["train"], slices["train"])
     assert len(shards.SliceSource(tmp_path / "out", "train").index) == 50
-    # Given up: the same inputs as before make it the dataset that it was.
+    # Abandoned: the same inputs as before make it the dataset that it was.
     copy = shutil.copytree(tmp_path / "out", tmp_path / "copy")
     assert run_build("--input", exams, "--output", copy, "--validation", 0, "--test", 0).code == 0
     check(copy, run_verify)
     assert len(index_of(copy)) == 50 and not (copy / ".build" / "addition-00001").exists()
-    # Gone on with.
+    # Resumed.
     assert run_build("--input", tmp_path / "later", *words).code == 0
     check(tmp_path / "out", run_verify)
     assert len(index_of(tmp_path / "out")) == 55
 
 
-def test_an_addition_that_is_given_up_for_another_leaves_nothing(
+def test_abandoned_addition_leaves_nothing(
     tmp_path: Path, exams: Path, run_build, run_verify, write_series, monkeypatch, manifest
 ) -> None:
     words = ("--output", tmp_path / "out", "--validation", 0, "--test", 0)
@@ -254,14 +251,14 @@ def test_an_addition_that_is_given_up_for_another_leaves_nothing(
     for patient in (20, 21):
         write_patient(write_series, tmp_path / f"later{patient}", patient)
     with monkeypatch.context() as patch:
-        patch.setattr(build.commit, "commit", lambda *unused: (_ for _ in ()).throw(KeyboardInterrupt()))
-        assert run_build("--input", tmp_path / "later20", *words).code == build.EXIT_STOPPED
+        patch.setattr(commit, "commit", lambda *unused: (_ for _ in ()).throw(KeyboardInterrupt()))
+        assert run_build("--input", tmp_path / "later20", *words).code == ExitCode.RESTART
     assert run_build("--input", tmp_path / "later21", *words).code == 0
     check(tmp_path / "out", run_verify)
     assert not [path for path in manifest(tmp_path / "out") if "later20" in path]
 
 
-def test_labels_of_another_kind_are_one_line(tmp_path: Path, run_build, write_series) -> None:
+def test_label_column_of_other_type_is_one_line(tmp_path: Path, run_build, write_series) -> None:
     for n, grade in ((1, "3"), (2, "high")):
         write_patient(write_series, tmp_path / f"{n}", n)
         (tmp_path / f"{n}.csv").write_text("\n".join(["file,grade", *(f"{n}/{k:03d}.dcm,{grade}" for k in range(5))]))
@@ -271,7 +268,7 @@ def test_labels_of_another_kind_are_one_line(tmp_path: Path, run_build, write_se
     result = run_build("--input", tmp_path / "2", *words, "--labels", tmp_path / "2.csv")
     assert result.code == 2 and "a label column holds numbers in one addition and text in another" in result.error
     assert len(shards.SliceSource(tmp_path / "out", "train")) == 5
-    # Without the labels it goes on.
+    # Without the labels the addition works.
     assert run_build("--input", tmp_path / "2", *words).code == 0
     assert [row["label_grade"] for row in index_of(tmp_path / "out")] == [3] * 5 + [None] * 5
     after = shard_state(tmp_path / "out")
@@ -281,24 +278,26 @@ def test_labels_of_another_kind_are_one_line(tmp_path: Path, run_build, write_se
 # ---- hold-outs
 
 
-def test_a_patient_who_is_in_cannot_be_held_out_any_more(tmp_path: Path, exams: Path, run_build) -> None:
+def test_holdout_rejects_patient_of_the_dataset(tmp_path: Path, exams: Path, run_build) -> None:
     assert run_build("--input", exams, "--output", tmp_path / "out", *SPLITS).code == 0
     (tmp_path / "holdout.txt").write_text("P4\nP99\n")
     result = run_build("--input", exams, "--output", tmp_path / "out", *SPLITS, "--holdout", tmp_path / "holdout.txt")
     assert result.code == 2 and "1 held-out patients with 5 files are in" in result.error
 
 
-def test_who_was_held_out_once_stays_out(tmp_path: Path, exams: Path, run_build, write_series, manifest) -> None:
+def test_held_out_patient_stays_out_of_additions(
+    tmp_path: Path, exams: Path, run_build, write_series, manifest
+) -> None:
     (tmp_path / "holdout.txt").write_text("P4\n")
     words = ("--output", tmp_path / "out", *SPLITS)
     assert run_build("--input", exams, *words, "--holdout", tmp_path / "holdout.txt").code == 0
     write_patient(write_series, tmp_path / "later", 4, SeriesInstanceUID="2.25.99")
     assert run_build("--input", tmp_path / "later", *words).code == 0
     reasons = {row["reason"] for path, row in manifest(tmp_path / "out").items() if "later" in path or "/p4/" in path}
-    assert reasons == {plan.HELD_OUT}
+    assert reasons == {assignment.HELD_OUT}
 
 
-def test_archives_and_places_in_them_can_be_held_out(
+def test_holdout_takes_archives_and_places_in_them(
     tmp_path: Path, exams: Path, run_build, run_verify, key_file: Path, manifest
 ) -> None:
     packed = tmp_path / "packed"
@@ -320,12 +319,10 @@ def test_archives_and_places_in_them_can_be_held_out(
     assert run_verify(tmp_path / "out", *more).code == 0
     (tmp_path / "holdout.txt").write_text(f"{packed / 'b.tar.gz'}\n{packed / 'c.tar'}!/in/p4\n")
     result = run_verify(tmp_path / "out", *more)
-    assert result.code == 1 and "slices are of 1 patients of" in result.out
+    assert result.code == ExitCode.DATA and "slices are of 1 patients of" in result.out
 
 
-def test_verify_proves_it_again_with_the_key(
-    tmp_path: Path, exams: Path, run_build, run_verify, key_file: Path
-) -> None:
+def test_verify_checks_holdout_with_the_key(tmp_path: Path, exams: Path, run_build, run_verify, key_file: Path) -> None:
     (tmp_path / "holdout.txt").write_text(f"P4\n{exams / 'p5'}\n")
     words = ("--input", exams, "--output", tmp_path / "out", *SPLITS)
     assert run_build(*words, "--holdout", tmp_path / "holdout.txt").code == 0
@@ -334,7 +331,7 @@ def test_verify_proves_it_again_with_the_key(
     assert result.code == 0 and "held out: 2 lines of" in result.err and "in the index: 0" in result.err
     (tmp_path / "holdout.txt").write_text(f"P4\n{exams / 'p5'}\nP6\n{exams / 'p7'}\n")
     result = run_verify(tmp_path / "out", *more, "--json", tmp_path / "report.json")
-    assert result.code == 1 and f"10 slices are of 2 patients of {tmp_path / 'holdout.txt'}" in result.out
+    assert result.code == ExitCode.DATA and f"10 slices are of 2 patients of {tmp_path / 'holdout.txt'}" in result.out
     assert json.loads((tmp_path / "report.json").read_text())["held_out"]["patients_found"] == 2
     # Another key would find nobody and prove nothing.
     (tmp_path / "other.key").write_text("another key that everybody may know")
@@ -347,7 +344,7 @@ def test_verify_proves_it_again_with_the_key(
 # ---- duplicates by pixels
 
 
-def test_a_series_that_was_sent_again_under_other_names_is_removed(
+def test_series_sent_again_under_other_names_is_removed(
     tmp_path: Path, run_build, run_verify, write_series, manifest
 ) -> None:
     rng = np.random.default_rng(5)
@@ -384,7 +381,7 @@ def test_a_series_that_was_sent_again_under_other_names_is_removed(
     check(tmp_path / "out", run_verify)
 
 
-def test_of_two_copies_the_one_to_train_on_goes(tmp_path: Path, run_build, write_series) -> None:
+def test_of_two_copies_the_training_one_is_removed(tmp_path: Path, run_build, write_series) -> None:
     rng = np.random.default_rng(6)
     for patient in range(2):
         write_patient(write_series, tmp_path / f"p{patient}", patient, 6)
@@ -411,7 +408,7 @@ def test_of_two_copies_the_one_to_train_on_goes(tmp_path: Path, run_build, write
     assert Counter(row["split"] for row in index_of(tmp_path / "out")) == {"train": 6, "test": 7}
 
 
-def test_series_that_look_alike_are_reported_and_kept(
+def test_near_duplicate_series_are_reported_and_kept(
     tmp_path: Path, run_build, run_verify, manifest, study: Path
 ) -> None:
     import pydicom
@@ -427,7 +424,7 @@ def test_series_that_look_alike_are_reported_and_kept(
         noise = rng.normal(0, 20, data.pixel_array.shape)  # as another kernel makes it
         data.PixelData = np.clip(data.pixel_array + noise, 0, 4000).astype(data.pixel_array.dtype).tobytes()
         data.SeriesInstanceUID, data.SOPInstanceUID = "2.25.123456789", f"2.25.1234{path.stem[-3:]}1"
-        data.PatientID = "SOMEBODY ELSE"
+        data.PatientID = "OTHER"
         (tmp_path / "again").mkdir(exist_ok=True)
         data.save_as(tmp_path / "again" / path.name)
     words = (

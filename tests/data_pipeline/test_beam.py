@@ -1,4 +1,4 @@
-"""Apache Beam as the runner: its local one with processes, and a job service with a pool of workers as Flink and Spark have it."""
+"""Apache Beam as the runner: its local one with processes, and a job service with a worker pool as for Flink and Spark."""
 
 import contextlib
 import os
@@ -16,8 +16,11 @@ import psutil
 import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from data_pipeline import beam, build
+from curia_common.exit_codes import ExitCode
+from data_pipeline import beam
 from data_pipeline.format import shards
+from data_pipeline.stages.assignment import Conversion, ShardPlace
+from data_pipeline.stages.convert import Job
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ("--validation", 0.25, "--test", 0.25)
@@ -26,12 +29,13 @@ WORDS = ("--validation", 0.25, "--test", 0.25)
 # ---- the graph
 
 
-def test_the_graph_of_100_000_shards_is_small_and_nothing_comes_out_of_the_conversion() -> None:
+def test_graph_of_100_000_shards_is_small() -> None:
     # A shard of 500 files has a line of 200 kB in the plan.
-    places = [(200_000 * n, 200_000) for n in range(100_000)]
-    common = {"output": "/mnt/shards", "sidecars": "/mnt/shards/.build/addition-00000/shards", "plan": "0" * 64}
+    places = [ShardPlace("train", n, 500, 200_000 * n, 200_000) for n in range(100_000)]
+    own = "/mnt/shards/.build/addition-00000"
+    job = Job("/mnt/shards", f"{own}/shards", None, "0" * 64, f"{own}/plan-{'0' * 16}.jsonl", Conversion("x"))
     pipeline = apache_beam.Pipeline(options=PipelineOptions(["--runner", beam.LOCAL]))
-    beam.build_graph(pipeline, places, common)
+    beam.build_graph(pipeline, places, job, beam.Limits(60.0, 4_000_000_000))
     graph = pipeline.to_runner_api()
     # Dataflow takes 20 MB.
     assert graph.ByteSize() < 2_000_000
@@ -47,20 +51,20 @@ def test_the_graph_of_100_000_shards_is_small_and_nothing_comes_out_of_the_conve
 # ---- what the user says
 
 
-def test_beam_that_is_not_installed_is_one_line(tmp_path: Path, study: Path, run_build, monkeypatch) -> None:
+def test_missing_beam_is_one_line(tmp_path: Path, study: Path, run_build, monkeypatch) -> None:
     monkeypatch.setattr(beam.importlib.util, "find_spec", lambda name: None)
     result = run_build("--input", study / "dicom", "--output", tmp_path / "out", "--runner", "beam")
     assert result.code == 2 and "pip install 'apache-beam" in result.error
     assert not (tmp_path / "out").exists()
 
 
-def test_options_of_beam_need_beam_and_have_to_be_words(tmp_path: Path, study: Path, run_build) -> None:
+def test_beam_options_need_beam_and_closed_quotes(tmp_path: Path, study: Path, run_build) -> None:
     words = ("--input", study / "dicom", "--output", tmp_path / "out", "--beam-options=--runner='Flink")
-    assert "--beam-options are for --runner=beam" in run_build(*words).error
-    assert "--beam-options cannot be taken apart: No closing quotation" in run_build(*words, "--runner=beam").error
+    assert "--beam-options needs --runner=beam" in run_build(*words).error
+    assert "--beam-options cannot be parsed: No closing quotation" in run_build(*words, "--runner=beam").error
 
 
-def test_a_runner_that_is_named_is_left_as_it_is_and_the_default_asks_no_job_server() -> None:
+def test_default_runner_needs_no_job_server() -> None:
     assert beam.options("--runner=FlinkRunner --flink_master=host:1", 3) == [
         "--runner=FlinkRunner", "--flink_master=host:1", "--number_of_worker_harness_threads=1",
     ]  # fmt: skip
@@ -72,19 +76,19 @@ def test_a_runner_that_is_named_is_left_as_it_is_and_the_default_asks_no_job_ser
     assert (made["direct_num_workers"], made["direct_running_mode"]) == (3, "multi_processing")
 
 
-def test_a_runner_that_fails_is_one_line_and_its_log_is_the_owners(tmp_path: Path, study: Path, run_build) -> None:
+def test_failed_runner_is_one_line_and_its_log_is_private(tmp_path: Path, study: Path, run_build) -> None:
     words = ("--input", study / "dicom", "--output", tmp_path / "out", "--runner=beam")
     result = run_build(*words, "--beam-options=--runner=NoSuchRunner")
     log = tmp_path / "out" / ".build" / "beam.log"
     assert result.code == 2 and "error: the Beam runner failed (ValueError: Unexpected pipeline runner" in result.error
-    assert result.error.endswith(f"what it said is in {log}")
+    assert result.error.endswith(f"its log is {log}")
     assert "Traceback" in log.read_text() and stat.S_IMODE(log.stat().st_mode) == 0o600
 
 
 # ---- runs
 
 
-def test_beam_gives_the_bytes_that_local_processes_give(
+def test_beam_gives_the_same_bytes_as_local_processes(
     study: Path, dataset: Path, tmp_path: Path, run_build, contents
 ) -> None:
     result = run_build(
@@ -97,9 +101,7 @@ def test_beam_gives_the_bytes_that_local_processes_give(
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
-def test_a_decoder_that_hangs_or_crashes_costs_its_file_and_not_the_beam_worker(
-    tmp_path: Path, exams: Path, start_build, manifest
-) -> None:
+def test_decoder_hang_or_crash_leaves_beam_worker_alive(tmp_path: Path, exams: Path, start_build, manifest) -> None:
     for name, (patient, number) in {"hang.dcm": (1, 0), "crash.dcm": (2, 3), "bug.dcm": (3, 2)}.items():
         (exams / f"p{patient}" / f"{number:03d}.dcm").rename(exams / f"p{patient}" / name)
     running = start_build(
@@ -116,7 +118,7 @@ def test_a_decoder_that_hangs_or_crashes_costs_its_file_and_not_the_beam_worker(
 
 
 @pytest.mark.parametrize(("number", "then"), [(signal.SIGKILL, "local"), (signal.SIGTERM, "beam")])
-def test_a_beam_build_that_is_stopped_ends_its_processes_and_goes_on_with_either_runner(
+def test_stopped_beam_build_resumes_with_either_runner(
     tmp_path: Path, exams: Path, start_build, run_build, contents, number: int, then: str
 ) -> None:
     words = ("--input", exams, "--output", tmp_path / "out", "--validation", 0, "--test", 0)
@@ -125,7 +127,7 @@ def test_a_beam_build_that_is_stopped_ends_its_processes_and_goes_on_with_either
     family = psutil.Process(running.process.pid).children(recursive=True)
     assert len(family) >= 5  # the runner, two Beam workers, and a process for each
     code, err = running.stop(number)
-    assert code == (-signal.SIGKILL if number == signal.SIGKILL else build.EXIT_STOPPED), err
+    assert code == (-signal.SIGKILL if number == signal.SIGKILL else ExitCode.RESTART), err
     assert "Traceback" not in err
     _, alive = psutil.wait_procs(family, timeout=30)
     assert alive == []
@@ -143,7 +145,7 @@ def test_a_beam_build_that_is_stopped_ends_its_processes_and_goes_on_with_either
     assert left == contents(tmp_path / "fresh")
 
 
-def test_what_a_worker_cannot_mend_ends_the_build_with_one_line(tmp_path: Path, exams: Path, start_build) -> None:
+def test_worker_error_ends_beam_build_with_one_line(tmp_path: Path, exams: Path, start_build) -> None:
     running = start_build(
         "--input", exams, "--output", tmp_path / "out", "--runner=beam", "--workers", 2, trouble={"*": 0.1}
     )  # fmt: skip
@@ -151,10 +153,10 @@ def test_what_a_worker_cannot_mend_ends_the_build_with_one_line(tmp_path: Path, 
     for path in exams.rglob("*.dcm"):
         os.utime(path, ns=(1, 1))
     _, err = running.process.communicate(timeout=200)
-    assert running.process.returncode == 2
+    assert running.process.returncode == ExitCode.DATA
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     where = tmp_path / "out" / ".build" / "failed_on.txt"
-    assert "an input changed while the build ran" in line and line.endswith(f"stands in {where})")
+    assert "an input changed while the build ran" in line and line.endswith(f"is in {where})")
     assert Path(where.read_text().strip()).name.endswith(".dcm") and str(exams) not in line
     assert "Traceback" not in err
 
@@ -186,7 +188,7 @@ def _serving(module: str, port: int, *words: str) -> Iterator[None]:
             os.killpg(server.pid, signal.SIGKILL)
 
 
-def test_a_job_service_with_a_pool_of_workers_gives_the_same_bytes(
+def test_job_service_with_worker_pool_gives_the_same_bytes(
     study: Path, dataset: Path, tmp_path: Path, run_build, contents
 ) -> None:
     """The protocol by which Flink and Spark get a job, and the kind of workers that pods with mounted volumes have."""

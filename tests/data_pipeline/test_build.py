@@ -15,10 +15,10 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from data_pipeline import build
-from data_pipeline.format import shards
+from curia_common.exit_codes import ExitCode
+from data_pipeline.format import files, shards
 from data_pipeline.sources import geometry
-from data_pipeline.stages import pseudonyms
+from data_pipeline.stages import assignment, commit, pseudonyms
 
 PNG = np.arange(1600, dtype=np.uint16).reshape(40, 40)
 
@@ -34,7 +34,7 @@ def pictures(folder: Path, count: int) -> list[Path]:
 # ---- a good build
 
 
-def test_a_dataset_is_a_tfds_dataset_and_equal_to_its_source(study: Path, dataset: Path, manifest) -> None:
+def test_dataset_loads_with_tfds_and_equals_its_source(study: Path, dataset: Path, manifest) -> None:
     builder = tfds.builder_from_directory(dataset)
     sources = {}
     for path, row in manifest(dataset).items():
@@ -51,11 +51,11 @@ def test_a_dataset_is_a_tfds_dataset_and_equal_to_its_source(study: Path, datase
         for record in records:
             for slot, pixels in enumerate(record["slices"]):
                 mine = slices[number]
-                np.testing.assert_array_equal(mine["pixels"], pixels)
+                np.testing.assert_array_equal(mine.pixels, pixels)
                 source = record["source"][slot].decode()
                 stored, row = sources[source]
                 np.testing.assert_array_equal(pixels * np.float64(record["slope"]) + record["intercept"], stored)
-                assert (record["units"] == b"HU") == (record["modality"] == b"CT") == mine["hu"]
+                assert (record["units"] == b"HU") == (record["modality"] == b"CT") == mine.facts.hu
                 assert (row["split"], row["series"]) == (split, record["series"].decode())
                 seen.add(source)
                 number += 1
@@ -104,7 +104,7 @@ def test_index_manifest_shards_and_card_agree(dataset: Path, manifest) -> None:
     assert {row["problems"] for row in rows.values()} == {""}
 
 
-def test_no_patient_is_in_two_splits_and_more_exams_move_nobody(
+def test_no_patient_is_in_two_splits_or_moves_with_more_exams(
     study: Path, dataset: Path, tmp_path: Path, run_build
 ) -> None:
     def splits(folder: Path) -> dict[str, str]:
@@ -123,7 +123,7 @@ def test_no_patient_is_in_two_splits_and_more_exams_move_nobody(
     assert len(part) == 3 and part == {patient: whole[patient] for patient in part}
 
 
-def test_the_same_build_elsewhere_and_with_other_processes_gives_the_same_bytes(
+def test_build_is_deterministic_for_any_number_of_workers(
     study: Path, dataset: Path, tmp_path: Path, run_build, contents
 ) -> None:
     words = ("--input", study / "dicom", "--slices-per-record", 2, "--validation", 0.25, "--test", 0.25)
@@ -131,7 +131,7 @@ def test_the_same_build_elsewhere_and_with_other_processes_gives_the_same_bytes(
     assert contents(tmp_path / "out") == contents(dataset)
 
 
-def test_a_second_run_of_a_finished_build_changes_nothing(
+def test_rerun_of_finished_build_changes_nothing(
     study: Path, dataset: Path, tmp_path: Path, run_build, contents
 ) -> None:
     copy = shutil.copytree(dataset, tmp_path / "out")
@@ -144,7 +144,7 @@ def test_a_second_run_of_a_finished_build_changes_nothing(
     assert times == {path.name: path.stat().st_mtime_ns for path in copy.glob("*array_record*")}
 
 
-def test_what_a_user_sees(tmp_path: Path, run_build, write_series) -> None:
+def test_output_of_a_build(tmp_path: Path, run_build, write_series) -> None:
     write_series(tmp_path / "in", 6)
     (tmp_path / "in" / "notes.txt").write_text("x")
     result = run_build(
@@ -167,7 +167,7 @@ def test_what_a_user_sees(tmp_path: Path, run_build, write_series) -> None:
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in (tmp_path / "out" / ".build").rglob("*.*"))
 
 
-def test_help_teaches(run_build) -> None:
+def test_help_has_stages_examples_and_exit_codes(run_build) -> None:
     result = run_build("--help", key=False)
     assert result.code == 0
     for words in (
@@ -205,7 +205,7 @@ def test_labels_reach_the_index(study: Path, tmp_path: Path, run_build) -> None:
     assert not [name for name in index.column_names if "patient" in name and name != "patient"]
 
 
-def test_a_column_with_empty_cells_and_numbers_is_no_trap_at_the_end(tmp_path: Path, run_build) -> None:
+def test_label_column_with_empty_cells_and_numbers(tmp_path: Path, run_build) -> None:
     pictures(tmp_path / "in", 4)
     (tmp_path / "labels.csv").write_text(
         "file,grade,split,kind\nin/0.png,1,train,CT\nin/1.png,,val,\nin/2.png,x,test,MR\nin/3.png,2.5,,\n"
@@ -221,7 +221,7 @@ def test_a_column_with_empty_cells_and_numbers_is_no_trap_at_the_end(tmp_path: P
     )
 
 
-def test_a_table_that_puts_a_patient_in_two_splits_is_refused(tmp_path: Path, run_build, write_series) -> None:
+def test_label_table_with_patient_in_two_splits_is_rejected(tmp_path: Path, run_build, write_series) -> None:
     write_series(tmp_path / "in", 5)
     (tmp_path / "labels.csv").write_text("file,split\nin/000.dcm,train\nin/001.dcm,test\n")
     words = ("--input", tmp_path / "in", "--output", tmp_path / "out", "--labels", tmp_path / "labels.csv")
@@ -230,7 +230,7 @@ def test_a_table_that_puts_a_patient_in_two_splits_is_refused(tmp_path: Path, ru
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".build"]
 
 
-def test_held_out_patients_stay_out_under_any_name(study: Path, tmp_path: Path, run_build) -> None:
+def test_held_out_patients_stay_out_when_renamed_by_labels(study: Path, tmp_path: Path, run_build) -> None:
     inputs = [study / "dicom" / f"PHANTOM-{n:04d}" for n in range(4)]
     (tmp_path / "holdout.txt").write_text(f"PHANTOM-0001\n\n{inputs[2]}\nPHANTOM-9999\n")
     rows = ["file,who"] + [
@@ -260,7 +260,7 @@ def test_held_out_patients_stay_out_under_any_name(study: Path, tmp_path: Path, 
 # ---- bad input
 
 
-def test_bad_files_are_counted_and_passed_by(tmp_path: Path, run_build, manifest, write_series) -> None:
+def test_bad_files_are_quarantined_with_reasons(tmp_path: Path, run_build, manifest, write_series) -> None:
     folder = tmp_path / "in"
     paths = write_series(folder / "series", 8)
     paths[2].unlink()  # a missing slice
@@ -290,7 +290,7 @@ def test_bad_files_are_counted_and_passed_by(tmp_path: Path, run_build, manifest
     assert sum(sum(reasons.values()) for reasons in card["reasons"].values()) == 14
 
 
-def test_inputs_that_hold_nothing_usable_are_one_clear_line(tmp_path: Path, run_build, manifest) -> None:
+def test_unusable_inputs_are_one_line(tmp_path: Path, run_build, manifest) -> None:
     output = tmp_path / "out"
     result = run_build("--input", tmp_path / "none", "--output", output)
     assert (result.code, result.error) == (2, f"error: no such input: {tmp_path / 'none'}")
@@ -301,10 +301,10 @@ def test_inputs_that_hold_nothing_usable_are_one_clear_line(tmp_path: Path, run_
     for n in range(3):
         (tmp_path / "empty" / f"{n}.pdf").write_bytes(b"%PDF-1.7")
     result = run_build("--input", tmp_path / "empty", "--output", output)
-    assert result.code == 2
+    assert result.code == ExitCode.DATA
     assert result.error == (
         "error: none of the 3 files is a usable slice: 3 x not a medical image (no DICOM, NIfTI, NRRD, MetaImage, PNG, "
-        f"JPEG or TIFF file); {output / 'manifest.parquet'} says it for each file"
+        f"JPEG or TIFF file); {output / 'manifest.parquet'} has the reason of each file"
     )
     assert {row["fate"] for row in manifest(output).values()} == {"excluded"}
     # With a better input the same output can be used.
@@ -312,14 +312,14 @@ def test_inputs_that_hold_nothing_usable_are_one_clear_line(tmp_path: Path, run_
     assert run_build("--input", tmp_path / "empty", "--output", output).code == 0
 
 
-def test_files_of_which_no_slice_is_left_are_one_clear_line(tmp_path: Path, run_build) -> None:
+def test_inputs_without_slices_are_one_line(tmp_path: Path, run_build) -> None:
     Image.fromarray(np.full((40, 40), 7, np.uint8)).save(tmp_path / "flat.png")
     result = run_build("--input", tmp_path / "flat.png", "--output", tmp_path / "out")
-    assert result.code == 2 and "none of the 1 files is a usable slice: 1 x constant" in result.error
+    assert result.code == ExitCode.DATA and "none of the 1 files is a usable slice: 1 x constant" in result.error
     assert not (tmp_path / "out" / "dataset_info.json").exists() and not (tmp_path / "out" / shards.SHARDS).exists()
 
 
-def test_a_split_of_which_nothing_is_left_is_no_split(tmp_path: Path, run_build) -> None:
+def test_empty_split_is_left_out(tmp_path: Path, run_build) -> None:
     pictures(tmp_path / "in", 2)
     Image.fromarray(np.full((40, 40), 7, np.uint8)).save(tmp_path / "in" / "flat.png")
     (tmp_path / "labels.csv").write_text("file,split\nin/0.png,train\nin/1.png,train\nin/flat.png,test\n")
@@ -345,7 +345,7 @@ def test_a_split_of_which_nothing_is_left_is_no_split(tmp_path: Path, run_build)
     [
         (["--slices-per-record", 0], "--slices-per-record is 0"),
         (["--shard-mb", 0], "--shard-mb is 0"),
-        (["--timeout", 0], "--timeout is 0.0; it has to be more than 0 seconds"),
+        (["--timeout", 0], "--timeout is 0; it has to be more than 0 seconds"),
         (["--size", 16], "--size is 16"),
         (["--validation", 0.6, "--test", 0.4], "together under 1"),
         (["--validation", "nan"], "--validation nan"),
@@ -355,7 +355,7 @@ def test_a_split_of_which_nothing_is_left_is_no_split(tmp_path: Path, run_build)
         (["--labels", "none.csv"], "cannot read the label table none.csv"),
         (["--holdout", "none.txt"], "cannot read --holdout=none.txt"),
         (["--key-file", "none.key"], "no key file none.key"),
-        (["--json", "none/card.json"], "--json: no folder none"),
+        (["--json", "none/card.json"], "--json=none/card.json: there is no folder none"),
     ],
 )
 def test_wrong_usage_is_one_line(tmp_path: Path, run_build, words: list, text: str) -> None:
@@ -368,7 +368,7 @@ def test_wrong_usage_is_one_line(tmp_path: Path, run_build, words: list, text: s
 # ---- outputs that are in the way
 
 
-def test_a_foreign_folder_is_left_as_it_is(tmp_path: Path, run_build, contents) -> None:
+def test_foreign_output_folder_is_rejected_unchanged(tmp_path: Path, run_build, contents) -> None:
     pictures(tmp_path / "in", 1)
     foreign = tmp_path / "foreign"
     foreign.mkdir()
@@ -386,7 +386,7 @@ def test_a_foreign_folder_is_left_as_it_is(tmp_path: Path, run_build, contents) 
     assert result.code == 2 and "Not a directory" in result.error
 
 
-def test_a_finished_dataset_of_other_settings_is_not_touched(tmp_path: Path, run_build, contents, monkeypatch) -> None:
+def test_finished_dataset_rejects_other_settings_unchanged(tmp_path: Path, run_build, contents, monkeypatch) -> None:
     pictures(tmp_path / "in", 3)
     words = ("--input", tmp_path / "in", "--output", tmp_path / "out")
     assert run_build(*words).code == 0
@@ -402,13 +402,15 @@ def test_a_finished_dataset_of_other_settings_is_not_touched(tmp_path: Path, run
     ):
         result = run_build(*words, *more)
         assert result.code == 2 and text in result.error
-    monkeypatch.setattr(build.plan, "FORMAT", build.plan.FORMAT + 1)
+    plan = tmp_path / "out" / ".build" / "addition-00000" / "plan.json"
+    plan.write_text(plan.read_text().replace('"format": 3', '"format": 2'))
+    before = contents(tmp_path / "out")
     result = run_build(*words)
-    assert result.code == 2 and "a finished dataset of another version of this software" in result.error
+    assert result.code == ExitCode.DATA and "a finished dataset of another version of this software" in result.error
     assert contents(tmp_path / "out") == before
 
 
-def test_datasets_of_versions_without_additions_are_named_as_that(tmp_path: Path, run_build) -> None:
+def test_dataset_of_old_version_is_named(tmp_path: Path, run_build) -> None:
     pictures(tmp_path / "in", 3)
     words = ("--input", tmp_path / "in", "--output", tmp_path / "out")
     assert run_build(*words).code == 0
@@ -420,14 +422,12 @@ def test_datasets_of_versions_without_additions_are_named_as_that(tmp_path: Path
     assert "an unfinished build of another version" in run_build(*words).error
 
 
-def test_an_unfinished_build_of_other_inputs_is_replaced_whole(
-    tmp_path: Path, run_build, contents, monkeypatch
-) -> None:
+def test_unfinished_build_of_other_inputs_is_replaced(tmp_path: Path, run_build, contents, monkeypatch) -> None:
     pictures(tmp_path / "in", 3)
     words = ("--input", tmp_path / "in", "--output", tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(build.commit, "commit", lambda *unused: (_ for _ in ()).throw(KeyboardInterrupt()))
-        assert run_build(*words).code == build.EXIT_STOPPED
+        patch.setattr(commit, "commit", lambda *unused: (_ for _ in ()).throw(KeyboardInterrupt()))
+        assert run_build(*words).code == ExitCode.RESTART
     assert len(list((tmp_path / "out").glob("*array_record*"))) > 1
     pictures(tmp_path / "in", 9)
     assert run_build(*words).code == 0
@@ -435,14 +435,14 @@ def test_an_unfinished_build_of_other_inputs_is_replaced_whole(
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
-def test_the_output_inside_the_input_is_no_input(tmp_path: Path, run_build, manifest) -> None:
+def test_output_inside_input_is_not_read(tmp_path: Path, run_build, manifest) -> None:
     pictures(tmp_path, 2)
     for _ in range(2):
         assert run_build("--input", tmp_path, "--output", tmp_path / "out").code == 0
     assert sorted(manifest(tmp_path / "out")) == [str(tmp_path / "0.png"), str(tmp_path / "1.png")]
 
 
-def test_square_brackets_in_paths_are_just_that(tmp_path: Path, run_build) -> None:
+def test_square_brackets_in_paths_are_printed(tmp_path: Path, run_build) -> None:
     pictures(tmp_path / "in", 1)
     result = run_build("--input", tmp_path / "in", "--output", tmp_path / "[bold]out[/x]")
     assert result.code == 0 and "[bold]out[/x]/manifest.parquet" in result.err
@@ -451,35 +451,35 @@ def test_square_brackets_in_paths_are_just_that(tmp_path: Path, run_build) -> No
 # ---- trouble on the way
 
 
-def test_an_unexpected_fault_is_one_line_without_data(tmp_path: Path, run_build, monkeypatch) -> None:
+def test_unforeseen_fault_is_one_line_without_data(tmp_path: Path, run_build, monkeypatch) -> None:
     pictures(tmp_path / "in", 1)
 
     def fail(*unused):
         raise ValueError("DOE^JOHN")
 
-    monkeypatch.setattr(build.plan, "make", fail)
+    monkeypatch.setattr(assignment, "make", fail)
     result = run_build("--input", tmp_path / "in", "--output", tmp_path / "out")
     assert result.code == 1
-    assert result.error.startswith("error: the program is at fault (ValueError at ")
-    assert result.error.endswith("); please report this line")
+    assert result.error.startswith("error: unforeseen fault (ValueError at ")
+    assert result.error.endswith("); please report it")
     assert "DOE" not in result.err
 
 
-def test_a_full_disk_is_one_line(tmp_path: Path, run_build, monkeypatch) -> None:
+def test_full_disk_is_one_line(tmp_path: Path, run_build, monkeypatch) -> None:
     pictures(tmp_path / "in", 1)
 
     def fail(path, *unused, **more):
         raise OSError(28, "No space left on device", str(path))
 
-    for where, name in ((build.shards, "write"), (build.files, "write_table")):
+    for where, name in ((shards, "write"), (files, "write_table")):
         with monkeypatch.context() as patch:
             patch.setattr(where, name, fail)
             result = run_build("--input", tmp_path / "in", "--output", tmp_path / "out")
-        assert result.code == 2 and result.error.startswith("error: No space left on device")
+        assert result.code == ExitCode.RESTART and result.error.startswith("error: No space left on device")
     assert run_build("--input", tmp_path / "in", "--output", tmp_path / "out").code == 0
 
 
-def test_a_decoder_that_hangs_or_crashes_costs_its_file(tmp_path: Path, exams: Path, start_build, manifest) -> None:
+def test_decoder_hang_or_crash_quarantines_its_file(tmp_path: Path, exams: Path, start_build, manifest) -> None:
     for name, (patient, number) in {"hang.dcm": (1, 0), "crash.dcm": (2, 3), "bug.dcm": (3, 2)}.items():
         (exams / f"p{patient}" / f"{number:03d}.dcm").rename(exams / f"p{patient}" / name)
     running = start_build(
@@ -497,7 +497,7 @@ def test_a_decoder_that_hangs_or_crashes_costs_its_file(tmp_path: Path, exams: P
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_build_that_is_stopped_goes_on_and_ends_as_if_nothing_had_happened(
+def test_stopped_build_resumes_to_the_same_bytes(
     tmp_path: Path, exams: Path, start_build, run_build, contents, number: int
 ) -> None:
     words = ("--input", exams, "--output", tmp_path / "out", "--validation", 0, "--test", 0)
@@ -508,8 +508,8 @@ def test_a_build_that_is_stopped_goes_on_and_ends_as_if_nothing_had_happened(
     if number == signal.SIGKILL:
         assert code == -signal.SIGKILL
     else:
-        assert code == build.EXIT_STOPPED
-        assert err.splitlines()[-1].startswith("stopped; finished shards are kept, start the same command again")
+        assert code == ExitCode.RESTART
+        assert err.splitlines()[-1].startswith("stopped; finished shards are kept, rerun the same command to resume")
         assert not list((tmp_path / "out").glob(".*.tmp"))
     assert "Traceback" not in err
     assert not (tmp_path / "out" / shards.SHARDS).exists() and not (tmp_path / "out" / "dataset_info.json").exists()
@@ -524,7 +524,7 @@ def test_a_build_that_is_stopped_goes_on_and_ends_as_if_nothing_had_happened(
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
-def test_a_second_build_on_the_same_output_is_refused_and_an_input_that_changes_is_named(
+def test_second_build_on_output_and_changed_input_are_rejected(
     tmp_path: Path, exams: Path, start_build, run_build
 ) -> None:
     words = ("--input", exams, "--output", tmp_path / "out", "--validation", 0, "--test", 0)
@@ -540,10 +540,10 @@ def test_a_second_build_on_the_same_output_is_refused_and_an_input_that_changes_
     assert len(finished) < 4
     os.utime(last, ns=(1, 1))
     _, err = running.process.communicate(timeout=60)
-    assert running.process.returncode == 2
+    assert running.process.returncode == ExitCode.DATA
     where = tmp_path / "out" / ".build" / "failed_on.txt"
     assert (
-        f"error: an input changed while the build ran; start the build again (the path of the file stands in {where})"
+        f"error: an input changed while the build ran; rerun the same command (the path of the file is in {where})"
         in err
     )
     assert where.read_text() == f"{last}\n" and stat.S_IMODE(where.stat().st_mode) == 0o600

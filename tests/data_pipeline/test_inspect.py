@@ -7,8 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_pipeline import inspect
+from curia_common.exit_codes import ExitCode
 from data_pipeline.format import shards
+from data_pipeline.stages.inspection import Difference, difference
 
 
 def index_of(folder: Path) -> pa.Table:
@@ -28,7 +29,7 @@ def test_counts_of_a_dataset(dataset: Path, run_inspect) -> None:
     assert any(line.startswith("  body_part    head 80, ") for line in lines)
 
 
-def test_a_series_by_the_beginning_of_its_name(dataset: Path, run_inspect) -> None:
+def test_series_is_found_by_beginning_of_its_name(dataset: Path, run_inspect) -> None:
     row = index_of(dataset).to_pylist()[0]
     result = run_inspect(dataset, "--series", row["series"][:7])
     assert result.code == 0 and ": 5 slices of 1 series of 1 patients in 1 shards" in result.out
@@ -37,12 +38,12 @@ def test_a_series_by_the_beginning_of_its_name(dataset: Path, run_inspect) -> No
     names = index_of(dataset)["series"].to_pylist()
     result = run_inspect(dataset, "--series", "none")
     assert (result.code, result.error) == (
-        2, f"error: --series none: no series begins with it; {min(names)} is one that does exist",
+        2, f"error: --series none: no series begins with it; an existing one is {min(names)}",
     )  # fmt: skip
     assert "series begin with it" in run_inspect(dataset, "--series", "").error
 
 
-def test_the_fields_of_a_record_are_those_of_the_index(dataset: Path, run_inspect) -> None:
+def test_slice_fields_equal_the_index(dataset: Path, run_inspect) -> None:
     index = shards.SliceSource(dataset, "test").index.to_pylist()
     for number in (0, 3, len(index) - 1):
         result = run_inspect(dataset, "--split", "test", "--slice", number)
@@ -58,11 +59,11 @@ def test_the_fields_of_a_record_are_those_of_the_index(dataset: Path, run_inspec
         assert fields["flags"] == "0 (none)" and "bytes for 40x40 px of 16 bit" in fields["slices"]
     result = run_inspect(dataset, "--split", "test", "--slice", len(index))
     assert (result.code, result.error) == (
-        2, f"error: --slice={len(index)}: what was selected has slices 0 to {len(index) - 1}",
+        2, f"error: --slice={len(index)}: the selection has slices 0 to {len(index) - 1}",
     )  # fmt: skip
 
 
-def test_a_contact_sheet_shows_the_slices_that_were_asked_for(dataset: Path, tmp_path: Path, run_inspect) -> None:
+def test_contact_sheet_shows_selected_slices(dataset: Path, tmp_path: Path, run_inspect) -> None:
     ct = next(row for row in index_of(dataset).to_pylist() if row["body_part"] == "abdomen" and row["split"] == "train")
     result = run_inspect(dataset, "--series", ct["series"], "--sheet", tmp_path / "a.png", "--tile", 64, "--columns", 3)
     assert result.code == 0 and result.out.endswith(f"5 slices on {tmp_path / 'a.png'}\n")
@@ -72,21 +73,21 @@ def test_a_contact_sheet_shows_the_slices_that_were_asked_for(dataset: Path, tmp
     number = next(n for n, row in enumerate(source.index.to_pylist()) if row["series"] == ct["series"])
     one = source[number]
     # Soft tissue: -160 HU is black, 240 HU white. The first tile's mean is that of the slice in this window.
-    hu = one["pixels"] * one["slope"] + one["intercept"]
+    hu = one.real
     wanted = np.clip((hu + 160) / 400, 0, 1).mean() * 255
-    height, width = (n * mm for n, mm in zip(hu.shape, one["spacing"][:2], strict=True))
+    height, width = (n * mm for n, mm in zip(hu.shape, one.spacing[:2], strict=True))
     covered = min(height, width) / max(height, width)  # the rest of the square tile is black
     assert picture[6:70, 6:70].mean() == pytest.approx(wanted * covered, abs=1)
     assert run_inspect(dataset, "--sheet", tmp_path / "a.txt").error.endswith("has to end in .png")
-    assert run_inspect(dataset, "--sheet", tmp_path / "none" / "a.png").code == 2
+    assert run_inspect(dataset, "--sheet", tmp_path / "none" / "a.png").code == 75
 
 
-def test_no_difference_between_a_dataset_and_itself(dataset: Path, run_inspect) -> None:
+def test_diff_with_itself_is_empty(dataset: Path, run_inspect) -> None:
     result = run_inspect(dataset, "--diff", dataset)
     assert (result.code, result.out) == (0, "160 slices are the same in both\n")
 
 
-def test_a_difference_is_told_by_series_and_column(dataset: Path, tmp_path: Path, run_inspect) -> None:
+def test_diff_counts_series_and_columns(dataset: Path, tmp_path: Path, run_inspect) -> None:
     copy = shutil.copytree(dataset, tmp_path / "copy")
     rows = index_of(copy).to_pylist()
     gone = rows[-1]["series"]
@@ -95,24 +96,23 @@ def test_a_difference_is_told_by_series_and_column(dataset: Path, tmp_path: Path
     rows[0]["flags"] = rows[1]["flags"] = 2
     rows[0]["shard"], rows[1]["shard"] = rows[0]["shard"], rows[1]["shard"]
     pq.write_table(pa.Table.from_pylist(rows), copy / shards.INDEX)
-    counts = inspect.difference(index_of(dataset), index_of(copy))
-    assert counts == {
-        "same": 153, "differ": 2, "columns": {"mean": 1, "flags": 2}, "only_ours": 5, "only_ours_series": 1, "only_theirs": 0,
-        "only_theirs_series": 0, "new_columns": [],
-    }  # fmt: skip
+    counts = difference(index_of(dataset), index_of(copy))
+    assert counts == Difference(
+        same=153, differ=2, columns={"mean": 1, "flags": 2}, only_ours=5, only_ours_series=1, only_theirs=0,
+        only_theirs_series=0, new_columns=[],
+    )  # fmt: skip
+    assert run_inspect(dataset, "--diff", copy).code == ExitCode.DATA
     with_label = index_of(copy).append_column("label_a", pa.array([1] * len(rows)))
-    assert inspect.difference(index_of(copy), with_label)["new_columns"] == ["label_a"]
+    assert difference(index_of(copy), with_label).new_columns == ["label_a"]
 
 
-def test_two_builds_under_different_keys_are_compared_by_their_pixels(
-    study: Path, tmp_path: Path, run_build, run_inspect
-) -> None:
+def test_diff_under_other_key_compares_pixels(study: Path, tmp_path: Path, run_build, run_inspect) -> None:
     (tmp_path / "other.key").write_text("another key of sixteen bytes")
     words = ("--input", study / "dicom" / "PHANTOM-0001", "--validation", 0, "--test", 0)
     assert run_build(*words, "--output", tmp_path / "a").code == 0
     assert run_build(*words, "--output", tmp_path / "b", "--key-file", tmp_path / "other.key").code == 0
     result = run_inspect(tmp_path / "a", "--diff", tmp_path / "b")
-    assert result.code == 1
+    assert result.code == ExitCode.DATA
     assert (
         "no series in common: pseudonyms differ where the keys do; by their source pixels 20 slices are in both"
         in result.out

@@ -1,4 +1,4 @@
-"""What must not leave the inputs does not. No assertion here prints a value of a header."""
+"""Identities in the inputs reach no output. No assertion here prints a header value."""
 
 import collections
 import gzip
@@ -19,9 +19,9 @@ from pydicom.datadict import DicomDictionary, keyword_for_tag
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
-from data_pipeline import build
+from curia_common.exit_codes import ExitCode
 from data_pipeline.format import shards
-from data_pipeline.sources import archives
+from data_pipeline.sources import archives, dicom_pixels
 from tests.data_pipeline.packing import pack, write_dicomdir
 
 # Long enough for every representation of text, and short and plain enough for a defined term.
@@ -97,7 +97,7 @@ def leaks(data: bytes, values: list[str]) -> int:
 WORDS = [*SECRETS, SECRET_UID, "7777777.12345"]
 
 
-def test_identities_planted_in_every_text_element_go_nowhere(tmp_path: Path, write_series, run_build) -> None:
+def test_identities_in_dicom_text_elements_reach_no_output(tmp_path: Path, write_series, run_build) -> None:
     folder = tmp_path / "exams" / SECRETS[0] / f"study of {SECRETS[1]}"  # as archives name their folders
     paths = [plant(path) for path in write_series(folder, 6, pixels=None)]
     planted = pydicom.dcmread(paths[0])
@@ -133,11 +133,11 @@ def test_identities_planted_in_every_text_element_go_nowhere(tmp_path: Path, wri
         assert private.stat().st_mode & 0o077 == 0
 
 
-def test_error_messages_quote_no_header_and_no_path(tmp_path: Path, write_series, run_build, monkeypatch) -> None:
+def test_error_messages_quote_no_header_value_or_path(tmp_path: Path, write_series, run_build, monkeypatch) -> None:
     folder = tmp_path / "exams" / SECRETS[0]
     paths = [plant(path) for path in write_series(folder, 6)]
     words = ("--input", tmp_path / "exams", "--output", tmp_path / "out")
-    read = build.convert.dicom.open_image
+    read = dicom_pixels.open_image
 
     def change(path: str):
         os.utime(paths[-1], ns=(1, 1))
@@ -145,23 +145,23 @@ def test_error_messages_quote_no_header_and_no_path(tmp_path: Path, write_series
 
     for function in (change, lambda path: 1 / 0, lambda path: (_ for _ in ()).throw(ValueError(SECRETS[0]))):
         with monkeypatch.context() as patch:
-            patch.setattr(build.convert.dicom, "open_image", function)
+            patch.setattr(dicom_pixels, "open_image", function)
             result = run_build(*words)
-        assert result.code == 2
+        assert result.code == ExitCode.DATA
         assert leaks((result.out + result.err).encode(), WORDS) == 0
     for path in paths:
         path.write_bytes(path.read_bytes()[:-2000])
     result = run_build(*words)
-    assert result.code == 2 and leaks((result.out + result.err).encode(), WORDS) == 0
+    assert result.code == ExitCode.DATA and leaks((result.out + result.err).encode(), WORDS) == 0
 
 
 @pytest.mark.parametrize("name", ["index", "shards"])
-def test_tables_hold_no_path(dataset: Path, study: Path, name: str) -> None:
+def test_public_tables_hold_no_path(dataset: Path, study: Path, name: str) -> None:
     text = json.dumps(pq.read_table(dataset / f"{name}.parquet").to_pydict())
     assert leaks(text.encode(), [str(study), "PHANTOM", ".dcm"]) == 0
 
 
-def test_names_in_volumes_pictures_archives_and_indices_go_nowhere(tmp_path: Path, write_series, run_build) -> None:
+def test_identities_in_other_formats_reach_no_output(tmp_path: Path, write_series, run_build) -> None:
     place = tmp_path / "exams" / SECRETS[0]
     place.mkdir(parents=True)
     series = [plant(path) for path in write_series(tmp_path / "series", 6, pixels=None)]
@@ -219,10 +219,13 @@ def _raw(path: Path) -> bytes:
     return gzip.decompress(data) if path.suffix == ".gz" else data
 
 
-def test_errors_about_archives_and_indices_quote_no_name_from_inside(tmp_path: Path, write_series, run_build) -> None:
+def test_errors_of_archives_quote_no_member_name(tmp_path: Path, write_series, run_build) -> None:
     path = plant(write_series(tmp_path / "series", 1)[0])
     pack(tmp_path / "a.tar.gz", {f"{SECRETS[0]}/{SECRETS[1]}.dcm": path.read_bytes()})
     index = write_dicomdir(tmp_path / "DICOMDIR", [["..", SECRETS[0].upper()]])
-    for words in (("--input", tmp_path / "a.tar.gz", "--unpack-gb", 0), ("--input", index)):
+    for code, *words in (
+        (ExitCode.USAGE, "--input", tmp_path / "a.tar.gz", "--unpack-gb", 0),
+        (ExitCode.DATA, "--input", index),
+    ):
         result = run_build(*words, "--output", tmp_path / "out")
-        assert result.code == 2 and leaks((result.out + result.err).encode(), WORDS) == 0
+        assert result.code == code and leaks((result.out + result.err).encode(), WORDS) == 0

@@ -15,8 +15,9 @@ import pytest
 from array_record.python import array_record_module
 
 from data_pipeline.format import records, shards
-from data_pipeline.sources import dicom, geometry
+from data_pipeline.sources import dicom_header, dicom_pixels, geometry
 from data_pipeline.sources.base import ReadError
+from data_pipeline.sources.stored_values import stored_sha256
 from data_pipeline.stages import commit, pseudonyms
 from data_pipeline.stages import exclusion as rules
 
@@ -69,19 +70,19 @@ def readable(row: dict[str, str]) -> bool:
     return grey and "ok" in (row["pydicom_status"], row["simpleitk_status"]) and not broken
 
 
-def test_stored_values_are_those_of_independent_decoders(golden, real_data: Path) -> None:
+def test_stored_values_equal_independent_decoders(golden, real_data: Path) -> None:
     wrong, same, lossy = [], 0, 0
     for row in golden:
         try:
-            values, _ = dicom.read_stored(str(real_data / row["file"]))
+            values, _ = dicom_pixels.read_stored(str(real_data / row["file"]))
         except ReadError:
             if readable(row):
                 wrong.append(f"{row['file']}: refused")
             continue
         expected = row["sha256_16_of_stored_values_int64"]
-        if expected and dicom.stored_sha256(values) == expected:
+        if expected and stored_sha256(values) == expected:
             same += 1
-        elif row["transfer_syntax"] in dicom.LOSSY_SYNTAXES and (
+        elif row["transfer_syntax"] in dicom_header.LOSSY_SYNTAXES and (
             not row["stored_max"] or abs(int(values.max()) - float(row["stored_max"])) <= 1
         ):
             lossy += 1  # decoders of lossy JPEG differ by rounding, and the reference decoded some of them with another
@@ -91,43 +92,47 @@ def test_stored_values_are_those_of_independent_decoders(golden, real_data: Path
     assert same >= 230 and lossy <= 6
 
 
-def test_one_ct_in_nine_lossless_encodings_is_one_image(golden, real_data: Path) -> None:
+def test_nine_lossless_encodings_give_one_image(golden, real_data: Path) -> None:
     of_one = [row for row in golden if "ct_hispeed_13ts" in row["file"]]
     (digest, count), *_ = Counter(row["sha256_16_of_stored_values_int64"] for row in of_one).most_common()
     assert count == 9
     lossless = [row for row in of_one if row["sha256_16_of_stored_values_int64"] == digest]
-    decoded = [dicom.read_stored(str(real_data / row["file"])) for row in lossless]
-    assert {dicom.stored_sha256(values) for values, _ in decoded} == {digest}
+    decoded = [dicom_pixels.read_stored(str(real_data / row["file"])) for row in lossless]
+    assert {stored_sha256(values) for values, _ in decoded} == {digest}
     assert len({row["transfer_syntax"] for row in lossless}) == 9
     # Each by the decoder that is pinned for it, none by the fallback.
     plugins = {row["transfer_syntax"]: name.split()[-1] for row, (_, name) in zip(lossless, decoded, strict=True)}
-    assert {syntax: plugins[syntax] for syntax in plugins if syntax in dicom.PLUGINS} == {
-        syntax: dicom.PLUGINS[syntax] for syntax in plugins if syntax in dicom.PLUGINS
+    assert {syntax: plugins[syntax] for syntax in plugins if syntax in dicom_pixels.PLUGINS} == {
+        syntax: dicom_pixels.PLUGINS[syntax] for syntax in plugins if syntax in dicom_pixels.PLUGINS
     }
 
 
-def test_both_decoders_agree_wherever_both_read(golden, real_data: Path) -> None:
+def test_both_decoders_agree(golden, real_data: Path) -> None:
     compared = 0
     for row in golden:
         if not row["file"].startswith(
             ("dicom/enhanced_multiframe", "dicom/mr_vendors", "dicom/transfer_syntaxes/pydicom")
         ):
             continue
-        if not readable(row) or row["modality"] not in ("CT", "MR") or row["transfer_syntax"] in dicom.LOSSY_SYNTAXES:
+        if (
+            not readable(row)
+            or row["modality"] not in ("CT", "MR")
+            or row["transfer_syntax"] in dicom_header.LOSSY_SYNTAXES
+        ):
             continue
-        values, _ = dicom.read_stored(str(real_data / row["file"]))
+        values, _ = dicom_pixels.read_stored(str(real_data / row["file"]))
         path = str(real_data / row["file"])
-        again = list(dicom._decoded_by_itk(path, "x", dicom.read_header(path).geometry))
+        again = list(dicom_pixels.decode_with_simpleitk(path, dicom_header.read_header(path).geometry))
         np.testing.assert_array_equal(again, values)
         compared += 1
     assert compared > 20
 
 
-def test_stored_hashes_in_the_manifest_are_the_golden_ones(golden, rows) -> None:
+def test_stored_hashes_equal_golden_ones(golden, rows) -> None:
     checked = 0
     for row in golden:
         found = rows[row["file"]]
-        if found["fate"] == "kept" and row["transfer_syntax"] not in dicom.LOSSY_SYNTAXES:
+        if found["fate"] == "kept" and row["transfer_syntax"] not in dicom_header.LOSSY_SYNTAXES:
             assert found["stored_sha256"] == row["sha256_16_of_stored_values_int64"], row["file"]
             checked += 1
     assert checked > 100
@@ -146,7 +151,7 @@ def test_stored_hashes_in_the_manifest_are_the_golden_ones(golden, rows) -> None
         ("sliceorientation_001", geometry.MIXED_ORIENTATION),
     ],
 )
-def test_every_trap_is_flagged_for_its_own_reason(rows, folder: str, problem: str) -> None:
+def test_geometry_defects_are_flagged_by_their_own_reason(rows, folder: str, problem: str) -> None:
     own = {geometry.TILTED, geometry.REPEATED_POSITION, geometry.GAP, geometry.MIXED_ORIENTATION}
     for row in under(rows, f"dicom/bad_geometry/{folder}"):
         problems = set(row["problems"].split("; "))
@@ -156,7 +161,7 @@ def test_every_trap_is_flagged_for_its_own_reason(rows, folder: str, problem: st
         assert row["fate"] == "kept" or row["reason"] == "values are no HU"
 
 
-def test_tilt_and_uneven_spacing_of_a_head_are_seen_and_its_slices_kept(rows) -> None:
+def test_tilted_head_is_flagged_and_kept(rows) -> None:
     head = under(rows, "dicom/ct_ge_head_tilt18")
     assert {row["fate"] for row in head} == {"kept"}
     assert {row["problems"] for row in head} == {f"{geometry.GAP}; {geometry.TILTED}"}
@@ -171,11 +176,11 @@ def test_tilt_and_uneven_spacing_of_a_head_are_seen_and_its_slices_kept(rows) ->
         "enhanced_multiframe/siemens_multiframe_anatomical_001",
     ],
 )
-def test_clean_volumes_are_clean(rows, folder: str) -> None:
+def test_regular_volumes_have_no_problems(rows, folder: str) -> None:
     assert {(row["fate"], row["problems"]) for row in under(rows, f"dicom/{folder}")} == {("kept", "")}
 
 
-def test_planes_of_a_study_are_told_apart(built, rows) -> None:
+def test_planes_of_a_study(built, rows) -> None:
     index = pq.read_table(built[0] / shards.INDEX).to_pylist()
     planes = {row["series"]: row["plane"] for row in index}
     for folder, plane in (
@@ -187,10 +192,10 @@ def test_planes_of_a_study_are_told_apart(built, rows) -> None:
 # ---- what is left out
 
 
-def test_negatives_are_left_out_by_their_own_rule(rows, real_data: Path) -> None:
+def test_localizers_and_mislabelled_files_are_excluded(rows, real_data: Path) -> None:
     folder = real_data / "dicom" / "ct_philips_localizer_and_sc"
     for path in sorted(folder.iterdir()):
-        header = dicom.read_header(str(path))
+        header = dicom_header.read_header(str(path))
         row = rows[str(path.relative_to(real_data))]
         localizer = header.sop_class in rules.IMAGE_CLASSES
         assert row["fate"] == "excluded"
@@ -200,7 +205,7 @@ def test_negatives_are_left_out_by_their_own_rule(rows, real_data: Path) -> None
     assert {(row["fate"], row["reason"]) for row in mislabelled} == {("excluded", "values are no HU")}
 
 
-def test_odd_and_broken_files_each_have_a_fate(rows, golden) -> None:
+def test_damaged_files_have_fates(rows, golden) -> None:
     odd = {path: row for path, row in rows.items() if path.startswith("dicom/odd/")}
     assert set(odd) >= {row["file"] for row in golden if row["file"].startswith("dicom/odd/")}
     assert all(row["fate"] == "kept" or row["reason"] for row in odd.values())
@@ -212,7 +217,7 @@ def test_odd_and_broken_files_each_have_a_fate(rows, golden) -> None:
         assert odd[f"dicom/odd/{name}"]["fate"] == fate, name
 
 
-def test_every_reason_is_one_that_a_person_understands(rows) -> None:
+def test_reasons_are_sentences(rows) -> None:
     assert rows["dicom/odd/badVR.dcm"]["reason"] == "malformed header: NumberOfFrames is no whole number"
     quarantined = {path: row["reason"] for path, row in rows.items() if row["fate"] == "quarantined"}
     assert len(quarantined) >= 10
@@ -222,7 +227,7 @@ def test_every_reason_is_one_that_a_person_understands(rows) -> None:
         assert len(reason.split()) >= 3, path
 
 
-def test_images_to_register_are_kept_and_their_labels_left_out(rows) -> None:
+def test_registration_images_are_kept_without_labels(rows) -> None:
     label = "label map: few distinct whole numbers"
     fates = {
         folder: Counter((row["fate"], row["reason"]) for row in under(rows, f"registration/{folder}"))
@@ -250,7 +255,7 @@ def test_images_to_register_are_kept_and_their_labels_left_out(rows) -> None:
     assert pairs == {"kept": 16, "excluded": 6, "quarantined": 10}
 
 
-def test_label_maps_are_left_out_and_images_kept_with_their_modality(built, rows) -> None:
+def test_label_maps_are_excluded_and_images_keep_modality(built, rows) -> None:
     index = pq.read_table(built[0] / shards.INDEX).to_pylist()
     modality = {row["series"]: row["modality"] for row in index}
     kept = {path: row for path, row in rows.items() if path.startswith("nifti/") and row["fate"] == "kept"}
@@ -270,7 +275,7 @@ def test_label_maps_are_left_out_and_images_kept_with_their_modality(built, rows
 # ---- what is in
 
 
-def test_hu_tell_contrast_from_plain_ct(built, rows, real_data: Path) -> None:
+def test_hu_separate_contrast_from_plain_ct(built, rows, real_data: Path) -> None:
     with (real_data / "labelled" / "ct_luad_contrast" / "labels.csv").open(newline="") as file:
         contrast = {row["file"]: int(row["contrast"]) for row in csv.DictReader(file)}
     digests = {
@@ -285,8 +290,8 @@ def test_hu_tell_contrast_from_plain_ct(built, rows, real_data: Path) -> None:
         for n, digest in enumerate(source.index.column("source").to_pylist()):
             if digest in digests:
                 one = source[n]
-                assert one["hu"]
-                hu = one["pixels"] * one["slope"] + one["intercept"]
+                assert one.facts.hu
+                hu = one.pixels * one.facts.slope + one.facts.intercept
                 scores[digests[digest]].append(float(((hu > 100) & (hu < 300)).mean()))
     assert len(scores[0]) + len(scores[1]) >= 33
     pairs = [(a > b) + 0.5 * (a == b) for a in scores[1] for b in scores[0]]
@@ -302,7 +307,7 @@ def test_no_patient_is_in_two_splits(built) -> None:
     assert set.union(*splits.values()) <= set(pseudonyms.SPLITS)
 
 
-def test_every_file_stands_in_the_manifest(rows, real_data: Path) -> None:
+def test_every_file_is_in_the_manifest(rows, real_data: Path) -> None:
     files = {
         str(path.relative_to(real_data))
         for folder in FOLDERS
@@ -312,7 +317,7 @@ def test_every_file_stands_in_the_manifest(rows, real_data: Path) -> None:
     assert set(rows) == files
 
 
-def test_what_was_said_adds_up(built) -> None:
+def test_printed_summary_equals_the_card(built) -> None:
     output, err = built
     card = json.loads((output / "card.json").read_text())
     assert "Traceback" not in err and "Warning" not in err
@@ -353,8 +358,8 @@ def test_no_identifying_value_of_any_header_is_in_the_dataset(built, golden, row
         # Short ones turn up anywhere; whitelisted words are in the index rightly.
         values.update(value for value in found if len(value) >= 6)
     allowed = (
-        dicom.BODY_PARTS
-        | set(dicom._MANUFACTURERS)
+        dicom_header.BODY_PARTS
+        | set(dicom_header.MANUFACTURERS)
         | {"unknown", "axial", "coronal", "sagittal", "oblique", "arbitrary"}
     )
     values = {value for value in values if value.lower() not in allowed}
@@ -369,7 +374,7 @@ def test_no_identifying_value_of_any_header_is_in_the_dataset(built, golden, row
         reader = array_record_module.ArrayRecordReader(str(path), "")
         words: set[bytes] = set()
         for n in range(reader.num_records()):
-            for name, feature in records.proto.Example.FromString(reader.read([n])[0]).features.feature.items():
+            for name, feature in records.Example.FromString(reader.read([n])[0]).features.feature.items():
                 words.update({name.encode()} if name == "slices" else {name.encode(), *feature.bytes_list.value})
         texts[path.name] = "\n".join(sorted(word.decode() for word in words))
     leaking = [name for name, text in texts.items() if _any_of(values, text.lower())]

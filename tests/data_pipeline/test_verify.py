@@ -10,8 +10,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline import verify
-from data_pipeline.format import shards
+from curia_common.exit_codes import ExitCode
+from data_pipeline.format import codec, shards
 
 
 @pytest.fixture
@@ -36,31 +36,31 @@ def put(table: pa.Table, name: str, row: int, value: object) -> pa.Table:
 def problems(folder: Path, run_verify, **more) -> list[str]:
     result = run_verify(folder, **more)
     lines = result.out.splitlines()
-    assert result.code == (1 if lines else 0), result.err
+    assert result.code == (ExitCode.DATA if lines else ExitCode.DONE), result.err
     assert "Traceback" not in result.err
     return lines
 
 
-def test_a_dataset_as_built_is_sound(dataset: Path, tmp_path: Path, run_verify) -> None:
+def test_dataset_as_built_is_sound(dataset: Path, tmp_path: Path, run_verify) -> None:
     result = run_verify(dataset, "--json", tmp_path / "report.json", processes=2)
     assert (result.code, result.out) == (0, "")
     lines = result.err.splitlines()
-    assert re.fullmatch(r"verify: .* MB in .*/(s|min)", lines[0])
+    assert re.fullmatch(r"verify: .* MB in .*/(s|min)", lines[-2])  # after any lines of progress
     report = json.loads((tmp_path / "report.json").read_text())
     size = sum(path.stat().st_size for path in dataset.glob("*array_record*"))
-    assert lines[1] == f"sound: 160 slices in 96 records of {report['shards']} shards, {size / 1e6:.1f} MB"
+    assert lines[-1] == f"sound: 160 slices in 96 records of {report['shards']} shards, {size / 1e6:.1f} MB"
     assert report == {
         "folder": str(dataset), "sound": True, "shards": len(list(dataset.glob("*array_record*"))), "records": 96,
         "slices": 160, "bytes": size, "problems": [], "unfinished": [],
     }  # fmt: skip
 
 
-def test_a_dataset_without_its_manifest_is_sound(copy: Path, run_verify) -> None:
+def test_dataset_without_manifest_is_sound(copy: Path, run_verify) -> None:
     (copy / shards.MANIFEST).unlink()  # as it is when a dataset is given away
     assert problems(copy, run_verify) == []
 
 
-def test_missing_and_cut_shards_are_named(copy: Path, run_verify) -> None:
+def test_missing_and_truncated_shards_are_named(copy: Path, run_verify) -> None:
     first, second = shard_of(copy), shard_of(copy, "test")
     size = second.stat().st_size
     first.unlink()
@@ -70,7 +70,7 @@ def test_missing_and_cut_shards_are_named(copy: Path, run_verify) -> None:
     assert f"{second.name} has {size - 100:,} bytes, published with {size:,}" in found
 
 
-def test_every_flipped_bit_is_noticed(copy: Path, run_verify) -> None:
+def test_every_flipped_bit_is_detected(copy: Path, run_verify) -> None:
     shard = shard_of(copy)
     data = shard.read_bytes()
     used = len(data.rstrip(b"\0"))
@@ -94,14 +94,14 @@ def test_damaged_records_are_counted(copy: Path, run_verify) -> None:
     assert f"{shard.name}: {count - 3:,} more damaged records" in found
 
 
-def test_pixels_that_are_not_those_of_their_statistics_are_noticed(copy: Path, run_verify, monkeypatch) -> None:
-    decode = verify.codec.decode
-    monkeypatch.setattr(verify.codec, "decode", lambda data: decode(data) + np.uint16(1))
+def test_pixels_that_contradict_statistics_are_detected(copy: Path, run_verify, monkeypatch) -> None:
+    decode = codec.decode
+    monkeypatch.setattr(codec, "decode", lambda data: decode(data) + np.uint16(1))
     found = problems(copy, run_verify)
     assert sum("record 0: its mean is not that of its pixels" in line for line in found) == 12
 
 
-def test_shards_that_no_table_names_and_the_other_way_round(copy: Path, run_verify) -> None:
+def test_stray_and_unlisted_shards_are_named(copy: Path, run_verify) -> None:
     shutil.copy(shard_of(copy), copy / "slices-train.array_record-00099")
     assert problems(copy, run_verify) == [f"slices-train.array_record-00099 is not in {shards.SHARDS}"]
 
@@ -116,14 +116,16 @@ def test_shards_that_no_table_names_and_the_other_way_round(copy: Path, run_veri
         ("record", 99, "index.parquet has another record than {shard} for "),
     ],
 )
-def test_an_index_that_says_otherwise(copy: Path, run_verify, name: str, value: object, text: str) -> None:
+def test_index_that_contradicts_records_is_detected(
+    copy: Path, run_verify, name: str, value: object, text: str
+) -> None:
     row = pq.read_table(copy / shards.INDEX)["split"].to_pylist().index("train")
     change(copy / shards.INDEX, lambda table: put(table, name, row, value))
     wanted = text.format(shard=shard_of(copy).name)
     assert any(line.startswith(wanted) for line in problems(copy, run_verify))
 
 
-def test_a_patient_in_two_splits_and_missing_rows(copy: Path, run_verify) -> None:
+def test_patient_in_two_splits_and_missing_rows_are_detected(copy: Path, run_verify) -> None:
     patients = pq.read_table(copy / shards.INDEX, filters=[("split", "=", "test")])["patient"]
     change(copy / shards.INDEX, lambda table: put(table, "patient", 0, patients[0].as_py()))
     found = problems(copy, run_verify)
@@ -146,13 +148,15 @@ def test_a_patient_in_two_splits_and_missing_rows(copy: Path, run_verify) -> Non
         ("file", "../x", "shards.parquet names '../x', which is no file of this folder"),
     ],
 )
-def test_a_table_of_shards_that_says_otherwise(copy: Path, run_verify, name: str, value: object, text: str) -> None:
+def test_shard_table_that_contradicts_shards_is_detected(
+    copy: Path, run_verify, name: str, value: object, text: str
+) -> None:
     row = pq.read_table(copy / shards.SHARDS)["split"].to_pylist().index("test")
     change(copy / shards.SHARDS, lambda table: put(table, name, row, value))
     assert any(text in line for line in problems(copy, run_verify))
 
 
-def test_metadata_and_card_that_say_otherwise(copy: Path, run_verify) -> None:
+def test_metadata_and_card_that_contradict_are_detected(copy: Path, run_verify) -> None:
     card = json.loads((copy / shards.CARD).read_text())
     card["patients"] += 1
     card["files"]["excluded"] = 4
@@ -168,7 +172,7 @@ def test_metadata_and_card_that_say_otherwise(copy: Path, run_verify) -> None:
 
 
 @pytest.mark.parametrize("name", [shards.SHARDS, shards.INDEX, shards.CARD, "dataset_info.json", shards.MANIFEST])
-def test_damaged_tables_are_problems_and_no_crashes(copy: Path, run_verify, name: str) -> None:
+def test_damaged_tables_are_problems(copy: Path, run_verify, name: str) -> None:
     (copy / name).write_bytes((copy / name).read_bytes()[:50])
     assert any(
         name in line and "cannot be read" in line.replace("cannot read", "cannot be read")
@@ -176,9 +180,9 @@ def test_damaged_tables_are_problems_and_no_crashes(copy: Path, run_verify, name
     )
 
 
-def test_folders_without_a_dataset_are_errors(tmp_path: Path, run_verify) -> None:
+def test_folder_without_dataset_is_usage_error(tmp_path: Path, run_verify) -> None:
     result = run_verify(tmp_path)
     assert (result.code, result.error) == (
         2, f"error: no dataset in {tmp_path}: it has no shards.parquet; data_pipeline.build writes it when it has finished",
     )  # fmt: skip
-    assert run_verify(tmp_path, "--json", tmp_path / "a" / "b").error.startswith("error: --json: no folder ")
+    assert run_verify(tmp_path, "--json", tmp_path / "a" / "b").error.startswith("error: --json=")

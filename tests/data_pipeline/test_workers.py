@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from curia_common.errors import UserError
+from curia_common.errors import RemoteFault, UserError
+from curia_common.exit_codes import ExitCode
 from data_pipeline import workers
 
 HERE = Path(__file__).parent
@@ -22,37 +23,37 @@ def tasks(monkeypatch: pytest.MonkeyPatch):
 
 
 def run(function, work, *, count: int = 2, timeout: float = 20.0):
-    """Results by number of the task, and every item whose touching was announced."""
-    results, touched = {}, []
+    """Results by number of the task, and every item that was reported."""
+    results, reported = {}, []
     for message in workers.run(function, work, workers=count, timeout=timeout):
         if isinstance(message, workers.Done):
             assert message.number not in results
             results[message.number] = message.result
         else:
-            touched.append(message.item)
-    return results, touched
+            reported.append(message.item)
+    return results, reported
 
 
-def test_every_task_is_done_once_and_every_item_announced(tasks) -> None:
-    results, touched = run(tasks.work, [["a", "b"], ["c"], [], ["d", "e", "f"]])
+def test_every_task_is_done_once_and_every_item_reported(tasks) -> None:
+    results, reported = run(tasks.work, [["a", "b"], ["c"], [], ["d", "e", "f"]])
     assert results == {
         0: [("a", "done"), ("b", "done")], 1: [("c", "done")], 2: [], 3: [(item, "done") for item in "def"],
     }  # fmt: skip
-    assert sorted(touched) == list("abcdef")
+    assert sorted(reported) == list("abcdef")
 
 
-def test_a_crash_or_a_hang_costs_that_item_alone_and_nothing_is_counted_twice(tasks) -> None:
+def test_crash_or_hang_skips_that_item_alone(tasks) -> None:
     work = [["a", "crash", "b", "hang", "c"], ["d"]]
-    results, touched = run(tasks.work, work, timeout=1.0)
+    results, reported = run(tasks.work, work, timeout=1.0)
     assert results[0] == [
         ("a", "done"), ("crash", "the decoder crashed on it (SIGSEGV)"), ("b", "done"),
         ("hang", "reading it took more than 1 s"), ("c", "done"),
     ]  # fmt: skip
     assert results[1] == [("d", "done")]
-    assert sorted(touched) == ["a", "b", "c", "crash", "d", "hang"]
+    assert sorted(reported) == ["a", "b", "c", "crash", "d", "hang"]
 
 
-def test_idle_workers_are_used_again_and_those_of_a_failed_call_are_not(tasks) -> None:
+def test_idle_workers_are_reused_unless_a_call_failed(tasks) -> None:
     idle: list = []
 
     def one(task):
@@ -62,7 +63,7 @@ def test_idle_workers_are_used_again_and_those_of_a_failed_call_are_not(tasks) -
     try:
         first = one("a")
         assert one("b") == first and len(idle) == 1
-        with pytest.raises(workers.TaskFault):
+        with pytest.raises(RemoteFault):
             one("bug")
         assert idle == []
         assert one("c") != first
@@ -71,42 +72,45 @@ def test_idle_workers_are_used_again_and_those_of_a_failed_call_are_not(tasks) -
             worker.stop()
 
 
-def test_a_worker_killed_from_outside_gets_a_second_try_on_its_item_but_no_third(tasks, tmp_path: Path) -> None:
+def test_killed_worker_retries_its_item_once(tasks, tmp_path: Path) -> None:
     once = f"killed once:{tmp_path / 'mark'}"
-    results, touched = run(tasks.work, [["a", once, "killed always", "b"]], count=1)
+    results, reported = run(tasks.work, [["a", once, "killed always", "b"]], count=1)
     assert [outcome for _, outcome in results[0]] == ["done", "done", "the decoder crashed on it (SIGKILL)", "done"]
-    assert len(touched) == 4
+    assert len(reported) == 4
 
 
-def test_what_comes_after_the_last_item_has_no_time_limit(tasks) -> None:
+def test_work_after_the_last_item_has_no_time_limit(tasks) -> None:
     results, _ = run(tasks.work, [["a", "slow end"]], count=1, timeout=0.7)
     assert results == {0: [("a", "done"), ("slow end", "done")]}
 
 
-def test_a_worker_that_dies_with_nothing_in_hand_is_an_error_with_a_remedy(tasks) -> None:
+def test_worker_that_dies_between_items_is_an_error(tasks) -> None:
     with pytest.raises(UserError, match="out of memory: try fewer --workers"):
         run(tasks.work, [["dead end"]], count=1)
 
 
 @pytest.mark.parametrize(
-    ("item", "kind", "text"),
+    ("item", "kind", "text", "code"),
     [
-        ("user", workers.TaskError, "mend this"),
-        ("disk", workers.TaskError, "No space left on device: /out/shard"),
-        ("bug", workers.TaskFault, "ValueError"),
+        ("user", workers.TaskError, "fix this", ExitCode.USAGE),
+        ("storage", workers.TaskError, "scratch disk is full", ExitCode.RESTART),
+        ("disk", workers.TaskError, "No space left on device: /out/shard", ExitCode.RESTART),
+        ("bug", RemoteFault, "ValueError", None),
     ],
 )
-def test_a_failure_of_the_task_itself_ends_the_run_and_names_the_item(tasks, item: str, kind: type, text: str) -> None:
+def test_failed_task_ends_the_run_with_item_and_exit_code(
+    tasks, item: str, kind: type, text: str, code: ExitCode | None
+) -> None:
     with pytest.raises(kind) as caught:
         run(tasks.work, [["a", item]], count=1)
     assert text in str(caught.value)
     assert "a header value" not in str(caught.value)  # texts of unexpected errors may quote data
     if kind is workers.TaskError:
-        assert caught.value.item == item
+        assert (caught.value.item, caught.value.exit_code) == (item, code)
 
 
-def test_workers_leave_signals_to_their_parent(tasks) -> None:
-    # A cluster sends SIGTERM to every process of a job.
+def test_workers_ignore_signals(tasks) -> None:
+    # A cluster sends SIGTERM to every process of a job; the parent reacts to it.
     assert run(tasks.signals, ["x"], count=1)[0] == {0: "alive"}
 
 
@@ -140,7 +144,7 @@ def _runs(pid: int) -> bool:
     return state != "Z"  # nobody waits for an orphan in a container
 
 
-def test_a_worker_gets_no_more_than_its_memory_and_lives_on(tasks) -> None:
+def test_memory_limit_is_enforced_and_worker_survives(tasks) -> None:
     def run(size: int):
         return [
             m
@@ -149,10 +153,10 @@ def test_a_worker_gets_no_more_than_its_memory_and_lives_on(tasks) -> None:
         ]
 
     assert [len(message.result) if message.number else message.result for message in run(10**10)] == [100_000_000, 1]
-    with pytest.raises(UserError, match="more memory than it may take; give it more with --memory-gb"):
+    with pytest.raises(UserError, match="more memory than it may take; raise --memory-gb"):
         run(10**12 + 1)
 
 
-def test_what_arrow_sets_aside_does_not_count_as_memory_taken(tasks) -> None:
+def test_memory_limit_leaves_out_what_arrow_reserves(tasks) -> None:
     (done,) = workers.run(tasks.table_and_bytes, [800_000_000], workers=1, timeout=60.0, memory=1_300_000_000)
     assert done.result == 800_000_000

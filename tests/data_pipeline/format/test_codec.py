@@ -43,7 +43,7 @@ def test_exact_on_hard_slices(pixels: np.ndarray) -> None:
 @given(
     st.lists(st.tuples(st.integers(1, 40), st.integers(1, 30), st.sampled_from([codec.RAW, codec.DELTA])), max_size=30)
 )
-def test_slices_of_many_sizes_are_decoded_to_the_corners_of_images(kinds: list[tuple[int, int, int]]) -> None:
+def test_decode_into_fills_top_left_of_images(kinds: list[tuple[int, int, int]]) -> None:
     """Those that follow each other in one size and codec are decoded together, the others not: the pixels are the same."""
     slices = [RANDOM.integers(0, 65536, (height, width)).astype(np.uint16) for height, width, _ in kinds]
     images = np.full((len(kinds), 40, 30), 9, np.uint16)
@@ -56,14 +56,14 @@ def test_slices_of_many_sizes_are_decoded_to_the_corners_of_images(kinds: list[t
 
 
 @pytest.mark.parametrize("side", [33, 1500])
-def test_slices_of_one_size_are_decoded_together(side: int) -> None:
+def test_decode_into_equals_decode_for_equal_sizes(side: int) -> None:
     slices = RANDOM.integers(0, 65536, (21, side, 33)).astype(np.uint16)
     images = np.empty_like(slices)
     codec.decode_into([codec.encode(one) for one in slices], images)
     np.testing.assert_array_equal(images, slices)
 
 
-def test_a_slice_that_is_larger_than_its_image_is_refused() -> None:
+def test_slice_larger_than_its_image_is_rejected() -> None:
     with pytest.raises(ValueError, match="a slice of 4x6 px does not fit into 8x5"):
         codec.decode_into([codec.encode(np.zeros((4, 6), np.uint16))], np.empty((1, 8, 5), np.uint16))
 
@@ -74,14 +74,14 @@ def test_smooth_slices_shrink() -> None:
     assert len(codec.encode(pixels)) < 0.5 * pixels.nbytes
 
 
-def test_the_same_slice_gives_the_same_bytes() -> None:
+def test_encoding_is_deterministic() -> None:
     pixels = RANDOM.integers(0, 4096, (60, 50)).astype(np.uint16)
     assert codec.encode(pixels) == codec.encode(pixels.copy())
     assert codec.encode(pixels) == codec.encode(np.asfortranarray(pixels))
 
 
 @pytest.mark.parametrize("kind", [codec.RAW, codec.DELTA])
-def test_bytes_that_are_cut_off_or_of_another_size_are_refused(kind: int) -> None:
+def test_truncated_or_oversized_bytes_are_rejected(kind: int) -> None:
     data = codec.encode(RANDOM.integers(0, 4096, (40, 33)).astype(np.uint16), kind)
     for length in (0, 3, 5, 8, 20, len(data) // 2, len(data) - 1):
         with pytest.raises(ValueError):
@@ -96,7 +96,7 @@ def test_bytes_that_are_cut_off_or_of_another_size_are_refused(kind: int) -> Non
         codec.decode(b"\x09" + data[1:])
 
 
-def test_slices_and_codecs_that_do_not_exist_are_refused() -> None:
+def test_invalid_slices_and_codecs_are_rejected() -> None:
     with pytest.raises(ValueError, match="unknown codec 9"):
         codec.encode(np.zeros((4, 4), np.uint16), 9)
     with pytest.raises(ValueError, match="sides go from 1 to 65535"):

@@ -10,39 +10,48 @@ from data_pipeline.format import codec, records
 RANDOM = np.random.default_rng(0)
 
 
-def record(count: int) -> tuple[list[np.ndarray], dict, dict]:
+def record(count: int) -> tuple[list[np.ndarray], records.RecordHeader, list[records.SliceEntry]]:
     pixels = [RANDOM.integers(0, 3000, (33, 47)).astype(np.uint16) for _ in range(count)]
-    whole = {name: f"{name} {count}" for name in records.TEXT} | {"units": "HU", "modality": "CT"}
-    whole |= {"slope": 1.0, "intercept": -1024.0, "series_mean": 1.5, "series_std": 2.5}
-    whole |= {"spacing": (0.5, 0.75, 3.0), "series_percentiles": (-1000.0, 0.0, 900.0)}
-    each = {name: [n + 0.25 * i for i in range(count)] for n, name in enumerate(records.SLICE_NUMBERS)}
-    each |= {"index": list(range(count)), "flags": [1] * count, "source": [f"s{i}" for i in range(count)]}
-    each[records.SLICE_BOX] = [(i, 1, 20 + i, 30) for i in range(count)]
-    return pixels, whole, each
+    header = records.RecordHeader(
+        series=f"series {count}", patient=f"patient {count}", modality="CT", units="HU", plane="axial", body_part="chest",
+        manufacturer="ge", slope=1.0, intercept=-1024.0, series_mean=1.5, series_std=2.5, spacing=(0.5, 0.75, 3.0),
+        series_percentiles=(-1000.0, 0.0, 900.0),
+    )  # fmt: skip
+    entries = [
+        records.SliceEntry(
+            position=0.25 * n, low=1 + 0.25 * n, high=2 + 0.25 * n, mean=3 + 0.25 * n, std=4 + 0.25 * n, index=n, flags=1,
+            body_box=(n, 1, 20 + n, 30), source=f"s{n}",
+        )
+        for n in range(count)
+    ]  # fmt: skip
+    return pixels, header, entries
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_what_goes_in_comes_out(count: int) -> None:
-    pixels, whole, each = record(count)
-    data = records.serialize([codec.encode(p) for p in pixels], whole, each)
+def test_record_round_trip(count: int) -> None:
+    pixels, header, entries = record(count)
+    data = records.serialize([codec.encode(p) for p in pixels], header, entries)
+    parsed = records.parse(data)
+    assert parsed.header == header._replace(spacing=list(header.spacing), series_percentiles=[-1000.0, 0.0, 900.0])
+    assert parsed.entries == entries
+    assert records.count(data) == count
     for slot in range(count):
         found = records.parse_slice(data, slot)
-        np.testing.assert_array_equal(found["pixels"], pixels[slot])
-        assert (found["slope"], found["intercept"], found["hu"], found["modality"]) == (1.0, -1024.0, True, "CT")
-        assert [found[name] for name in ("low", "high", "mean", "std")] == [
-            each[n][slot] for n in ("low", "high", "mean", "std")
-        ]
-        assert found["body_box"].tolist() == list(each[records.SLICE_BOX][slot])
-        assert found["spacing"].tolist() == [0.5, 0.75, 3.0]
-        assert (found["series"], found["patient"]) == (whole["series"], whole["patient"])
+        np.testing.assert_array_equal(found.pixels, pixels[slot])
+        entry = entries[slot]
+        assert found.facts == records.SliceFacts(1.0, -1024.0, entry.low, entry.high, hu=True)
+        assert (found.mean, found.std, found.body_box) == (entry.mean, entry.std, entry.body_box)
+        assert (found.spacing, found.modality) == ((0.5, 0.75, 3.0), "CT")
+        assert (found.series, found.patient) == (header.series, header.patient)
+        np.testing.assert_array_equal(found.real, pixels[slot].astype(np.float32) - 1024)
 
 
 @pytest.mark.parametrize("sizes", [[1], [0, 127, 128], [5] * 40, [16_383, 16_384, 2_100_000]])
-def test_a_record_has_the_bytes_of_protobufs_deterministic_form(sizes: list[int]) -> None:
-    _, whole, each = record(len(sizes))
+def test_record_has_bytes_of_deterministic_protobuf(sizes: list[int]) -> None:
+    _, header, entries = record(len(sizes))
     slices = [RANDOM.bytes(size) for size in sizes]
-    data = records.serialize(slices, whole, each)
-    example = records.proto.Example.FromString(data)
+    data = records.serialize(slices, header, entries)
+    example = records.Example.FromString(data)
     assert list(example.features.feature["slices"].bytes_list.value) == slices
     assert example.SerializeToString(deterministic=True) == data
     assert {*example.features.feature} == {
@@ -51,14 +60,14 @@ def test_a_record_has_the_bytes_of_protobufs_deterministic_form(sizes: list[int]
     }  # fmt: skip
 
 
-def test_every_process_gives_the_same_bytes() -> None:
-    # A protobuf map has another order in every process unless it is asked not to.
+def test_every_process_serializes_the_same_bytes() -> None:
+    # A protobuf map has another order in every process unless it is serialized deterministically.
     code = (
-        "import hashlib, numpy as np\nfrom data_pipeline import codec, records\n"
-        "r = {name: 1 for name in (*records.TEXT, *records.NUMBERS)} | {n: [0] * k for n, k in records.VECTORS.items()}\n"
-        "s = {name: [1] for name in (*records.SLICE_NUMBERS, *records.SLICE_INTEGERS, *records.SLICE_TEXT)}\n"
-        "s[records.SLICE_BOX] = [(0, 0, 1, 1)]\n"
-        "print(hashlib.sha256(records.serialize([codec.encode(np.zeros((4, 4), np.uint16))], r, s)).hexdigest())"
+        "import hashlib, numpy as np\nfrom data_pipeline.format import codec, records\n"
+        "header = records.RecordHeader(*['1'] * 7, *[1.0] * 4, [0.0] * 3, [0.0] * 3)\n"
+        "entry = records.SliceEntry(*[1.0] * 5, 1, 1, (0, 0, 1, 1), '1')\n"
+        "data = records.serialize([codec.encode(np.zeros((4, 4), np.uint16))], header, [entry])\n"
+        "print(hashlib.sha256(data).hexdigest())"
     )
     running = [
         subprocess.Popen(
@@ -70,30 +79,18 @@ def test_every_process_gives_the_same_bytes() -> None:
     assert all(one.returncode == 0 for one in running)
 
 
-def test_lists_of_another_length_are_refused() -> None:
-    pixels, whole, each = record(2)
+def test_serialize_rejects_wrong_lengths() -> None:
+    pixels, header, entries = record(2)
     data = [codec.encode(p) for p in pixels]
-    with pytest.raises(ValueError, match="spacing has 2 values, wanted 3"):
-        records.serialize(data, whole | {"spacing": (1.0, 2.0)}, each)
-    with pytest.raises(ValueError, match="flags has 1 entries for 2 slices"):
-        records.serialize(data, whole, each | {"flags": [0]})
+    with pytest.raises(ValueError, match="spacing has 2 values; it needs 3"):
+        records.serialize(data, header._replace(spacing=(1.0, 2.0)), entries)
+    with pytest.raises(ValueError, match="1 entries for 2 slices"):
+        records.serialize(data, header, entries[:1])
 
 
-@pytest.mark.parametrize(("slope", "intercept"), [(1.0, -1024.0), (0.37, 5.0)])
-def test_statistics_are_those_of_the_real_values(slope: float, intercept: float) -> None:
-    stored = RANDOM.gamma(2.0, 300.0, (90, 110)).astype(np.uint16)
-    real = stored * slope + intercept
-    one = records.slice_statistics(stored, slope, intercept)
-    whole = records.series_statistics(np.bincount(stored.ravel(), minlength=1 << 16), slope, intercept)
-    # A percentile is the value of a pixel: within a step of numpy's, which lies between two pixels.
-    low, middle, high = np.percentile(real, [0.5, 50, 99.5], method="inverted_cdf")
-    assert (one["low"], one["high"]) == (pytest.approx(low), pytest.approx(high))
-    assert whole["series_percentiles"] == [pytest.approx(low), pytest.approx(middle), pytest.approx(high)]
-    for found in ((one["mean"], one["std"]), (whole["series_mean"], whole["series_std"])):
-        assert found == (pytest.approx(real.mean()), pytest.approx(real.std()))
-
-
-def test_the_box_holds_the_body() -> None:
-    stored = np.full((60, 80), 24, np.uint16)
-    stored[10:41, 20:66] = 1100
-    assert records.slice_statistics(stored, 1.0, -1024.0)["body_box"] == (10, 20, 41, 66)
+def test_record_without_slices_keeps_the_others() -> None:
+    pixels, header, entries = record(3)
+    data = records.serialize([codec.encode(p) for p in pixels], header, entries)
+    left = records.without(data, {1})
+    assert left == records.serialize([codec.encode(pixels[n]) for n in (0, 2)], header, [entries[0], entries[2]])
+    assert records.without(data, {0, 1, 2}) is None

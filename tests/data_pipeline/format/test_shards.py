@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from curia_common.errors import UserError
+from curia_common.errors import DataError, StorageError, UserError
 from data_pipeline.format import shards
+from data_pipeline.format.records import DecodedSlice
 from data_pipeline.stages import pseudonyms
 
 
@@ -22,7 +23,7 @@ def shard_of(folder: Path, split: str = "train") -> Path:
     return sorted(folder.glob(f"*-{split}.array_record-*"))[0]
 
 
-def read_all(folder: Path, split: str = "train") -> list[dict]:
+def read_all(folder: Path, split: str = "train") -> list[DecodedSlice]:
     source = shards.SliceSource(folder, split)
     return [source[n] for n in range(len(source))]
 
@@ -38,7 +39,7 @@ def test_records_are_written_and_counted(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "y"]
 
 
-def test_a_failure_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> None:
+def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "x"
     shards.write(path, [b"old"])
     before = path.read_bytes()
@@ -53,9 +54,7 @@ def test_a_failure_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_shard_that_is_made_on_another_disk_is_copied_compared_and_leaves_nothing_there(
-    tmp_path: Path, monkeypatch
-) -> None:
+def test_shard_written_in_scratch_is_copied_and_compared(tmp_path: Path, monkeypatch) -> None:
     scratch, out = tmp_path / "scratch", tmp_path / "out"
     scratch.mkdir()
     out.mkdir()
@@ -68,18 +67,18 @@ def test_a_shard_that_is_made_on_another_disk_is_copied_compared_and_leaves_noth
         target.write_bytes(source.read_bytes()[:-1] + b"?")
 
     monkeypatch.setattr(shards.shutil, "copyfile", copy_badly)
-    with pytest.raises(OSError, match="its copy reads back changed"):
+    with pytest.raises(StorageError, match="its copy reads back changed"):
         shards.write(out / "z", items, scratch)
     assert list(scratch.iterdir()) == [] and [path.name for path in out.iterdir()] == ["x"]
 
 
-def test_records_that_read_back_changed_are_never_published(tmp_path: Path, monkeypatch) -> None:
+def test_records_that_read_back_changed_are_not_published(tmp_path: Path, monkeypatch) -> None:
     class Flipping(shards.array_record_module.ArrayRecordWriter):
         def write(self, item: bytes) -> bool:
             return super().write(item[:-1] + b"?")
 
     monkeypatch.setattr(shards.array_record_module, "ArrayRecordWriter", Flipping)
-    with pytest.raises(OSError, match="x: record 0 reads back changed; is the disk failing"):
+    with pytest.raises(StorageError, match="x: record 0 reads back changed; is the disk failing"):
         shards.write(tmp_path / "x", [b"good"])
     assert list(tmp_path.iterdir()) == []
 
@@ -93,31 +92,31 @@ def test_slices_are_in_the_order_of_the_index(dataset: Path) -> None:
         assert len(source) == source.index.num_rows > 0
         for n, row in enumerate(source.index.to_pylist()):
             one = source[n]
-            assert (one["series"], one["patient"], one["modality"]) == (row["series"], row["patient"], row["modality"])
-            assert one["pixels"].shape == (row["height"], row["width"])
-            assert one["mean"] == pytest.approx(row["mean"])
+            assert (one.series, one.patient, one.modality) == (row["series"], row["patient"], row["modality"])
+            assert one.pixels.shape == (row["height"], row["width"])
+            assert one.mean == pytest.approx(row["mean"])
     for n in (-1, len(source)):
         with pytest.raises(IndexError):
             source[n]
 
 
-def test_slices_read_together_are_those_read_one_by_one(dataset: Path) -> None:
+def test_read_into_equals_reading_one_by_one(dataset: Path) -> None:
     source = shards.SliceSource(dataset, "train")
     numbers = np.random.default_rng(0).permutation(len(source)).tolist()
     images = np.full((len(numbers), 44, 50), 9, np.uint16)
     sizes, facts = source.read_into(numbers, images)
     for number, image, (height, width), known in zip(numbers, images, sizes, facts, strict=True):
         one = source[number]
-        np.testing.assert_array_equal(image[:height, :width], one["pixels"])
+        np.testing.assert_array_equal(image[:height, :width], one.pixels)
         assert not image[height:].any() and not image[:, width:].any()
-        assert known == {name: one[name] for name in ("slope", "intercept", "low", "high", "hu")}
+        assert known == one.facts
     with pytest.raises(ValueError, match="do not fit into images of"):
         source.read_into([0], np.empty((1, 39, 50), np.uint16))
     with pytest.raises(IndexError):
         source.read_into([len(source)], images[:1])
 
 
-def test_a_record_that_is_no_slice_is_named_in_a_batch_too(copy: Path) -> None:
+def test_damaged_record_is_named(copy: Path) -> None:
     first = sorted(copy.glob("*-train.array_record-*"))[0]
     table = pq.read_table(copy / shards.SHARDS).to_pydict()
     count = dict(zip(table["file"], table["records"], strict=True))[first.name]
@@ -125,25 +124,25 @@ def test_a_record_that_is_no_slice_is_named_in_a_batch_too(copy: Path) -> None:
     shards.write(first, [b"no record"] * count)
     first.write_bytes(first.read_bytes().ljust(size, b"\0")[:size])
     source = shards.SliceSource(copy, "train")
-    with pytest.raises(UserError, match=f"{first.name}, record 0, is damaged"):
+    with pytest.raises(DataError, match=f"{first.name}, record 0, is damaged"):
         source[0]
-    with pytest.raises(UserError, match=f"{first.name}, record 0, is damaged"):
+    with pytest.raises(DataError, match=f"{first.name}, record 0, is damaged"):
         source.read_into([0], np.empty((1, *source.largest), np.uint16))
 
 
-def test_the_largest_size_bounds_every_slice(dataset: Path) -> None:
+def test_largest_bounds_every_slice(dataset: Path) -> None:
     assert shards.SliceSource(dataset, "train").largest == (40, 40)
 
 
-def test_a_source_can_be_sent_to_another_process_and_read_by_several_threads(dataset: Path) -> None:
+def test_source_can_be_pickled_and_read_by_threads(dataset: Path) -> None:
     source = shards.SliceSource(dataset, "train")
-    wanted = [source[n]["pixels"].sum() for n in range(len(source))]
+    wanted = [source[n].pixels.sum() for n in range(len(source))]
     copied = pickle.loads(pickle.dumps(source))
     found: dict[int, int] = {}
 
     def read(first: int) -> None:
         for n in range(first, len(copied), 4):
-            found[n] = copied[n]["pixels"].sum()
+            found[n] = copied[n].pixels.sum()
 
     threads = [threading.Thread(target=read, args=(n,)) for n in range(4)]
     for thread in threads:
@@ -153,7 +152,7 @@ def test_a_source_can_be_sent_to_another_process_and_read_by_several_threads(dat
     assert [found[n] for n in range(len(wanted))] == wanted
 
 
-def test_folders_and_splits_that_do_not_exist_are_named(dataset: Path, tmp_path: Path) -> None:
+def test_missing_folder_or_split_is_named(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no shards in .*data_pipeline.build writes one"):
         shards.SliceSource(tmp_path, "train")
     with pytest.raises(UserError, match="no split 'dev' in .*there are: test, train, validation"):
@@ -163,31 +162,31 @@ def test_folders_and_splits_that_do_not_exist_are_named(dataset: Path, tmp_path:
 # ---- damage
 
 
-def test_a_missing_or_truncated_shard_is_named_when_the_source_opens(copy: Path) -> None:
+def test_missing_or_truncated_shard_is_named_at_opening(copy: Path) -> None:
     shard = shard_of(copy)
     data = shard.read_bytes()
     for damaged in (data[:-1], data[: len(data) // 2], b"", data + b"\0"):
         shard.write_bytes(damaged)
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(DataError) as caught:
             shards.SliceSource(copy, "train")
         assert str(caught.value) == (
-            f"shard {shard} has {len(damaged):,} bytes, published with {len(data):,} bytes; build it again or copy it again"
+            f"shard {shard} has {len(damaged):,} bytes, published with {len(data):,} bytes; copy it again or build it again"
         )
     shard.unlink()
-    with pytest.raises(UserError, match=f"{shard.name} is missing, published with"):
+    with pytest.raises(DataError, match=f"{shard.name} is missing, published with"):
         shards.SliceSource(copy, "train")
     assert shards.SliceSource(copy, "test")  # the other splits are whole
 
 
-def test_a_zeroed_shard_of_the_right_size_is_named_at_the_first_read(copy: Path) -> None:
+def test_zeroed_shard_is_named_at_first_read(copy: Path) -> None:
     shard = shard_of(copy)
     shard.write_bytes(bytes(shard.stat().st_size))
-    with pytest.raises(UserError, match=f"{shard.name} (holds 0 readable records|is damaged)"):
+    with pytest.raises(DataError, match=f"{shard.name} (holds 0 readable records|is damaged)"):
         read_all(copy)
 
 
-def test_a_flipped_bit_anywhere_in_the_records_is_never_read_as_pixels(copy: Path) -> None:
-    whole = [one["pixels"] for one in read_all(copy)]
+def test_flipped_bit_is_never_read_as_pixels(copy: Path) -> None:
+    whole = [one.pixels for one in read_all(copy)]
     shard = shard_of(copy)
     data = shard.read_bytes()
     used = len(data.rstrip(b"\0"))
@@ -198,34 +197,34 @@ def test_a_flipped_bit_anywhere_in_the_records_is_never_read_as_pixels(copy: Pat
         shard.write_bytes(flipped)
         try:
             found = read_all(copy)
-        except UserError as error:
+        except DataError as error:
             assert shard.name in str(error) and ("damaged" in str(error) or "readable records" in str(error))
             noticed += 1
         else:  # in the padding between blocks
             for one, pixels in zip(found, whole, strict=True):
-                np.testing.assert_array_equal(one["pixels"], pixels)
+                np.testing.assert_array_equal(one.pixels, pixels)
     assert noticed > 10
 
 
-def test_shards_of_another_dataset_are_refused(copy: Path) -> None:
+def test_shard_of_another_dataset_is_rejected(copy: Path) -> None:
     first, second = sorted(copy.glob("*-train.array_record-*"))[:2]
     table = pq.read_table(copy / shards.SHARDS).to_pydict()
     records = dict(zip(table["file"], table["records"], strict=True))
     if first.stat().st_size != second.stat().st_size or records[first.name] == records[second.name]:
         shards.write(second, [b"x"] * (records[first.name] + 1))
     first.write_bytes(second.read_bytes().ljust(first.stat().st_size, b"\0")[: first.stat().st_size])
-    with pytest.raises(UserError, match=f"shard .*{first.name} .*(published with|damaged)"):
+    with pytest.raises(DataError, match=f"shard .*{first.name} .*(published with|damaged)"):
         read_all(copy)
 
 
-def test_a_damaged_table_is_named(copy: Path) -> None:
+def test_damaged_table_is_named(copy: Path) -> None:
     (copy / shards.SHARDS).write_bytes((copy / shards.SHARDS).read_bytes()[:100])
-    with pytest.raises(UserError, match="shards.parquet is damaged"):
+    with pytest.raises(DataError, match="shards.parquet is damaged"):
         shards.SliceSource(copy, "train")
 
 
 def test_opening_reads_no_shard(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Thousands of shards on object storage must not be opened before the first slice is asked for.
+    # Thousands of shards on object storage must not be opened before the first read.
     opened: list[str] = []
     reader: Callable = shards.array_record_module.ArrayRecordReader
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Archives and DICOMDIR as inputs: what is read, what is refused, and that nothing of them stays on the disk."""
+"""Archives and DICOMDIR as inputs: what is read, what is refused, and that no copy stays on the disk."""
 
 import contextlib
 import io
@@ -15,21 +15,21 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from curia_common.errors import UserError
-from data_pipeline import build
-from data_pipeline.sources import archives
+from curia_common.errors import DataError, StorageError
+from curia_common.exit_codes import ExitCode
+from data_pipeline.sources import archives, dicom_pixels
 from data_pipeline.sources import object_stores as objects
 from data_pipeline.sources.base import ReadError
-from data_pipeline.stages import inventory
+from data_pipeline.stages import convert, inventory
 from tests.data_pipeline.packing import compress, pack, write_dicomdir
 
 KINDS = ("zip", "stored.zip", "tar", "tar.gz", "tgz", "tar.zst", "tar.bz2", "tar.xz")
 KEY = b"0123456789abcdef"
 
 
-def listing(path: Path, room: int = 1 << 30, folder: Path | None = None) -> archives.Listing:
+def listing(path: Path, limit: int = 1 << 30, folder: Path | None = None) -> archives.Listing:
     folder = folder or path.parent / "unpacked"
-    return archives.list_members((str(path), str(folder), room), {}, lambda item: None)
+    return archives.list_members((str(path), str(folder), limit), {}, lambda item: None)
 
 
 def problems(path: Path) -> dict[str, str]:
@@ -39,16 +39,16 @@ def problems(path: Path) -> dict[str, str]:
     return {member.name: member.problem for member in found.members}
 
 
-def at_hand(member: archives.Member, folder: Path) -> contextlib.AbstractContextManager[str]:
+def materialize(member: archives.Member, folder: Path) -> contextlib.AbstractContextManager[str]:
     source = objects.Object(member.path, member.size, member.modified_ns)
-    return archives.at_hand(source, list(member), str(folder), str(folder), lambda item: None)
+    return archives.materialize(source, member, str(folder), str(folder), lambda item: None)
 
 
 def content(member: archives.Member, folder: Path) -> bytes:
-    with at_hand(member, folder) as path:
+    with materialize(member, folder) as path:
         data = Path(path).read_bytes()
     source = objects.Object(member.path, member.size, member.modified_ns)
-    with archives.stream(source, list(member), str(folder), lambda item: None) as file:
+    with archives.stream(source, member, str(folder), lambda item: None) as file:
         assert file.read() == data
     return data
 
@@ -80,7 +80,7 @@ def slices(output: Path) -> list[tuple]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_archive_gives_the_slices_of_its_folder(tmp_path: Path, from_folder, run_build, manifest, kind) -> None:
+def test_archive_gives_the_slices_of_its_folder(tmp_path: Path, from_folder, run_build, manifest, kind) -> None:
     files, wanted = from_folder
     path = pack(tmp_path / f"exams.{kind}", files)
     result = run_build("--input", path, "--output", tmp_path / "out")
@@ -96,7 +96,7 @@ def test_an_archive_gives_the_slices_of_its_folder(tmp_path: Path, from_folder, 
     assert set(tmp_path.iterdir()) == {path, tmp_path / "out"}
 
 
-def test_an_archive_lies_among_other_files_and_is_read_by_worker_processes(
+def test_archives_among_other_files_are_read_by_worker_processes(
     tmp_path: Path, from_folder, run_build, manifest
 ) -> None:
     files, wanted = from_folder
@@ -111,7 +111,7 @@ def test_an_archive_lies_among_other_files_and_is_read_by_worker_processes(
     assert "archives: 2 files" in result.err and "inventory: 6 files" in result.err
 
 
-def test_broken_archives_cost_what_is_broken_in_them(tmp_path: Path, from_folder, run_build, manifest) -> None:
+def test_damaged_archives_lose_only_damaged_members(tmp_path: Path, from_folder, run_build, manifest) -> None:
     files, _ = from_folder
     place = tmp_path / "in"
     place.mkdir()
@@ -157,7 +157,7 @@ def test_broken_archives_cost_what_is_broken_in_them(tmp_path: Path, from_folder
     assert rows["flipped.stored.zip!/a.dcm"]["reason"] == "damaged in its archive: its checksum is another"
 
 
-def test_labels_name_members(tmp_path: Path, run_build) -> None:
+def test_label_table_names_archive_members(tmp_path: Path, run_build) -> None:
     def png(seed: int) -> bytes:
         file = io.BytesIO()
         Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 40)).astype(np.uint8)).save(file, "PNG")
@@ -170,22 +170,22 @@ def test_labels_name_members(tmp_path: Path, run_build) -> None:
     assert sorted(pq.read_table(tmp_path / "out" / "index.parquet")["label_grade"].to_pylist()) == [1, 2]
 
 
-def test_a_stopped_build_uses_its_copies_again_and_a_changed_archive_is_copied_anew(
+def test_resumed_build_reuses_unpacked_copies_of_unchanged_archives(
     tmp_path: Path, from_folder, run_build, monkeypatch
 ) -> None:
     files, wanted = from_folder
     path = pack(tmp_path / "exams.tar.gz", files)
     words = ("--input", path, "--output", tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(build.convert, "convert_shard", lambda *task, **more: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert run_build(*words).code == build.EXIT_STOPPED
+        patch.setattr(convert, "convert_shard", lambda *task, **more: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run_build(*words).code == ExitCode.RESTART
     (copy,) = (tmp_path / "out" / ".build" / "unpacked").glob("*.tar")
     for private in (copy, copy.with_name(f"{copy.name}.json")):
         assert private.stat().st_mode & 0o077 == 0
     unpacked = []
     decompressed = archives._decompressed
     monkeypatch.setattr(
-        archives, "_decompressed", lambda one, touch: unpacked.append(one.archive) or decompressed(one, touch)
+        archives, "_decompressed", lambda one, heartbeat: unpacked.append(one.archive) or decompressed(one, heartbeat)
     )
     listing(path, folder=copy.parent)
     assert unpacked == []
@@ -197,41 +197,39 @@ def test_a_stopped_build_uses_its_copies_again_and_a_changed_archive_is_copied_a
     assert not copy.exists()
 
 
-def test_an_archive_that_changes_under_the_build_stops_it(tmp_path: Path, from_folder, run_build, monkeypatch) -> None:
+def test_archive_changed_during_the_build_stops_it(tmp_path: Path, from_folder, run_build, monkeypatch) -> None:
     path = pack(tmp_path / "exams.zip", from_folder[0])
-    read = build.convert.dicom.open_image
+    read = dicom_pixels.open_image
 
     def change(name: str):
         os.utime(path, ns=(1, 1))
         return read(name)
 
-    monkeypatch.setattr(build.convert.dicom, "open_image", change)
+    monkeypatch.setattr(dicom_pixels, "open_image", change)
     result = run_build("--input", path, "--output", tmp_path / "out")
-    assert result.code == 2 and "an input changed while the build ran" in result.error
+    assert result.code == ExitCode.DATA and "an input changed while the build ran" in result.error
 
 
-def test_want_of_room_ends_the_build_with_a_remedy_and_is_no_reason_to_leave_files_out(
-    tmp_path: Path, from_folder, run_build, monkeypatch
-) -> None:
+def test_full_disk_or_unpack_limit_stops_the_build(tmp_path: Path, from_folder, run_build, monkeypatch) -> None:
     result = run_build(
         "--input", pack(tmp_path / "e.tar.gz", from_folder[0]), "--output", tmp_path / "out", "--unpack-gb", 0
     )
     assert result.code == 2 and "take more than the 0 GB of --unpack-gb; raise it" in result.error
     path = pack(tmp_path / "e.zip", from_folder[0])
     member = listing(path).members[0]
-    # A copy that another worker has just taken away counts nothing.
+    # A copy that another worker has just deleted does not count.
     (tmp_path / "u").mkdir()
     (tmp_path / "u" / "gone.tar").symlink_to(tmp_path / "nowhere")
     assert listing(tmp_path / "e.tar.gz", folder=tmp_path / "u").problem == ""
     monkeypatch.setattr(archives.tempfile, "mkdtemp", lambda **_: (_ for _ in ()).throw(OSError(28, "No space left")))
-    with pytest.raises(UserError, match="No space left; make room there"), contextlib.ExitStack() as stack:
-        stack.enter_context(at_hand(member, tmp_path / "u"))
+    with pytest.raises(StorageError, match="No space left.*free some space there"), contextlib.ExitStack() as stack:
+        stack.enter_context(materialize(member, tmp_path / "u"))
 
 
 # ---- members
 
 
-def test_members_that_are_no_plain_files_are_refused_one_by_one(tmp_path: Path) -> None:
+def test_members_that_are_no_regular_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as file:
         for name, kind in (
@@ -254,13 +252,13 @@ def test_members_that_are_no_plain_files_are_refused_one_by_one(tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
 @pytest.mark.parametrize("name", ["../up", "/etc/passwd", "a/../../b", "C:/x", "..\\up", "\\\\server\\x"])
-def test_names_that_lead_out_are_refused_and_do_not_reach_the_manifest(tmp_path: Path, kind: str, name: str) -> None:
+def test_names_outside_the_archive_are_replaced_by_numbers(tmp_path: Path, kind: str, name: str) -> None:
     found = problems(pack(tmp_path / f"a.{kind}", {"good": b"x", name: b"y"}))
     assert found.pop("good") == ""
     assert found == {"0000001": "its name leads out of the archive"}
 
 
-def test_other_names(tmp_path: Path) -> None:
+def test_unusual_member_names_are_normalized(tmp_path: Path) -> None:
     long = "folder/" * 40 + "x" * 200
     names = {
         "./a": "a", "b\\c": "b/c", "d//e": "d/e", long: long, "Müller": "Müller",
@@ -276,7 +274,7 @@ def test_other_names(tmp_path: Path) -> None:
     assert problems(pack(tmp_path / "c.tar", many)) == {"0000000": "no name, or one that is too long"}
 
 
-def test_of_two_members_with_one_name_the_later_counts(tmp_path: Path) -> None:
+def test_later_of_two_members_with_one_name_is_read(tmp_path: Path) -> None:
     for kind, opener in (("zip", zipfile.ZipFile), ("tar", tarfile.open)):
         with (
             pytest.warns(UserWarning) if kind == "zip" else contextlib.nullcontext(),
@@ -293,7 +291,7 @@ def test_of_two_members_with_one_name_the_later_counts(tmp_path: Path) -> None:
         assert content(member, tmp_path) == b"newer"
 
 
-def test_encrypted_and_oddly_packed_members_have_a_remedy(tmp_path: Path) -> None:
+def test_encrypted_or_unsupported_members_have_a_remedy(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_LZMA) as file:
         file.writestr("lzma", b"x" * 100)
     assert problems(tmp_path / "a.zip") == {
@@ -307,7 +305,7 @@ def test_encrypted_and_oddly_packed_members_have_a_remedy(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_tars_of_every_form_are_listed_like_the_standard_library_does(tmp_path: Path, form: int) -> None:
+def test_tar_listing_equals_that_of_the_standard_library(tmp_path: Path, form: int) -> None:
     random = np.random.default_rng(form)
     files = {("p" * 60 + "/") * (n % 3) + f"{n} ä": random.bytes(int(random.integers(0, 2000))) for n in range(30)}
     with tarfile.open(tmp_path / "a.tar", "w", format=form) as file:
@@ -319,7 +317,7 @@ def test_tars_of_every_form_are_listed_like_the_standard_library_does(tmp_path: 
     assert {member.name: content(member, tmp_path) for member in found.members} == files
 
 
-def test_sparse_files_are_refused_and_what_follows_them_is_read(tmp_path: Path) -> None:
+def test_sparse_members_are_refused_and_later_members_read(tmp_path: Path) -> None:
     block = bytearray(tarfile.TarInfo("holes").tobuf(tarfile.GNU_FORMAT))
     block[156:157], block[124:136], block[482] = tarfile.GNUTYPE_SPARSE, b"00000000004\0", 1
     block[148:156] = b"%06o\0 " % (sum(block[:148]) + sum(block[156:]) + 8 * 32)
@@ -332,7 +330,7 @@ def test_sparse_files_are_refused_and_what_follows_them_is_read(tmp_path: Path) 
 # ---- bombs
 
 
-def test_bombs_are_known_by_their_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decompression_bombs_are_refused_by_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archives, "RATIO_BYTES", 1 << 20)
     for kind in ("zip", "tar.gz", "tar.bz2", "tar.zst"):
         path = pack(tmp_path / f"a.{kind}", {"zeros": bytes(3 << 20)})
@@ -343,7 +341,7 @@ def test_bombs_are_known_by_their_sizes(tmp_path: Path, monkeypatch: pytest.Monk
     assert problems(tmp_path / "b.zip")["noise"] == "" and "a bomb" in problems(tmp_path / "b.zip")["zeros"]
 
 
-def test_a_member_is_read_no_further_than_its_size(tmp_path: Path) -> None:
+def test_member_is_read_no_further_than_its_size(tmp_path: Path) -> None:
     path = pack(tmp_path / "a.zip", {"zeros": bytes(5_000_000)})
     (member,) = listing(path).members
     liar = member._replace(size=1000)
@@ -356,7 +354,7 @@ def test_a_member_is_read_no_further_than_its_size(tmp_path: Path) -> None:
         content(member._replace(offset=3), tmp_path)
 
 
-def test_members_that_share_bytes_are_a_bomb(tmp_path: Path) -> None:
+def test_overlapping_members_are_refused(tmp_path: Path) -> None:
     data = bytearray(pack(tmp_path / "a.stored.zip", {"a": b"x" * 500, "b": b"y" * 500}).read_bytes())
     second = data.rindex(b"PK\1\2")
     data[second + 42 : second + 46] = struct.pack("<I", 0)  # the offset of the second is that of the first
@@ -364,7 +362,7 @@ def test_members_that_share_bytes_are_a_bomb(tmp_path: Path) -> None:
     assert listing(tmp_path / "a.zip").problem == "a bomb: members of the archive share their bytes"
 
 
-def test_absurd_numbers_of_members_and_bytes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_members_or_bytes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archives, "MEMBERS", 3)
     monkeypatch.setattr(archives, "MEMBER_BYTES", 10)
     for kind in ("zip", "tar"):
@@ -380,7 +378,7 @@ def test_absurd_numbers_of_members_and_bytes_are_refused(tmp_path: Path, monkeyp
 # ---- reading
 
 
-def test_a_header_is_read_without_unpacking_its_file(tmp_path: Path, write_dicom, monkeypatch) -> None:
+def test_header_is_read_without_inflating_the_whole_member(tmp_path: Path, write_dicom, monkeypatch) -> None:
     big = write_dicom(tmp_path / "big.dcm", np.random.default_rng(0).integers(0, 4000, (2000, 2000))).read_bytes()
     pieces, read = archives._pieces, []
 
@@ -394,14 +392,14 @@ def test_a_header_is_read_without_unpacking_its_file(tmp_path: Path, write_dicom
         path = pack(tmp_path / f"a.{kind}", {"a.dcm": big})
         read.clear()
         (entry,) = inventory.inspect((listing(path).members, inventory.Options(KEY)), {}, lambda item: None)
-        assert entry.fate == "" and entry.facts["rows"] == 2000
+        assert entry.fate == "" and entry.facts.rows == 2000
         assert 0 < sum(read) <= 2 * archives.PIECE < len(big)
 
 
-def test_a_member_lies_on_the_disk_while_it_is_read_and_no_longer(tmp_path: Path) -> None:
+def test_materialized_member_is_deleted_after_the_context(tmp_path: Path) -> None:
     path = pack(tmp_path / "a.zip", {"Quibbleton/Xanthippe ä mask.nii.gz": b"abc"})
     (member,) = listing(path).members
-    with at_hand(member, tmp_path / "u") as place:
+    with materialize(member, tmp_path / "u") as place:
         assert Path(place).name == "Xanthippe___mask.nii.gz"  # endings and words like mask decide how it is read
         assert (Path(place).parent.stat().st_mode & 0o077, Path(place).read_bytes()) == (0, b"abc")
     assert list((tmp_path / "u").iterdir()) == []
@@ -411,7 +409,7 @@ def test_a_member_lies_on_the_disk_while_it_is_read_and_no_longer(tmp_path: Path
 # ---- DICOMDIR and object storage
 
 
-def test_a_dicomdir_stands_for_the_files_that_it_names(tmp_path: Path, write_dicom, run_build, manifest) -> None:
+def test_dicomdir_is_replaced_by_the_files_it_names(tmp_path: Path, write_dicom, run_build, manifest) -> None:
     cd = tmp_path / "cd"
     for n in range(3):
         write_dicom(cd / "images" / f"IM{n}", ImagePositionPatient=[0, 0, n])
@@ -429,22 +427,20 @@ def test_a_dicomdir_stands_for_the_files_that_it_names(tmp_path: Path, write_dic
 
 
 @pytest.mark.parametrize("name", [["..", "up"], ["a/b"], ["."]])
-def test_a_dicomdir_does_not_lead_out_of_its_folder(tmp_path: Path, name: list[str]) -> None:
+def test_dicomdir_naming_files_outside_its_folder_is_refused(tmp_path: Path, name: list[str]) -> None:
     index = write_dicomdir(tmp_path / "DICOMDIR", [name])
-    with pytest.raises(UserError, match="it names a file outside its folder; name its folder instead"):
+    with pytest.raises(DataError, match="it names a file outside its folder; name its folder instead"):
         inventory.find_files([str(index)])
 
 
-def test_a_damaged_dicomdir_is_an_error_with_a_remedy(tmp_path: Path) -> None:
+def test_damaged_dicomdir_raises_data_error(tmp_path: Path) -> None:
     (tmp_path / "DICOMDIR").write_bytes(b"nothing of the kind")
-    with pytest.raises(UserError, match="DICOMDIR: .*; name its folder instead"):
+    with pytest.raises(DataError, match="DICOMDIR: .*; name its folder instead"):
         inventory.find_files([str(tmp_path / "DICOMDIR")])
 
 
 @pytest.mark.parametrize(("address", "program"), [("az://container/exams", "blobfuse2"), ("webdav://x", "rclone")])
-def test_an_address_that_is_not_read_is_refused_with_the_mount_that_helps(
-    tmp_path: Path, run_build, address, program
-) -> None:
+def test_unsupported_address_names_the_program_that_mounts_it(tmp_path: Path, run_build, address, program) -> None:
     for words in (
         ("--input", address, "--output", tmp_path / "out"),
         ("--input", tmp_path, "--output", address),

@@ -21,7 +21,7 @@ def turned(degrees: float) -> tuple[float, ...]:
 
 
 @pytest.mark.parametrize(("orientation", "plane"), [(AXIAL, "axial"), (CORONAL, "coronal"), (SAGITTAL, "sagittal")])
-def test_a_regular_series_has_no_problems(orientation, plane) -> None:
+def test_regular_series_has_no_problems(orientation, plane) -> None:
     (found,) = geometry.check(*stack([0, 2.5, 5, 7.5, 10, 12.5], orientation))
     assert found.plane == plane
     assert found.spacing == pytest.approx(2.5)
@@ -30,7 +30,7 @@ def test_a_regular_series_has_no_problems(orientation, plane) -> None:
     assert np.diff(found.positions) == pytest.approx(2.5)
 
 
-def test_the_order_of_arrival_changes_nothing_but_the_numbers() -> None:
+def test_input_order_changes_only_the_indices() -> None:
     orientations, positions = stack([10.0 - 1.5 * n for n in range(9)])
     shuffle = np.random.default_rng(1).permutation(9)
     (straight,) = geometry.check(orientations, positions)
@@ -39,8 +39,8 @@ def test_the_order_of_arrival_changes_nothing_but_the_numbers() -> None:
     assert tuple(int(shuffle[n]) for n in shuffled.order) == straight.order
 
 
-def test_a_tilt_is_seen_in_the_positions_alone() -> None:
-    # The gantry is tilted by 14 degrees while the table travels along z: no tag is asked.
+def test_gantry_tilt_is_recognized_from_positions() -> None:
+    # The gantry is tilted by 14 degrees while the table travels along z.
     (found,) = geometry.check(*stack([0, 4, 8, 12, 16, 20], turned(14), step=(0, 0, 1)))
     assert found.tilt == pytest.approx(14, abs=1e-6)
     assert found.problems == (geometry.TILTED,)
@@ -63,13 +63,13 @@ def test_a_tilt_is_seen_in_the_positions_alone() -> None:
         ([0, 2, 6, 6], (geometry.FEW, geometry.REPEATED_POSITION, geometry.GAP), 3),
     ],
 )
-def test_what_is_irregular_is_named(z: list[float], problems: tuple[str, ...], spacing: float) -> None:
+def test_irregular_spacing_is_named(z: list[float], problems: tuple[str, ...], spacing: float) -> None:
     (found,) = geometry.check(*stack(z))
     assert found.problems == problems
     assert found.spacing == pytest.approx(spacing)
 
 
-def test_two_orientations_become_two_parts_and_both_say_so() -> None:
+def test_two_orientations_become_two_flagged_parts() -> None:
     first, second = stack([0, 1, 2, 3, 4, 5, 6]), stack([0, 3, 6, 9, 12], CORONAL)
     parts = geometry.check(second[0] + first[0], second[1] + first[1])
     assert [part.plane for part in parts] == ["axial", "coronal"]  # the larger one first
@@ -78,7 +78,7 @@ def test_two_orientations_become_two_parts_and_both_say_so() -> None:
     assert set(parts[1].order) == set(range(5))
 
 
-def test_rounding_of_direction_cosines_is_no_second_orientation() -> None:
+def test_rounded_direction_cosines_stay_one_orientation() -> None:
     orientations, positions = stack([0, 1, 2, 3, 4])
     orientations[2] = (1.0, 0.0004, 0.0, -0.0004, 1.0, 0.0)
     (found,) = geometry.check(orientations, positions)
@@ -86,7 +86,7 @@ def test_rounding_of_direction_cosines_is_no_second_orientation() -> None:
 
 
 @pytest.mark.parametrize("broken", [None, (0.0,) * 6, (1.0, 0.0, 0.0, 1.0, 0.0, 0.0)])
-def test_slices_without_a_usable_place_come_last_and_are_flagged(broken) -> None:
+def test_slices_without_geometry_come_last_and_are_flagged(broken) -> None:
     orientations, positions = stack([0, 1, 2, 3, 4])
     parts = geometry.check([broken, *orientations, AXIAL], [(0.0, 0.0, 0.0), *positions, None])
     assert parts[0].problems == ()
@@ -100,5 +100,5 @@ def test_slices_without_a_usable_place_come_last_and_are_flagged(broken) -> None
     [(turned(30), "axial"), (turned(60), "coronal"), (turned(45), "axial"), (None, "unknown"), ((0.0,) * 6, "unknown"),
      (tuple(np.r_[np.array([1, -1, 0]) / 2**0.5, np.array([1, 1, -2]) / 6**0.5]), "oblique")],
 )  # fmt: skip
-def test_planes(orientation, plane: str) -> None:
+def test_plane_of_an_orientation(orientation, plane: str) -> None:
     assert geometry.plane_of(orientation) == plane

@@ -1,4 +1,4 @@
-"""Inputs out of object storage, from a real server on the loopback: the same shards as from a folder, whatever happens."""
+"""Inputs in object storage, from a real server on the loopback: the same shards as from a folder, whatever fails."""
 
 import json
 import os
@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from curia_common.errors import UserError
-from data_pipeline.format import files
-from data_pipeline.sources import archives
+from curia_common.errors import StorageError
+from curia_common.exit_codes import ExitCode
+from data_pipeline.sources import archives, retry
 from data_pipeline.sources import object_stores as objects
 from data_pipeline.stages import inventory
 from tests.data_pipeline.buckets import NAME, Bucket, serve
@@ -32,7 +32,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Bucket]:
         monkeypatch.delenv(name)
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "CLOUDSDK_CONFIG"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
-    monkeypatch.setattr(files, "PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(retry, "PAUSES", (0.01, 0.01))
     monkeypatch.setitem(objects.RETRIES, "max_retries", 1)
     with serve() as one:
         for name, value in one.environment.items():
@@ -68,7 +68,7 @@ def from_folder(folder: Path, run_build) -> dict[str, bytes]:
 # ---- what is read
 
 
-def test_a_bucket_gives_the_shards_of_a_folder_byte_for_byte(
+def test_bucket_gives_the_shards_of_a_folder_byte_for_byte(
     bucket: Bucket, folder: Path, from_folder, tmp_path: Path, run_build, run_verify, manifest
 ) -> None:
     address = bucket.put_folder(folder, "exams")
@@ -78,29 +78,29 @@ def test_a_bucket_gives_the_shards_of_a_folder_byte_for_byte(
     names = {str(path.relative_to(folder)) for path in (folder).rglob("*.dcm")}
     assert set(manifest(tmp_path / "out")) == {f"{address}/{name}" for name in names}
     assert f"inventory: {len(names)} files" in result.err
-    # Nothing of it stays on the disk.
+    # No copy stays on the disk.
     assert not Path(archives.folder(tmp_path / "out")).exists()
     assert run_verify(tmp_path / "out").code == 0
     # Two requests a file: the header, then all of it.
     assert len(bucket.gets()) == 2 * len(names)
 
 
-def test_of_a_large_object_the_header_is_read_alone(bucket: Bucket, tmp_path: Path, write_dicom) -> None:
+def test_only_the_header_of_a_large_object_is_requested(bucket: Bucket, tmp_path: Path, write_dicom) -> None:
     path = write_dicom(tmp_path / "a.dcm", np.zeros((600, 600), np.uint16))
     address = bucket.put("a.dcm", path.read_bytes())
     (found,) = objects.find(address)
     (entry,) = inventory.inspect(([found], inventory.Options(key=b"0" * 16)), {}, lambda item: None)
-    assert (entry.fate, entry.facts["rows"]) == ("", 600)
+    assert (entry.fate, entry.facts.rows) == ("", 600)
     assert bucket.gets() == [(f"/{NAME}/a.dcm", "bytes=0-65535")]
 
 
-def test_a_reader_gives_every_byte_wherever_it_is_asked(bucket: Bucket) -> None:
+def test_reader_seeks_and_reads_every_byte(bucket: Bucket) -> None:
     data = np.random.default_rng(0).bytes(3_000_000)
     (found,) = objects.find(bucket.put("a", data))
     touched: list[str | None] = []
     reader = objects.Reader(found, touched.append, "a")
     assert reader.read() == data
-    # Reading on asks for more at a time, and the decoder's time limit stands still meanwhile.
+    # Sequential reads request more at a time; waiting does not count against the item's time limit.
     assert len(bucket.gets()) == 4 and touched == [None, "a"] * 4
     for place in (0, 65_535, 65_536, 1_999_999, 2_999_999):
         assert reader.seek(place) == place and reader.read(1) == data[place : place + 1]
@@ -109,7 +109,7 @@ def test_a_reader_gives_every_byte_wherever_it_is_asked(bucket: Bucket) -> None:
 
 
 @pytest.mark.parametrize("kind", ["zip", "stored.zip", "tar", "tar.gz", "tar.zst", "tar.bz2", "tar.xz"])
-def test_archives_in_a_bucket_are_read_where_they_lie(
+def test_archives_in_a_bucket_are_read_in_place(
     bucket: Bucket, folder: Path, from_folder, tmp_path: Path, run_build, manifest, kind
 ) -> None:
     found = {str(path.relative_to(folder)): path.read_bytes() for path in (folder).rglob("*.dcm")}
@@ -121,7 +121,7 @@ def test_archives_in_a_bucket_are_read_where_they_lie(
     assert not Path(archives.folder(tmp_path / "out")).exists()
 
 
-def test_volumes_and_pictures_come_out_of_a_bucket(bucket: Bucket, tmp_path: Path, run_build, manifest) -> None:
+def test_volumes_and_pictures_are_read_from_a_bucket(bucket: Bucket, tmp_path: Path, run_build, manifest) -> None:
     values = np.random.default_rng(1).integers(0, 900, (40, 42, 3)).astype(np.int16)
     nibabel.save(nibabel.Nifti1Image(values, np.diag([1, 1, 5, 1])), tmp_path / "brain.nii.gz")
     Image.fromarray(values[:, :, 0].astype(np.uint16)).save(tmp_path / "a.png")
@@ -143,7 +143,7 @@ def test_volumes_and_pictures_come_out_of_a_bucket(bucket: Bucket, tmp_path: Pat
     assert told["notes.txt"] == ("excluded", inventory.NO_IMAGE) and told["empty.dcm"] == ("quarantined", "empty file")
 
 
-def test_a_listing_leaves_out_hidden_names_and_names_of_folders(bucket: Bucket) -> None:
+def test_listing_skips_hidden_names_and_folder_markers(bucket: Bucket) -> None:
     for key in ("in/a.dcm", "in/b c#%20ü.dcm", "in/.hidden", "in/.git/x", "inside/x", ".top/in/x"):
         bucket.put(key, b"x")
     bucket.put("in/sub/", b"")
@@ -159,7 +159,7 @@ def test_a_listing_leaves_out_hidden_names_and_names_of_folders(bucket: Bucket) 
         assert objects.Reader(one, lambda item: None, "").read() == b"x"
 
 
-def test_a_dicomdir_in_a_bucket_is_a_file_like_others(
+def test_dicomdir_in_a_bucket_is_a_file_like_others(
     bucket: Bucket, tmp_path: Path, write_dicom, run_build, manifest
 ) -> None:
     bucket.put("cd/IM1", write_dicom(tmp_path / "IM1").read_bytes())
@@ -184,7 +184,7 @@ def test_google_cloud_storage_is_read_by_its_xml_interface(
     assert all(path.startswith(f"gs://{NAME}/exams/") for path in manifest(tmp_path / "out"))
 
 
-def test_a_public_bucket_needs_no_credentials_if_that_is_said(
+def test_public_bucket_is_read_with_skip_signature(
     bucket: Bucket, tmp_path: Path, write_dicom, run_build, manifest, monkeypatch
 ) -> None:
     bucket.put("in/open.dcm", write_dicom(tmp_path / "open.dcm").read_bytes())
@@ -200,7 +200,7 @@ def test_a_public_bucket_needs_no_credentials_if_that_is_said(
 
 
 @pytest.mark.slow
-def test_real_exams_are_the_same_out_of_a_bucket(
+def test_real_exams_from_a_bucket_equal_those_from_a_folder(
     bucket: Bucket, real_data: Path, tmp_path: Path, run_build, manifest
 ) -> None:
     bucket.put_folder(real_data / "dicom", "in/dicom")
@@ -217,7 +217,7 @@ def test_real_exams_are_the_same_out_of_a_bucket(
 # ---- what others need of an address
 
 
-def test_labels_and_patients_to_keep_out_are_named_by_addresses(
+def test_label_table_and_holdout_take_addresses(
     bucket: Bucket, folder: Path, tmp_path: Path, run_build, run_verify, manifest, key_file
 ) -> None:
     address = bucket.put_folder(folder, "exams")
@@ -239,7 +239,9 @@ def test_labels_and_patients_to_keep_out_are_named_by_addresses(
     assert run_verify(tmp_path / "out", "--holdout", tmp_path / "kept.txt", "--key-file", key_file).code != 0
 
 
-def test_what_was_read_is_known_by_its_etag(bucket: Bucket, folder: Path, tmp_path: Path, run_build, contents) -> None:
+def test_changed_objects_are_recognized_by_etag(
+    bucket: Bucket, folder: Path, tmp_path: Path, run_build, contents
+) -> None:
     address = bucket.put_folder(folder / "p0", "exams")
     words = ("--input", address, "--output", tmp_path / "out")
     assert run_build(*words).code == 0
@@ -255,13 +257,13 @@ def test_what_was_read_is_known_by_its_etag(bucket: Bucket, folder: Path, tmp_pa
     )
     bucket.put("exams/0.dcm", (folder / "p1" / "0.dcm").read_bytes())
     result = run_build(*words)
-    assert result.code == 2 and "in the dataset already has changed since" in result.error
+    assert result.code == ExitCode.DATA and "in the dataset already has changed since" in result.error
 
 
 # ---- interruptions
 
 
-def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(
+def test_killed_build_resumes_to_the_same_bytes(
     bucket: Bucket, folder: Path, tmp_path: Path, run_build, start_build
 ) -> None:
     address = bucket.put_folder(folder, "exams")
@@ -279,9 +281,7 @@ def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
-def test_an_object_that_is_replaced_under_the_build_ends_it(
-    bucket: Bucket, folder: Path, tmp_path: Path, run_build
-) -> None:
+def test_object_replaced_during_the_build_stops_it(bucket: Bucket, folder: Path, tmp_path: Path, run_build) -> None:
     address = bucket.put_folder(folder, "exams")
     data = (folder / "p0" / "0.dcm").read_bytes()
     other = data[:-2] + bytes([data[-2] ^ 1]) + data[-1:]  # of the same length
@@ -295,14 +295,14 @@ def test_an_object_that_is_replaced_under_the_build_ends_it(
 
     bucket.fault = replace
     result = run_build("--input", address, "--output", tmp_path / "out", processes=2)
-    assert result.code == 2 and "an input changed while the build ran" in result.error
+    assert result.code == ExitCode.DATA and "an input changed while the build ran" in result.error
     named = tmp_path / "out" / ".build" / "failed_on.txt"
     assert named.read_text() == f"{address}/p0/0.dcm\n" and stat.S_IMODE(named.stat().st_mode) == 0o600
     assert not (tmp_path / "out" / "shards.parquet").exists()
     assert run_build("--input", address, "--output", tmp_path / "out").code == 0
 
 
-def test_an_object_that_is_gone_ends_the_build(bucket: Bucket, folder: Path, tmp_path: Path, run_build) -> None:
+def test_object_deleted_during_the_build_stops_it(bucket: Bucket, folder: Path, tmp_path: Path, run_build) -> None:
     address = bucket.put_folder(folder, "exams")
     asked = {"count": 0}
 
@@ -312,10 +312,10 @@ def test_an_object_that_is_gone_ends_the_build(bucket: Bucket, folder: Path, tmp
 
     bucket.fault = gone
     result = run_build("--input", address, "--output", tmp_path / "out")
-    assert result.code == 2 and "an input can no longer be read" in result.error
+    assert result.code == ExitCode.RESTART and "an input can no longer be read" in result.error
 
 
-def test_a_storage_that_fails_for_a_moment_costs_no_file(
+def test_transient_errors_of_the_store_lose_no_file(
     bucket: Bucket, folder: Path, tmp_path: Path, run_build, manifest
 ) -> None:
     address = bucket.put_folder(folder, "exams")
@@ -332,13 +332,11 @@ def test_a_storage_that_fails_for_a_moment_costs_no_file(
     assert {row["fate"] for row in manifest(tmp_path / "out").values()} == {"kept"}
 
 
-def test_a_storage_that_stays_away_ends_the_build_and_quarantines_nothing(
-    bucket: Bucket, folder: Path, tmp_path: Path, run_build
-) -> None:
+def test_lasting_errors_of_the_store_stop_the_build(bucket: Bucket, folder: Path, tmp_path: Path, run_build) -> None:
     address = bucket.put_folder(folder, "exams")
     bucket.fault = lambda method, path: 503 if path.endswith("/p3/3.dcm") and len(bucket.gets()) > 24 else 0
     result = run_build("--input", address, "--output", tmp_path / "out")
-    assert result.code == 2
+    assert result.code == ExitCode.RESTART
     assert "an input cannot be read, tried 3 times (the object storage answers 503" in result.error
     assert "/p3/" not in result.err  # a name can be in it
     bucket.fault = lambda method, path: 0
@@ -347,7 +345,7 @@ def test_a_storage_that_stays_away_ends_the_build_and_quarantines_nothing(
     assert shards_of(tmp_path / "out") == shards_of(tmp_path / "wanted")
 
 
-def test_beam_reads_buckets_too(bucket: Bucket, folder: Path, from_folder, tmp_path: Path, run_build) -> None:
+def test_beam_runner_reads_buckets(bucket: Bucket, folder: Path, from_folder, tmp_path: Path, run_build) -> None:
     address = bucket.put_folder(folder, "exams")
     result = run_build("--input", address, "--output", tmp_path / "out", "--runner=beam", processes=2)
     assert result.code == 0, result.err
@@ -369,15 +367,13 @@ def test_beam_reads_buckets_too(bucket: Bucket, folder: Path, from_folder, tmp_p
         (f"{TOP}/a//b", "is no path"),
     ],
 )
-def test_an_address_under_which_there_is_nothing_is_one_line(
-    bucket: Bucket, tmp_path: Path, run_build, address, said
-) -> None:
+def test_address_without_objects_is_one_line(bucket: Bucket, tmp_path: Path, run_build, address, said) -> None:
     result = run_build("--input", address, "--output", tmp_path / "out")
     assert result.code == 2 and said in result.error and "secret" not in result.error
     assert not (tmp_path / "out").exists()
 
 
-def test_a_name_that_is_no_path_is_told_and_not_skipped(bucket: Bucket, tmp_path: Path, run_build) -> None:
+def test_object_name_that_is_no_path_is_an_error(bucket: Bucket, tmp_path: Path, run_build) -> None:
     bucket.put("in/a.dcm", b"x")
     bucket.put("in//b.dcm", b"x")
     result = run_build("--input", f"{TOP}/in", "--output", tmp_path / "out")
@@ -385,46 +381,44 @@ def test_a_name_that_is_no_path_is_told_and_not_skipped(bucket: Bucket, tmp_path
 
 
 @pytest.mark.parametrize(
-    "status, said",
+    "status, code, said",
     [
-        (403, "no permission to list it"),
-        (503, "the object storage answers 503"),
-        (301, "in another region; name it in AWS_REGION"),
+        (403, ExitCode.USAGE, "no permission to list it"),
+        (503, ExitCode.RESTART, "the object storage answers 503"),
+        (301, ExitCode.USAGE, "in another region; name it in AWS_REGION"),
     ],
 )
-def test_a_bucket_that_cannot_be_listed_says_why(bucket: Bucket, tmp_path: Path, run_build, status, said) -> None:
+def test_bucket_that_cannot_be_listed_says_why(bucket: Bucket, tmp_path: Path, run_build, status, code, said) -> None:
     bucket.fault = lambda method, path: status
     result = run_build("--input", f"{TOP}/exams", "--output", tmp_path / "out")
-    assert result.code == 2 and said in result.error
+    assert result.code == code and said in result.error
 
 
-def test_a_storage_that_cannot_be_reached_says_so(bucket: Bucket, tmp_path: Path, run_build, monkeypatch) -> None:
+def test_unreachable_store_says_so(bucket: Bucket, tmp_path: Path, run_build, monkeypatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     result = run_build("--input", f"{TOP}/exams", "--output", tmp_path / "out")
-    assert result.code == 2 and "the object storage cannot be reached" in result.error
+    assert result.code == ExitCode.RESTART and "the object storage cannot be reached" in result.error
 
 
-def test_no_credentials_is_one_line_that_says_where_they_come_from(
-    bucket: Bucket, tmp_path: Path, run_build, monkeypatch
-) -> None:
+def test_missing_credentials_say_where_to_get_them(bucket: Bucket, tmp_path: Path, run_build, monkeypatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     result = run_build("--input", f"{TOP}/exams", "--output", tmp_path / "out")
     assert result.code == 2 and "no credentials are found" in result.error and "AWS_SKIP_SIGNATURE" in result.error
 
 
-def test_without_the_extra_an_address_names_it(tmp_path: Path, run_build, monkeypatch) -> None:
+def test_missing_cloud_extra_is_named(tmp_path: Path, run_build, monkeypatch) -> None:
     objects._open_store.cache_clear()
     monkeypatch.setitem(sys.modules, "obstore", None)
     result = run_build("--input", "s3://bucket1/exams", "--output", tmp_path / "out")
     assert result.code == 2 and "pip install 'curia-jax[ingest,cloud]'" in result.error
 
 
-def test_nothing_is_written_to_a_bucket(tmp_path: Path, folder: Path, run_build) -> None:
+def test_output_in_a_bucket_is_refused(tmp_path: Path, folder: Path, run_build) -> None:
     result = run_build("--input", folder, "--output", f"{TOP}/out")
     assert result.code == 2 and "--output" in result.error and "mount it (mount-s3" in result.error
 
 
-def test_folders_need_no_client_of_buckets() -> None:
+def test_build_imports_no_cloud_client() -> None:
     code = "import sys, data_pipeline.build; print([m for m in ('obstore', 'boto3') if m in sys.modules])"
     assert json.loads(subprocess.check_output([sys.executable, "-c", code], text=True)) == []
 
@@ -433,10 +427,10 @@ def test_folders_need_no_client_of_buckets() -> None:
 
 
 @pytest.mark.parametrize("number, kept", [(2, True), (99, False)])
-def test_a_disk_that_fails_costs_no_file(
+def test_transient_disk_errors_lose_no_file(
     tmp_path: Path, write_series, run_build, manifest, monkeypatch, number, kept
 ) -> None:
-    monkeypatch.setattr(files, "PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(retry, "PAUSES", (0.01, 0.01))
     write_series(tmp_path / "in")
     opened, failed = open, [0]
 
@@ -453,15 +447,13 @@ def test_a_disk_that_fails_costs_no_file(
         assert result.code == 0, result.err
         assert {row["fate"] for row in manifest(tmp_path / "out").values()} == {"kept"}
     else:
-        assert result.code == 2
-        assert "an input cannot be read, tried 3 times (Input/output error); start the build again" in result.error
+        assert result.code == ExitCode.RESTART
+        assert "an input cannot be read, tried 3 times (Input/output error); rerun the same command" in result.error
         monkeypatch.undo()
         assert run_build("--input", tmp_path / "in", "--output", tmp_path / "out").code == 0
 
 
-def test_a_folder_that_cannot_be_listed_for_the_moment_is_not_left_out(
-    tmp_path: Path, write_series, run_build, monkeypatch
-) -> None:
+def test_transient_listing_error_stops_the_build(tmp_path: Path, write_series, run_build, monkeypatch) -> None:
     write_series(tmp_path / "in" / "sub")
     scan = os.scandir
 
@@ -472,10 +464,13 @@ def test_a_folder_that_cannot_be_listed_for_the_moment_is_not_left_out(
 
     monkeypatch.setattr(os, "scandir", failing)
     result = run_build("--input", tmp_path / "in", "--output", tmp_path / "out")
-    assert result.code == 2 and "a folder of the inputs cannot be listed (Stale file handle)" in result.error
+    assert (
+        result.code == ExitCode.RESTART
+        and "a folder of the inputs cannot be listed (Stale file handle)" in result.error
+    )
 
 
-def test_other_errors_of_a_read_are_not_tried_again() -> None:
+def test_other_errors_are_not_retried() -> None:
     calls = []
 
     def read() -> None:
@@ -487,13 +482,13 @@ def test_other_errors_of_a_read_are_not_tried_again() -> None:
     assert len(calls) == 1
 
 
-def test_pauses_do_not_count_for_the_file_in_hand(monkeypatch) -> None:
-    monkeypatch.setattr(files, "PAUSES", (0.0,))
+def test_retry_pauses_do_not_count_against_the_time_limit(monkeypatch) -> None:
+    monkeypatch.setattr(retry, "PAUSES", (0.0,))
     touched: list[str | None] = []
 
     def read() -> None:
         raise OSError(116, "Stale file handle")
 
-    with pytest.raises(UserError, match="tried 2 times"):
+    with pytest.raises(StorageError, match="tried 2 times"):
         retry.retry_transient(read, touched.append, "a")
     assert touched == [None, "a"]

@@ -34,14 +34,14 @@ def axial(values: np.ndarray) -> np.ndarray:
 
 # The rows of an axial slice run from front to back and its columns from the patient's right: in axes right, front, up the
 # first pixel is the last voxel of both axes.
-def test_the_convention() -> None:
+def test_axial_helper_shows_the_right_on_the_left() -> None:
     picture = axial(TRUTH)[0]
     assert picture[0, 0] == TRUTH[-1, -1, 0]
     assert picture.shape == (SHAPE[1], SHAPE[0])
 
 
 @pytest.mark.parametrize("axes", ["RAS", "LPS", "LAS", "RPI", "SRA", "PSR", "AIL", "ILP"])
-def test_a_volume_is_the_same_however_it_is_stored(tmp_path: Path, axes: str) -> None:
+def test_slices_do_not_depend_on_the_stored_axis_order(tmp_path: Path, axes: str) -> None:
     volume, values = read(write_nifti(tmp_path / "v.nii.gz", axes))
     np.testing.assert_array_equal(values, axial(TRUTH))
     assert volume.plane == "axial"
@@ -52,7 +52,7 @@ def test_a_volume_is_the_same_however_it_is_stored(tmp_path: Path, axes: str) ->
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
 @pytest.mark.parametrize("axes", ["RAS", "LPI", "SRA", "PSR", "ILP"])
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 4.0), (4.0, 1.0, 1.0), (1.0, 4.0, 1.0)])
-def test_a_volume_is_the_same_piece_by_piece(tmp_path: Path, monkeypatch, suffix: str, axes: str, spacing) -> None:
+def test_nifti_read_in_pieces_equals_read_whole(tmp_path: Path, monkeypatch, suffix: str, axes: str, spacing) -> None:
     values = TRUTH.astype(np.float32) / 3
     values[3, 2, 1] = np.nan
     for name, one in (("whole", TRUTH), ("real", values)):
@@ -62,7 +62,7 @@ def test_a_volume_is_the_same_piece_by_piece(tmp_path: Path, monkeypatch, suffix
         monkeypatch.setattr(volumes, "IN_MEMORY_BYTES", 0)
         monkeypatch.setattr(volumes, "SLAB_BYTES", 100)
         monkeypatch.setattr(volumes, "BLOCK_BYTES", 250)
-        with volumes.open_volume(path, tmp_path) as again:
+        with volumes.open_volume(path, str(tmp_path)) as again:
             assert isinstance(again._stored, volumes._File)
             found = list(again.slices())
         np.testing.assert_array_equal(found, wanted)
@@ -78,7 +78,9 @@ def test_a_volume_is_the_same_piece_by_piece(tmp_path: Path, monkeypatch, suffix
 @pytest.mark.parametrize("suffix", [".nrrd", ".nhdr", ".mha", ".mhd"])
 @pytest.mark.parametrize("compress", [True, False])
 @pytest.mark.parametrize("kind", [np.uint8, np.int16, np.float32, np.float64])
-def test_nrrd_and_metaimage_are_the_same_piece_by_piece(tmp_path: Path, monkeypatch, suffix, compress, kind) -> None:
+def test_nrrd_and_metaimage_read_in_pieces_equal_read_whole(
+    tmp_path: Path, monkeypatch, suffix, compress, kind
+) -> None:
     image = SimpleITK.GetImageFromArray((TRUTH.transpose(2, 1, 0) / 2).astype(kind))
     image.SetSpacing((1.0, 4.0, 1.0))
     image.SetDirection([0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0])
@@ -87,12 +89,12 @@ def test_nrrd_and_metaimage_are_the_same_piece_by_piece(tmp_path: Path, monkeypa
     volume, wanted = read(path)
     monkeypatch.setattr(volumes, "IN_MEMORY_BYTES", 0)
     monkeypatch.setattr(volumes, "SLAB_BYTES", 100)
-    with volumes.open_volume(str(path), tmp_path) as again:
+    with volumes.open_volume(str(path), str(tmp_path)) as again:
         assert isinstance(again._stored, volumes._File)
         np.testing.assert_array_equal(list(again.slices()), wanted)
         assert (again.plane, again.spacing, again.low) == (volume.plane, volume.spacing, volume.low)
         monkeypatch.setattr(volumes, "SLAB_BYTES", 1)  # less than the head of a packed stream
-        with volumes.open_volume(str(path), tmp_path) as again:
+        with volumes.open_volume(str(path), str(tmp_path)) as again:
             assert again.high == volume.high
     data = max(tmp_path.iterdir(), key=lambda one: one.stat().st_size)
     data.write_bytes(data.read_bytes()[:-30])
@@ -100,7 +102,7 @@ def test_nrrd_and_metaimage_are_the_same_piece_by_piece(tmp_path: Path, monkeypa
         read(path)
 
 
-def test_what_is_laid_out_otherwise_is_read_whole(tmp_path: Path, monkeypatch) -> None:
+def test_unusual_layouts_are_read_whole(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(volumes, "IN_MEMORY_BYTES", 0)
     (tmp_path / "v.raw").write_bytes(bytes(5) + TRUTH.astype(">i2").transpose(2, 1, 0).tobytes())
     head = "NRRD0004\ntype: short\ndimension: 3\nsizes: 6 7 4\nendian: big\nencoding: raw\ndata file: v.raw\n"
@@ -144,7 +146,7 @@ def test_itk_axes_point_left_and_back(tmp_path: Path) -> None:
     ("spacing", "plane", "through"),
     [((4.0, 1.0, 1.0), "sagittal", 0), ((1.0, 4.0, 1.0), "coronal", 1), ((1.0, 1.0, 4.0), "axial", 2), ((1.0, 1.0, 1.0), "axial", 2)],
 )  # fmt: skip
-def test_slices_lie_in_the_finest_plane(tmp_path: Path, spacing, plane: str, through: int) -> None:
+def test_slices_lie_in_the_plane_with_the_smallest_spacing(tmp_path: Path, spacing, plane: str, through: int) -> None:
     volume, values = read(write_nifti(tmp_path / "v.nii", "LPS", spacing=spacing))
     assert volume.plane == plane
     assert len(values) == SHAPE[through]
@@ -154,14 +156,14 @@ def test_slices_lie_in_the_finest_plane(tmp_path: Path, spacing, plane: str, thr
     assert values[0][-1, -1] == first[0, 0]
 
 
-def test_one_slice_and_a_fourth_axis_of_one(tmp_path: Path) -> None:
+def test_single_slice_and_fourth_axis_of_length_one(tmp_path: Path) -> None:
     path = write_nifti(tmp_path / "v.nii", "RAS", TRUTH[:, :1, :], spacing=(1.0, 1.0, 1.0))
     assert read(path)[0].plane == "coronal"
     nibabel.Nifti1Image(TRUTH[..., None], np.diag([*SPACING, 1.0])).to_filename(tmp_path / "t.nii")
     np.testing.assert_array_equal(read(tmp_path / "t.nii")[1], axial(TRUTH))
 
 
-def test_scaled_values_are_real_values(tmp_path: Path) -> None:
+def test_scl_slope_and_inter_are_applied(tmp_path: Path) -> None:
     image = nibabel.Nifti1Image(TRUTH, np.diag([*SPACING, 1.0]))
     image.header.set_slope_inter(2.0, -24.0)
     image.to_filename(tmp_path / "v.nii")
@@ -175,7 +177,7 @@ def test_scaled_values_are_real_values(tmp_path: Path) -> None:
     assert volume.integers and values.dtype.kind == "i"  # whole numbers stay whole
 
 
-def test_what_is_no_number_becomes_the_lowest_value(tmp_path: Path) -> None:
+def test_nan_becomes_lowest_and_infinity_an_extreme_value(tmp_path: Path) -> None:
     values = TRUTH.astype(np.float32)
     values[0, 0, 0], values[1, 0, 0], values[2, 0, 0] = np.nan, -np.inf, np.inf
     rest = np.delete(TRUTH.ravel(), [0, 28, 56])
@@ -197,12 +199,14 @@ def test_what_is_no_number_becomes_the_lowest_value(tmp_path: Path) -> None:
         ("t1.nii", 120, np.int32, False),
     ],
 )
-def test_label_maps(tmp_path: Path, name: str, distinct: int, kind: type, expected: bool) -> None:
+def test_label_map_is_recognized_by_values_and_name(
+    tmp_path: Path, name: str, distinct: int, kind: type, expected: bool
+) -> None:
     values = (np.arange(np.prod(SHAPE)) % distinct).reshape(SHAPE).astype(kind)
     assert read(write_nifti(tmp_path / name, "RAS", values))[0].is_label_map == expected
 
 
-def test_labels_that_lie_far_apart_are_labels_still(tmp_path: Path) -> None:
+def test_label_map_with_distant_values_is_recognized(tmp_path: Path) -> None:
     values = np.where(TRUTH > 0, 5, 200_000).astype(np.int32)
     assert read(write_nifti(tmp_path / "a.nii", "RAS", values))[0].is_label_map
 
@@ -210,11 +214,11 @@ def test_labels_that_lie_far_apart_are_labels_still(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("low", "high", "modality"), [(-1024, 1500, "CT"), (-3024, 900, "CT"), (0, 900, "MR"), (-600, 50, "MR")]
 )
-def test_modality_from_the_range(low: int, high: int, modality: str) -> None:
+def test_modality_is_inferred_from_the_range(low: int, high: int, modality: str) -> None:
     assert volumes.infer_modality(low, high) == modality
 
 
-def test_damage_is_a_reason_and_no_exception(tmp_path: Path) -> None:
+def test_damaged_volume_raises_read_error(tmp_path: Path) -> None:
     whole = Path(write_nifti(tmp_path / "v.nii.gz", "RAS")).read_bytes()
     image = SimpleITK.GetImageFromArray(TRUTH)
     SimpleITK.WriteImage(image, str(tmp_path / "v.nrrd"))
@@ -235,7 +239,7 @@ def test_damage_is_a_reason_and_no_exception(tmp_path: Path) -> None:
         read(tmp_path / "rgb.nii")
 
 
-def test_scaling_that_is_not_whole_gives_real_values_without_doubling_the_memory(tmp_path: Path) -> None:
+def test_fractional_scaling_gives_float32_values(tmp_path: Path) -> None:
     path = write_nifti(tmp_path / "v.nii", "RAS")
     for slope, inter in ((0.5, -1024.0), (3.0, 0.25), (1e-3, 1e5)):
         data = bytearray((tmp_path / "v.nii").read_bytes())
@@ -246,7 +250,7 @@ def test_scaling_that_is_not_whole_gives_real_values_without_doubling_the_memory
         np.testing.assert_allclose(values, axial(TRUTH * np.float32(slope) + inter), rtol=1e-6)
 
 
-# ---- what a header must not do
+# ---- hostile headers
 
 
 @pytest.mark.parametrize("form", ["nrrd", "mha"])
@@ -258,7 +262,7 @@ def test_scaling_that_is_not_whole_gives_real_values_without_doubling_the_memory
         ("gone.raw", "its data file is missing"),
     ],
 )  # fmt: skip
-def test_a_header_names_no_data_outside_its_folder(tmp_path: Path, form: str, target: str, reason: str) -> None:
+def test_data_file_outside_the_folder_is_refused(tmp_path: Path, form: str, target: str, reason: str) -> None:
     place = tmp_path / "exams"
     place.mkdir()
     (place / "link").symlink_to(tmp_path)
@@ -277,7 +281,7 @@ def test_a_header_names_no_data_outside_its_folder(tmp_path: Path, form: str, ta
             read(place / f"a.{form}")
 
 
-def test_zeros_in_a_header_and_a_flat_affine_are_reasons(tmp_path: Path) -> None:
+def test_zero_bytes_and_singular_affine_raise_read_error(tmp_path: Path) -> None:
     SimpleITK.WriteImage(SimpleITK.GetImageFromArray(TRUTH), str(tmp_path / "a.mha"))
     data = (tmp_path / "a.mha").read_bytes()
     (tmp_path / "a.mha").write_bytes(data.replace(b"= LOCAL", b"= LO\0AL"))
@@ -300,7 +304,7 @@ def test_zeros_in_a_header_and_a_flat_affine_are_reasons(tmp_path: Path) -> None
         read(tmp_path / "a.nii")
 
 
-def test_data_beside_a_header_is_read(tmp_path: Path) -> None:
+def test_detached_data_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "v.raw").write_bytes(TRUTH.transpose(2, 1, 0).tobytes())
     sizes = " ".join(map(str, SHAPE))
@@ -314,7 +318,7 @@ def test_data_beside_a_header_is_read(tmp_path: Path) -> None:
         assert read(tmp_path / name)[1].sum() == TRUTH.sum()
 
 
-def test_the_place_of_the_data_cannot_hide_behind_a_long_header(tmp_path: Path) -> None:
+def test_overlong_header_is_refused(tmp_path: Path) -> None:
     comment = "x" * volumes.HEADER_BYTES
     (tmp_path / "a.mhd").write_text(f"ObjectType = Image\nComment = {comment}\nElementDataFile = /etc/passwd\n")
     (tmp_path / "a.nhdr").write_text(f"NRRD0004\n# {comment}\ndata file: /etc/passwd\n\n")
@@ -323,7 +327,7 @@ def test_the_place_of_the_data_cannot_hide_behind_a_long_header(tmp_path: Path) 
             read(tmp_path / name)
 
 
-def test_a_header_that_promises_more_than_its_file_can_hold_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+def test_size_beyond_the_file_is_refused_before_reading(tmp_path: Path) -> None:
     data = bytearray(Path(write_nifti(tmp_path / "v.nii", "RAS")).read_bytes())
     data[42:48] = np.array([32767, 32767, 32767], "<i2").tobytes()
     (tmp_path / "v.nii").write_bytes(data)

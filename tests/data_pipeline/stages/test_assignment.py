@@ -1,4 +1,4 @@
-import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,179 +8,205 @@ import pytest
 
 from curia_common.errors import UserError
 from data_pipeline.sources import geometry
-from data_pipeline.stages import assignment as plan
-from data_pipeline.stages import inventory, pseudonyms
+from data_pipeline.sources.dicom_header import FrameGeometry
+from data_pipeline.stages import assignment, inventory, pseudonyms
+from data_pipeline.stages.assignment import Conversion, Plan, PlannedSeries
+from data_pipeline.stages.inventory import Entry, FileFacts
 
 KEY = b"0123456789abcdef"
 
 
-def options(**changes) -> plan.Options:
-    fields = {
-        "key": KEY,
-        "validation": 0.2,
-        "test": 0.2,
-        "shard_bytes": 10**9,
-        "held_out": frozenset(),
-        "conversion": {"size": None},
-    }
-    return plan.Options(**(fields | changes))
+def options(**changes) -> assignment.Options:
+    base = assignment.Options(
+        KEY, validation=0.2, test=0.2, shard_bytes=10**9, held_out=frozenset(), conversion=Conversion("x")
+    )
+    return dataclasses.replace(base, **changes)
 
 
-def entry(number: int, patient: int = 0, **changes) -> inventory.Entry:
+def entry(number: int, patient: int = 0, **changes) -> Entry:
     """A picture: no header, its own series."""
     name = f"p{patient}/{number}.png"
-    fields = {
-        "path": name, "size": 1000, "modified_ns": 1, "kind": "image", "series": pseudonyms.digest(KEY, "series", name),
-        "patient": pseudonyms.digest(KEY, "patient", str(patient)), "facts": {"modality": "CT"},
-    }  # fmt: skip
-    return inventory.Entry(**(fields | changes))
+    base = Entry(
+        path=name, size=1000, modified_ns=1, kind="image", series=pseudonyms.digest(KEY, "series", name),
+        patient=pseudonyms.digest(KEY, "patient", str(patient)), facts=FileFacts("CT"),
+    )  # fmt: skip
+    return dataclasses.replace(base, **changes)
 
 
-def inspect(paths: list[Path]) -> list[inventory.Entry]:
+def inspect(paths: list[Path]) -> list[Entry]:
     return inventory.inspect(([str(p) for p in paths], inventory.Options(KEY)), {}, lambda item: None)
 
 
-def splits(made: dict) -> dict[str, str]:
-    return {series["patient"]: shard["split"] for shard in made["shards"] for series in shard["series"]}
+def make(entries: list[Entry], **changes) -> Plan:
+    return assignment.make(entries, options(**changes))[0]
 
 
-def test_the_plan_follows_from_the_entries_alone() -> None:
+def all_series(plan: Plan) -> list[PlannedSeries]:
+    return [series for shard in plan.shards for series in shard.series]
+
+
+def splits(plan: Plan) -> dict[str, str]:
+    return {series.patient: shard.split for shard in plan.shards for series in shard.series}
+
+
+def test_plan_depends_on_entries_and_options_alone() -> None:
     entries = [entry(n, n // 3) for n in range(60)]
-    first = plan.make(copy.deepcopy(entries), options())
-    assert plan.make(copy.deepcopy(entries), options()) == first
-    backwards = plan.make(copy.deepcopy(entries)[::-1], options())
-    assert backwards["hash"] == first["hash"]
-    assert json.loads(json.dumps(first)) == first  # nothing is lost in the file that fixes it
+    first = make(entries)
+    assert make(entries) == first
+    assert make(entries[::-1]).hash == first.hash
     for changed in (
-        options(key=b"fedcba9876543210"), options(validation=0.3), options(conversion={"size": 256}), options(shard_bytes=1000),
+        {"key": b"fedcba9876543210"}, {"validation": 0.3}, {"conversion": Conversion("x", size=256)}, {"shard_bytes": 1000},
     ):  # fmt: skip
-        assert plan.make(copy.deepcopy(entries), changed)["hash"] != first["hash"]
-    touched = copy.deepcopy(entries)
-    touched[7].modified_ns += 1
-    assert plan.make(touched, options())["hash"] != first["hash"]
+        assert make(entries, **changed).hash != first.hash
+    touched = [*entries[:7], dataclasses.replace(entries[7], modified_ns=2), *entries[8:]]
+    assert make(touched).hash != first.hash
 
 
-def test_a_shard_is_read_from_its_line_alone_and_a_plan_that_was_replaced_is_named(tmp_path: Path) -> None:
-    made = plan.make([entry(n, n // 3) for n in range(60)], options(shard_bytes=4000))
-    short = plan.write(tmp_path, made)
-    assert plan.read(tmp_path) == short
-    assert short["hash"] == made["hash"] and "p1/" not in json.dumps(short)
-    lines = plan.lines_of(tmp_path, made["hash"])
-    assert [plan.read_shard(lines, shard["at"]) for shard in short["shards"]] == made["shards"]
-    assert sum(shard["files"] for shard in short["shards"]) == 60
-    other = plan.make([entry(n, n // 3) for n in range(61)], options(shard_bytes=4000))
-    assert plan.lines_of(tmp_path, other["hash"]) != lines
+def test_plan_hash_is_that_of_earlier_versions() -> None:
+    # Another hash would make every unfinished build start again.
+    conversion = Conversion("x", size=None, slices_per_record=2, planes=("axial",))
+    labels = {"b": 1, "a": "text", "c": None}
+    entries = [entry(n, n // 3, labels=labels) for n in range(4)]
+    facts = FileFacts("MR", "s", 1, 1, 2, "head", "ge", True, 2.5, (
+        FrameGeometry((1.0, 0.0, 0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 0.0), (1.0, 1.0), 1.0, 0.0),
+        FrameGeometry((1.0, 0.0, 0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 2.0), (1.0, 1.0), 1.0, 0.0),
+    ))  # fmt: skip
+    entries.append(entry(9, 9, kind="dicom", facts=facts))
+    assert (
+        make(entries, conversion=conversion).hash == "620d107ff1a0217d6b1161f2b2c493dabd877ed292f0e624cc8341785bf6884c"
+    )
+
+
+def test_shard_is_read_from_its_line_and_replaced_plan_is_named(tmp_path: Path) -> None:
+    entries = [entry(n, n // 3, labels={"z": 1, "a": None}) for n in range(60)]
+    plan = make(entries, shard_bytes=4000)
+    stored = assignment.write(tmp_path, plan)
+    assert assignment.read(tmp_path) == stored
+    assert (stored.hash, stored.settings) == (plan.hash, plan.settings)
+    assert "p1/" not in (tmp_path / assignment.PLAN).read_text()
+    lines = assignment.lines_of(tmp_path, plan.hash)
+    read = tuple(assignment.read_shard(lines, place.offset, place.length) for place in stored.shards)
+    assert read == plan.shards
+    assert list(read[0].series[0].files[0].labels) == ["z", "a"]  # in the order of the label table
+    assert sum(place.files for place in stored.shards) == 60
+    other = make([entry(n, n // 3) for n in range(61)], shard_bytes=4000)
+    assert assignment.lines_of(tmp_path, other.hash) != lines
     lines.unlink()
-    with pytest.raises(UserError, match="another build has taken its place"):
-        plan.read_shard(lines, short["shards"][0]["at"])
+    with pytest.raises(UserError, match="another build into the same output replaced it"):
+        assignment.read_shard(lines, 0, 10)
+
+
+def test_damaged_plan_reads_as_none(tmp_path: Path) -> None:
+    assert assignment.read(tmp_path) is None
+    (tmp_path / assignment.PLAN).write_text("{}")
+    assert assignment.read(tmp_path) is None
 
 
 def test_every_file_has_one_place_and_no_patient_two_splits() -> None:
     entries = [entry(n, n // 3) for n in range(300)]
-    made = plan.make(entries, options())
-    paths = [file["path"] for shard in made["shards"] for series in shard["series"] for file in series["files"]]
-    assert sorted(paths) == sorted(e.path for e in entries)
+    plan, planned = assignment.make(entries, options())
+    assert sorted(file.path for series in all_series(plan) for file in series.files) == sorted(e.path for e in entries)
     by_patient: dict[str, set[str]] = {}
-    for shard in made["shards"]:
-        for series in shard["series"]:
-            by_patient.setdefault(series["patient"], set()).add(shard["split"])
+    for series in all_series(plan):
+        by_patient.setdefault(series.patient, set()).add(series.split)
     assert all(len(found) == 1 for found in by_patient.values())
     assert set.union(*by_patient.values()) == set(pseudonyms.SPLITS)
+    assert [e.split for e in planned] == [splits(plan)[e.patient] for e in entries]
+    assert {e.split for e in entries} == {""}  # the arguments are unchanged
 
 
-def test_new_exams_move_nobody_to_another_split() -> None:
-    before = splits(plan.make([entry(n, n // 3) for n in range(150)], options()))
-    after = splits(plan.make([entry(n, n // 3) for n in range(-60, 300)], options()))
+def test_new_exams_move_no_patient_to_another_split() -> None:
+    before = splits(make([entry(n, n // 3) for n in range(150)]))
+    after = splits(make([entry(n, n // 3) for n in range(-60, 300)]))
     assert {patient: after[patient] for patient in before} == before
 
 
-def test_shards_are_many_enough_and_mix_the_patients() -> None:
-    made = plan.make([entry(n, n // 20) for n in range(400)], options(validation=0.0, test=0.0, shard_bytes=50_000))
-    assert [shard["number"] for shard in made["shards"]] == list(range(8))
+def test_shards_mix_patients() -> None:
+    plan = make([entry(n, n // 20) for n in range(400)], validation=0.0, test=0.0, shard_bytes=50_000)
+    assert [shard.number for shard in plan.shards] == list(range(8))
     # 20 patients of 20 pictures each: a shard of 50 in the order of arrival would hold 3 of them.
-    assert min(len({series["patient"] for series in shard["series"]}) for shard in made["shards"]) > 12
-    assert len(plan.make([entry(0)], options())["shards"]) == 1
+    assert min(len({series.patient for series in shard.series}) for shard in plan.shards) > 12
+    assert len(make([entry(0)]).shards) == 1
 
 
-def test_a_table_decides_the_split_where_it_says_one() -> None:
+def test_label_table_decides_split() -> None:
     entries = [entry(n, n, split="test" if n % 2 else "") for n in range(40)]
-    made = plan.make(entries, options(test=0.0))
-    for e in entries:
-        assert splits(made)[e.patient] == ("test" if int(e.path[1:].split("/")[0]) % 2 else e.split)
-    assert {e.split for e in entries[::2]} <= {"train", "validation"}
+    plan, planned = assignment.make(entries, options(test=0.0))
+    for n, e in enumerate(planned):
+        assert splits(plan)[e.patient] == e.split
+        assert (e.split == "test") == bool(n % 2)
 
 
-def test_held_out_patients_are_nowhere() -> None:
+def test_held_out_patients_are_in_no_shard() -> None:
     entries = [entry(n, n // 3) for n in range(30)]
     gone = entries[4].patient
-    made = plan.make(entries, options(held_out=frozenset({gone})))
-    assert gone not in json.dumps(made)
-    assert [e.reason for e in entries if e.patient == gone] == ["patient is held out"] * 3
+    plan, planned = assignment.make(entries, options(held_out=frozenset({gone})))
+    assert gone not in splits(plan)
+    assert [e.reason for e in planned if e.patient == gone] == [assignment.HELD_OUT] * 3
 
 
-def test_names_and_order_of_the_files_change_nothing_of_a_series(tmp_path: Path, write_series) -> None:
+def test_file_names_and_order_do_not_change_a_series(tmp_path: Path, write_series) -> None:
     paths = write_series(tmp_path / "a", 7)
     (tmp_path / "b").mkdir()
     order = np.random.default_rng(0).permutation(7)
     renamed = [path.rename(tmp_path / "b" / f"{order[n]}.ima") for n, path in enumerate(paths)]
     # Entries come in the order of the paths, whatever that is.
-    (series,) = plan.make(inspect(sorted(renamed)), options())["shards"][0]["series"]
-    positions = [along for file in series["files"] for _, along in file["frames"]]
-    assert positions == [2.0 * n for n in range(7)]
-    assert [Path(file["path"]).name for file in series["files"]] == [f"{n}.ima" for n in order]
-    assert [file["first"] for file in series["files"]] == list(range(7))
-    assert (series["plane"], series["spacing"], series["problems"]) == ("axial", 2.0, [])
+    (series,) = all_series(make(inspect(sorted(renamed))))
+    assert [along for file in series.files for _, along in file.frames] == [2.0 * n for n in range(7)]
+    assert [Path(file.path).name for file in series.files] == [f"{n}.ima" for n in order]
+    assert [file.first for file in series.files] == list(range(7))
+    assert (series.plane, series.spacing, series.problems) == ("axial", 2.0, ())
 
 
-def test_two_orientations_are_two_parts_with_numbers_of_their_own(tmp_path: Path, write_series) -> None:
+def test_two_orientations_become_two_parts_numbered_in_sequence(tmp_path: Path, write_series) -> None:
     paths = write_series(tmp_path / "a", 6)
     paths += write_series(
         tmp_path / "b", ImageOrientationPatient=[1, 0, 0, 0, 0, -1], positions=[0.0], ImagePositionPatient=[0, 0, 0]
     )
-    made = plan.make(inspect(paths), options())
-    parts = sorted((s for shard in made["shards"] for s in shard["series"]), key=lambda s: s["part"])
-    assert [(part["plane"], len(part["files"])) for part in parts] == [("axial", 6), ("coronal", 1)]
-    assert all(geometry.MIXED_ORIENTATION in part["problems"] for part in parts)
-    assert [file["first"] for part in parts for file in part["files"]] == list(range(7))
+    parts = sorted(all_series(make(inspect(paths))), key=lambda series: series.part)
+    assert [(part.plane, len(part.files)) for part in parts] == [("axial", 6), ("coronal", 1)]
+    assert all(geometry.MIXED_ORIENTATION in part.problems for part in parts)
+    assert [file.first for part in parts for file in part.files] == list(range(7))
 
 
-def test_frames_of_interleaved_multi_frame_files_stay_together(tmp_path: Path) -> None:
-    geometry_of = [
-        [{"orientation": (1.0, 0.0, 0.0, 0.0, 1.0, 0.0), "position": (0.0, 0.0, 2.0 * n + half)} for n in range(4)]
-        for half in (0, 1)
-    ]
-    facts = {"modality": "MR", "frames": 4, "body_part": "", "manufacturer": "", "lossy": False, "thickness": 1.0}
-    entries = [
-        entry(n, series="s", kind="dicom", facts=facts | {"sop": f"s{n}", "geometry": geometry_of[n]}) for n in range(2)
-    ]
-    (series,) = plan.make(entries, options())["shards"][0]["series"]
-    assert len(series["files"]) == 2  # each is decoded once
-    assert [file["first"] for file in series["files"]] == [0, 4]
-    assert [[along for _, along in file["frames"]] for file in series["files"]] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+def test_frames_of_interleaved_multiframe_files_stay_together() -> None:
+    def facts(half: int) -> FileFacts:
+        frames = (
+            FrameGeometry((1.0, 0.0, 0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 2.0 * n + half), None, 1.0, 0.0) for n in range(4)
+        )
+        return FileFacts("MR", instance=f"s{half}", frames=4, thickness=1.0, geometry=tuple(frames))
+
+    entries = [entry(n, series="s", kind="dicom", facts=facts(n)) for n in range(2)]
+    (series,) = all_series(make(entries))
+    assert len(series.files) == 2  # each is decoded once
+    assert [file.first for file in series.files] == [0, 4]
+    assert [[along for _, along in file.frames] for file in series.files] == [[0, 2, 4, 6], [1, 3, 5, 7]]
 
 
-def test_of_copies_of_an_instance_the_largest_is_taken(tmp_path: Path, write_dicom) -> None:
+def test_largest_copy_of_an_instance_is_taken(tmp_path: Path, write_dicom) -> None:
     whole = write_dicom(tmp_path / "b.dcm")
     cut = tmp_path / "a.dcm"
-    cut.write_bytes(whole.read_bytes()[:-700])  # a transfer that broke off
+    cut.write_bytes(whole.read_bytes()[:-700])  # an interrupted transfer
     again = tmp_path / "c.dcm"
     again.write_bytes(whole.read_bytes())
-    entries = inspect([cut, whole, again])
-    made = plan.make(entries, options())
-    assert [file["path"] for file in made["shards"][0]["series"][0]["files"]] == [str(whole)]
-    assert [e.fate for e in entries] == ["duplicate", "", "duplicate"]
+    plan, planned = assignment.make(inspect([cut, whole, again]), options())
+    assert [file.path for series in all_series(plan) for file in series.files] == [str(whole)]
+    assert [e.fate for e in planned] == ["duplicate", "", "duplicate"]
 
 
-def test_the_plan_holds_no_identity(tmp_path: Path, write_dicom) -> None:
+def test_plan_holds_no_identity(tmp_path: Path, write_dicom) -> None:
     path = write_dicom(tmp_path / "a.dcm", PatientID="SECRET", PatientName="SECRET", SeriesDescription="SECRET")
-    text = json.dumps(plan.make(inspect([path]), options()))
+    plan = make(inspect([path]))
+    assignment.write(tmp_path, plan)
+    text = assignment.lines_of(tmp_path, plan.hash).read_text() + (tmp_path / assignment.PLAN).read_text()
+    assert json.loads(text.splitlines()[0])["series"]
     assert "SECRET" not in text and "2.25" not in text
     assert pydicom.dcmread(path).SOPInstanceUID not in text
 
 
 @pytest.mark.parametrize("gap", [False, True])
-def test_missing_slices_are_flagged_and_kept(tmp_path: Path, write_series, gap: bool) -> None:
+def test_missing_slices_are_flagged(tmp_path: Path, write_series, gap: bool) -> None:
     paths = write_series(tmp_path, 8)
-    (series,) = plan.make(inspect(paths[:3] + paths[4 if gap else 3 :]), options())["shards"][0]["series"]
-    assert series["problems"] == ([geometry.GAP] if gap else [])
-    assert len(series["files"]) == 8 - gap
+    (series,) = all_series(make(inspect(paths[:3] + paths[4 if gap else 3 :])))
+    assert series.problems == ((geometry.GAP,) if gap else ())
+    assert len(series.files) == 8 - gap

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from curia_common import __version__
 from data_pipeline.format import shards
 from data_pipeline.stages import card
 
@@ -37,7 +38,7 @@ def rows_under(page: ElementTree.Element, caption: str) -> dict[str, str]:
 # ---- counts
 
 
-def test_the_page_shows_what_is_in_the_dataset(dataset: Path) -> None:
+def test_page_shows_counts_of_the_dataset(dataset: Path) -> None:
     page, index = page_of(dataset), pq.read_table(dataset / shards.INDEX)
     assert rows_under(page, "Modality") == {"CT": "80", "MR": "80"}
     assert rows_under(page, "Body part") == {"head": "80", "abdomen": "40", "chest": "40"}
@@ -55,18 +56,17 @@ def test_the_page_shows_what_is_in_the_dataset(dataset: Path) -> None:
 
 def test_intensities_count_every_pixel_once(dataset: Path) -> None:
     intensity = json.loads((dataset / shards.CARD).read_text())["intensity"]
-    counted = {"HU": np.zeros(len(card.HU_EDGES) - 1), "relative": 0}
+    hu, relative = np.zeros(len(card.HU_EDGES) - 1), 0
     for split in ("train", "validation", "test"):
         source = shards.SliceSource(dataset, split)
         for number in range(len(source)):
             one = source[number]
-            if one["hu"]:
-                real = one["pixels"] * one["slope"] + one["intercept"]
-                counted["HU"] += np.histogram(np.clip(real, -1024, 3071), card.HU_EDGES)[0]
+            if one.facts.hu:
+                hu += np.histogram(np.clip(one.real, -1024, 3071), card.HU_EDGES)[0]
             else:
-                counted["relative"] += one["pixels"].size
-    np.testing.assert_array_equal(intensity["HU"]["pixels"], counted["HU"])
-    assert sum(intensity["relative"]["pixels"]) == counted["relative"]
+                relative += one.pixels.size
+    np.testing.assert_array_equal(intensity["HU"]["pixels"], hu)
+    assert sum(intensity["relative"]["pixels"]) == relative
     assert intensity["HU"]["edges"] == card.HU_EDGES.tolist()
 
 
@@ -76,11 +76,11 @@ def test_relative_intensities_have_the_series_percentiles_at_0_and_1() -> None:
     bins = card.intensities(histogram, 2.0, -50.0, (150.0, 250.0, 350.0), hu=False)
     found = {round(float(card.RELATIVE_EDGES[n]), 3): int(bins[n]) for n in np.flatnonzero(bins)}
     assert found == {0.0: 3, 0.5: 5, 1.0: 7}
-    # One value alone has no range; nothing divides by it.
+    # A single value has no range to divide by.
     assert card.intensities(histogram[:101], 1.0, 0.0, (100.0, 100.0, 100.0), hu=False).sum() == 3
 
 
-def test_what_lies_outside_counts_for_the_outermost_bins() -> None:
+def test_intensities_outside_count_for_outermost_bins() -> None:
     histogram = np.zeros(9000, np.int64)
     histogram[[0, 8999]] = (2, 4)
     bins = card.intensities(histogram, 1.0, -2000.0, (0.0, 0.0, 0.0), hu=True)
@@ -98,7 +98,7 @@ def rows(*given: tuple[str, str, str, str], **changes: Any) -> pa.Table:
     return pa.table(columns | changes)
 
 
-def test_spacing_that_is_not_known_is_called_so() -> None:
+def test_unknown_spacing_is_named_unknown() -> None:
     counts = card.Counts(0)
     counts.add(rows(*[("CT", "axial", "", "a")] * 5, spacing_slices=[0.0, 0.7, 0.75, 0.76, 40.0]))
     assert card._in_order(counts.spacing["between slices"], card.SPACING_EDGES) == {
@@ -106,7 +106,7 @@ def test_spacing_that_is_not_known_is_called_so() -> None:
     }  # fmt: skip
 
 
-def test_counts_do_not_depend_on_how_the_index_comes() -> None:
+def test_counts_do_not_depend_on_parts_of_the_index() -> None:
     given = [("CT", "axial", part, series) for part in ("chest", "") for series in "abc" for _ in range(4)]
     table = rows(
         *given, patient=[row[3] for row in given], near_duplicate_of=["a" if row[3] == "b" else "" for row in given]
@@ -127,10 +127,10 @@ def test_counts_do_not_depend_on_how_the_index_comes() -> None:
 def chosen(count: int, *given: tuple[str, str, str, str]) -> list[int]:
     counts = card.Counts(count)
     counts.add(rows(*given))
-    return [row["record"] for row in counts.examples()]
+    return [example.record for example in counts.examples()]
 
 
-def test_examples_come_from_the_middles_of_series_and_show_every_kind_first() -> None:
+def test_examples_are_mid_series_and_show_every_kind_first() -> None:
     given = [("CT", "axial", "chest", series) for series in "aabbb"] + [("MR", "sagittal", "knee", "c")] * 5
     assert chosen(24, *given) == [1, 7, 3]
     assert chosen(2, *given) == [1, 7]
@@ -139,11 +139,11 @@ def test_examples_come_from_the_middles_of_series_and_show_every_kind_first() ->
 
 @pytest.mark.parametrize("part", ["head", "brain", "orbit", "neck", "cspine", "pituitary", "wholebody", ""])
 @pytest.mark.parametrize("plane", ["sagittal", "coronal", "oblique", "unknown"])
-def test_no_example_could_show_a_face(part: str, plane: str) -> None:
+def test_no_example_can_show_a_face(part: str, plane: str) -> None:
     assert chosen(24, ("MR", plane, part, "a"), ("MR", "axial", part, "b")) == [1]
 
 
-def test_examples_are_pictures_with_the_window_that_suits_them(dataset: Path) -> None:
+def test_examples_are_pictures_in_reading_windows(dataset: Path) -> None:
     figures = list(page_of(dataset).iter("{http://www.w3.org/1999/xhtml}figure"))
     captions = [words(figure) for figure in figures if figure.find("{http://www.w3.org/1999/xhtml}img") is not None]
     assert 4 <= len(captions) <= 24
@@ -156,6 +156,10 @@ def test_examples_are_pictures_with_the_window_that_suits_them(dataset: Path) ->
         assert picture.size == (card.TILE, card.TILE) and np.asarray(picture).std() > 10
 
 
+def test_card_names_the_version_of_the_software(dataset: Path) -> None:
+    assert json.loads((dataset / shards.CARD).read_text())["version"] == __version__
+
+
 def test_examples_can_be_left_out(tmp_path: Path, write_series, run_build) -> None:
     write_series(tmp_path / "in", 5)
     assert run_build("--input", tmp_path / "in", "--output", tmp_path / "out", "--examples", 0).code == 0
@@ -165,7 +169,7 @@ def test_examples_can_be_left_out(tmp_path: Path, write_series, run_build) -> No
 # ---- the page
 
 
-def test_the_page_is_complete_in_itself_and_names_nobody(dataset: Path) -> None:
+def test_page_is_self_contained_and_anonymous(dataset: Path) -> None:
     text = (dataset / shards.PAGE).read_text()
     assert "<script" not in text and "http" not in text.replace("http://www.w3.org/1999/xhtml", "")
     index = pq.read_table(dataset / shards.INDEX)
@@ -174,7 +178,7 @@ def test_the_page_is_complete_in_itself_and_names_nobody(dataset: Path) -> None:
     assert "PHANTOM" not in text and str(dataset) not in text and ".dcm" not in text
 
 
-def test_what_is_odd_in_a_card_is_shown_as_text() -> None:
+def test_page_escapes_markup() -> None:
     made: dict[str, Any] = {
         "name": "<b>x</b>", "slices": 1, "series": 1, "patients": 1, "bytes": 5, "codec": "c & d",
         "slices_by": {name: {"": 1} for name in card.COUNTED} | {"split": {"train": 1}},
@@ -199,8 +203,8 @@ def test_reasons_are_listed_by_fate_and_number(tmp_path: Path, write_series, run
 
 
 @pytest.mark.parametrize("slope", [0.1, 0.3, 1 / 3])
-def test_intensities_are_those_of_the_record(slope: float) -> None:
-    """Records keep single precision; counted in double, values on an edge would fall into another bin than they are taken from."""
+def test_intensities_use_precision_of_the_record(slope: float) -> None:
+    """Records have single precision; in double, a value on an edge would be counted in another bin than it is taken from."""
     histogram = np.ones(200, np.int64)
     exact = (slope, -3 * slope, [0.0, 50 * slope, 100 * slope])
     kept = (float(np.float32(slope)), float(np.float32(-3 * slope)), [float(np.float32(p)) for p in exact[2]])

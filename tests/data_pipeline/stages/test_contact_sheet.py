@@ -1,16 +1,21 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
-from data_pipeline.stages import contact_sheet as sheets
+from data_pipeline.format.records import DecodedSlice, SliceFacts
+from data_pipeline.stages import contact_sheet
 
 
-def example(values: np.ndarray, **more) -> dict:
-    """A slice of these HU."""
-    low, high = (float(v) for v in np.percentile(values, (0.5, 99.5)))
-    return {
-        "pixels": (np.asarray(values) + 1024).astype(np.uint16), "slope": 1.0, "intercept": -1024.0, "hu": True, "low": low,
-        "high": high, "spacing": np.array([1, 1, 1], np.float32),
-    } | more  # fmt: skip
+def example(hu: np.ndarray, **changes) -> DecodedSlice:
+    """A slice with these HU."""
+    low, high = (float(v) for v in np.percentile(hu, (0.5, 99.5)))
+    one = DecodedSlice(
+        pixels=(np.asarray(hu) + 1024).astype(np.uint16), facts=SliceFacts(1.0, -1024.0, low, high, hu=True),
+        mean=float(hu.mean()), std=float(hu.std()), body_box=(0, 0, *hu.shape), spacing=(1.0, 1.0, 1.0), modality="CT",
+        plane="axial", body_part="", series="", patient="",
+    )  # fmt: skip
+    return dataclasses.replace(one, **changes)
 
 
 BODY = np.full((40, 60), -1000)
@@ -22,25 +27,26 @@ BODY[10:30, 10:50] = 50
     [("", 0, "soft tissue 40/400 HU"), ("chest", 12, "lung -600/1500 HU"), ("", 12, "lung -600/1500 HU"),
      ("head", 0, "brain 40/80 HU"), ("abdomen", 2, "soft tissue 40/400 HU")],
 )  # fmt: skip
-def test_the_window_suits_what_is_seen(part: str, lung: int, wanted: str) -> None:
+def test_view_has_reading_window_of_the_slice(part: str, lung: int, wanted: str) -> None:
     hu = BODY.copy()
     hu[10 : 10 + lung, 10:50] = -800
-    view = sheets.window(example(hu, body_part=part))
+    view = contact_sheet.view_of(example(hu, body_part=part))
     assert view.text == wanted
     centre, width = (float(v) for v in wanted.split()[-2].split("/"))
     assert (view.low, view.high) == (centre - width / 2, centre + width / 2)
 
 
-def test_values_that_are_no_hu_are_shown_between_their_percentiles() -> None:
-    view = sheets.window(example(BODY, hu=False, low=3.0, high=9.0))
+def test_view_of_other_units_is_between_percentiles() -> None:
+    view = contact_sheet.view_of(example(BODY, facts=SliceFacts(1.0, 0.0, 3.0, 9.0, hu=False)))
     assert (view.low, view.high) == (3.0, 9.0)
-    view = sheets.window(example(BODY, hu=False, low=3.0, high=3.0))
+    view = contact_sheet.view_of(example(BODY, facts=SliceFacts(1.0, 0.0, 3.0, 3.0, hu=False)))
     assert view.high > view.low
 
 
-def test_a_tile_has_true_proportions_and_the_window_s_grey_values() -> None:
+def test_tile_has_true_proportions_and_grey_values_of_the_window() -> None:
     # Twice as far between rows as between columns: 40 x 60 px are 80 x 60 mm.
-    pixels = sheets.tile(example(BODY, spacing=np.array([2, 1, 5])), sheets.Window(-160.0, 240.0, ""), 80)
+    view = contact_sheet.View(-160.0, 240.0, "")
+    pixels = contact_sheet.tile(example(BODY, spacing=(2.0, 1.0, 5.0)), view, 80)
     assert pixels.shape == (80, 80)
     assert not pixels[:, :10].any() and not pixels[:, -10:].any()  # nothing beside the slice
     assert pixels[40, 40] == round((50 + 160) / 400 * 255)
@@ -49,17 +55,18 @@ def test_a_tile_has_true_proportions_and_the_window_s_grey_values() -> None:
     assert abs(rows[0] - 20) <= 1 and abs(rows[-1] - 59) <= 1
 
 
-def test_a_sheet_puts_tiles_in_rows_and_keeps_captions_inside() -> None:
+def test_sheet_has_tiles_in_rows_and_captions_cut_to_width() -> None:
     tiles = [
         (np.full((50, 50), 40 * n, np.uint8), ("a caption that is far too long for its tile", "b")) for n in range(1, 6)
     ]
-    picture = np.asarray(sheets.sheet(tiles, 2))
-    step = (50 + sheets.GAP, 50 + 2 * sheets.LINE + sheets.GAP)
-    assert picture.shape == (3 * step[1] + sheets.GAP, 2 * step[0] + sheets.GAP)
+    picture = np.asarray(contact_sheet.sheet(tiles, 2))
+    gap, line = contact_sheet.GAP, contact_sheet.LINE
+    step = (50 + gap, 50 + 2 * line + gap)
+    assert picture.shape == (3 * step[1] + gap, 2 * step[0] + gap)
     for n in range(5):
-        y, x = sheets.GAP + n // 2 * step[1], sheets.GAP + n % 2 * step[0]
+        y, x = gap + n // 2 * step[1], gap + n % 2 * step[0]
         assert (picture[y : y + 50, x : x + 50] == 40 * (n + 1)).all()
-    assert (picture[:, -sheets.GAP :] == 24).all()
-    assert (picture[2 * step[1] + sheets.GAP :, step[0] + sheets.GAP :] == 24).all()  # no sixth tile
+    assert (picture[:, -gap:] == 24).all()
+    assert (picture[2 * step[1] + gap :, step[0] + gap :] == 24).all()  # no sixth tile
     with pytest.raises(ValueError, match="no slices"):
-        sheets.sheet([], 2)
+        contact_sheet.sheet([], 2)

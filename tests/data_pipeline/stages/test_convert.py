@@ -3,6 +3,7 @@ import itertools
 import os
 import tracemalloc
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel
@@ -12,56 +13,53 @@ import pytest
 from array_record.python import array_record_module
 from PIL import Image
 
-from curia_common.errors import UserError
+from curia_common.errors import DataError, StorageError, UserError
 from data_pipeline.format import records
-from data_pipeline.sources import archives, dicom, geometry
+from data_pipeline.sources import archives, dicom_pixels, geometry, retry
 from data_pipeline.sources.base import NO_MEMORY, ReadError
-from data_pipeline.stages import assignment as plan
-from data_pipeline.stages import convert, inventory
+from data_pipeline.sources.stored_values import stored_sha256
+from data_pipeline.stages import assignment, convert, inventory, pack, statistics
+from data_pipeline.stages.assignment import Conversion, PlannedShard
 
 KEY = b"0123456789abcdef"
 PIXELS = np.random.default_rng(0).integers(0, 2400, (40, 48)).astype(np.uint16)
 
 
+def plan_of(sources: list, modality: str = "auto", **settings) -> assignment.Plan:
+    options = inventory.Options(KEY, modality=modality)
+    entries = inventory.inspect((sources, options), {}, lambda item: None)
+    conversion = Conversion("x", **settings)
+    return assignment.make(entries, assignment.Options(KEY, 0.0, 0.0, 10**9, frozenset(), conversion))[0]
+
+
 class Converted:
-    """Files converted as one shard: its report, and slices in order."""
+    """Files converted as one shard: its report, the rows of the index, and slices in order."""
 
     def __init__(
         self, folder: Path, paths: list[Path], skip: dict | None = None, modality: str = "auto", **settings
     ) -> None:
-        options = inventory.Options(KEY, modality=modality)
-        self.entries = inventory.inspect(([str(p) for p in paths], options), {}, lambda item: None)
-        made = plan.make(
-            self.entries,
-            plan.Options(KEY, 0.0, 0.0, 10**9, frozenset(), {"size": None, "slices_per_record": 1} | settings),
-        )
-        whole = {
-            "split": "train",
-            "number": 0,
-            "count": 1,
-            "series": [s for shard in made["shards"] for s in shard["series"]],
-        }
-        self.touched: list[str | None] = []
+        plan = plan_of([str(p) for p in paths], modality, **settings)
+        whole = PlannedShard("train", 0, tuple(series for shard in plan.shards for series in shard.series))
+        self.read: list[str | None] = []
         folder.mkdir(exist_ok=True)
-        self.report = convert.convert_shard(
-            (str(folder), "x", made["conversion"], whole), skip or {}, self.touched.append
+        self.report, self.index = convert.convert_shard(
+            str(folder), plan.settings.conversion, whole, skip or {}, self.read.append
         )
-        self.path = folder / self.report["file"]
+        self.path = folder / self.report.file
         reader = array_record_module.ArrayRecordReader(str(self.path), "")
         data = [reader.read([n])[0] for n in range(reader.num_records())]
         self.slices = [
             records.parse_slice(item, slot)
-            for item, count in zip(data, self.report["slice_counts"], strict=True)
+            for item, count in zip(data, self.report.slice_counts, strict=True)
             for slot in range(count)
         ]
-        self.index = self.report["index"]
 
     def outcome(self, path: Path) -> tuple[str, str]:
-        return self.report["files"][str(path)]["fate"], self.report["files"][str(path)]["reason"]
+        return self.report.files[str(path)].fate, self.report.files[str(path)].reason
 
 
 @pytest.fixture
-def converted(tmp_path: Path):
+def converted(tmp_path: Path) -> Callable[..., Converted]:
     return lambda *paths, **settings: Converted(tmp_path / "out", list(paths), **settings)
 
 
@@ -85,40 +83,40 @@ def test_ct_is_stored_as_hu_plus_1024(converted, tmp_path: Path, write_dicom) ->
     found = converted(*paths)
     assert len(found.slices) == 3
     for one in found.slices:
-        assert one["hu"]
-        np.testing.assert_allclose(one["pixels"] * one["slope"] + one["intercept"], hu)
-    whole = [one for one in found.slices if one["slope"] == 1]
-    assert [one["intercept"] for one in whole] == [-1024, -1024]
+        assert one.facts.hu
+        np.testing.assert_allclose(one.pixels * one.facts.slope + one.facts.intercept, hu)
+    whole = [one for one in found.slices if one.facts.slope == 1]
+    assert [one.facts.intercept for one in whole] == [-1024, -1024]
     for one in whole:
-        np.testing.assert_array_equal(one["pixels"], PIXELS)
+        np.testing.assert_array_equal(one.pixels, PIXELS)
 
 
-def test_padding_below_air_is_raised_and_said(converted, tmp_path: Path, write_dicom) -> None:
+def test_padding_below_air_is_clipped_and_flagged(converted, tmp_path: Path, write_dicom) -> None:
     hu = PIXELS.astype(np.int16) - 1024
     hu[:5] = -2000
     (one,) = converted(write_dicom(tmp_path / "a.dcm", hu)).slices
-    np.testing.assert_array_equal(one["pixels"].astype(int) - 1024, np.maximum(hu, -1024))
+    np.testing.assert_array_equal(one.pixels.astype(int) - 1024, np.maximum(hu, -1024))
     found = converted(write_dicom(tmp_path / "a.dcm", hu))
     assert found.index[0]["flags"] & records.CLIPPED
 
 
-def test_mr_keeps_its_steps(converted, tmp_path: Path, write_dicom) -> None:
+def test_mr_keeps_its_stored_values(converted, tmp_path: Path, write_dicom) -> None:
     signed = PIXELS.astype(np.int16) - 300
     path = write_dicom(tmp_path / "a.dcm", signed, Modality="MR", RescaleSlope="1.25", RescaleIntercept="3")
     (one,) = converted(path).slices
-    assert not one["hu"] and one["slope"] == 1.25
-    np.testing.assert_allclose(one["pixels"] * one["slope"] + one["intercept"], signed * 1.25 + 3)
+    assert not one.facts.hu and one.facts.slope == 1.25
+    np.testing.assert_allclose(one.pixels * one.facts.slope + one.facts.intercept, signed * 1.25 + 3)
 
 
-def test_a_negative_slope_is_turned_round(converted, tmp_path: Path, write_dicom) -> None:
+def test_negative_slope_is_inverted(converted, tmp_path: Path, write_dicom) -> None:
     path = write_dicom(tmp_path / "a.dcm", PIXELS, Modality="MR", RescaleSlope="-0.5", RescaleIntercept="7")
     (one,) = converted(path).slices
-    assert one["slope"] == 0.5
-    np.testing.assert_allclose(one["pixels"] * one["slope"] + one["intercept"], PIXELS * -0.5 + 7)
-    assert one["low"] < one["high"] and one["std"] > 0
+    assert one.facts.slope == 0.5
+    np.testing.assert_allclose(one.pixels * one.facts.slope + one.facts.intercept, PIXELS * -0.5 + 7)
+    assert one.facts.low < one.facts.high and one.std > 0
 
 
-def test_monochrome1_is_turned_for_mr_and_means_nothing_for_hu(converted, tmp_path: Path, write_dicom) -> None:
+def test_monochrome1_inverts_mr_but_not_hu(converted, tmp_path: Path, write_dicom) -> None:
     fields = {"PhotometricInterpretation": "MONOCHROME1", "BitsStored": 12, "HighBit": 11}
     paths = [
         write_dicom(tmp_path / "a.dcm", PIXELS, SeriesInstanceUID="2.25.10", **fields),
@@ -133,63 +131,34 @@ def test_monochrome1_is_turned_for_mr_and_means_nothing_for_hu(converted, tmp_pa
         ),
     ]
     found = converted(*paths)
-    ct = next(one for one in found.slices if one["hu"])
-    np.testing.assert_array_equal(ct["pixels"], PIXELS)
+    ct = next(one for one in found.slices if one.facts.hu)
+    np.testing.assert_array_equal(ct.pixels, PIXELS)
     # Every slice of a series is turned about the same value.
-    first, second = (one for one in found.slices if not one["hu"])
-    np.testing.assert_array_equal(first["pixels"], 4095 - PIXELS)
-    np.testing.assert_array_equal(second["pixels"], 4095 - PIXELS // 2)
-
-
-@pytest.mark.parametrize("kind", ["u1", "i1", "<i2", ">i2", "u2", "i4", "i8"])
-@pytest.mark.parametrize("slope", [1.0, -1.0, 2.0, 0.5])
-@pytest.mark.parametrize("intercept", [0.0, -1024.0, -1000.0, 100.0, -40_000.0, 0.25])
-@pytest.mark.parametrize("hu", [True, False])
-def test_pixels_are_what_plain_arithmetic_makes_of_stored_values(
-    kind: str, slope: float, intercept: float, hu: bool
-) -> None:
-    span = np.iinfo(kind)
-    low, high = max(-3000, span.min), min(5000, span.max)
-    values = np.random.default_rng(1).integers(low, high, (9, 11), endpoint=True).astype(kind)
-    values[0, :2] = low, high
-    pixels, s, i, clipped = convert.to_uint16(values, slope, intercept, hu=hu)
-    real = values.astype(np.float64) * slope + intercept
-    whole = float(slope).is_integer() and float(intercept).is_integer()
-    wanted = np.maximum(real, -1024) if hu and whole else real
-    np.testing.assert_array_equal(pixels.astype(np.float64) * s + i, wanted)
-    assert pixels.dtype == np.uint16 and s > 0
-    assert clipped == (records.CLIPPED if (wanted != real).any() else 0)
-    assert (s, i) == (1.0, -1024.0) if hu and whole else s == abs(slope)
-
-
-def test_values_beyond_16_bit_are_refused() -> None:
-    wide = np.array([[0, 70_000]] * 2)
-    with pytest.raises(ReadError, match="70,001 steps; a slice holds 65,536"):
-        convert.to_uint16(wide, 1.0, 0.0, hu=False)
-    pixels, _, intercept, _ = convert.to_uint16(wide // 2 - 30_000, 1.0, 0.0, hu=False)
-    np.testing.assert_array_equal(pixels + intercept, wide // 2 - 30_000)
+    first, second = (one for one in found.slices if not one.facts.hu)
+    np.testing.assert_array_equal(first.pixels, 4095 - PIXELS)
+    np.testing.assert_array_equal(second.pixels, 4095 - PIXELS // 2)
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.int32])
-def test_volumes_beyond_16_bit_are_kept_in_65535_equal_steps(converted, tmp_path: Path, kind: type) -> None:
+def test_volume_beyond_16_bits_is_quantized_to_65535_steps(converted, tmp_path: Path, kind: type) -> None:
     values = np.random.default_rng(1).normal(0, 40_000, (40, 44, 3)).astype(kind)
     nibabel.Nifti1Image(values, np.diag([1, 1, 4, 1])).to_filename(tmp_path / "v.nii")
     found = converted(tmp_path / "v.nii")
-    assert [one["modality"] for one in found.slices] == ["MR"] * 3
-    real = np.stack([one["pixels"] * one["slope"] + one["intercept"] for one in found.slices])
+    assert [one.modality for one in found.slices] == ["MR"] * 3
+    real = np.stack([one.pixels * one.facts.slope + one.facts.intercept for one in found.slices])
     step = (float(values.max()) - float(values.min())) / 65535
     # Half a step, and the single precision in which a record holds slope and intercept.
     np.testing.assert_allclose(real, values[::-1, ::-1].transpose(2, 1, 0), atol=0.51 * step + 0.02)
 
 
-def test_modality_of_a_volume_from_its_range_or_as_told(converted, tmp_path: Path) -> None:
+def test_modality_of_volume_is_inferred_unless_given(converted, tmp_path: Path) -> None:
     values = (np.random.default_rng(1).integers(-1000, 1200, (40, 44, 2))).astype(np.int16)
     nibabel.Nifti1Image(values, np.eye(4)).to_filename(tmp_path / "v.nii")
     found = converted(tmp_path / "v.nii")
-    assert found.slices[0]["modality"] == "CT" and found.slices[0]["hu"]
+    assert found.slices[0].modality == "CT" and found.slices[0].facts.hu
     assert found.index[0]["flags"] & records.MODALITY_INFERRED
     found = converted(tmp_path / "v.nii", modality="MR")
-    assert found.slices[0]["modality"] == "MR" and not found.slices[0]["hu"]
+    assert found.slices[0].modality == "MR" and not found.slices[0].facts.hu
     assert not found.index[0]["flags"] & records.MODALITY_INFERRED
 
 
@@ -197,12 +166,12 @@ def test_reduction_keeps_shape_mean_and_field_of_view(converted, tmp_path: Path,
     y, x = np.mgrid[:96, :160]
     smooth = (1000 + 400 * np.sin(x / 17) + 300 * np.cos(y / 11)).astype(np.uint16)
     (small,) = converted(write_dicom(tmp_path / "a.dcm", smooth), size=80).slices
-    assert small["pixels"].shape == (48, 80)
-    assert small["spacing"][:2].tolist() == [1.0, 1.5]
+    assert small.pixels.shape == (48, 80)
+    assert small.spacing[:2] == (1.0, 1.5)
     # Each pixel is close to the mean of the four that it stands for.
-    np.testing.assert_allclose(small["pixels"], smooth.reshape(48, 2, 80, 2).mean(axis=(1, 3)), atol=4)
+    np.testing.assert_allclose(small.pixels, smooth.reshape(48, 2, 80, 2).mean(axis=(1, 3)), atol=4)
     (same,) = converted(write_dicom(tmp_path / "a.dcm", smooth), size=160).slices
-    np.testing.assert_array_equal(same["pixels"], smooth)
+    np.testing.assert_array_equal(same.pixels, smooth)
 
 
 # ---- series and records
@@ -215,27 +184,25 @@ def test_slices_are_in_spatial_order_with_their_facts(converted, tmp_path: Path,
     assert [row["index"] for row in found.index] == [0, 1, 2, 3, 4]
     stored = [pydicom.dcmread(paths[n]).pixel_array for n in (1, 3, 0, 2, 4)]
     for one, pixels in zip(found.slices, stored, strict=True):
-        np.testing.assert_array_equal(one["pixels"], pixels)
-        assert one["spacing"].tolist() == [0.5, 0.75, 3.0]
-        assert (one["modality"], one["plane"]) == ("CT", "axial")
+        np.testing.assert_array_equal(one.pixels, pixels)
+        assert one.spacing == (0.5, 0.75, 3.0)
+        assert (one.modality, one.plane) == ("CT", "axial")
     assert {row["manufacturer"] for row in found.index} == {"siemens"}
     assert not any(row["flags"] for row in found.index)
 
 
 @pytest.mark.parametrize("per_record", [1, 2, 4, 100])
-def test_packing_changes_where_slices_lie_and_not_what_they_are(
-    converted, tmp_path: Path, write_series, per_record: int
-) -> None:
+def test_slices_per_record_changes_places_alone(converted, tmp_path: Path, write_series, per_record: int) -> None:
     found = converted(*write_series(tmp_path / "s", 7), slices_per_record=per_record)
-    counts = found.report["slice_counts"]
+    counts = found.report.slice_counts
     assert sum(counts) == 7 and max(counts) <= per_record and len(counts) == -(-7 // per_record)
     assert [row["index"] for row in found.index] == list(range(7))
     for row, one in zip(found.index, found.slices, strict=True):
-        assert (row["mean"], row["patient"]) == (pytest.approx(one["mean"], rel=1e-6), one["patient"])
+        assert (row["mean"], row["patient"]) == (pytest.approx(one.mean, rel=1e-6), one.patient)
     assert [row["slot"] for row in found.index] == [slot for count in counts for slot in range(count)]
 
 
-def test_slices_of_another_size_or_slope_get_records_of_their_own(converted, tmp_path: Path, write_dicom) -> None:
+def test_slices_of_other_size_or_slope_get_own_records(converted, tmp_path: Path, write_dicom) -> None:
     paths = [
         write_dicom(tmp_path / f"{n}.dcm", PIXELS + n if n < 2 else PIXELS[:36], Modality="MR", ImagePositionPatient=[0, 0, n],
                     RescaleSlope=2 if n == 0 else 1, RescaleIntercept=0)
@@ -243,12 +210,12 @@ def test_slices_of_another_size_or_slope_get_records_of_their_own(converted, tmp
     ]  # fmt: skip
     # Slices 2 and 3 have the same pixels; the fourth is a duplicate.
     found = converted(*paths, slices_per_record=8)
-    assert found.report["slice_counts"] == [1, 1, 1]
+    assert found.report.slice_counts == [1, 1, 1]
     assert found.outcome(paths[3]) == ("duplicate", convert.SAME_PIXELS)
-    assert found.report["largest"] == [40, 48]
+    assert found.report.largest == (40, 48)
 
 
-def test_irregular_series_are_kept_and_flagged(converted, tmp_path: Path, write_series) -> None:
+def test_irregular_series_is_kept_and_flagged(converted, tmp_path: Path, write_series) -> None:
     paths = write_series(tmp_path / "s", positions=[0.0, 2.0, 4.0, 8.0, 10.0, 12.0])
     found = converted(*paths)
     assert len(found.slices) == 6
@@ -256,23 +223,23 @@ def test_irregular_series_are_kept_and_flagged(converted, tmp_path: Path, write_
     assert {found.outcome(path) for path in paths} == {("kept", geometry.GAP)}
     few = converted(*write_series(tmp_path / "t", 3))
     assert {row["flags"] for row in few.index} == {0}  # three slices in a row are regular, only few
-    assert {outcome["reason"] for outcome in few.report["files"].values()} == {geometry.FEW}
+    assert {outcome.reason for outcome in few.report.files.values()} == {geometry.FEW}
 
 
-def test_what_is_wrong_with_a_series_is_told_of_excluded_files_too(converted, tmp_path: Path, write_series) -> None:
+def test_excluded_files_have_problems_of_their_series(converted, tmp_path: Path, write_series) -> None:
     paths = write_series(tmp_path / "s", positions=[0.0, 2.0, 4.0, 8.0, 10.0, 12.0], pixels=np.full((40, 40), 300))
     found = converted(*paths)
     assert found.slices == []
-    assert {(o["fate"], o["reason"], o["problems"]) for o in found.report["files"].values()} == {
+    assert {(o.fate, o.reason, o.problems) for o in found.report.files.values()} == {
         ("excluded", "constant", geometry.GAP)
     }
 
 
-def test_pictures_have_no_hu_whatever_they_show(converted, tmp_path: Path) -> None:
+def test_pictures_have_no_hu(converted, tmp_path: Path) -> None:
     Image.fromarray((PIXELS % 256).astype(np.uint8)).save(tmp_path / "a.png")
     (one,) = converted(tmp_path / "a.png", modality="CT").slices
-    assert (one["modality"], one["hu"], one["slope"], one["intercept"]) == ("CT", False, 1.0, 0.0)
-    np.testing.assert_array_equal(one["pixels"], PIXELS % 256)
+    assert (one.modality, one.facts.hu, one.facts.slope, one.facts.intercept) == ("CT", False, 1.0, 0.0)
+    np.testing.assert_array_equal(one.pixels, PIXELS % 256)
 
 
 # ---- several slices in a file
@@ -295,22 +262,22 @@ def multiframe(path: Path, frames: np.ndarray, positions: list[float]) -> Path:
     return path
 
 
-def test_frames_come_out_in_spatial_order_however_they_are_stored(converted, tmp_path: Path, write_dicom) -> None:
+def test_frames_are_in_spatial_order(converted, tmp_path: Path, write_dicom) -> None:
     frames = np.stack([np.roll(PIXELS, n) + np.uint16(n) for n in range(6)])
     frames[0] = frames[4]  # of two alike the lower one stays, which is read later
     heights = [9.0, 7.5, 6.0, 4.5, 3.0, 1.5]
     path = multiframe(write_dicom(tmp_path / "a.dcm", PIXELS), frames, heights)
     found = converted(path, slices_per_record=16)
-    np.testing.assert_array_equal([one["pixels"] for one in found.slices], frames[:0:-1])
+    np.testing.assert_array_equal([one.pixels for one in found.slices], frames[:0:-1])
     assert [row["index"] for row in found.index] == [0, 1, 2, 3, 4]
     assert [row["position"] for row in found.index] == heights[:0:-1]
-    assert found.report["left_out"] == {convert.SAME_PIXELS: 1}
-    assert found.report["files"][str(path)]["stored_sha256"] == dicom.stored_sha256(frames)
-    assert [row["source"] for row in found.index] == [dicom.stored_sha256(frame) for frame in frames[:0:-1]]
+    assert found.report.left_out == {convert.SAME_PIXELS: 1}
+    assert found.report.files[str(path)].stored_sha256 == stored_sha256(frames)
+    assert [row["source"] for row in found.index] == [stored_sha256(frame) for frame in frames[:0:-1]]
     # The one that is left out does not count for the series.
-    series = records.series_statistics(np.bincount(frames[1:].ravel()), 1.0, -1024.0)
-    assert found.index[0]["series_mean"] == pytest.approx(series["series_mean"], rel=1e-6)
-    assert sum(found.report["intensity"]["HU"]) == frames[1:].size
+    series = statistics.series_statistics(np.bincount(frames[1:].ravel()), 1.0, -1024.0)
+    assert found.index[0]["series_mean"] == pytest.approx(series.mean, rel=1e-6)
+    assert sum(found.report.intensity["HU"]) == frames[1:].size
 
 
 @pytest.mark.parametrize("kind", ["files", "frames", "volume"])
@@ -331,24 +298,23 @@ def test_statistics_are_those_of_the_pixels(converted, tmp_path: Path, write_dic
     found = converted(*paths, slices_per_record=16)
     assert len(found.slices) == 5
     for one in found.slices:
-        wanted = records.slice_statistics(one["pixels"], one["slope"], one["intercept"])
-        assert [one[name] for name in ("low", "high", "mean", "std")] == pytest.approx(
-            [wanted[name] for name in ("low", "high", "mean", "std")], rel=1e-6
-        )
-        assert tuple(one["body_box"]) == wanted["body_box"]
-        assert one["mean"] == pytest.approx(float(np.mean(one["pixels"])) * one["slope"] + one["intercept"], rel=1e-6)
-    whole = np.concatenate([one["pixels"].ravel() for one in found.slices])
-    assert found.index[0]["series_mean"] == pytest.approx(whole.mean() + one["intercept"], rel=1e-6)
+        wanted = statistics.slice_statistics(one.pixels, one.facts.slope, one.facts.intercept)
+        measured = (one.facts.low, one.facts.high, one.mean, one.std)
+        assert measured == pytest.approx((wanted.low, wanted.high, wanted.mean, wanted.std), rel=1e-6)
+        assert one.body_box == wanted.body_box
+        assert one.mean == pytest.approx(float(np.mean(one.pixels)) * one.facts.slope + one.facts.intercept, rel=1e-6)
+    whole = np.concatenate([one.pixels.ravel() for one in found.slices])
+    assert found.index[0]["series_mean"] == pytest.approx(whole.mean() + one.facts.intercept, rel=1e-6)
     assert found.index[0]["series_std"] == pytest.approx(whole.std(), rel=1e-6)
 
 
 # ---- what can go wrong
 
 
-def test_a_bad_file_costs_itself_alone(converted, tmp_path: Path, write_series, monkeypatch) -> None:
+def test_bad_file_is_quarantined_alone(converted, tmp_path: Path, write_series, monkeypatch) -> None:
     paths = write_series(tmp_path / "s", 7)
     paths[1].write_bytes(paths[1].read_bytes()[:-500])
-    read = convert.dicom.open_image
+    read = dicom_pixels.open_image
 
     def fail(path: str):
         if path == str(paths[2]):
@@ -359,7 +325,7 @@ def test_a_bad_file_costs_itself_alone(converted, tmp_path: Path, write_series, 
             raise OSError(13, "Permission denied", path)
         return read(path)
 
-    monkeypatch.setattr(convert.dicom, "open_image", fail)
+    monkeypatch.setattr(dicom_pixels, "open_image", fail)
     found = converted(*paths, skip={str(paths[3]): "the decoder crashed on it (SIGSEGV)"})
     assert [row["index"] for row in found.index] == [0, 6]
     assert found.outcome(paths[1]) == ("quarantined", "truncated: the pixel data has 3,020 of 3,520 bytes")
@@ -368,17 +334,17 @@ def test_a_bad_file_costs_itself_alone(converted, tmp_path: Path, write_series, 
     assert found.outcome(paths[3]) == ("quarantined", "the decoder crashed on it (SIGSEGV)")
     assert found.outcome(paths[4]) == ("quarantined", "cannot be read (Permission denied)")
     assert found.outcome(paths[5]) == ("quarantined", NO_MEMORY)
-    assert str(paths[3]) not in found.touched and found.touched[-1] is None
+    assert str(paths[3]) not in found.read and found.read[-1] is None
 
 
 @pytest.mark.parametrize("number", [2, 3])
-def test_storage_that_fails_is_asked_again_and_no_reason_to_leave_a_file_out(
+def test_transient_storage_error_is_retried_then_fatal(
     converted, tmp_path: Path, write_series, monkeypatch, number
 ) -> None:
-    monkeypatch.setattr(convert.files, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(retry, "PAUSES", (0.0, 0.0))
     paths = write_series(tmp_path / "s", 5)
     wanted = converted(*paths).index
-    read, failed = convert.dicom.Image.stored, []
+    read, failed = dicom_pixels.Image.stored, []
 
     def fail(image):
         if image.path == str(paths[2]) and len(failed) < number:
@@ -386,21 +352,19 @@ def test_storage_that_fails_is_asked_again_and_no_reason_to_leave_a_file_out(
             raise OSError(5, "Input/output error", image.path)
         yield from read(image)
 
-    monkeypatch.setattr(convert.dicom.Image, "stored", fail)
+    monkeypatch.setattr(dicom_pixels.Image, "stored", fail)
     if number < 3:
         assert converted(*paths).index == wanted and len(failed) == number
     else:
         with pytest.raises(
-            UserError, match="cannot be read, tried 3 times .Input/output error.; start the build again"
+            StorageError, match="cannot be read, tried 3 times .Input/output error.; rerun the same command"
         ):
             converted(*paths)
 
 
 @pytest.mark.parametrize("name", ["v.nii", "v.nii.gz", "v.nrrd", "p.png"])
-def test_readers_of_volumes_and_pictures_tell_storage_that_fails_from_damage(
-    converted, tmp_path: Path, monkeypatch, name
-) -> None:
-    monkeypatch.setattr(convert.files, "PAUSES", ())
+def test_readers_tell_storage_errors_from_damage(converted, tmp_path: Path, monkeypatch, name) -> None:
+    monkeypatch.setattr(retry, "PAUSES", ())
     values = np.random.default_rng(1).integers(0, 900, (40, 44, 4)).astype(np.int16)
     path = tmp_path / name
     if name.endswith("png"):
@@ -418,26 +382,26 @@ def test_readers_of_volumes_and_pictures_tell_storage_that_fails_from_damage(
         return opened(file, *words, **named)
 
     monkeypatch.setattr(builtins, "open", fail)
-    with pytest.raises(UserError, match="cannot be read, tried 1 times .Input/output error."):
+    with pytest.raises(StorageError, match="cannot be read, tried 1 times .Input/output error."):
         converted(path)
 
 
-def test_a_full_disk_is_no_fault_of_the_files(converted, tmp_path: Path, write_series, monkeypatch) -> None:
+def test_full_scratch_disk_is_a_storage_error(converted, tmp_path: Path, write_series, monkeypatch) -> None:
     paths = write_series(tmp_path / "s", 5)
 
     def full(self, data: bytes) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(convert.tempfile.SpooledTemporaryFile, "write", full)
-    with pytest.raises(UserError, match="no room on the disk for what is in hand .No space left on device."):
+    monkeypatch.setattr(pack.tempfile.SpooledTemporaryFile, "write", full)
+    with pytest.raises(StorageError, match="scratch disk is full .No space left on device."):
         converted(*paths)
 
 
-def test_a_file_of_several_frames_is_taken_whole_or_not_at_all(converted, tmp_path: Path) -> None:
+def test_multiframe_file_is_kept_whole_or_not_at_all(converted, tmp_path: Path) -> None:
     # The second slice of a volume fails: none of it may stay, or the manifest would lie.
     values = np.random.default_rng(1).integers(-1000, 1200, (40, 44, 4)).astype(np.int16)
     nibabel.Nifti1Image(values, np.diag([1, 1, 4, 1])).to_filename(tmp_path / "v.nii")
-    rule = convert.rules.exclude_pixels
+    rule = convert.exclusion.exclude_pixels
 
     def fail(shape, distinct, counts, *, hu):
         if abs(float(distinct @ counts) / counts.sum() - float(values[..., 1].mean())) < 1e-3:
@@ -445,31 +409,30 @@ def test_a_file_of_several_frames_is_taken_whole_or_not_at_all(converted, tmp_pa
         return rule(shape, distinct, counts, hu=hu)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert.rules, "exclude_pixels", fail)
+        patch.setattr(convert.exclusion, "exclude_pixels", fail)
         found = converted(tmp_path / "v.nii")
-    assert found.slices == [] and found.report["records"] == 0
+    assert found.slices == [] and found.report.records == 0
     assert found.outcome(tmp_path / "v.nii") == ("quarantined", "damaged")
 
 
-def test_a_file_counts_as_kept_if_any_of_its_slices_is(converted, tmp_path: Path) -> None:
+def test_file_is_kept_if_any_slice_is(converted, tmp_path: Path) -> None:
     values = np.random.default_rng(1).integers(-1000, 1200, (40, 44, 4)).astype(np.int16)
     values[..., 0], values[..., 3] = values[..., 1], -1000
     nibabel.Nifti1Image(values, np.diag([1, 1, 4, 1])).to_filename(tmp_path / "v.nii")
     found = converted(tmp_path / "v.nii")
     assert [row["index"] for row in found.index] == [0, 2]  # the second repeats the first, the last is empty
     assert found.outcome(tmp_path / "v.nii") == ("kept", "")
-    outcomes: dict = {}
+    outcome = None
     for fate in ("excluded", "kept", "quarantined"):
-        convert.merge_outcome(outcomes, "a", {"fate": fate})
-    assert outcomes["a"]["fate"] == "kept"
+        outcome = convert.better_outcome(outcome, convert.FileOutcome(fate, "", "", "train", "x"))
+    assert outcome is not None and outcome.fate == "kept"
 
 
 @pytest.mark.parametrize("when", ["before", "while"])
-def test_an_input_that_changes_under_the_build_ends_it(tmp_path: Path, write_series, monkeypatch, when: str) -> None:
+def test_input_changed_during_build_is_an_error(tmp_path: Path, write_series, monkeypatch, when: str) -> None:
     paths = write_series(tmp_path / "s", 5)
-    entries = inventory.inspect(([str(p) for p in paths], inventory.Options(KEY)), {}, lambda item: None)
-    made = plan.make(entries, plan.Options(KEY, 0.0, 0.0, 10**9, frozenset(), {"size": None, "slices_per_record": 1}))
-    read = convert.dicom.open_image
+    plan = plan_of([str(p) for p in paths])
+    read = dicom_pixels.open_image
 
     def change(path: str):
         os.utime(path, ns=(1, 1))  # the very file that is being read
@@ -478,44 +441,43 @@ def test_an_input_that_changes_under_the_build_ends_it(tmp_path: Path, write_ser
     if when == "before":
         os.utime(paths[3], ns=(1, 1))
     else:
-        monkeypatch.setattr(convert.dicom, "open_image", change)
+        monkeypatch.setattr(dicom_pixels, "open_image", change)
     (tmp_path / "out").mkdir()
-    task = (str(tmp_path / "out"), "x", made["conversion"], made["shards"][0])
-    with pytest.raises(UserError, match="an input changed while the build ran") as caught:
-        convert.convert_shard(task, {}, lambda item: None)
+
+    def run() -> None:
+        convert.convert_shard(str(tmp_path / "out"), plan.settings.conversion, plan.shards[0], {}, lambda item: None)
+
+    with pytest.raises(DataError, match="an input changed while the build ran") as caught:
+        run()
     assert "/" not in str(caught.value)  # paths can hold names
     paths[3].unlink()
-    with pytest.raises(UserError, match="an input (can no longer be read|changed)"):
-        convert.convert_shard(task, {}, lambda item: None)
+    with pytest.raises((DataError, StorageError), match="an input (can no longer be read|changed)"):
+        run()
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_the_same_work_gives_the_same_bytes(tmp_path: Path, write_series) -> None:
+def test_conversion_is_deterministic(tmp_path: Path, write_series) -> None:
     paths = write_series(tmp_path / "s", 6)
     first, second = (Converted(tmp_path / name, paths, slices_per_record=4) for name in ("a", "b"))
     assert first.path.read_bytes() == second.path.read_bytes()
-    assert first.report == second.report
+    assert first.report == second.report and first.index == second.index
 
 
-def test_with_a_scratch_folder_nothing_but_the_finished_shard_and_its_report_touch_the_output(
-    tmp_path: Path, write_series, monkeypatch
-) -> None:
+def test_scratch_folder_keeps_temporary_files_off_the_output(tmp_path: Path, write_series, monkeypatch) -> None:
     with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
         for path in write_series(tmp_path / "s", 6):
             archive.write(path, path.name)
-    whole = Converted(tmp_path / "plain", sorted((tmp_path / "s").iterdir()), planes=["coronal"])
+    whole = Converted(tmp_path / "plain", sorted((tmp_path / "s").iterdir()), planes=("coronal",))
     listing = archives.list_members((str(tmp_path / "s.zip"), str(tmp_path / "unpacked"), 0), {}, lambda item: None)
-    entries = inventory.inspect((listing.members, inventory.Options(KEY)), {}, lambda item: None)
-    settings = {"size": None, "slices_per_record": 1, "planes": ["coronal"]}
-    made = plan.make(entries, plan.Options(KEY, 0.0, 0.0, 10**9, frozenset(), settings))
+    plan = plan_of(list(listing.members), planes=("coronal",))
     out, scratch = tmp_path / "out", tmp_path / "scratch"
     (out / "sidecars").mkdir(parents=True)
-    short = plan.write(tmp_path, made)
-    task = {
-        "output": str(out), "sidecars": str(out / "sidecars"), "scratch": str(scratch), "plan": made["hash"],
-        "lines": str(plan.lines_of(tmp_path, made["hash"])), "at": short["shards"][0]["at"], "name": "x",
-        "conversion": made["conversion"],
-    }  # fmt: skip
+    stored = assignment.write(tmp_path, plan)
+    lines = assignment.lines_of(tmp_path, plan.hash)
+    job = convert.Job(
+        str(out), str(out / "sidecars"), str(scratch), plan.hash, str(lines), plan.settings.conversion
+    )  # fmt: skip
+    task = convert.ShardTask(job, stored.shards[0].offset, stored.shards[0].length)
     seen: set[Path] = set()
     convert.publish(task, {}, lambda item: seen.update(out.rglob("*")))
     assert seen == {out / "sidecars"}
@@ -523,10 +485,9 @@ def test_with_a_scratch_folder_nothing_but_the_finished_shard_and_its_report_tou
     assert {path.name for path in out.rglob("*")} == {"sidecars", name, f"{name}.json", f"{name}.parquet"}
     assert (out / name).read_bytes() == whole.path.read_bytes()
     assert [path for path in scratch.rglob("*") if path.is_file()] == []
-    # A build that took this one's place must not find shards of it.
+    # A build that replaced this one must not find shards of it.
     (out / name).unlink()
-    lines = plan.lines_of(tmp_path, made["hash"])
-    with pytest.raises(UserError, match="another build has taken its place"):
+    with pytest.raises(UserError, match="another build into the same output replaced it"):
         convert.publish(task, {}, lambda item: lines.unlink(missing_ok=True))
     assert not (out / name).exists()
 
@@ -534,8 +495,8 @@ def test_with_a_scratch_folder_nothing_but_the_finished_shard_and_its_report_tou
 # ---- memory
 
 
-def test_memory_does_not_grow_with_the_series(tmp_path: Path, write_series, monkeypatch) -> None:
-    monkeypatch.setattr(convert, "SPOOL_BYTES", 1)
+def test_memory_does_not_grow_with_series_length(tmp_path: Path, write_series, monkeypatch) -> None:
+    monkeypatch.setattr(pack, "SPOOL_BYTES", 1)
     rng = np.random.default_rng(1)
 
     def peak(count: int) -> int:

@@ -2,27 +2,33 @@ import dataclasses
 
 import numpy as np
 import pytest
+from pydicom.uid import (
+    CTImageStorage,
+    EnhancedCTImageStorage,
+    MRImageStorage,
+    SecondaryCaptureImageStorage,
+)
 
-from data_pipeline.sources import dicom
-from data_pipeline.stages import exclusion as rules
+from data_pipeline.sources.dicom_header import FrameGeometry, Header
+from data_pipeline.stages import exclusion
 
-CT = dicom.Header(
-    path="a", sop_class="1.2.840.10008.5.1.4.1.1.2", sop_uid="1", series_uid="2", study_uid="3", patient_id="P", modality="CT",
+CT = Header(
+    sop_class=CTImageStorage, sop_uid="1", series_uid="2", study_uid="3", patient_id="P", modality="CT",
     image_type=("ORIGINAL", "PRIMARY", "AXIAL"), rows=64, columns=64, frames=1,
-    photometric="MONOCHROME2", samples_per_pixel=1, bits_stored=12, signed=False, burned_in=False, called_localizer=False, body_part="", manufacturer="ge",
+    photometric="MONOCHROME2", samples_per_pixel=1, burned_in=False, called_localizer=False, body_part="", manufacturer="ge",
     thickness=1.0, lossy=False, has_pixels=True, geometry=(),
 )  # fmt: skip
-AXIAL = dicom.FrameGeometry((1.0, 0.0, 0.0, 0.0, 1.0, 0.0), None, None, 1.0, 0.0)
-CORONAL = dicom.FrameGeometry((1.0, 0.0, 0.0, 0.0, 0.0, -1.0), None, None, 1.0, 0.0)
+AXIAL = FrameGeometry((1.0, 0.0, 0.0, 0.0, 1.0, 0.0), None, None, 1.0, 0.0)
+CORONAL = FrameGeometry((1.0, 0.0, 0.0, 0.0, 0.0, -1.0), None, None, 1.0, 0.0)
 
 
 @pytest.mark.parametrize(
     ("change", "rule"),
     [
         ({}, None),
-        ({"sop_class": "1.2.840.10008.5.1.4.1.1.4", "modality": "MR", "image_type": ("ORIGINAL", "PRIMARY", "M")}, None),
-        ({"sop_class": "1.2.840.10008.5.1.4.1.1.2.1", "frames": 9}, None),
-        ({"sop_class": "1.2.840.10008.5.1.4.1.1.7"}, "not a CT or MR image object"),
+        ({"sop_class": MRImageStorage, "modality": "MR", "image_type": ("ORIGINAL", "PRIMARY", "M")}, None),
+        ({"sop_class": EnhancedCTImageStorage, "frames": 9}, None),
+        ({"sop_class": SecondaryCaptureImageStorage}, "not a CT or MR image object"),
         ({"has_pixels": False}, "no pixel data"),
         ({"samples_per_pixel": 3}, "colour image"),
         ({"photometric": "PALETTE COLOR"}, "colour image"),
@@ -45,7 +51,7 @@ CORONAL = dicom.FrameGeometry((1.0, 0.0, 0.0, 0.0, 0.0, -1.0), None, None, 1.0, 
     ],
 )  # fmt: skip
 def test_header_rules(change: dict, rule: str | None) -> None:
-    assert rules.exclude_header(dataclasses.replace(CT, **change)) == rule
+    assert exclusion.exclude_header(dataclasses.replace(CT, **change)) == rule
 
 
 def body(low: float, high: float) -> np.ndarray:
@@ -64,19 +70,19 @@ def body(low: float, high: float) -> np.ndarray:
     ],
 )
 def test_pixel_rules(values: np.ndarray, hu: bool, rule: str | None) -> None:
-    assert rules.exclude_pixels(values.shape, *np.unique(values, return_counts=True), hu=hu) == rule
+    assert exclusion.exclude_pixels(values.shape, *np.unique(values, return_counts=True), hu=hu) == rule
 
 
 @pytest.mark.parametrize(
     ("values", "modality", "rule"),
     [
         (np.arange(-1000, 800), "CT", None),
-        (np.arange(0, 255), "CT", rules.NO_HU),  # MR stored as CT
-        (np.arange(-1024, -769), "CT", rules.NO_HU),  # 8-bit values with an intercept of -1024
+        (np.arange(0, 255), "CT", exclusion.NO_HU),  # MR stored as CT
+        (np.arange(-1024, -769), "CT", exclusion.NO_HU),  # 8-bit values with an intercept of -1024
         (np.arange(0, 255), "MR", None),
         (np.arange(-4096, 4095), "MR", None),  # phase
-        (np.concatenate([np.arange(-1030, -970), np.arange(0, 80)]), "MR", rules.HU_IN_MR),
+        (np.concatenate([np.arange(-1030, -970), np.arange(0, 80)]), "MR", exclusion.HU_IN_MR),
     ],
 )  # fmt: skip
 def test_series_rules(values: np.ndarray, modality: str, rule: str | None) -> None:
-    assert rules.exclude_series(values.astype(np.float64), np.ones(len(values), np.int64), modality) == rule
+    assert exclusion.exclude_series(values.astype(np.float64), np.ones(len(values), np.int64), modality) == rule

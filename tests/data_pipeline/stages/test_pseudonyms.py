@@ -15,9 +15,7 @@ def no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(pseudonyms.KEY_VARIABLE, raising=False)
 
 
-def test_the_key_file_goes_before_the_variable_and_that_before_the_file_beside_the_dataset(
-    tmp_path, monkeypatch
-) -> None:
+def test_key_file_precedes_variable_precedes_default_file(tmp_path, monkeypatch) -> None:
     output = tmp_path / "out"
     made, origin = pseudonyms.load_key(None, str(output))
     assert "new key in" in origin and str(tmp_path / "out.key") in origin
@@ -35,7 +33,7 @@ def test_new_keys_differ(tmp_path: Path) -> None:
     assert pseudonyms.load_key(None, str(tmp_path / "a"))[0] != pseudonyms.load_key(None, str(tmp_path / "b"))[0]
 
 
-def test_an_output_given_as_a_dot_has_its_key_beside_it(tmp_path: Path, monkeypatch) -> None:
+def test_output_given_as_dot_has_its_key_beside_it(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path / "out")
     pseudonyms.load_key(None, ".")
@@ -43,7 +41,7 @@ def test_an_output_given_as_a_dot_has_its_key_beside_it(tmp_path: Path, monkeypa
     assert (tmp_path / "out.key").is_file()
 
 
-def test_keys_that_are_missing_short_or_inside_the_dataset_are_refused(tmp_path: Path, monkeypatch) -> None:
+def test_missing_short_or_inside_keys_are_rejected(tmp_path: Path, monkeypatch) -> None:
     output = tmp_path / "out"
     output.mkdir()
     with pytest.raises(UserError, match="no key file .*openssl rand"):
@@ -62,7 +60,7 @@ def test_keys_that_are_missing_short_or_inside_the_dataset_are_refused(tmp_path:
         pseudonyms.load_key(None, str(output))
 
 
-def test_digests_depend_on_key_kind_and_value_and_on_nothing_else() -> None:
+def test_digest_depends_on_key_kind_and_value_alone() -> None:
     one = pseudonyms.digest(KEY, "patient", "Doe")
     assert one == pseudonyms.digest(KEY, "patient", "Doe")
     others = [(b"another key", "patient", "Doe"), (KEY, "series", "Doe"), (KEY, "patient", "doe")]
@@ -71,12 +69,12 @@ def test_digests_depend_on_key_kind_and_value_and_on_nothing_else() -> None:
     assert pseudonyms.digest(KEY, "patient", os.fsdecode(b"M\xfcller"))  # a file name in Latin-1
 
 
-def test_known_values_stay_for_ever() -> None:
+def test_digests_equal_those_of_earlier_versions() -> None:
     # With the same key a patient keeps pseudonym and split in every build and version: HMAC-SHA256 of "kind:value".
     assert pseudonyms.digest(KEY, "patient", "P1") == "ecc1201c946e5390"
 
 
-def test_splits_have_their_shares_and_move_nobody() -> None:
+def test_splits_have_their_shares() -> None:
     patients = [pseudonyms.digest(KEY, "patient", str(n)) for n in range(4000)]
     small = [pseudonyms.split_of(KEY, patient, 0.1, 0.1) for patient in patients]
     # 4,000 draws: three standard deviations of a share of 0.1 are 0.014.

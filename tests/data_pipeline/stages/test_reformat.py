@@ -43,7 +43,7 @@ AXIAL, CORONAL, SAGITTAL = (1, 0, 0, 0, 1, 0), (1, 0, 0, 0, 0, -1), (0, 1, 0, 0,
         ((-1, 0, 0, 0, 0, -1), "coronal"),
     ],
 )  # fmt: skip
-def test_a_reformat_shows_the_patient_as_a_viewer_does(
+def test_reformat_equals_acquisition_in_that_plane(
     tmp_path: Path, plane: str, orientation: tuple[float, ...], own: str
 ) -> None:
     spacing = (2.0, 1.0, 1.0)
@@ -69,7 +69,7 @@ def test_a_reformat_shows_the_patient_as_a_viewer_does(
         assert np.abs(cut.pixels[inner].astype(int) - one[inner]).mean() < 0.03 * 1800
 
 
-def test_blocks_change_nothing(tmp_path: Path, monkeypatch) -> None:
+def test_block_size_changes_no_pixel(tmp_path: Path, monkeypatch) -> None:
     volume = acquire(AXIAL, (1.5, 1.0, 1.0))
 
     def cut() -> list[np.ndarray]:
@@ -95,14 +95,14 @@ def test_shrinking_does_not_alias(tmp_path: Path) -> None:
     assert np.abs(middle[:, 4:-4].astype(int) - 1000).max() < 60
 
 
-def test_two_axes_along_one_direction_are_none() -> None:
+def test_directions_are_none_for_two_axes_along_one_direction() -> None:
     assert reformat.directions((0.8, 0.6, 0.0, 0.7, -0.6, 0.3)) is None
 
 
 # ---- in a build
 
 
-def test_planes_come_from_regular_series_only(tmp_path: Path, run_build, run_verify, write_series) -> None:
+def test_build_reformats_regular_series_only(tmp_path: Path, run_build, run_verify, write_series) -> None:
     rng = np.random.default_rng(0)
     for name, positions in {
         "regular": [2.0 * n for n in range(20)],
@@ -132,7 +132,7 @@ def test_planes_come_from_regular_series_only(tmp_path: Path, run_build, run_ver
     assert result.code == 0, result.out
 
 
-def test_unknown_planes_are_one_line(tmp_path: Path, run_build, write_series) -> None:
+def test_unknown_plane_is_rejected_in_one_line(tmp_path: Path, run_build, write_series) -> None:
     write_series(tmp_path / "in", 5)
     result = run_build("--input", tmp_path / "in", "--output", tmp_path / "out", "--planes", "coronal,frontal")
     assert result.code == 2 and "--planes names 'frontal'; there are axial, coronal, sagittal" in result.error

@@ -1,0 +1,369 @@
+"""DICOM headers: whitelisted fields, and nothing else.
+
+Nothing leaves this module but the fields of Header and FrameGeometry: no names, dates, free text or private tags.
+"""
+
+import contextlib
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from io import BufferedIOBase
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from pydicom.dataset import Dataset, FileDataset
+from pydicom.filereader import read_partial
+from pydicom.tag import BaseTag, Tag
+from pydicom.uid import (
+    HTJ2K,
+    JPEG2000,
+    UID,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLSNearLossless,
+    MediaStorageDirectoryStorage,
+)
+
+from curia_common.errors import UserError, fault_location
+from data_pipeline.sources.base import NO_MEMORY, ReadError
+from data_pipeline.sources.geometry import FARTHEST_MM
+from data_pipeline.sources.silence import silenced
+
+# The last three may hold lossless data; the tag LossyImageCompression decides where it is present. Two of JPEG's retired
+# forms have no name in pydicom.
+LOSSY_SYNTAXES = frozenset({
+    JPEGBaseline8Bit, JPEGExtended12Bit,
+    UID("1.2.840.10008.1.2.4.53"),  # JPEG spectral selection, processes 6 and 8
+    UID("1.2.840.10008.1.2.4.55"),  # JPEG full progression, processes 10 and 12
+    JPEGLSNearLossless, JPEG2000, HTJ2K,
+})  # fmt: skip
+MAXIMUM_FRAMES = 65_536
+MAXIMUM_PIXELS = 1 << 26  # of a frame: 8,192 x 8,192; none has a twentieth
+MAXIMUM_ELEMENTS = 50_000  # of a data set; each costs time, and noise can hold millions
+PIXEL_DATA, FLOAT_PIXEL_DATA = 0x7FE00010, 0x7FE00008
+
+# The fields below and no others are read from a header.
+_HEADER_TAGS = [Tag(word) for word in (
+    "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID",
+    "Modality", "ImageType", "Rows", "Columns", "NumberOfFrames", "PhotometricInterpretation", "SamplesPerPixel",
+    "BurnedInAnnotation", "BodyPartExamined", "Manufacturer", "PixelSpacing", "SliceThickness", "ImageOrientationPatient",
+    "ImagePositionPatient", "RescaleSlope", "RescaleIntercept", "LossyImageCompression", "BitsAllocated", "BitsStored",
+    "HighBit", "PixelRepresentation", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+    "SeriesDescription",
+)]  # fmt: skip
+
+# Defined terms of BodyPartExamined (DICOM PS3.16, tables L-1 and L-2), without spaces and underscores. Other
+# texts, which can be names, are dropped.
+BODY_PARTS = frozenset(
+    """abdomen abdomenpelvis adrenal ankle aorta aorticarch arm axilla back bladder brachialplexus brain breast bronchus
+    buttock calcaneus calf cardiac carotid cerebellum cervix chest chestabdomen chestabdomenpelvis circleofwillis clavicle
+    coccyx colon cspine ctspine cervicalspine duodenum ear elbow esophagus extremity eye eyelid face femoralartery femur finger
+    foot forearm gallbladder hand head headneck heart hip humerus iac ileum ilium jaw jejunum kidney knee larynx leg legs
+    liver lowerextremity lowerleg lspine lsspine lumbarspine lung lungs mandible maxilla mediastinum mouth nasopharynx neck
+    neckchest neckchestabdomen neckchestabdomenpelvis nose orbit orbits ovary pancreas parathyroid parotid patella pelvis
+    penis petrousbone pharynx pituitary prostate pulmonaryartery radius rectum renalartery rib ribs sacrum scalp scapula
+    sella shoulder sijoint sinus sinuses skull spine spleen sspine sternum stomach submandibular temporalbone testis thigh
+    thoracicspine thorax thumb thymus thyroid tibia tibiafibula tlspine tmj toe tongue trachea tspine ulna upperextremity
+    ureter urethra uterus vagina vulva wholebody wrist zygoma""".split()
+)
+
+# Those that show a face, whole or in part.
+FACES = frozenset("brain ear eye eyelid face head headneck jaw mandible maxilla mouth nose orbit orbits scalp sella sinus "
+                  "sinuses skull temporalbone tmj iac circleofwillis cerebellum neck neckchest neckchestabdomen "
+                  "neckchestabdomenpelvis cspine cervicalspine petrousbone nasopharynx pharynx larynx parotid submandibular "
+                  "pituitary thyroid parathyroid tongue carotid wholebody".split())  # fmt: skip
+
+# Classes of manufacturers; the text of the tag itself does not leave this module.
+MANUFACTURERS = ("siemens", "philips", "toshiba", "canon", "hitachi", "fujifilm", "hyperfine", "ge", "united imaging")
+
+
+# What technicians and scanners call localizers; Siemens writes an image type that does not tell them from other series.
+_LOCALIZER = re.compile(
+    rb"locali[sz]er|scout|topogram|scanogram|surview|(?<![a-z])(?:3|three)[- _]?plane(?![a-z])", re.IGNORECASE
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrameGeometry:
+    """Where one frame lies and how its values are rescaled; None where the header does not say.
+
+    Attributes:
+      orientation: direction cosines of a row and of a column.
+      position: centre of the first pixel, mm, patient coordinates (x to the left, y to the back, z up).
+      spacing: between rows and between columns, mm.
+      slope, intercept: real value = stored * slope + intercept.
+    """
+
+    orientation: tuple[float, ...] | None
+    position: tuple[float, ...] | None
+    spacing: tuple[float, ...] | None
+    slope: float
+    intercept: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """Whitelisted fields of a file. UIDs and patient_id are for pseudonyms and are stored nowhere."""
+
+    sop_class: str
+    sop_uid: str
+    series_uid: str
+    study_uid: str
+    patient_id: str
+    modality: str
+    image_type: tuple[str, ...]
+    rows: int
+    columns: int
+    frames: int
+    photometric: str
+    samples_per_pixel: int
+    burned_in: bool
+    called_localizer: bool
+    body_part: str
+    manufacturer: str
+    thickness: float
+    lossy: bool
+    has_pixels: bool
+    geometry: tuple[FrameGeometry, ...]
+
+
+def is_dicom(file: BufferedIOBase) -> bool:
+    """True for a file with the DICM mark, or one that starts with a plausible data set; leaves the file at its start."""
+    start = file.read(132)
+    file.seek(0)
+    if start[128:132] == b"DICM":
+        return True
+    # Files before DICOM's file format start with a tag of group 0002 or 0008, little- or big-endian.
+    return start[:2] in (b"\x08\x00", b"\x02\x00") or start[:4] in (b"\x00\x08\x00\x05", b"\x00\x08\x00\x08")
+
+
+def read_header(source: str | BufferedIOBase) -> Header:
+    """The whitelisted fields of a file, a path or open; no pixels.
+
+    Raises:
+      ReadError: it is not DICOM, or is cut off before the pixels.
+    """
+    with open(source, "rb") if isinstance(source, str) else contextlib.nullcontext(source) as file:
+        dataset, _ = read_elements(file, _HEADER_TAGS, stop=FLOAT_PIXEL_DATA)
+    try:
+        with silenced():
+            if "SOPClassUID" not in dataset and "Rows" not in dataset and not _is_dicomdir(dataset):
+                raise ReadError("not a DICOM image: it has neither a SOP class nor rows")
+            return _header(dataset)
+    except ReadError:
+        raise
+    except Exception as error:  # values are parsed on access, and each parser raises its own kinds
+        raise ReadError(f"malformed header ({fault_location(error)})") from error
+
+
+def read_dicomdir(path: str) -> list[str]:
+    """The files that a DICOMDIR names, each a relative path of plain parts, in its order.
+
+    Raises:
+      ReadError: it is no DICOMDIR, is damaged, or names a file outside its folder.
+    """
+    with open(path, "rb") as file:
+        dataset, _ = read_elements(file, [Tag("DirectoryRecordSequence")], stop=FLOAT_PIXEL_DATA)
+    try:
+        with silenced():
+            if not _is_dicomdir(dataset):
+                raise ReadError("not a DICOMDIR")
+            records = [record.get("ReferencedFileID") for record in dataset.get("DirectoryRecordSequence") or ()]
+            names = [[str(part) for part in ([name] if isinstance(name, str) else name)] for name in records if name]
+    except ReadError:
+        raise
+    except Exception as error:  # values are parsed on access
+        raise ReadError(f"malformed DICOMDIR ({fault_location(error)})") from error
+    if any(part in ("", ".", "..") or set(part) & set("/\\\0") for parts in names for part in parts):
+        raise ReadError("it names a file outside its folder")
+    return ["/".join(parts) for parts in names]
+
+
+# ---- parsing, shared with dicom_pixels
+
+
+class Element(NamedTuple):
+    """Head of a data element: tag as a number, value representation (None if implicit) and length in bytes."""
+
+    tag: int
+    representation: str | None
+    length: int
+
+
+def read_elements(file: BufferedIOBase, tags: Sequence[BaseTag], stop: int) -> tuple[FileDataset, Element | None]:
+    """The elements with these tags before the tag `stop`, and the head of the element at which reading ended.
+
+    Raises:
+      ReadError: the file is damaged.
+      OSError: the storage fails.
+    """
+    seen = 0
+    last: Element | None = None
+
+    def ends(tag: BaseTag, representation: str | None, length: int) -> bool:
+        nonlocal seen, last
+        seen += 1
+        if seen > MAXIMUM_ELEMENTS:
+            raise ReadError(f"damaged DICOM file: more than {MAXIMUM_ELEMENTS:,} elements before the pixels")
+        number = int(tag)  # tags compare slowly
+        if number < stop and number:  # zeros are padding, or were never written
+            return False
+        last = Element(number, representation, length)
+        return True
+
+    try:
+        with silenced():
+            return read_partial(cast(BinaryIO, file), stop_when=ends, force=True, specific_tags=list(tags)), last
+    except (ReadError, UserError):
+        raise
+    except MemoryError as error:
+        raise ReadError(NO_MEMORY) from error
+    except Exception as error:  # pydicom raises many kinds on damaged files, with header values in their texts
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise ReadError(f"damaged DICOM file ({type(error).__name__} while reading the header)") from error
+
+
+def transfer_syntax(dataset: Dataset) -> str:
+    return str(getattr(getattr(dataset, "file_meta", None), "TransferSyntaxUID", ""))
+
+
+def text(dataset: Dataset, name: str) -> str:
+    value = dataset.get(name)
+    return "" if value is None else str(value).strip()
+
+
+def whole_number(dataset: Dataset, name: str, default: int) -> int:
+    try:
+        value = dataset.get(name)
+        return default if value in (None, "") else int(value)
+    except Exception as error:  # values are parsed on access, and each parser raises its own kinds
+        raise ReadError(f"malformed header: {name} is no whole number") from error
+
+
+def frame_sizes(dataset: Dataset) -> tuple[int, int, int]:
+    """Frames, rows and columns.
+
+    Raises:
+      ReadError: they are beyond what real files have.
+    """
+    frames = whole_number(dataset, "NumberOfFrames", 1)
+    if not 1 <= frames <= MAXIMUM_FRAMES:
+        raise ReadError(f"the header promises {frames:,} frames; 1 to {MAXIMUM_FRAMES:,} can be real")
+    rows, columns = whole_number(dataset, "Rows", 0), whole_number(dataset, "Columns", 0)
+    if rows * columns > MAXIMUM_PIXELS:
+        raise ReadError(f"the header promises {rows:,} x {columns:,} px; a frame may have {MAXIMUM_PIXELS:,}")
+    return frames, rows, columns
+
+
+def frame_geometries(dataset: Dataset, frames: int) -> tuple[FrameGeometry, ...]:
+    """One per frame; those without an item of their own share one, however many frames a header promises."""
+    own = min(frames, len(dataset.get("PerFrameFunctionalGroupsSequence") or ()))
+    found = [_frame_geometry(dataset, frame) for frame in range(own)]
+    return tuple(found + [_frame_geometry(dataset, own)] * (frames - own) if own < frames else found)
+
+
+_GEOMETRY_GROUPS = (
+    "PlaneOrientationSequence", "PlanePositionSequence", "PixelMeasuresSequence", "PixelValueTransformationSequence",
+)  # fmt: skip
+
+
+def _frame_geometry(dataset: Dataset, frame: int) -> FrameGeometry:
+    # In a multi-frame object the frame's own item comes before the shared one, and that before the data set itself.
+    places = [dataset]
+    for name, index in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", frame)):
+        sequence = dataset.get(name)
+        if sequence and index < len(sequence):
+            groups = (sequence[index].get(group) for group in _GEOMETRY_GROUPS)
+            places += [group[0] for group in groups if group]
+
+    def numbers(value: Any, name: str, count: int) -> tuple[float, ...] | None:
+        try:
+            return _floats(value, count)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise ReadError(f"malformed header: {name} is no number") from error
+
+    def find(name: str, count: int) -> tuple[float, ...] | None:
+        for place in reversed(places):
+            if name in place:
+                values = numbers(place.get(name), name, count)
+                return None if values is None or max(map(abs, values)) > FARTHEST_MM else values
+        return None
+
+    def rescale(name: str, default: float) -> float:
+        for place in reversed(places):
+            if (value := place.get(name)) not in (None, ""):
+                values = numbers(value, name, 1)
+                if values is None:
+                    raise ReadError(f"{name} is no finite number: what the stored values mean is unknown")
+                return values[0]
+        return default
+
+    slope = rescale("RescaleSlope", 1.0)
+    if slope == 0:
+        raise ReadError("RescaleSlope is 0: every pixel would have the same value")
+    return FrameGeometry(
+        orientation=find("ImageOrientationPatient", 6),
+        position=find("ImagePositionPatient", 3),
+        spacing=find("PixelSpacing", 2),
+        slope=slope,
+        intercept=rescale("RescaleIntercept", 0.0),
+    )
+
+
+def _header(dataset: Dataset) -> Header:
+    image_type = dataset.get("ImageType") or ()
+    manufacturer = text(dataset, "Manufacturer").lower()
+    body_part = text(dataset, "BodyPartExamined").lower().replace("_", "").replace(" ", "")
+    lossy = text(dataset, "LossyImageCompression")
+    frames, rows, columns = frame_sizes(dataset)
+    return Header(
+        sop_class=MediaStorageDirectoryStorage if _is_dicomdir(dataset) else text(dataset, "SOPClassUID"),
+        sop_uid=text(dataset, "SOPInstanceUID"),
+        series_uid=text(dataset, "SeriesInstanceUID"),
+        study_uid=text(dataset, "StudyInstanceUID"),
+        patient_id=text(dataset, "PatientID"),
+        modality=text(dataset, "Modality"),
+        image_type=tuple(str(v).upper() for v in ([image_type] if isinstance(image_type, str) else image_type)),
+        rows=rows,
+        columns=columns,
+        frames=frames,
+        photometric=text(dataset, "PhotometricInterpretation"),
+        samples_per_pixel=whole_number(dataset, "SamplesPerPixel", 1),
+        burned_in=text(dataset, "BurnedInAnnotation").upper() == "YES",
+        called_localizer=_is_called_localizer(dataset),
+        body_part=body_part if body_part in BODY_PARTS else "",
+        manufacturer=next((name for name in MANUFACTURERS if name in manufacturer), "unknown"),
+        thickness=_thickness(dataset),
+        lossy=lossy == "01" if lossy in ("00", "01") else transfer_syntax(dataset) in LOSSY_SYNTAXES,
+        has_pixels="BitsAllocated" in dataset and "Rows" in dataset,
+        geometry=frame_geometries(dataset, frames),
+    )
+
+
+def _is_dicomdir(dataset: Dataset) -> bool:
+    meta = getattr(dataset, "file_meta", None)
+    return str(getattr(meta, "MediaStorageSOPClassUID", "")) == MediaStorageDirectoryStorage
+
+
+def _is_called_localizer(dataset: Dataset) -> bool:
+    """Whether the series' description says so; the text itself is not decoded and does not leave this function."""
+    element = dataset.get_item("SeriesDescription")
+    value = None if element is None else element.value
+    return isinstance(value, bytes) and _LOCALIZER.search(value) is not None
+
+
+def _thickness(dataset: Dataset) -> float:
+    """mm; a description only, so one that is no number counts as missing."""
+    try:
+        return (_floats(dataset.get("SliceThickness"), 1) or (0.0,))[0]
+    except (ValueError, TypeError):
+        return 0.0
+
+
+def _floats(value: Any, count: int) -> tuple[float, ...] | None:
+    """None unless there are `count` finite numbers."""
+    if value is None or value == "":
+        return None
+    values = [float(v) for v in (value if hasattr(value, "__len__") and not isinstance(value, str) else [value])]
+    return tuple(values) if len(values) == count and all(map(math.isfinite, values)) else None

@@ -1,0 +1,355 @@
+"""Pixels of DICOM files: which decoder reads which transfer syntax, and the stored values frame by frame."""
+
+import contextlib
+import dataclasses
+import io
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from io import BufferedIOBase
+from typing import BinaryIO, cast
+
+import numpy as np
+import pydicom
+import SimpleITK
+from jaxtyping import Integer
+from pydicom.dataset import Dataset, FileDataset
+from pydicom.filebase import DicomBytesIO
+from pydicom.filereader import read_partial
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.pixels.utils import as_pixel_options
+from pydicom.tag import Tag
+from pydicom.uid import (
+    HTJ2K,
+    JPEG2000,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    HTJ2KLossless,
+    HTJ2KLosslessRPCL,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+    RLELossless,
+)
+from pydicom.valuerep import EXPLICIT_VR_LENGTH_32
+
+from curia_common.errors import UserError, fault_location
+from data_pipeline.sources.base import NO_MEMORY, ImageFacts, ReadError, ReadRequest, Slice, SourceFile
+from data_pipeline.sources.dicom_header import (
+    PIXEL_DATA,
+    Element,
+    FrameGeometry,
+    frame_geometries,
+    frame_sizes,
+    read_elements,
+    text,
+    transfer_syntax,
+    whole_number,
+)
+from data_pipeline.sources.silence import silenced
+from data_pipeline.sources.stored_values import Digest, to_uint16
+
+# Which plugin decodes which transfer syntax: pinned, because lossy pixels depend on the decoder. The choice follows
+# measurements of speed and of agreement between decoders; SimpleITK comes second for all of them.
+PLUGINS = {
+    RLELossless: "pylibjpeg",
+    JPEGBaseline8Bit: "gdcm",
+    JPEGExtended12Bit: "gdcm",
+    JPEGLossless: "gdcm",
+    JPEGLosslessSV1: "gdcm",
+    JPEGLSLossless: "pyjpegls",
+    JPEGLSNearLossless: "pyjpegls",
+    JPEG2000Lossless: "pylibjpeg",
+    JPEG2000: "pylibjpeg",
+    HTJ2KLossless: "pylibjpeg",
+    HTJ2KLosslessRPCL: "pylibjpeg",
+    HTJ2K: "pylibjpeg",
+}
+UNCOMPRESSED = frozenset({
+    ImplicitVRLittleEndian, ExplicitVRLittleEndian, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian,
+})  # fmt: skip
+IN_MEMORY_BYTES = 1 << 24  # larger files are read frame by frame
+LONGEST_TAIL = 1 << 16  # bytes after the pixels; GDCM takes seconds for a megabyte of zeros
+
+_PIXEL_TAGS = [Tag(word) for word in (
+    "Rows", "Columns", "NumberOfFrames", "PhotometricInterpretation", "SamplesPerPixel", "PlanarConfiguration", "BitsAllocated",
+    "BitsStored", "HighBit", "PixelRepresentation", "ExtendedOffsetTable", "ExtendedOffsetTableLengths", "PixelSpacing",
+    "RescaleSlope", "RescaleIntercept", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+)]  # fmt: skip
+_UNDEFINED = 0xFFFFFFFF
+_ITEM = 0xE000FFFE  # as a little-endian number of four bytes
+
+Frame = Integer[np.ndarray, "rows columns"]
+
+
+def check_plugins() -> None:
+    """Checks that all decoders that PLUGINS pins are installed, so that pixels do not depend on the installation.
+
+    Raises:
+      UserError: one is missing.
+    """
+    missing = {plugin for syntax, plugin in PLUGINS.items() if plugin not in get_decoder(syntax).available_plugins}
+    if missing:
+        raise UserError(
+            f"no decoder {', '.join(sorted(missing))} for compressed DICOM; install the extra: pip install 'curia-jax[ingest]'"
+        )
+
+
+# ---- the reader
+
+
+class DicomFile:
+    """The SourceFile of a DICOM file: those of its frames that the request names."""
+
+    excluded = ""
+
+    def __init__(self, request: ReadRequest, image: "Image") -> None:
+        self.facts = ImageFacts(request.modality, "HU" if request.modality == "CT" else "arbitrary")
+        self.decoder = self.stored_sha256 = ""
+        self._request, self._image = request, image
+
+    def slices(self) -> Iterator[Slice]:
+        image, hu = self._image, self.facts.units == "HU"
+        wanted = {frame: (rank, position) for rank, (frame, position) in enumerate(self._request.frames)}
+        digest = Digest()
+        for number, values in enumerate(image.stored()):
+            own = digest.add(values, also_alone=image.frames > 1)
+            if number not in wanted:
+                continue
+            if image.photometric == "MONOCHROME1" and not hu:
+                # High values are meant to be seen dark. HU mean the same however they are shown.
+                values = (-1 if image.signed else (1 << image.bits_stored) - 1) - values.astype(np.int64)
+            place = image.geometry[number]
+            pixels, slope, intercept, clipped = to_uint16(values, place.slope, place.intercept, hu=hu)
+            rank, position = wanted[number]
+            rows_mm, columns_mm = place.spacing or (0.0, 0.0)
+            flags = self._request.flags | clipped
+            yield Slice(rank, pixels, slope, intercept, position, flags, own or digest.hex(), (rows_mm, columns_mm))
+        self.stored_sha256, self.decoder = digest.hex(), image.decoder
+
+
+@contextlib.contextmanager
+def open_dicom(request: ReadRequest) -> Iterator[SourceFile]:
+    """The reader of DICOM files; see data_pipeline.sources.base."""
+    with open_image(request.path) as image:
+        yield DicomFile(request, image)
+
+
+# ---- stored values
+
+
+@dataclasses.dataclass
+class Image:
+    """An open file: its frames, and what rescaling them takes.
+
+    Attributes:
+      bits_stored: of a value.
+      signed: values are two's complement.
+      geometry: one per frame; spacing and rescaling alone, positions are known from the header before.
+      decoder: libraries that decoded the frames, set while they are read.
+    """
+
+    path: str
+    frames: int
+    photometric: str
+    bits_stored: int
+    signed: bool
+    geometry: tuple[FrameGeometry, ...]
+    decoder: str
+    _dataset: FileDataset
+    _representation: str  # of the pixel data
+    _source: BufferedIOBase  # at their first byte: the file, or its inflated content as pydicom wraps it
+
+    def stored(self) -> Iterator[Frame]:
+        """The stored values before any rescaling, frame by frame, so that only one frame is in memory.
+
+        The plugin pinned in PLUGINS decodes; from the first frame that it cannot decode, SimpleITK (GDCM) does.
+
+        Raises:
+          ReadError: no decoder reads the pixels, or there are more frames than the header promises.
+        """
+        plugin = PLUGINS.get(self._dataset.file_meta.TransferSyntaxUID, "")
+        self.decoder = f"pydicom {pydicom.__version__} {plugin}".strip()
+        decoded = _decode_with_pydicom(self._dataset, self._representation, self._source, plugin)
+        count, second = 0, False
+        while True:
+            try:
+                with silenced():
+                    values = next(decoded, None)
+                if values is None and count < self.frames:
+                    raise ValueError("fewer frames than the header promises")
+            except MemoryError as error:
+                raise ReadError(NO_MEMORY) from error
+            except (KeyboardInterrupt, SystemExit, ReadError):
+                raise
+            except BaseException as error:  # noqa: BLE001 - each plugin raises its own kinds, and those in Rust no Exception
+                if isinstance(error, OSError) and error.errno:  # of the disk
+                    raise
+                failure = type(error).__name__
+                if second:
+                    raise ReadError(f"the pixels cannot be decoded (SimpleITK: {failure})") from error
+                second, name = True, f"SimpleITK {SimpleITK.Version.VersionString()}"
+                self.decoder = name if not count else f"{self.decoder}, {name}"
+                decoded = decode_with_simpleitk(self.path, self.geometry, start=count, first_failure=failure)
+                continue
+            if values is None:
+                return
+            count += 1
+            if count > self.frames:
+                raise ReadError(f"the header promises {self.frames} frames, the file holds more")
+            if values.ndim != 2:
+                raise ReadError("colour image")
+            if values.dtype.kind not in "iu":
+                raise ReadError(f"pixels are {values.dtype}, not integers")
+            yield values
+
+
+@contextlib.contextmanager
+def open_image(path: str) -> Iterator[Image]:
+    """Parses what precedes the pixels of a file and leaves it open for reading them.
+
+    Raises:
+      ReadError: the header is damaged, there are no pixels, they are cut off, or they have several samples each.
+    """
+    with open(path, "rb") as file:
+        small = os.fstat(file.fileno()).st_size <= IN_MEMORY_BYTES
+        # The parser asks for its position after every element, a system call for a file and none for memory.
+        source = io.BytesIO(file.read()) if small else file
+        dataset, last = read_elements(source, _PIXEL_TAGS, stop=PIXEL_DATA)
+        try:
+            with silenced():
+                # Of a deflated file pydicom keeps the inflated content, in a wrapper.
+                inflated = isinstance(dataset.buffer, DicomBytesIO)
+                content = cast(BufferedIOBase, dataset.buffer.parent) if inflated else source
+                image = _image(path, dataset, content, last)
+        except ReadError:
+            raise
+        except Exception as error:  # values are parsed on access, and each parser raises its own kinds
+            if isinstance(error, OSError) and error.errno:  # of the disk
+                raise
+            raise ReadError(f"malformed header ({fault_location(error)})") from error
+        yield image
+
+
+def read_stored(path: str) -> tuple[Integer[np.ndarray, "frames rows columns"], str]:
+    """All frames of a file at once, and what decoded them; see Image."""
+    with open_image(path) as image:
+        return np.stack(list(image.stored())), image.decoder
+
+
+def _image(path: str, dataset: FileDataset, source: BufferedIOBase, last: Element | None) -> Image:
+    syntax = transfer_syntax(dataset)
+    if not syntax:
+        raise ReadError("no transfer syntax: how the pixels are encoded is unknown")
+    if last is None or last.tag != PIXEL_DATA:
+        raise ReadError("no pixel data")
+    if whole_number(dataset, "SamplesPerPixel", 1) != 1:
+        raise ReadError("colour image")
+    frames, rows, columns = frame_sizes(dataset)
+    source.seek(12 if last.representation in EXPLICIT_VR_LENGTH_32 else 8, os.SEEK_CUR)
+    begin = source.tell()
+    source.seek(0, os.SEEK_END)
+    found = min(last.length, source.tell() - begin)
+    source.seek(begin)
+    if syntax in UNCOMPRESSED:
+        frame_bytes = rows * columns * whole_number(dataset, "BitsAllocated", 0) / 8
+        if found < int(frame_bytes * frames):
+            raise ReadError(f"truncated: the pixel data has {found:,} of {int(frame_bytes * frames):,} bytes")
+        if frame_bytes and found // frame_bytes > frames:
+            raise ReadError(f"the header promises {frames} frames, the file holds more")
+    elif last.length == _UNDEFINED:
+        _check_items(source)
+    else:  # against the standard; the end of the items has to be the end of the source
+        source = io.BytesIO(source.read(last.length))
+    return Image(
+        path=path,
+        frames=frames,
+        photometric=text(dataset, "PhotometricInterpretation"),
+        bits_stored=whole_number(dataset, "BitsStored", 16),
+        signed=whole_number(dataset, "PixelRepresentation", 0) == 1,
+        geometry=frame_geometries(dataset, frames),
+        decoder="",
+        _dataset=dataset,
+        _representation=last.representation or "OW",
+        _source=source,
+    )
+
+
+def _check_items(source: BufferedIOBase) -> None:
+    """Raises ReadError where compressed pixel data is cut off; decoders would take the rest for an image."""
+    begin = source.tell()
+    while True:
+        head = source.read(8)
+        if len(head) < 8:
+            raise ReadError("truncated: the compressed pixel data has no end")
+        tag, length = struct.unpack("<LL", head)
+        if tag != _ITEM or length == _UNDEFINED:
+            break  # at the end of the items, or at something else, which the decoders judge
+        source.seek(length, os.SEEK_CUR)
+    source.seek(begin)
+
+
+# ---- decoders: frames, to be advanced under silenced()
+
+
+def _decode_with_pydicom(dataset: Dataset, representation: str, source: BufferedIOBase, plugin: str) -> Iterator[Frame]:
+    syntax = dataset.file_meta.TransferSyntaxUID
+    options = as_pixel_options(dataset, pixel_keyword="PixelData", pixel_vr=representation)
+    if syntax in UNCOMPRESSED:
+        options["view_only"] = True  # nobody writes to what was read, so it needs no copy
+    for values, _ in get_decoder(syntax).iter_array(
+        cast(BinaryIO, source), raw=True, decoding_plugin=plugin, **options
+    ):
+        yield values
+
+
+def decode_with_simpleitk(
+    path: str, geometry: Sequence[FrameGeometry], *, start: int = 0, first_failure: str = ""
+) -> Iterator[Frame]:
+    """Frames from number `start` on, stored values. GDCM decodes a file whole, and rescales, which is undone.
+
+    Args:
+      first_failure: what pydicom raised, for the message.
+
+    Raises:
+      ReadError: SimpleITK cannot decode the file either, or it rescales so that stored values cannot be known.
+    """
+    failed = f"the pixels cannot be decoded (pydicom: {first_failure}; SimpleITK "
+    tail = os.path.getsize(path) - _end_of_pixels(path)
+    if tail > LONGEST_TAIL:
+        raise ReadError(f"{failed}is not asked, because it reads what follows the pixels too, {tail:,} bytes)")
+    rescales = {(place.slope, place.intercept) for place in geometry}
+    if len(rescales) > 1:
+        raise ReadError(f"{failed}mixes up frames of several rescale slopes)")
+    slope, intercept = rescales.pop()
+    reader = SimpleITK.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileName(path)
+    try:
+        reader.ReadImageInformation()
+        image = reader.Execute()
+    except RuntimeError as error:
+        raise ReadError(f"{failed}refused them too)") from error
+    frames = SimpleITK.GetArrayFromImage(image)
+    del image
+    for frame in (frames if frames.ndim == 3 else frames[None])[start:]:
+        values = frame.astype(np.float64)
+        stored = np.rint((values - intercept) / slope)
+        if np.abs(stored * slope + intercept - values).max() > 1e-3 * max(1.0, abs(slope)):
+            raise ReadError(f"{failed}rescales them otherwise)")
+        yield stored.astype(np.int32)
+
+
+def _end_of_pixels(path: str) -> int:
+    with open(path, "rb") as file:
+        stop = PIXEL_DATA + 1
+        read_partial(
+            file, stop_when=lambda tag, *_: int(tag) >= stop or int(tag) == 0, force=True, specific_tags=[Tag(0)]
+        )
+        return file.tell()

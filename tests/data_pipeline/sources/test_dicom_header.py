@@ -1,0 +1,149 @@
+import io
+import time
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.uid import JPEG2000, ExplicitVRLittleEndian
+
+from data_pipeline.sources import dicom_header
+from data_pipeline.sources.base import ReadError
+from data_pipeline.sources.dicom_header import read_header
+
+PIXELS = np.random.default_rng(0).integers(0, 4096, (34, 38)).astype(np.uint16)
+FRAMES = np.stack([PIXELS, PIXELS + 1, PIXELS + 2])
+
+
+def edit(path: Path, **fields) -> Path:
+    data = pydicom.dcmread(path)
+    for name, value in fields.items():
+        setattr(data, name, value)
+    data.save_as(path)
+    return path
+
+
+def test_header_has_geometry_and_whitelisted_fields(write_dicom, tmp_path: Path) -> None:
+    path = write_dicom(
+        tmp_path / "a.dcm", PIXELS, ImagePositionPatient=[1, 2, 3], BodyPartExamined="CHEST", Manufacturer="GE MEDICAL"
+    )
+    header = read_header(str(path))
+    assert (header.modality, header.rows, header.columns, header.frames) == ("CT", 34, 38, 1)
+    assert (header.body_part, header.manufacturer, header.lossy, header.has_pixels) == ("chest", "ge", False, True)
+    (place,) = header.geometry
+    wanted = dicom_header.FrameGeometry((1.0, 0.0, 0.0, 0.0, 1.0, 0.0), (1.0, 2.0, 3.0), (0.5, 0.75), 1.0, -1024.0)
+    assert place == wanted
+    with path.open("rb") as file:
+        assert read_header(file) == header
+
+
+def test_enhanced_header_has_position_and_slope_per_frame(write_enhanced, tmp_path: Path) -> None:
+    header = read_header(str(write_enhanced(tmp_path / "e.dcm", FRAMES, [1.0, 2.0, 0.5])))
+    assert header.frames == 3
+    assert [place.position for place in header.geometry] == [(0, 0, 0), (0, 0, 3), (0, 0, 6)]
+    assert [place.slope for place in header.geometry] == [1.0, 2.0, 0.5]
+    assert {place.spacing for place in header.geometry} == {(0.5, 0.75)}
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("CHEST", "chest"), ("C SPINE", "cspine"), ("CHEST_ABDOMEN", "chestabdomen"), ("Miller", ""), ("HEAD MILLER", ""), ("", ""), (None, "")],
+)  # fmt: skip
+def test_body_part_is_a_defined_term_or_empty(write_dicom, tmp_path: Path, value: str | None, expected: str) -> None:
+    path = write_dicom(tmp_path / "a.dcm", BodyPartExamined=value)
+    assert read_header(str(path)).body_part == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Localiser sag", True), ("AAHead_Scout", True), ("Topogram  0.6  T80s", True), ("3-plane loc", True), ("THREE PLANE", True),
+        ("t2_tse_tra", False), ("Scott^Plane 13 planes", False), ("", False), (None, False),
+    ],
+)  # fmt: skip
+def test_localizer_is_recognized_by_series_description(write_dicom, tmp_path: Path, text, expected: bool) -> None:
+    path = write_dicom(tmp_path / "a.dcm", SeriesDescription=text)
+    header = read_header(str(path))
+    assert header.called_localizer == expected
+    assert not text or text not in str(header)
+
+
+def test_lossy_follows_the_tag_then_the_transfer_syntax(write_dicom, tmp_path: Path) -> None:
+    def lossy(syntax: str, tag: str | None) -> bool:
+        path = write_dicom(tmp_path / "a.dcm", syntax=syntax, PixelData=None, LossyImageCompression=tag)
+        return read_header(str(path)).lossy
+
+    assert not lossy(ExplicitVRLittleEndian, None)
+    assert lossy(ExplicitVRLittleEndian, "01")  # decompressed, but it was lossy before
+    assert lossy(JPEG2000, None)
+    assert not lossy(JPEG2000, "00")
+
+
+def test_invalid_rescale_or_frame_count_raises_read_error(write_dicom, tmp_path: Path) -> None:
+    with pytest.raises(ReadError, match="RescaleSlope is 0"):
+        read_header(str(write_dicom(tmp_path / "a.dcm", RescaleSlope=0)))
+    path = write_dicom(tmp_path / "b.dcm", RescaleIntercept="-1024")
+    path.write_bytes(path.read_bytes().replace(b"-1024", b"nan  "))
+    with pytest.raises(ReadError, match="RescaleIntercept is no finite number"):
+        read_header(str(path))
+    path = edit(write_dicom(tmp_path / "e.dcm"), NumberOfFrames=77)
+    path.write_bytes(path.read_bytes().replace(b"IS\x02\x0077", b"IS\x02\x00x7"))
+    with pytest.raises(ReadError, match="malformed header: NumberOfFrames is no whole number"):
+        read_header(str(path))
+
+
+def test_invalid_slice_thickness_counts_as_missing(write_dicom, tmp_path: Path) -> None:
+    path = write_dicom(tmp_path / "c.dcm", SliceThickness="2.75")
+    path.write_bytes(path.read_bytes().replace(b"2.75", b"thin"))
+    assert read_header(str(path)).thickness == 0.0
+
+
+def test_frames_without_own_item_share_one_geometry(write_dicom, write_enhanced, tmp_path: Path) -> None:
+    path = edit(write_dicom(tmp_path / "a.dcm"), NumberOfFrames=65536)
+    began = time.process_time()
+    places = read_header(str(path)).geometry
+    assert len(places) == 65536 and len(set(map(id, places))) == 1
+    assert time.process_time() - began < 0.5
+    path = edit(write_enhanced(tmp_path / "e.dcm", FRAMES, [2.0, 3.0]), NumberOfFrames=4)
+    assert [place.slope for place in read_header(str(path)).geometry] == [2.0, 3.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [("ImagePositionPatient", "position"), ("ImageOrientationPatient", "orientation"), ("PixelSpacing", "spacing")],
+)
+def test_geometry_beyond_one_kilometre_counts_as_missing(name: str, field: str, write_dicom, tmp_path: Path) -> None:
+    path = write_dicom(tmp_path / "a.dcm")
+    count = len(pydicom.dcmread(path)[name].value)
+    near, far = (
+        read_header(str(edit(path, **{name: [value] + [0.5] * (count - 1)}))).geometry[0] for value in (2e5, 1e200)
+    )
+    assert getattr(near, field)[0] == 2e5 and getattr(far, field) is None
+
+
+def test_absurd_sizes_raise_read_error(write_dicom, tmp_path: Path) -> None:
+    path = edit(write_dicom(tmp_path / "a.dcm"), NumberOfFrames=2_000_000_000)
+    with pytest.raises(ReadError, match="2,000,000,000 frames"):
+        read_header(str(path))
+    path = edit(write_dicom(tmp_path / "b.dcm"), Rows=65535, Columns=65535)
+    with pytest.raises(ReadError, match="promises 65,535 x 65,535 px; a frame may have 67,108,864"):
+        read_header(str(path))
+
+
+def test_damaged_file_meta_information_raises_read_error(write_dicom, tmp_path: Path) -> None:
+    path = write_dicom(tmp_path / "a.dcm")
+    data = path.read_bytes()
+    # The SOP class of the meta information gets a representation that does not exist, and that of the data set vanishes.
+    data = data.replace(b"\x02\x00\x02\x00UI", b"\x02\x00\x02\x00ZZ")
+    data = data.replace(b"\x08\x00\x16\x00UI", b"\x08\x00\x17\x00UI")
+    path.write_bytes(data.replace(b"\x28\x00\x10\x00US", b"\x28\x00\x12\x00US"))
+    with pytest.raises(ReadError):
+        read_header(str(path))
+
+
+def test_is_dicom_goes_by_the_first_bytes(write_dicom, tmp_path: Path) -> None:
+    whole = write_dicom(tmp_path / "a.dcm").read_bytes()
+    samples = {"mark": (whole, True), "no mark": (whole[132:], True), "text": (b"hello", False), "pdf": (b"%PDF-1.7", False), "none": (b"", False)}  # fmt: skip
+    for name, (data, expected) in samples.items():
+        file = io.BytesIO(data)
+        assert (name, dicom_header.is_dicom(file), file.tell()) == (name, expected, 0)
