@@ -51,7 +51,7 @@ def check_gpu() -> str:
     """
     if not shutil.which("nvidia-smi"):
         raise UserError(
-            "no NVIDIA GPU found (there is no nvidia-smi); run this where one is, or with --platform=cpu --tiny"
+            "no NVIDIA GPU found (there is no nvidia-smi); run this on a machine with one, or with --platform=cpu --tiny"
         )
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     found = subprocess.run(query, capture_output=True, text=True)

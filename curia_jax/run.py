@@ -125,7 +125,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
 
     save_every = steps(settings.save_every)
     keep_every = None
-    if settings.keep_every is not None:  # only what is saved can stay: the next multiple of save_every
+    if settings.keep_every:  # only what is saved can stay: the next multiple of save_every
         keep_every = -(-steps(settings.keep_every) // save_every) * save_every
     plain = json.loads(config.to_json_best_effort())
     return Run(

@@ -17,7 +17,10 @@ Record = TypeVar("Record", bound="_Section")
 
 
 def _field(wanted: str, accepts: Callable[[Any], bool], default: Any = dataclasses.MISSING) -> Any:
-    return dataclasses.field(default=default, metadata={"wanted": wanted, "accepts": accepts})
+    metadata = {"wanted": wanted, "accepts": accepts}
+    if default == {}:
+        return dataclasses.field(default_factory=dict, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def _number(value: Any) -> bool:
@@ -134,7 +137,7 @@ class Settings(_Section):
       batch_size: global.
       duration, warmup, save_every, log_every: as config.steps reads them; all but the first may be a share of the first.
       keep: newest checkpoints that stay.
-      keep_every: distance between checkpoints that stay for good; None for none.
+      keep_every: distance between checkpoints that stay for good; empty for none.
       compiler_options: XLA options that this run changes, by name; None removes one (xla_flags.py).
     """
 
@@ -149,24 +152,18 @@ class Settings(_Section):
     save_every: str = _field("a duration such as '1 %'", lambda v: isinstance(v, str))
     log_every: str = _field("a duration such as '50 steps'", lambda v: isinstance(v, str))
     keep: int = _field("a whole number of at least 1", lambda v: _whole(v, 1))
-    keep_every: str | None = _field(
-        "a duration such as '10 %', or None", lambda v: v is None or isinstance(v, str), None
-    )
-    compiler_options: Mapping[str, str | int | float | bool | None] | None = _field(
-        "a dict of option names and values",
-        lambda v: (
-            v is None
-            or (
-                isinstance(v, Mapping | ml_collections.ConfigDict)
-                and all(one is None or isinstance(one, str | int | float) for one in dict(v).values())
-            )
-        ),
-        None,
+    keep_every: str = _field("a duration such as '10 %', or an empty text", lambda v: isinstance(v, str), "")
+    compiler_options: Mapping[str, str | int | float | bool | None] = _field(
+        "a group of option names and values",
+        lambda v: isinstance(v, dict) and all(one is None or isinstance(one, str | int | float) for one in v.values()),
+        {},
     )
 
     @classmethod
     def of(cls, config: ml_collections.ConfigDict | Mapping[str, Any]) -> "Settings":
         """The settings of a whole config."""
         fields: dict[str, Any] = {name: config[name] for name in config}
+        if isinstance(options := fields.get("compiler_options"), ml_collections.ConfigDict):
+            fields["compiler_options"] = options.to_dict()
         sections = {record.section: record.of(fields[record.section]) for record in (Optimizer, Augment, Data, Devices)}
         return super().of({**fields, **sections})

@@ -121,6 +121,7 @@ class _Span(NamedTuple):
 
 
 METRICS, EVENTS, BOARD = "metrics.jsonl", "events.jsonl", "tensorboard"
+Line = dict[str, Any]  # of a file of JSON lines
 
 
 class Log:
@@ -147,7 +148,7 @@ class Log:
             restart = SessionLog(status=SessionLog.START)
             self._board.add_event(Event(wall_time=time.time(), step=start_step + 1, session_log=restart))
 
-    def _open(self, name: str, keep: Callable[[dict[str, Any]], bool]) -> TextIO:
+    def _open(self, name: str, keep: Callable[[Line], bool]) -> TextIO:
         """Opens a file of JSON lines for appending, after dropping a torn last line and those that `keep` rejects."""
         path = self._folder / name
         kept = [line for line in _json_lines(path) if keep(line)] if path.exists() else []
@@ -178,14 +179,14 @@ class Log:
         self._board.close()
 
 
-def last_metrics(workdir: str) -> dict[str, Any]:
+def last_metrics(workdir: str) -> Line:
     """The last whole line of `metrics.jsonl`; empty where there is none."""
     path = Path(workdir) / METRICS
     lines = _json_lines(path) if path.exists() else []
     return lines[-1] if lines else {}
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
+def _json_lines(path: Path) -> list[Line]:
     """The lines of a file up to a torn one, which a killed run may leave at the end."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():

@@ -60,18 +60,13 @@ def uncached() -> Callable[[], AbstractContextManager[None]]:
 
 
 @pytest.fixture
-def one_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Runs of the test use one of this process's devices; settings that `run.use_devices` changes are restored."""
-    from curia_jax import sharding
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process use one of its devices, whose programs the suite's compilation cache may keep."""
+    from curia_jax import run, sharding
 
     make_mesh = sharding.make_mesh
     monkeypatch.setattr(sharding, "make_mesh", lambda **sizes: make_mesh(**sizes, devices=jax.devices()[:1]))
-    settings = ("jax_enable_compilation_cache", "jax_compilation_cache_dir")
-    before = {name: getattr(jax.config, name) for name in settings}
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    monkeypatch.setattr(run, "use_devices", lambda devices: None)
 
 
 @pytest.fixture(scope="session")

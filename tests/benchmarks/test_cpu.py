@@ -1,4 +1,4 @@
-"""The CPU's benchmark at a tiny size: every side has the same model and trains it."""
+"""The CPU benchmark at a tiny size: every side trains the same model."""
 
 import json
 import os
@@ -16,7 +16,7 @@ TINY = [
 ]  # fmt: skip
 
 
-def test_sides_of_the_same_size_are_compared(tmp_path: Path) -> None:
+def test_compare_gives_rates_for_the_same_model(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     out = tmp_path / "figures.json"
     words = ["--tasks=train", "--batch=2", "--rounds=1", "--steps=2", "--cores=1", f"--json={out}"]
@@ -29,8 +29,8 @@ def test_sides_of_the_same_size_are_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["jax", "transformers", "timm"])
-def test_every_side_learns(name: str) -> None:
-    """120 steps on 2 fixed images: each side's loss falls, so its step is a step."""
+def test_loss_of_every_side_falls(name: str) -> None:
+    """120 steps on 2 fixed images: each side's loss falls, so its step trains."""
     if name != "jax":
         pytest.importorskip("torch")
     model = json.loads(configs.load(str(cpu.CONFIG), TINY).model.to_json())
@@ -42,9 +42,7 @@ def test_every_side_learns(name: str) -> None:
         side.close()
 
 
-def test_without_torch_it_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_torch_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(mae_step, "find_spec", lambda name: None)
     assert cpu.main([]) == 2
     assert "pip install 'curia-jax[torch]'" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The GPU's benchmark where there is none: it runs at a tiny size on a CPU, and says so where a card is missing."""
+"""The GPU benchmark without a GPU: it runs at a tiny size on a CPU, and reports a missing card."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from benchmarks.mae_step import Spec
 
 
 @pytest.mark.parametrize("how", [[], ["--batch=2"]], ids=["search", "together"])
-def test_it_runs_on_a_cpu(how: list[str], tmp_path: Path) -> None:
+def test_tiny_benchmark_runs_on_a_cpu(how: list[str], tmp_path: Path) -> None:
     pytest.importorskip("torch")
     out = tmp_path / "figures.json"
     assert gpu.main(["--platform=cpu", "--tiny", "--sides=jax,timm", f"--json={out}", *how]) == 0
@@ -23,7 +23,7 @@ def test_it_runs_on_a_cpu(how: list[str], tmp_path: Path) -> None:
     assert rows["jax"]["mfu"] is None  # no data sheet lists this CPU
 
 
-def test_the_batch_is_doubled_until_memory_is_full_and_the_fastest_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_batch_doubles_until_memory_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = {8: 100.0, 16: 180.0, 32: 175.0}
     monkeypatch.setattr(
         gpu, "measure", lambda spec, seconds: {"images_per_second": rates[spec.batch]} if spec.batch in rates else None
@@ -38,15 +38,13 @@ def test_the_batch_is_doubled_until_memory_is_full_and_the_fastest_taken(monkeyp
         gpu.best_batch(make, first=64, most=1024, seconds=1)
 
 
-def test_batches_that_do_not_go_with_the_configs_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_number_of_batches_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu.parse(["--batch=256,x,64,32"])
     assert "--batch=256,x,64,32 has to name one batch for each of 4 configs" in capsys.readouterr().err
 
 
-def test_without_a_card_it_says_so_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
     assert gpu.main([]) == 2
     lines = capsys.readouterr().err.splitlines()

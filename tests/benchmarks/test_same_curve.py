@@ -1,4 +1,4 @@
-"""The comparison of the fast step's learning with the plain step's runs, and can tell them apart."""
+"""The comparison of the fast and the plain train step runs, and tells another model from rounding."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_fast_step_follows_the_plain_one_and_another_model_does_not(tiny_shards: Path, tmp_path: Path) -> None:
+def test_fast_step_follows_the_plain_one_within_rounding(tiny_shards: Path, tmp_path: Path) -> None:
     command = ["benchmarks/same_curve.py", f"--shards={tiny_shards}", "--steps=3", "--batch=4", "--depth=1"]
     done = subprocess.run(
         [sys.executable, *command, f"--json={tmp_path}/curves.json"], cwd=ROOT, capture_output=True, text=True
@@ -16,6 +16,6 @@ def test_the_fast_step_follows_the_plain_one_and_another_model_does_not(tiny_sha
     assert done.returncode == 0, done.stderr
     plain, fast, other = json.loads((tmp_path / "curves.json").read_text()).values()
     assert len(plain) == 3 and plain[-1] < plain[0]
-    # bfloat16 keeps 8 bits; the same model differs by rounding, another one by what it draws.
+    # bfloat16 keeps 8 bits; the same model differs by rounding, another model by its initial values.
     assert max(abs(a / b - 1) for a, b in zip(fast, plain, strict=True)) < 5e-3
     assert max(abs(a / b - 1) for a, b in zip(other, plain, strict=True)) > 5e-3

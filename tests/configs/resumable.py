@@ -10,7 +10,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = runpy.run_path(str(Path(__file__).with_name("tiny.py")))["get_config"]()
     config.duration = "6 steps"
     config.save_every = "2 steps"
-    config.keep_every = None
+    config.keep_every = ""
     config.data.additions = None
     config.data.on_change = "refuse"
     config.mesh.data = config.mesh.fsdp = 1
