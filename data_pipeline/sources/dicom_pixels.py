@@ -225,8 +225,8 @@ def open_image(path: str) -> Iterator[Image]:
         try:
             with silenced():
                 # Of a deflated file pydicom keeps the inflated content, in a wrapper.
-                inflated = isinstance(dataset.buffer, DicomBytesIO)
-                content = cast(BufferedIOBase, dataset.buffer.parent) if inflated else source
+                inflated = dataset.buffer.parent if isinstance(dataset.buffer, DicomBytesIO) else None
+                content = source if inflated is None else cast(BufferedIOBase, inflated)
                 image = _image(path, dataset, content, last)
         except ReadError:
             raise
