@@ -76,7 +76,7 @@ class Network:
         """The same in cycles of the chip's clock; an accounting.LinkTime."""
         return sum(self.seconds(kind, size, groups)) * self.topology.chip.clock
 
-    def _ring(self, members: Int[np.ndarray, "members"]) -> tuple[float, int]:
+    def _ring(self, members: Int[np.ndarray, " members"]) -> tuple[float, int]:
         """Bytes/s into each chip, and hops, of a collective over these partitions of one TPU slice."""
         chip, bandwidth, hops = self.topology.chip, 0.0, 0
         for axis, whole in enumerate(self.topology.shape):
