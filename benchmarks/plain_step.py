@@ -136,6 +136,7 @@ def objective_of(
 
     from curia_jax import augment, optimizer
     from curia_jax.objectives import mae
+    from curia_jax.settings import Augment
 
     made = mae.make(config, mesh, canvas=canvas, warmup_steps=warmup_steps, total_steps=total_steps)
     model = made.model
@@ -147,7 +148,7 @@ def objective_of(
         key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
         view_key, mask_key = jax.random.split(key)
         with jax.named_scope("augment"):
-            images = augment.training_view(batch, view_key, config.augment, model.encoder.image_size)
+            images = augment.training_view(batch, view_key, Augment.of(config.augment), model.encoder.image_size)
         noise = jax.random.uniform(mask_key, (images.shape[0], model.encoder.patches))
         of_params = jax.value_and_grad(lambda params: loss(model, params, images, noise), has_aux=True)
         (value, baseline), gradients = of_params(state["params"])

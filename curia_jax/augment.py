@@ -1,14 +1,13 @@
 """What happens to pixels on the device: rescale, window, crop, flip, normalise; random views follow from a key alone."""
 
-import dataclasses
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, UInt16
 
 from curia_common import windows
+from curia_jax.settings import Augment
 
 # Random draws index this list: its order decides what a seed sees.
 READING_WINDOWS = [(window.low, window.high) for window in (windows.LUNG, windows.SOFT_TISSUE, windows.BONE)]
@@ -34,65 +33,14 @@ class Batch(TypedDict):
     hu: Bool[Array, " batch"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """`config.augment` as a typed record.
-
-    Attributes:
-      hu_window: lower and upper edge of the window through which slices in HU are seen, HU.
-      reading_window_probability: share of slices in HU that are seen through one of READING_WINDOWS instead; training only.
-      intensity_jitter: both window edges of slices that are not in HU move by up to this share of the window width; training only.
-      crop_scale: smallest and largest share of the slice that a crop covers; training only.
-      crop_ratio: smallest and largest aspect ratio of a crop; training only.
-      flip: mirror left and right in half of the images; training only.
-      resample: "bicubic" or "bilinear", both antialiased.
-      image_mean, image_std: subtracted from, and divided by, after scaling to [0, 1]: the same for every image, so that what an
-        image's mean and contrast say, HU above all, stays in it.
-
-    Raises:
-      ValueError: a value out of range.
-    """
-
-    hu_window: tuple[float, float]
-    reading_window_probability: float
-    intensity_jitter: float
-    crop_scale: tuple[float, float]
-    crop_ratio: tuple[float, float]
-    flip: bool
-    resample: str
-    image_mean: float
-    image_std: float
-
-    def __post_init__(self) -> None:
-        for name in ("hu_window", "crop_scale", "crop_ratio"):
-            value = getattr(self, name)
-            if len(value) != 2 or not value[0] <= value[1]:
-                raise ValueError(f"augment.{name} is {value}; it has to be (lower, upper)")
-        if self.resample not in FILTERS:
-            raise ValueError(f"augment.resample is {self.resample!r}; it may be {', '.join(FILTERS)}")
-        if not self.image_std > 0:
-            raise ValueError(f"augment.image_std is {self.image_std}; it has to be above 0")
-
-    @classmethod
-    def from_config(cls, config: ml_collections.ConfigDict) -> "Settings":
-        """From `config.augment` of a run or of a checkpoint."""
-        values: dict[str, Any] = {field.name: getattr(config, field.name) for field in dataclasses.fields(cls)}
-        pairs = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}  # JSON has lists
-        return cls(**{**values, **pairs})
-
-
-def evaluation_view(
-    batch: Batch, config: ml_collections.ConfigDict, size: tuple[int, int]
-) -> Float[Array, "batch height width 1"]:
+def evaluation_view(batch: Batch, settings: Augment, size: tuple[int, int]) -> Float[Array, "batch height width 1"]:
     """The deterministic view that features are extracted from: the whole slice, resized to `size`, normalised.
 
     HU are clipped to `hu_window`, other values to the slice's own 0.5 and 99.5 percentiles; both are then scaled to [0, 1].
 
     Args:
-      config: the fields of Settings.
       size: height and width of the result, px.
     """
-    settings = Settings.from_config(config)
     count = batch["pixels"].shape[0]
     low = jnp.where(batch["hu"], settings.hu_window[0], batch["low"])
     high = jnp.where(batch["hu"], settings.hu_window[1], batch["high"])
@@ -102,17 +50,15 @@ def evaluation_view(
 
 
 def training_view(
-    batch: Batch, key: Key[Array, ""], config: ml_collections.ConfigDict, size: tuple[int, int]
+    batch: Batch, key: Key[Array, ""], settings: Augment, size: tuple[int, int]
 ) -> Float[Array, "batch height width 1"]:
     """A random view: a window, a random resized crop, a flip; then as `evaluation_view`.
 
     A crop's share of the slice is drawn uniformly and its aspect ratio log-uniformly; a side longer than the slice is cut.
 
     Args:
-      config: the fields of Settings.
       size: height and width of the result, px.
     """
-    settings = Settings.from_config(config)
     count = batch["pixels"].shape[0]
     keys = jax.random.split(key, 6)
     low, high = _random_window(batch, keys[0], settings)
@@ -134,7 +80,7 @@ def training_view(
 
 
 def _random_window(
-    batch: Batch, key: Key[Array, ""], settings: Settings
+    batch: Batch, key: Key[Array, ""], settings: Augment
 ) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
     """Lower and upper window edges, real values."""
     count = batch["pixels"].shape[0]

@@ -142,7 +142,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
         save_every=save_every,
         log_every=steps(settings.log_every),
         keep_every=keep_every,
-        changes=configs.changes(meta.config, plain) if meta else {},
+        changes=configs.changes(configs.from_checkpoint(meta.config), plain) if meta else {},
     )
 
 

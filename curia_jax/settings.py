@@ -73,7 +73,19 @@ class Optimizer(_Section):
 
 @dataclasses.dataclass(frozen=True)
 class Augment(_Section):
-    """Random views (augment.py). `hu_window` in HU; `crop_scale` is a share of the slice's area."""
+    """What happens to pixels on the device (augment.py). Probability, jitter, crops and flip are of training views alone.
+
+    Attributes:
+      hu_window: lower and upper edge of the window through which slices in HU are seen, HU.
+      reading_window_probability: share of slices in HU that are seen through one of augment.READING_WINDOWS instead.
+      intensity_jitter: both window edges of slices that are not in HU move by up to this share of the window width.
+      crop_scale: smallest and largest share of the slice that a crop covers.
+      crop_ratio: smallest and largest aspect ratio of a crop.
+      flip: mirror left and right in half of the images.
+      resample: "bicubic" or "bilinear", both antialiased.
+      image_mean, image_std: subtracted from, and divided by, after scaling to [0, 1]: the same for every image, so that what an
+        image's mean and contrast say, HU above all, stays in it.
+    """
 
     section = "augment"
     hu_window: tuple[Number, Number] = _field(

@@ -14,6 +14,7 @@ from curia_jax import checkpoint
 from curia_jax import config as configs
 from curia_jax.models import mae
 from curia_jax.models.params import Params
+from curia_jax.settings import Augment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,7 @@ class TrainedModel:
     Attributes:
       config: float32 without rematerialisation, whatever it was trained in.
       params: weights of the encoder and the decoder.
-      augment: the run's `augment` settings: how pixels are prepared.
+      augment: how pixels are prepared.
       seed: of the run.
       step: optimizer steps taken.
       examples_seen: examples that these steps consumed.
@@ -32,7 +33,7 @@ class TrainedModel:
 
     config: mae.MAEConfig
     params: Params
-    augment: ml_collections.ConfigDict
+    augment: Augment
     seed: int
     step: int
     examples_seen: int
@@ -57,14 +58,16 @@ def load(path: str | Path, step: int | None = None) -> TrainedModel:
     """
     loaded = checkpoint.load(path, step)
     config: Any = configs.from_checkpoint(loaded.config)  # its fields have no static types
-    if missing := [name for name in ("model", "augment", "seed") if name not in config]:
+    known = {*config, *configs.flatten(config)}
+    wanted = ("model", "seed", *(f"augment.{field.name}" for field in dataclasses.fields(Augment)))
+    if missing := [name for name in wanted if name not in known]:
         raise DataError(
             f"the config of checkpoint {loaded.path} has no {missing[0]}; convert it with the version that trained it"
         )
     return TrainedModel(
         config=model_config(config.model, loaded.params),
         params=loaded.params,
-        augment=config.augment,
+        augment=Augment.of(config.augment),
         seed=config.seed,
         step=loaded.step,
         examples_seen=loaded.examples_seen,

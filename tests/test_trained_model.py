@@ -12,6 +12,8 @@ from tests import checkpoints
 
 MODEL = {"size": "Ti", "image_size": 16, "patch_size": 8, "width": 16, "depth": 3, "heads": 2,
          "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2, "dtype": "bfloat16"}  # fmt: skip
+# As older checkpoints have it: nothing on random views.
+PREPARATION = {"hu_window": [-1000.0, 1000.0], "resample": "bicubic", "image_mean": 0.3, "image_std": 0.25}
 
 
 @pytest.fixture(scope="module")
@@ -20,11 +22,11 @@ def params() -> dict:
 
 
 def test_load_reads_model_settings_and_provenance(params, tmp_path) -> None:
-    plain = {"model": {**MODEL, "attention": "kernel"}, "augment": {"image_mean": 0.3}, "seed": 5}
+    plain = {"model": {**MODEL, "attention": "kernel"}, "augment": PREPARATION, "seed": 5}
     checkpoints.save(tmp_path / "run", {7: {"params": params}}, config=plain)
     found = trained_model.load(tmp_path / "run")
     assert (found.step, found.examples_seen, found.seed, found.run_name) == (7, 56, 5, "run")
-    assert found.augment.image_mean == 0.3
+    assert (found.augment.image_mean, found.augment.hu_window, found.augment.flip) == (0.3, (-1000.0, 1000.0), False)
     assert (found.config.encoder.dtype, found.config.encoder.attention) == ("float32", "pallas")
     jax.tree.map(np.testing.assert_array_equal, found.params, params)
     copied = tmp_path / "copied"
@@ -32,8 +34,17 @@ def test_load_reads_model_settings_and_provenance(params, tmp_path) -> None:
     assert trained_model.load(tmp_path / "7").run_name is None
 
 
+@pytest.mark.parametrize("missing", PREPARATION)
+def test_load_rejects_config_without_preprocessing(params, missing: str, tmp_path) -> None:
+    settings = {name: value for name, value in PREPARATION.items() if name != missing}
+    plain = {"model": MODEL, "augment": settings, "seed": 5}
+    checkpoints.save(tmp_path / "run", {7: {"params": params}}, config=plain)
+    with pytest.raises(DataError, match=f"has no augment.{missing}; .* the version that trained it"):
+        trained_model.load(tmp_path / "run")
+
+
 def test_load_rejects_config_without_augment(params, tmp_path) -> None:
-    checkpoints.save(tmp_path / "run", {7: {"params": params}}, config={"model": MODEL})
+    checkpoints.save(tmp_path / "run", {7: {"params": params}}, config={"model": MODEL, "seed": 5})
     with pytest.raises(DataError, match="has no augment"):
         trained_model.load(tmp_path / "run")
 

@@ -81,7 +81,6 @@ def convert(args: argparse.Namespace) -> None:
     config = _resized(trained.config, image_size) if image_size else trained.config
     layout.check(config)
     encoder = config.encoder
-    recipe = card.recipe(trained.augment, encoder)
     provenance = card.Provenance(
         run=trained.run_name, step=trained.step, examples_seen=trained.examples_seen,
         encoder_sha256=trained_model.digest(trained.params["encoder"]), version=curia_common.__version__,
@@ -100,10 +99,10 @@ def convert(args: argparse.Namespace) -> None:
             folder.write(
                 new,
                 tensors=tensors,
-                metadata=card.safetensors_metadata(layout, encoder, recipe, provenance),
-                config=card.config_json(layout, config, recipe, provenance),
-                preprocessor=card.preprocessor_json(recipe) if layout.for_transformers else None,
-                card=card.text(layout, config, recipe, provenance, parameters),
+                metadata=card.safetensors_metadata(layout, encoder, trained.augment, provenance),
+                config=card.config_json(layout, config, trained.augment, provenance),
+                preprocessor=card.preprocessor_json(trained.augment, encoder) if layout.for_transformers else None,
+                card=card.text(layout, config, trained.augment, provenance, parameters),
             )
             log.info(f"{len(tensors)} tensors written; reading them back and comparing with the JAX model")
             report = checks.run(new, layout, config, wanted, tensors)

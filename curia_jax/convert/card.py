@@ -4,12 +4,10 @@ import dataclasses
 import json
 from collections.abc import Mapping
 
-import ml_collections
-
-from curia_common.errors import DataError
 from curia_jax.convert.folder import OWN, Json
 from curia_jax.convert.layouts import Layout
 from curia_jax.models import mae, vit
+from curia_jax.settings import Augment
 
 PATCH_ORDER = "row, column, channel"  # of the values in a patch, as decoder_pred gives them
 GELU = {"gelu": "exact (erf)", "gelu_tanh": "tanh approximation"}
@@ -33,72 +31,31 @@ class Provenance:
     version: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How a slice becomes the encoder's input, as `augment.evaluation_view` does it.
-
-    Attributes:
-      hu_window: lower and upper edge in HU; other units take the slice's own 0.5 and 99.5 percentile.
-      size: (height, width) in px; the whole slice is resized, the aspect ratio is not kept.
-      resample: "bicubic" or "bilinear", antialiased.
-      image_mean, image_std: of values scaled to [0, 1].
-      channels: of the encoder.
-    """
-
-    hu_window: tuple[float, float]
-    size: tuple[int, int]
-    resample: str
-    image_mean: float
-    image_std: float
-    channels: int
-
-    def to_json(self) -> Json:
-        return {
-            "hu_window": list(self.hu_window),
-            "percentiles_unless_hu": [0.5, 99.5],
-            "percentile_method": "inverted_cdf",
-            "scale_to": [0.0, 1.0],
-            "size": list(self.size),
-            "fit": "squash",
-            "resample": self.resample,
-            "antialias": True,
-            "image_mean": self.image_mean,
-            "image_std": self.image_std,
-            "channels": self.channels,
-        }
-
-
-def recipe(settings: ml_collections.ConfigDict, encoder: vit.ViTConfig) -> Recipe:
-    """The recipe of a run.
-
-    Args:
-      settings: `augment` settings of the run.
-
-    Raises:
-      DataError: a setting is missing.
-    """
-    plain: Json = settings.to_dict()
-    for name in ("hu_window", "resample", "image_mean", "image_std"):
-        if name not in plain:
-            raise DataError(
-                f"the checkpoint's config has no augment.{name}, so that the preprocessing is unknown; convert it with the "
-                "version that trained it"
-            )
-    low, high = plain["hu_window"]
-    return Recipe(
-        hu_window=(float(low), float(high)), size=encoder.image_size, resample=plain["resample"],
-        image_mean=float(plain["image_mean"]), image_std=float(plain["image_std"]), channels=encoder.channels,
-    )  # fmt: skip
+def recipe(augment: Augment, encoder: vit.ViTConfig) -> Json:
+    """How a slice becomes the encoder's input, as `augment.evaluation_view` does it; the whole slice is resized."""
+    return {
+        "hu_window": list(augment.hu_window),
+        "percentiles_unless_hu": [0.5, 99.5],
+        "percentile_method": "inverted_cdf",
+        "scale_to": [0.0, 1.0],
+        "size": list(encoder.image_size),
+        "fit": "squash",
+        "resample": augment.resample,
+        "antialias": True,
+        "image_mean": augment.image_mean,
+        "image_std": augment.image_std,
+        "channels": encoder.channels,
+    }
 
 
 # ---- what goes into the files
 
 
 def safetensors_metadata(
-    layout: Layout, encoder: vit.ViTConfig, recipe: Recipe, provenance: Provenance
+    layout: Layout, encoder: vit.ViTConfig, augment: Augment, provenance: Provenance
 ) -> Mapping[str, str]:
     """Our own keys of the safetensors header."""
-    steps = recipe.to_json()
+    steps = recipe(augment, encoder)
     header = {
         **_own(layout, encoder, provenance), "patch_order": PATCH_ORDER, "layer_norm_eps": encoder.layer_norm_eps,
         **{key: steps[key] for key in ("hu_window", "image_mean", "image_std")},
@@ -106,22 +63,22 @@ def safetensors_metadata(
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in header.items()}
 
 
-def config_json(layout: Layout, config: mae.MAEConfig, recipe: Recipe, provenance: Provenance) -> Json:
+def config_json(layout: Layout, config: mae.MAEConfig, augment: Augment, provenance: Provenance) -> Json:
     """config.json: what the class reads, and provenance under our own key."""
     content, own = layout.config(config), _own(layout, config.encoder, provenance)
     if layout.for_transformers:
         return content | {OWN: own}
     # What timm's pretrained_cfg can say of the recipe: everything after the window has scaled a slice to [0, 1].
     told = {
-        "interpolation": recipe.resample,
+        "interpolation": augment.resample,
         "crop_pct": 1.0,
         "crop_mode": "squash",
-        "mean": [recipe.image_mean] * recipe.channels,
-        "std": [recipe.image_std] * recipe.channels,
+        "mean": [augment.image_mean] * config.encoder.channels,
+        "std": [augment.image_std] * config.encoder.channels,
     }
     return content | {
         "pretrained_cfg": content["pretrained_cfg"] | told,
-        OWN: own | {"preprocessing": recipe.to_json()},
+        OWN: own | {"preprocessing": recipe(augment, config.encoder)},
     }
 
 
@@ -134,28 +91,28 @@ def _own(layout: Layout, encoder: vit.ViTConfig, provenance: Provenance) -> Json
     }
 
 
-def preprocessor_json(recipe: Recipe) -> Json:
+def preprocessor_json(augment: Augment, encoder: vit.ViTConfig) -> Json:
     """preprocessor_config.json: a processor that does not change pixels, and the recipe under our own key.
 
     The image processors of transformers cannot express it: they resize in 8 bits and know no window in HU.
     """
-    height, width = recipe.size
+    height, width = encoder.image_size
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": False,
         "size": {"height": height, "width": width},
-        "resample": {"bilinear": 2, "bicubic": 3}[recipe.resample],
+        "resample": {"bilinear": 2, "bicubic": 3}[augment.resample],
         "do_rescale": False,
         "rescale_factor": 1.0,
         "do_normalize": False,
-        "image_mean": [recipe.image_mean] * recipe.channels,
-        "image_std": [recipe.image_std] * recipe.channels,
+        "image_mean": [augment.image_mean] * encoder.channels,
+        "image_std": [augment.image_std] * encoder.channels,
         "do_convert_rgb": False,
-        OWN: recipe.to_json(),
+        OWN: recipe(augment, encoder),
     }
 
 
-def text(layout: Layout, config: mae.MAEConfig, recipe: Recipe, provenance: Provenance, parameters: int) -> str:
+def text(layout: Layout, config: mae.MAEConfig, augment: Augment, provenance: Provenance, parameters: int) -> str:
     """The model card, README.md.
 
     Args:
@@ -188,7 +145,7 @@ From {run}step {provenance.step:,} ({provenance.examples_seen:,} examples seen);
 
 ## Input
 
-{_input(recipe)}
+{_input(augment, encoder)}
 The image processor of this folder, if there is one, does not change arrays. The recipe is in
 `{"preprocessor_config.json" if layout.for_transformers else "config.json"}` under the key `{OWN}`.
 
@@ -239,13 +196,13 @@ def _result(layout: Layout, config: mae.MAEConfig) -> str:
     )
 
 
-def _input(recipe: Recipe) -> str:
-    low, high = recipe.hu_window
-    height, width = recipe.size
-    alike = "alike:" if recipe.channels == 1 else f"alike; {recipe.channels} channels, each:"
+def _input(augment: Augment, encoder: vit.ViTConfig) -> str:
+    low, high = augment.hu_window
+    height, width = encoder.image_size
+    alike = "alike:" if encoder.channels == 1 else f"alike; {encoder.channels} channels, each:"
     told = (
         f"CT in Hounsfield units, clipped to {low:g} … {high:g}; any other modality clipped to its own 0.5 and 99.5 percentile. "
-        f"Then scaled to [0, 1], the whole slice resized to {height} x {width} ({recipe.resample}, antialiased, "
+        f"Then scaled to [0, 1], the whole slice resized to {height} x {width} ({augment.resample}, antialiased, "
         f"aspect ratio not kept) and normalised, every image {alike}"
     )
     code = f'''import numpy as np
@@ -258,6 +215,6 @@ def prepare(pixels, hu):
     low, high = ({low}, {high}) if hu else np.percentile(pixels, (0.5, 99.5), method="inverted_cdf")
     x = np.clip((pixels - low) / max(high - low, 1e-6), 0, 1)
     x = torch.tensor(x, dtype=torch.float32)[None, None]
-    x = torch.nn.functional.interpolate(x, ({height}, {width}), mode="{recipe.resample}", antialias=True)
-    return (x - {recipe.image_mean}) / {recipe.image_std}'''
+    x = torch.nn.functional.interpolate(x, ({height}, {width}), mode="{augment.resample}", antialias=True)
+    return (x - {augment.image_mean}) / {augment.image_std}'''
     return f"{told}\n\n```python\n{code}\n```\n"

@@ -12,6 +12,7 @@ cases), and how they were obtained. A metric *_difference is that of `backbone` 
 import argparse
 import dataclasses
 import hashlib
+import json
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -126,11 +127,12 @@ def evaluate(args: argparse.Namespace) -> None:
                 )
 
     # ---- probes and intervals
+    view = json.dumps(dataclasses.asdict(trained.augment), sort_keys=True)
     from_encoder = results.Provenance(
         features=args.features, layers=args.layers, step=trained.step, examples_seen=trained.examples_seen,
         encoder_sha256=trained_model.digest(trained.params["encoder"]), image_size=trained.config.encoder.image_size,
         image_sizes=tuple(sizes),
-        view_sha256=hashlib.sha256(trained.augment.to_json(sort_keys=True).encode()).hexdigest()[:16],
+        view_sha256=hashlib.sha256(view.encode()).hexdigest()[:16],
     )  # fmt: skip
     other = dataclasses.replace(from_encoder, features=None, layers=None)
     scores, predictions = [], []

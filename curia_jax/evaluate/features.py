@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -15,6 +14,7 @@ from curia_common.errors import DataError, UserError
 from curia_jax import augment, data
 from curia_jax.models import vit
 from curia_jax.models.params import Params
+from curia_jax.settings import Augment
 from data_pipeline.format.shards import SliceSource
 
 POOLINGS = ("mean", "std", "cls")
@@ -39,7 +39,7 @@ class View:
 def encoder_view(
     config: vit.ViTConfig,
     params: Params,
-    settings: ml_collections.ConfigDict,
+    settings: Augment,
     *,
     pooling: str = "mean",
     layers: Sequence[int | str] = (LAST,),
@@ -94,7 +94,7 @@ def encoder_view(
     return View(compute, params)
 
 
-def pixel_view(settings: ml_collections.ConfigDict) -> View:
+def pixel_view(settings: Augment) -> View:
     """The slice itself, prepared as for the encoder, in PIXELS x PIXELS values."""
 
     def compute(_: Params, batch: augment.Batch) -> Float[Array, "batch features"]:

@@ -46,7 +46,6 @@ def make(
     chosen = Settings.of(config)
     sharding.check_batch(chosen.batch_size, mesh)
     model_fields: Any = config.model
-    augment_fields: Any = config.augment
     try:
         model = mae.config(**model_fields)
     except (TypeError, ValueError) as error:
@@ -64,7 +63,7 @@ def make(
     ) -> tuple[Float[Array, "batch rows columns 1"], Float[Array, "batch patches"]]:
         view_key, mask_key = jax.random.split(key)
         with jax.named_scope("augment"):
-            images = augment.training_view(batch, view_key, augment_fields, model.encoder.image_size)
+            images = augment.training_view(batch, view_key, chosen.augment, model.encoder.image_size)
         return images, jax.random.uniform(mask_key, (images.shape[0], model.encoder.patches))
 
     def loss(

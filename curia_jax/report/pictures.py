@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import matplotlib
-import ml_collections
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from matplotlib.axes import Axes
@@ -19,6 +18,7 @@ from curia_jax import augment, data
 from curia_jax.evaluate.results import Score
 from curia_jax.models import mae, vit
 from curia_jax.report.run_log import Metrics
+from curia_jax.settings import Augment
 from curia_jax.trained_model import TrainedModel
 from data_pipeline.format.records import DecodedSlice
 from data_pipeline.format.shards import SliceSource
@@ -166,19 +166,18 @@ def reconstruct(
 
 
 def real_view(
-    batch: augment.Batch, settings: ml_collections.ConfigDict, size: tuple[int, int]
+    batch: augment.Batch, settings: Augment, size: tuple[int, int]
 ) -> tuple[Float[Array, "batch height width 1"], Float[Array, " batch"], Float[Array, " batch"]]:
     """`augment.evaluation_view` and its inverse: real value = view * scale + offset.
 
     Returns:
       view, offset, scale; the last two in HU or the series' own units.
     """
-    values = augment.Settings.from_config(settings)
-    low = jnp.where(batch["hu"], values.hu_window[0], batch["low"])
-    high = jnp.where(batch["hu"], values.hu_window[1], batch["high"])
+    low = jnp.where(batch["hu"], settings.hu_window[0], batch["low"])
+    high = jnp.where(batch["hu"], settings.hu_window[1], batch["high"])
     width = jnp.maximum(high - low, 1e-6)
     view = augment.evaluation_view(batch, settings, size)
-    return view, low + width * values.image_mean, width * values.image_std
+    return view, low + width * settings.image_mean, width * settings.image_std
 
 
 def display_window(one: DecodedSlice, real: Float[np.ndarray, "height width"]) -> windows.Window:

@@ -11,23 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 import safetensors
 
 import curia_common
-from curia_common.errors import DataError
 from curia_jax import augment, checkpoint
 from curia_jax import config as configs
 from curia_jax.convert import __main__ as convert
 from curia_jax.convert import card, checks, layouts
 from curia_jax.models import mae
+from curia_jax.settings import Augment
 from curia_jax.trained_model import digest
 from tests import checkpoints
 from tests.convert.cases import CASES, EXPORTS, HAS_TORCH, live_only
 
-AUGMENT = configs.load("demo").augment
+AUGMENT = Augment.of(configs.load("demo").augment)
 
 
 def run(workdir: Path, output: Path, layout: str, *words: str) -> int:
@@ -219,8 +218,7 @@ def test_model_card_explains_inverted_files_and_norm_pix(converted) -> None:
     assert "MONOCHROME1" in vit and "norm_pix" not in vit
     config = mae.config(**{**CASES["square"], "norm_pix": False})
     provenance = card.Provenance(None, 7, 56, "0" * 16, "1.0")
-    recipe = card.recipe(AUGMENT, config.encoder)
-    text = card.text(layouts.LAYOUTS["vit_mae"], config, recipe, provenance, 1000)
+    text = card.text(layouts.LAYOUTS["vit_mae"], config, AUGMENT, provenance, 1000)
     assert "in the units of `pixel_values` (no norm_pix)" in text
 
 
@@ -339,19 +337,12 @@ def test_convert_refuses_model_that_layout_cannot_hold(name, layout, message, ru
 def test_checkpoint_of_another_model_exits_65(save, tmp_path, capfd) -> None:
     workdir = save(CASES["square"])
     params = {"encoder": {"norm": {"scale": jnp.ones(16), "bias": jnp.ones(16)}}}
-    config = {"model": CASES["square"], "augment": {}, "seed": 0}
+    config = {"model": CASES["square"], "augment": dataclasses.asdict(AUGMENT), "seed": 0}
     checkpoints.save(workdir, {9: {"params": params}}, config=config)
     assert run(workdir, tmp_path / "vit", "vit") == 65
     assert (
         "error: the checkpoint does not hold the model of its config: parameters do not fit" in capfd.readouterr().err
     )
-
-
-def test_checkpoint_without_preprocessing_is_refused() -> None:
-    settings = {"hu_window": (-1000.0, 1000.0), "resample": "bicubic", "std_floor": 0.01}
-    for given, missing in ((settings, "image_mean"), ({}, "hu_window")):
-        with pytest.raises(DataError, match=f"has no augment.{missing}, .* the version that trained it"):
-            card.recipe(ml_collections.ConfigDict(given), mae.config(**CASES["square"]).encoder)
 
 
 def test_unknown_layout_lists_known_ones(runs, tmp_path, capfd) -> None:

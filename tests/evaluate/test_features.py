@@ -11,12 +11,13 @@ from curia_common.errors import DataError, UserError
 from curia_jax import augment, config, data, trained_model
 from curia_jax.evaluate import features
 from curia_jax.models import mae, vit
+from curia_jax.settings import Augment
 from data_pipeline.format.records import DecodedSlice, SliceFacts
 from tests.slices import FakeSlices, decoded
 
 MODEL = {"size": "Ti", "image_size": 16, "patch_size": 8, "width": 16, "depth": 3, "heads": 2,
          "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2, "dtype": "bfloat16"}  # fmt: skip
-SETTINGS = config.load("demo").augment
+SETTINGS = Augment.of(config.load("demo").augment)
 
 
 class Slices(FakeSlices):

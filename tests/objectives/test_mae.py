@@ -19,6 +19,7 @@ from curia_jax import config as configs
 from curia_jax.models import mae
 from curia_jax.objectives import mae as mae_objective
 from curia_jax.objectives.mae import MAEObjective
+from curia_jax.settings import Augment
 
 BATCH, CANVAS = 56, (24, 40)  # no parameter has a side of 56
 MESHES = {
@@ -105,7 +106,7 @@ def reference_output(params: Any, batch: augment.Batch, seed: int, step: int) ->
     config = configs.load("tests/configs/tiny.py")
     model = mae.config(**config.model)
     view_key, mask_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
-    images = augment.training_view(batch, view_key, config.augment, model.encoder.image_size)
+    images = augment.training_view(batch, view_key, Augment.of(config.augment), model.encoder.image_size)
     noise = jax.random.uniform(mask_key, (BATCH, model.encoder.patches))
     return mae.bind(model, params)(images, noise)
 

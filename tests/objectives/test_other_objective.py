@@ -18,6 +18,7 @@ from curia_jax import augment, checkpoint, optimizer, run, sharding
 from curia_jax import config as configs
 from curia_jax.models import vit
 from curia_jax.objectives import base
+from curia_jax.settings import Augment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,7 +39,9 @@ def classifier(config: Any, this: run.Run) -> base.Objective:
         return {"encoder": vit.init(model, key), "head": head}
 
     def prepare(batch: base.Batch, key: Key[Array, ""]) -> tuple[Array, Array]:
-        return augment.training_view(batch, key, config.augment, model.image_size), batch["hu"].astype(jnp.int32)
+        return augment.training_view(batch, key, Augment.of(config.augment), model.image_size), batch["hu"].astype(
+            jnp.int32
+        )
 
     def loss(params: Any, images: Array, labels: Array) -> tuple[Float[Array, ""], base.Metrics]:
         features = vit.bind(model, params["encoder"])(images)[:, 1:].mean(axis=1)

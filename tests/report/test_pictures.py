@@ -13,12 +13,13 @@ from curia_common import windows
 from curia_jax import augment, config, data
 from curia_jax.models import mae
 from curia_jax.report import pictures
+from curia_jax.settings import Augment
 from curia_jax.trained_model import TrainedModel
 from data_pipeline.format.records import DecodedSlice, SliceFacts
 from tests.scores import make_score
 from tests.slices import FakeSlices, decoded
 
-SETTINGS = config.load("demo").augment
+SETTINGS = Augment.of(config.load("demo").augment)
 MODEL = {"size": "Ti", "image_size": 16, "patch_size": 8, "width": 16, "depth": 1, "heads": 2,
          "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2, "dtype": "float32"}  # fmt: skip
 
