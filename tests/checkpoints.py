@@ -16,6 +16,6 @@ def save(workdir: Path, steps: Mapping[int, Any], *, config: Mapping[str, Any], 
     """
     saver = checkpoint.Checkpointer(str(workdir))
     for step, state in steps.items():
-        saver.save(step, state, config=config, examples_seen=examples_per_step * step)
+        saver.save(step, state, checkpoint.Meta(config=config, examples_seen=examples_per_step * step))
     saver.wait()
     saver.close()
