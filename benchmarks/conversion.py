@@ -59,8 +59,8 @@ def mistake_table(model: Model, place: Path) -> None:
     config = mae.config(**model)
     params = jax.device_get(mae.init(config, jax.random.key(0)))
     wanted = checks.run_jax(config, params, decoder=True)
-    images, noise = checks.inputs(config.encoder)
-    pixels = images.transpose(0, 3, 1, 2)
+    inputs = checks.inputs(config.encoder)
+    pixels = inputs.images.transpose(0, 3, 1, 2)
     for name, layout in layouts.LAYOUTS.items():
         (place / name).mkdir()
         tensors, _ = layouts.tensors(layout, config, params)
@@ -79,19 +79,14 @@ def mistake_table(model: Model, place: Path) -> None:
                 settings = numpy_forward.read_settings(name, content)
                 found = {"features": numpy_forward.features(name, settings, tensors, pixels)}
                 if name == "vit_mae":
-                    found |= numpy_forward.reconstruction(settings, tensors, pixels, noise)
+                    found |= numpy_forward.reconstruction(settings, tensors, pixels, inputs.noise)
                 compared = checks.differences(found, {what: wanted[what] for what in found})
                 figures |= {what: f"{worst:.1e}" for what, (worst, _) in compared.items() if what in figures}
             except (KeyError, ValueError):
                 pass
             try:
-                checks.compare_numpy(
-                    spoilt,
-                    name,
-                    images,
-                    noise,
-                    {k: v for k, v in wanted.items() if k == "features" or name == "vit_mae"},
-                )
+                of_layout = {k: v for k, v in wanted.items() if k == "features" or name == "vit_mae"}
+                checks.compare_numpy(spoilt, name, inputs, of_layout)
                 detected = "no"
             except checks.CheckFailed as error:
                 detected = "by the difference" if "differ" in str(error) else "by names or shapes"

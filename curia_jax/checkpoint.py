@@ -111,10 +111,7 @@ class Checkpointer:
         # Orbax accepts a relative path here and fails at the first save.
         self._folder = epath.Path(workdir).expanduser().absolute() / FOLDER
         self._orbax = ocp.training.Checkpointer(
-            self._folder,
-            context=context,
-            preservation_policy=any_policy,
-            cleanup_tmp_directories=True,
+            self._folder, context=context, preservation_policy=any_policy, cleanup_tmp_directories=True
         )
 
     @property

@@ -7,7 +7,6 @@ import ast
 import difflib
 import importlib
 import importlib.util
-import inspect
 import pkgutil
 import re
 import runpy
@@ -96,12 +95,6 @@ def changes(old: Mapping[str, Any] | ConfigDict, new: Mapping[str, Any] | Config
     before, after = (flatten(_with_tuples(config)) for config in (old, new))
     names = dict.fromkeys([*before, *after])
     return {n: (before.get(n), after.get(n)) for n in names if before.get(n) != after.get(n)}
-
-
-def comments() -> dict[str, str]:
-    """What configs/base.py says of each field: its meaning, unit and choices."""
-    source = inspect.getsource(importlib.import_module(f"{_package().__name__}.base"))
-    return dict(re.findall(r"^    config\.([\w.]+) = .*?  # (.*)$", source, flags=re.MULTILINE))
 
 
 def steps(duration: str, *, batch_size: int, examples: int, total: int | None = None) -> int:

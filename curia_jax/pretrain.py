@@ -57,11 +57,7 @@ def pretrain(args: argparse.Namespace) -> int:
 
     this = run.prepare(config, args.workdir)
     objective = mae.make(
-        config,
-        this.mesh,
-        canvas=this.canvas,
-        warmup_steps=this.warmup_steps,
-        total_steps=this.schedule.total_steps,
+        config, this.mesh, canvas=this.canvas, warmup_steps=this.warmup_steps, total_steps=this.schedule.total_steps
     )
     outcome = run.train(this, objective, run.batches(this))
     if run.is_first_host():

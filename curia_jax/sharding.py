@@ -242,9 +242,3 @@ def optimizer_shardings(
         shardings,
         transform_non_params=lambda _: NamedSharding(mesh, P()),
     )
-
-
-def describe(tree: PyTree, shardings: PyTree[NamedSharding]) -> str:
-    """One line per leaf: path, shape, PartitionSpec. The golden files tests/golden/sharding_*.txt are made of these lines."""
-    specs = paths(jax.tree.map(lambda s: s.spec, shardings, is_leaf=lambda s: isinstance(s, NamedSharding)))
-    return "".join(f"{path} {tuple(leaf.shape)} {specs[path]}\n" for path, leaf in sorted(paths(tree).items()))

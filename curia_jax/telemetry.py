@@ -1,6 +1,7 @@
 """Clocks, throughput, MFU and the files that a run writes."""
 
 import json
+import operator
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -112,12 +113,7 @@ class _Span(NamedTuple):
     save_wait: float = 0.0
 
     def plus(self, later: "_Span") -> "_Span":
-        return _Span(
-            self.seconds + later.seconds,
-            self.examples + later.examples,
-            self.input_wait + later.input_wait,
-            self.save_wait + later.save_wait,
-        )
+        return _Span(*map(operator.add, self, later))
 
 
 METRICS, EVENTS, BOARD = "metrics.jsonl", "events.jsonl", "tensorboard"

@@ -61,7 +61,9 @@ def test_pretraining_configs_are_what_their_names_say() -> None:
 
 
 def test_every_field_has_a_comment() -> None:
-    assert configs.comments().keys() >= configs.flatten(configs.load("base")).keys()
+    source = (ROOT / "configs/base.py").read_text(encoding="utf-8")
+    comments = re.findall(r"^    config\.([\w.]+) = .*?  # .*$", source, flags=re.MULTILINE)
+    assert set(comments) >= configs.flatten(configs.load("base")).keys()
 
 
 def test_path_and_name_load_the_same_config() -> None:
@@ -85,14 +87,14 @@ def test_installed_package_loads_named_configs_without_a_checkout(tmp_path: Path
     assert pip.returncode == 0, pip.stderr
     code = (
         "import curia_jax; from curia_jax import config; c = config.load('pretrain_vit_l16_512', ['--config.keep=5']);"
-        "print(curia_jax.__file__, c.model.size, c.keep, len(config.comments()))"
+        "print(curia_jax.__file__, c.model.size, c.keep)"
     )
     environment = {**os.environ, "PYTHONPATH": str(target)}
     out = subprocess.run(
         [sys.executable, "-c", code], cwd=empty, env=environment, capture_output=True, text=True, check=True
     )
-    file, size, keep, comments = out.stdout.split()
-    assert Path(file).is_relative_to(target) and (size, keep) == ("L", "5") and int(comments) > 40
+    file, size, keep = out.stdout.split()
+    assert Path(file).is_relative_to(target) and (size, keep) == ("L", "5")
 
 
 def test_checkout_that_is_not_installed_loads_configs(tmp_path: Path) -> None:

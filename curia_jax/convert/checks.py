@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from jaxtyping import Float
 from curia_common.errors import DataError
 from curia_jax.convert import numpy_forward
 from curia_jax.convert.folder import CONFIG, WEIGHTS
-from curia_jax.convert.layouts import Layout
+from curia_jax.convert.layouts import LAYOUTS, Layout
 from curia_jax.models import mae, vit
 from curia_jax.models.params import Params
 
@@ -79,15 +80,20 @@ class Report:
     not_run: Mapping[str, str]
 
 
-def inputs(
-    config: vit.ViTConfig,
-) -> tuple[Float[np.ndarray, "batch rows columns channels"], Float[np.ndarray, "batch patches"]]:
-    """Images, one for each of IMAGES, and masking noise. Patches without variance show a wrong epsilon best."""
+class Inputs(NamedTuple):
+    """Images, one for each of IMAGES, and masking noise."""
+
+    images: Float[np.ndarray, "batch rows columns channels"]
+    noise: Float[np.ndarray, "batch patches"]
+
+
+def inputs(config: vit.ViTConfig) -> Inputs:
+    """What is computed. Patches without variance show a wrong epsilon best."""
     random = np.random.default_rng(0)
     images = random.standard_normal((len(IMAGES), *config.image_size, config.channels), np.float32)
     images[1, : config.image_size[0] // 2] = 0.5  # sums of it are exact in float32
     images[2] = 0.0
-    return images, random.random((len(IMAGES), config.patches), np.float32)
+    return Inputs(images, random.random((len(IMAGES), config.patches), np.float32))
 
 
 def run_jax(config: mae.MAEConfig, params: Params, *, decoder: bool) -> Results:
@@ -128,13 +134,13 @@ def run(
     Raises:
       CheckFailed: a comparison failed.
     """
-    images, noise = inputs(config.encoder)
-    held = [compare_file(folder, tensors), *compare_numpy(folder, layout.name, images, noise, wanted)]
+    given = inputs(config.encoder)
+    held = [compare_file(folder, tensors), *compare_numpy(folder, layout.name, given, wanted)]
     package, check = ("transformers", compare_transformers) if layout.for_transformers else ("timm", compare_timm)
     try:
         import_package("torch")
         import_package(package)
-        held += check(folder, layout.name, images, noise, wanted)
+        held += check(folder, layout.name, given, wanted)
     except NotUsable as error:
         return Report(tuple(held), {package: str(error)})
     return Report(tuple(held), {})
@@ -205,25 +211,19 @@ def compare_file(folder: Path, tensors: Mapping[str, np.ndarray]) -> Check:
 # ---- NumPy
 
 
-def compare_numpy(
-    folder: Path,
-    layout: str,
-    images: Float[np.ndarray, "batch rows columns channels"],
-    noise: Float[np.ndarray, "batch patches"],
-    wanted: Results,
-) -> list[Check]:
+def compare_numpy(folder: Path, layout: str, inputs: Inputs, wanted: Results) -> list[Check]:
     """The forward pass of numpy_forward.
 
     Raises:
       CheckFailed: it does not run, leaves tensors unused or computes something else.
     """
-    pixels = images.transpose(0, 3, 1, 2)
+    pixels = inputs.images.transpose(0, 3, 1, 2)
     try:
         settings = numpy_forward.read_settings(layout, json.loads((folder / CONFIG).read_text(encoding="utf-8")))
         tensors = numpy_forward.Tensors(safetensors.numpy.load_file(folder / WEIGHTS))
         found = {"features": numpy_forward.features(layout, settings, tensors, pixels)}
         if "prediction" in wanted:
-            found |= numpy_forward.reconstruction(settings, tensors, pixels, noise)
+            found |= numpy_forward.reconstruction(settings, tensors, pixels, inputs.noise)
     except KeyError as error:
         raise CheckFailed(f"NumPy finds no {error.args[0]!r} in {WEIGHTS} or {CONFIG}") from error
     except ValueError as error:
@@ -251,13 +251,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def compare_transformers(
-    folder: Path,
-    layout: str,
-    images: Float[np.ndarray, "batch rows columns channels"],
-    noise: Float[np.ndarray, "batch patches"],
-    wanted: Results,
-) -> list[Check]:
+def compare_transformers(folder: Path, layout: str, inputs: Inputs, wanted: Results) -> list[Check]:
     """Loads the folder as its users do and runs it on the CPU in float32.
 
     Raises:
@@ -270,9 +264,8 @@ def compare_transformers(
     by = f"transformers {transformers.__version__}"
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    name = {"vit_mae": "ViTMAEForPreTraining", "vit": "ViTModel", "dinov2": "Dinov2Model"}[layout]
     try:
-        target = getattr(transformers, name)
+        target = getattr(transformers, LAYOUTS[layout].target)
     except (ImportError, AttributeError, RuntimeError) as error:
         raise NotUsable(f"{by} cannot import its models: {_first_line(error)}") from error
     extra = {"add_pooling_layer": False} if layout == "vit" else {}
@@ -284,14 +277,14 @@ def compare_transformers(
         if info[kind]:
             raise CheckFailed(f"{by} lists {kind.replace('_', ' ')}: {min(map(str, info[kind]))}")
     model = model.to("cpu", torch.float32).eval()
-    pixels = torch.tensor(images).permute(0, 3, 1, 2).contiguous()
+    pixels = torch.tensor(inputs.images).permute(0, 3, 1, 2).contiguous()
     with torch.no_grad():
         if layout == "vit_mae":
-            output = model(pixels, noise=torch.tensor(noise))
+            output = model(pixels, noise=torch.tensor(inputs.noise))
             found = {"prediction": output.logits, "mask": output.mask, "loss": output.loss}
             # For features: nothing masked, patches in the order of the image.
             model.config.mask_ratio = 0.0
-            in_order = torch.arange(noise.shape[1], dtype=torch.float32).expand(noise.shape)
+            in_order = torch.arange(inputs.noise.shape[1], dtype=torch.float32).expand(inputs.noise.shape)
             found["features"] = model.vit(pixels, noise=in_order).last_hidden_state
         else:
             found = {"features": model(pixels).last_hidden_state}
@@ -299,13 +292,7 @@ def compare_transformers(
     return [Check(by, "keys", 0.0, 0.0), *compare(by, results, wanted)]
 
 
-def compare_timm(
-    folder: Path,
-    layout: str,
-    images: Float[np.ndarray, "batch rows columns channels"],
-    noise: Float[np.ndarray, "batch patches"],
-    wanted: Results,
-) -> list[Check]:
+def compare_timm(folder: Path, layout: str, inputs: Inputs, wanted: Results) -> list[Check]:
     """Builds the model from config.json, loads it strictly and runs it on the CPU in float32.
 
     Raises:
@@ -325,5 +312,5 @@ def compare_timm(
     except Exception as error:  # a wrong file can break a loader in any way
         raise CheckFailed(f"{by} cannot load the folder: {_first_line(error)}") from error
     with torch.no_grad():
-        features = model.eval().forward_features(torch.tensor(images).permute(0, 3, 1, 2).contiguous())
+        features = model.eval().forward_features(torch.tensor(inputs.images).permute(0, 3, 1, 2).contiguous())
     return [Check(by, "keys", 0.0, 0.0), *compare(by, {"features": features.numpy()}, wanted)]

@@ -9,7 +9,7 @@ Names are those of transformers 4, which version 5 reads as well; only version 5
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,67 +32,46 @@ TIMM_LAYER_NORM_EPS = 1e-6
 # ---- tables
 
 
-def _vit_blocks(ours: str, theirs: str) -> Table:
-    """Blocks of transformers' ViT and ViTMAE."""
+_BLOCK = ("norm1", "attn/qkv", "attn/proj", "norm2", "mlp/fc1", "mlp/fc2")
+_QKV = tuple(f"attention.attention.{part}" for part in ("query", "key", "value"))
+_VIT_BLOCK = (
+    "layernorm_before", _QKV, "attention.output.dense", "layernorm_after", "intermediate.dense", "output.dense"
+)  # fmt: skip
+_DINOV2_BLOCK = ("norm1", _QKV, "attention.output.dense", "norm2", "mlp.fc1", "mlp.fc2")
+_TIMM_BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+
+
+def _blocks(ours: str, theirs: str, names: Sequence[str | tuple[str, ...]]) -> Table:
+    """Stacked blocks; `names` are those of the modules of _BLOCK."""
     return {
-        f"{ours}/norm1": f"{theirs}.layernorm_before",
-        f"{ours}/attn/qkv": (
-            f"{theirs}.attention.attention.query",
-            f"{theirs}.attention.attention.key",
-            f"{theirs}.attention.attention.value",
-        ),
-        f"{ours}/attn/proj": f"{theirs}.attention.output.dense",
-        f"{ours}/norm2": f"{theirs}.layernorm_after",
-        f"{ours}/mlp/fc1": f"{theirs}.intermediate.dense",
-        f"{ours}/mlp/fc2": f"{theirs}.output.dense",
+        f"{ours}/{module}": f"{theirs}.{name}" if isinstance(name, str) else tuple(f"{theirs}.{part}" for part in name)
+        for module, name in zip(_BLOCK, names, strict=True)
     }
 
 
-def _vit_encoder(prefix: str) -> Table:
+def _transformers_encoder(prefix: str, block: Sequence[str | tuple[str, ...]]) -> Table:
     return {
         "encoder/cls_token": f"{prefix}embeddings.cls_token",
         "encoder/patch_embed": f"{prefix}embeddings.patch_embeddings.projection",
-        **_vit_blocks("encoder/blocks", f"{prefix}encoder.layer.{{}}"),
+        **_blocks("encoder/blocks", f"{prefix}encoder.layer.{{}}", block),
         "encoder/norm": f"{prefix}layernorm",
     }
 
 
-VIT_TABLE: Table = _vit_encoder("")
-
+VIT_TABLE = _transformers_encoder("", _VIT_BLOCK)
 VIT_MAE_TABLE: Table = {
-    **_vit_encoder("vit."),
+    **_transformers_encoder("vit.", _VIT_BLOCK),
     "decoder/embed": "decoder.decoder_embed",
     "decoder/mask_token": "decoder.mask_token",
-    **_vit_blocks("decoder/blocks", "decoder.decoder_layers.{}"),
+    **_blocks("decoder/blocks", "decoder.decoder_layers.{}", _VIT_BLOCK),
     "decoder/norm": "decoder.decoder_norm",
     "decoder/pred": "decoder.decoder_pred",
 }
-
-DINOV2_TABLE: Table = {
-    "encoder/cls_token": "embeddings.cls_token",
-    "encoder/patch_embed": "embeddings.patch_embeddings.projection",
-    "encoder/blocks/norm1": "encoder.layer.{}.norm1",
-    "encoder/blocks/attn/qkv": (
-        "encoder.layer.{}.attention.attention.query",
-        "encoder.layer.{}.attention.attention.key",
-        "encoder.layer.{}.attention.attention.value",
-    ),
-    "encoder/blocks/attn/proj": "encoder.layer.{}.attention.output.dense",
-    "encoder/blocks/norm2": "encoder.layer.{}.norm2",
-    "encoder/blocks/mlp/fc1": "encoder.layer.{}.mlp.fc1",
-    "encoder/blocks/mlp/fc2": "encoder.layer.{}.mlp.fc2",
-    "encoder/norm": "layernorm",
-}
-
+DINOV2_TABLE = _transformers_encoder("", _DINOV2_BLOCK)
 TIMM_TABLE: Table = {
     "encoder/cls_token": "cls_token",
     "encoder/patch_embed": "patch_embed.proj",
-    "encoder/blocks/norm1": "blocks.{}.norm1",
-    "encoder/blocks/attn/qkv": "blocks.{}.attn.qkv",
-    "encoder/blocks/attn/proj": "blocks.{}.attn.proj",
-    "encoder/blocks/norm2": "blocks.{}.norm2",
-    "encoder/blocks/mlp/fc1": "blocks.{}.mlp.fc1",
-    "encoder/blocks/mlp/fc2": "blocks.{}.mlp.fc2",
+    **_blocks("encoder/blocks", "blocks.{}", _TIMM_BLOCK),
     "encoder/norm": "norm",
 }
 
@@ -193,7 +172,6 @@ def _timm_config(config: mae.MAEConfig) -> Json:
     if int(encoder.width * ratio) != encoder.mlp_width:  # timm rounds down
         ratio = math.nextafter(ratio, math.inf)
     names = {192: "tiny_patch16", 384: "small_patch16", 1024: "large_patch16", 1280: "huge_patch14"}
-    input_size = [encoder.channels, *encoder.image_size]
     return {
         # Only a constructor's name: every size is in model_args.
         "architecture": f"vit_{names.get(encoder.width, 'base_patch16')}_224",
@@ -212,7 +190,7 @@ def _timm_config(config: mae.MAEConfig) -> Json:
             "global_pool": "token",
         },
         "pretrained_cfg": {
-            "input_size": input_size,
+            "input_size": [encoder.channels, *encoder.image_size],
             "fixed_input_size": True,
             "num_classes": 0,
             "pool_size": None,
@@ -223,10 +201,6 @@ def _timm_config(config: mae.MAEConfig) -> Json:
 
 
 # ---- what a layout cannot hold
-
-
-def _vit_obstacles(config: mae.MAEConfig) -> list[str]:
-    return []
 
 
 def _square_obstacles(config: mae.MAEConfig) -> list[str]:
@@ -319,7 +293,7 @@ LAYOUTS = {
         ),
         Layout(
             "vit", "ViTModel", VIT_TABLE, {"embeddings.position_embeddings": _encoder_positions},
-            _vit_config, _vit_obstacles,
+            _vit_config, lambda config: [],
         ),
         Layout(
             "dinov2", "Dinov2Model", DINOV2_TABLE,

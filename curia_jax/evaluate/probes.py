@@ -19,7 +19,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 from threadpoolctl import threadpool_limits
 
-from curia_common.errors import UserError
 from curia_jax.evaluate import metrics
 from curia_jax.evaluate.labels import selection_on_validation
 from curia_jax.evaluate.results import Setting
@@ -90,22 +89,15 @@ def bank(
     Where these lack a class of the other cases, or there are none, settings are chosen by cross-validation over patients
     in 5 folds (fewer with fewer patients of the rarest class), training and validation cases together.
 
-    Raises:
-      UserError: fewer than two classes, or a class that has a single patient while there is no usable validation split.
+    Args:
+      labels, patients: at least two classes, each of several patients, as `labels.task` has checked.
     """
-    if len(np.unique(labels)) < 2:
-        raise UserError(f"the training split holds {len(np.unique(labels))} class; a probe needs at least 2")
     held_out = np.asarray(held_out, bool)
     if selection_on_validation(labels[~held_out], labels[held_out]):
         folds = ((np.flatnonzero(~held_out), np.flatnonzero(held_out)),)
         return Bank(features, labels, classes, folds, "validation split")
     per_class = [len(np.unique(patients[labels == label])) for label in np.unique(labels)]
     count = min(5, *per_class)
-    if count < 2:
-        raise UserError(
-            "a class occurs in a single patient outside the test split and the validation split lacks a class, so that "
-            "settings cannot be chosen by patients; label more patients, or choose a coarser label"
-        )
     folds = StratifiedGroupKFold(count, shuffle=True, random_state=seed).split(features, labels, patients)
     return Bank(features, labels, classes, tuple(folds), f"{count}-fold over patients")
 

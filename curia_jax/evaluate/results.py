@@ -4,13 +4,14 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from curia_common.errors import DataError, UserError
 
 INTERVAL = "95 % percentile bootstrap over patients"
 _DIFFERENCE = "_difference"
 
+Record = TypeVar("Record")
 Row = Mapping[str, Any]  # of the JSON file
 Setting = Mapping[str, float | int | bool]
 
@@ -146,23 +147,23 @@ class Score:
         Raises:
           KeyError: a field is missing.
         """
-        study = {field.name: row[field.name] for field in dataclasses.fields(Study)}
-        study |= {name: tuple(study[name]) for name in ("classes", "classes_not_learned")}
-        fit = provenance = None
-        if "selection" in row:
-            fit = Fit(**{field.name: row[field.name] for field in dataclasses.fields(Fit)})
-        if "encoder_sha256" in row:
-            provenance = Provenance(
-                features=row.get("features"), layers=row.get("layers"), step=row["step"],
-                examples_seen=row["examples_seen"], encoder_sha256=row["encoder_sha256"],
-                image_size=tuple(row["image_size"]), image_sizes=tuple(tuple(size) for size in row["image_sizes"]),
-                view_sha256=row["view_sha256"],
-            )  # fmt: skip
+        fit = _record(Fit, row) if "selection" in row else None
+        provenance = _record(Provenance, {"features": None, "layers": None, **row}) if "encoder_sha256" in row else None
         own = ("backbone", "head", "value", "low", "high", "degenerate_draws", "draws_without_a_class")
         return cls(
-            study=Study(**study), metric=row["metric"].removesuffix(_DIFFERENCE), against=row.get("against"),
+            study=_record(Study, row), metric=row["metric"].removesuffix(_DIFFERENCE), against=row.get("against"),
             fit=fit, provenance=provenance, **{name: row[name] for name in own},
         )  # fmt: skip
+
+
+def _record(kind: type[Record], row: Row) -> Record:
+    """The part of a row that a record holds."""
+    fields = dataclasses.fields(kind)  # pyright: ignore[reportArgumentType] - only dataclasses are passed
+    return kind(**{field.name: _with_tuples(row[field.name]) for field in fields})
+
+
+def _with_tuples(value: Any) -> Any:
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def read(path: str | Path) -> list[Score]:

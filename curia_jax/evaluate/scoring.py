@@ -103,13 +103,14 @@ def score(
 
     def measure(backbone: str, head: str, *, against: str | None = None, fit: Fit | None = None) -> list[Score]:
         other = None if against is None else predicted[against, head]
-        return [
-            _score(
-                study, backbone, head, name, bootstrap.estimate(metric, cases.targets, predicted[backbone, head], other),
-                against, fit,
+        scores = []
+        for name, metric in metrics.METRICS.items():
+            found = bootstrap.estimate(metric, cases.targets, predicted[backbone, head], other)
+            value, low, high = map(_finite, (found.value, found.low, found.high))
+            scores.append(
+                Score(study, backbone, head, name, value, low, high, found.degenerate, found.partial, against, fit)
             )
-            for name, metric in metrics.METRICS.items()
-        ]  # fmt: skip
+        return scores
 
     results: list[Score] = []
     predicted: dict[tuple[str, str], Float[np.ndarray, "n classes"]] = {}
@@ -135,17 +136,6 @@ def score(
             results += measure(OURS, head, against=other)
     predicted["none", "majority"] = probes.majority(targets, len(task.classes), len(cases.targets))
     return results + measure("none", "majority"), table
-
-
-def _score(
-    study: Study, backbone: str, head: str, metric: str, estimate: metrics.Estimate, against: str | None,
-    fit: Fit | None,
-) -> Score:  # fmt: skip
-    return Score(
-        study=study, backbone=backbone, head=head, metric=metric, value=_finite(estimate.value),
-        low=_finite(estimate.low), high=_finite(estimate.high), degenerate_draws=estimate.degenerate,
-        draws_without_a_class=estimate.partial, against=against, fit=fit,
-    )  # fmt: skip
 
 
 def _predictions(

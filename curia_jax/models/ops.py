@@ -67,9 +67,7 @@ def on_each_device(function: Function, split: int) -> Function:
 # ---- layers
 
 
-def pack_images(
-    x: Float[Array, "batch tokens width"],
-) -> tuple[Float[Array, "rows packed_tokens width"], int]:
+def pack_images(x: Float[Array, "batch tokens width"]) -> tuple[Float[Array, "rows packed_tokens width"], int]:
     """Joins the tokens of several images in one row of the batch so that they fill tiles of 8 rows: 4 x 50 tokens do, 50 do not.
 
     Returns:

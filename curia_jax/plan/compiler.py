@@ -201,9 +201,7 @@ def _compile(lowered: jax.stages.Lowered, options: Mapping[str, str]) -> tuple[j
             logger.warning("cannot print the compiled program: %s", error)
             return compiled, ""
     with _without_jax_cache(), tempfile.TemporaryDirectory(prefix="curia_jax_plan_") as folder:
-        compiled = lowered.compile(
-            compiler_options={**options, "xla_dump_to": folder, "xla_dump_hlo_as_text": True},
-        )
+        compiled = lowered.compile(compiler_options={**options, "xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         texts = [file.read_text(encoding="utf-8") for file in sorted(Path(folder).glob("*.after_codegen.txt"))]
     return compiled, texts[0] if len(texts) == 1 else ""
 

@@ -80,11 +80,7 @@ def choices(config: ml_collections.ConfigDict, topology: Topology) -> Choices:
 
 def _mesh(topology: Topology, fsdp: int) -> Overrides:
     data = topology.devices // topology.slices // fsdp
-    return (
-        f"--config.mesh.replica={topology.slices}",
-        f"--config.mesh.data={data}",
-        f"--config.mesh.fsdp={fsdp}",
-    )
+    return (f"--config.mesh.replica={topology.slices}", f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}")
 
 
 def search(planner: Planner, file: str, overrides: Sequence[str], *, seconds: float) -> tuple[SearchRow, ...]:

@@ -128,11 +128,7 @@ def choose_slices(source: SliceSource, modality: str, count: int) -> Int[np.ndar
 
 
 def reconstruct(
-    source: SliceSource,
-    slices: Int[np.ndarray, " slices"],
-    trained: TrainedModel,
-    *,
-    seed: int = 0,
+    source: SliceSource, slices: Int[np.ndarray, " slices"], trained: TrainedModel, *, seed: int = 0
 ) -> list[Reconstruction]:
     """Masks slices at the model's mask ratio and reconstructs them.
 

@@ -46,7 +46,7 @@ def test_numpy_check_detects_mistake(mistake: str, layout: str, name: str, conve
     change, _, message = MISTAKES[mistake]
     spoilt = spoil(converted(name, layout)[0], tmp_path / "spoilt", change)
     with pytest.raises(checks.CheckFailed, match=message):
-        checks.compare_numpy(spoilt, layout, *checks.inputs(model(name)[0].encoder), wanted(name, layout))
+        checks.compare_numpy(spoilt, layout, checks.inputs(model(name)[0].encoder), wanted(name, layout))
 
 
 @live_only
@@ -66,7 +66,7 @@ def test_transformers_check_detects_mistake(mistake: str, layout: str, message: 
     spoilt = spoil(converted("three_channels", layout)[0], tmp_path / "spoilt", MISTAKES[mistake][0])
     with pytest.raises(checks.CheckFailed, match=f"transformers .* {message}"):
         inputs = checks.inputs(model("three_channels")[0].encoder)
-        checks.compare_transformers(spoilt, layout, *inputs, wanted("three_channels", layout))
+        checks.compare_transformers(spoilt, layout, inputs, wanted("three_channels", layout))
 
 
 def test_file_check_compares_every_bit(converted, tmp_path) -> None:
@@ -121,10 +121,10 @@ def test_checks_detect_default_epsilon_of_transformers(layout: str, tmp_path) ->
         content = made.config(config) | settings
         folder.write(targets[-1], tensors=tensors, metadata={}, config=content, preprocessor=None, card="")
     inputs = checks.inputs(config.encoder)
-    assert all(check.difference < TOLERANCE for check in checks.compare_numpy(targets[0], layout, *inputs, results))
+    assert all(check.difference < TOLERANCE for check in checks.compare_numpy(targets[0], layout, inputs, results))
     for check in [checks.compare_numpy, *([checks.compare_transformers] if HAS_TORCH else [])]:
         with pytest.raises(checks.CheckFailed, match=r"by \d.\de-0[345], allowed"):
-            check(targets[1], layout, *inputs, results)
+            check(targets[1], layout, inputs, results)
 
 
 def test_failed_check_names_largest_difference_and_its_place() -> None:

@@ -7,7 +7,6 @@ import pytest
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.preprocessing import StandardScaler
 
-from curia_common.errors import UserError
 from curia_jax.evaluate import probes
 
 PROBES = [probes.knn, probes.ridge, probes.logistic]
@@ -157,14 +156,6 @@ def test_validation_that_lacks_a_class_is_not_used_alone():
     x, y = blobs(0, 90)
     bank = probes.bank(x, y, np.arange(90), (np.arange(90) >= 60) & (y != 2), classes=3)
     assert bank.selection == "5-fold over patients"
-
-
-def test_bank_rejects_single_class_and_single_patient():
-    x, y = blobs(0, 20, classes=2)
-    with pytest.raises(UserError, match="holds 1 class; a probe needs at least 2"):
-        probes.bank(x, np.zeros(20, int), np.arange(20), np.zeros(20, bool), classes=2)
-    with pytest.raises(UserError, match="single patient"):
-        probes.bank(x, y, np.zeros(20, int), np.zeros(20, bool), classes=2)
 
 
 @pytest.mark.parametrize("probe", PROBES)
