@@ -6,6 +6,7 @@ TPU slice or several). Times are the compiler's estimate. Compiling takes minute
 """
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -81,8 +82,7 @@ def plan(args: argparse.Namespace) -> None:
         if not found.fits:
             logger.info("it does not fit; looking for what does")
             remedy = search.what_would_fit(planner, args.config, args.overrides, seconds=limit)
-            words = remedy and {"overrides": list(remedy.overrides), "hbm_bytes_per_chip": remedy.hbm_bytes_per_chip}
-            content |= {"would_fit": words}
+            content |= {"would_fit": remedy and dataclasses.asdict(remedy)}
         report.show(found)
     cli.write_json(args.json, content)
     if not found.fits:

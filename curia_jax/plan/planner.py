@@ -136,11 +136,9 @@ class Planner:
         )
         arguments = compiler.arguments(step)
         compiled = compiler.compile_for(
-            topology,
-            step.traced,
-            options=step.objective.compiler_options,
+            topology, step.traced, options=step.objective.compiler_options,
             argument_bytes=sum(row.bytes for row in arguments),
-        )
+        )  # fmt: skip
         refused = (LargeTensor(row.op_name, row.shape, row.bytes, "temporary") for row in compiled.largest[:LARGEST])
         version = topologies.compiler_version()
         plan = Plan(
@@ -169,14 +167,10 @@ class Planner:
             if not compiled.text:
                 raise estimator.HloError("the compiler gave no text of its program in a known form")
             found = estimator.estimate(
-                compiled.text,
-                topology,
-                step.mesh,
-                batch_size=config.batch_size,
-                model_flops=plan.model_flops_per_step,
-                hardware_flops=plan.hardware_flops_per_step,
+                compiled.text, topology, step.mesh, batch_size=config.batch_size,
+                model_flops=plan.model_flops_per_step, hardware_flops=plan.hardware_flops_per_step,
                 pallas_flops=flops.pallas_flops(step.traced),
-            )
+            )  # fmt: skip
         except estimator.HloError as error:
             return dataclasses.replace(
                 plan, estimate_error=f"{error} (tested with libtpu {', '.join(estimator.TESTED_LIBTPU)})"

@@ -60,12 +60,5 @@ def run_cost(total_steps: int, step_seconds: float, topology: Topology, prices: 
     hours = total_steps * step_seconds / 3600
     chip_hours = hours * topology.chips
     price = prices.per_chip_hour.get(topology.kind)
-    return RunCost(
-        total_steps,
-        hours,
-        chip_hours,
-        price,
-        None if price is None else chip_hours * price,
-        prices.currency,
-        prices.date,
-    )
+    cost = None if price is None else chip_hours * price
+    return RunCost(total_steps, hours, chip_hours, price, cost, prices.currency, prices.date)

@@ -63,9 +63,9 @@ def loss_curve(lines: Sequence[Metrics], interruptions: Sequence[int]) -> Figure
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
         axes = figure.subplots()
-        seen = [line.examples_seen for line in lines]
-        loss = [line.loss for line in lines]
-        baseline = [line.baseline_loss for line in lines]
+        seen, loss, baseline = zip(
+            *((line.examples_seen, line.loss, line.baseline_loss) for line in lines), strict=True
+        )
         axes.plot(
             seen, baseline, color=BASELINE, linestyle=(0, (5, 3)), linewidth=1.6, label="predicting each patch's mean"
         )

@@ -8,7 +8,8 @@ none; they are listed with the bytes and FLOPs from which `step` charges them.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -255,12 +256,11 @@ def _first_reader(body: Sequence[Instruction], place: int) -> Instruction | None
 # ---- collectives
 
 
-@dataclasses.dataclass
-class _Span:
-    """A collective from its start to its end, as places in a computation; `end` is None until it is found."""
+class _Span(NamedTuple):
+    """A collective from its start to its end, as places in a computation."""
 
     start: int
-    end: int | None
+    end: int
     core: Instruction
     kind: str
 
@@ -281,20 +281,22 @@ def _collectives(
     another network: a cycle hides one of them as well.
     """
     left_within, left_between = ([float(n) for n in cycles] for _ in range(2))
-    for start, end, span in sorted(_spans(program, body), key=lambda found: found[:2][::-1]):
+    for span in sorted(_spans(program, body), key=lambda span: (span.end, span.start)):
+        places = range(span.start + 1, span.end)
         size = _payload(span.core)
         groups = None if span.core.opcode == "send" else replica_groups(span.core.line)
         takes = link_time(span.kind, size, groups)
-        between = sum(cycles[start + 1 : end])
         hidden, left = 0.0, left_between if span.core.opcode == "send" else left_within
-        for place in range(start + 1, end):
+        for place in places:
             share = min(left[place], takes - hidden)
             left[place] -= share
             hidden += share
-        yield Collective(span.kind, span.core.op_name, size, groups, times, takes, hidden, between > 0)
+        yield Collective(
+            span.kind, span.core.op_name, size, groups, times, takes, hidden, any(cycles[n] > 0 for n in places)
+        )
 
 
-def _spans(program: Program, body: Sequence[Instruction]) -> list[tuple[int, int, _Span]]:
+def _spans(program: Program, body: Sequence[Instruction]) -> list[_Span]:
     """Start and end of every collective of a computation.
 
     Within a TPU slice a collective is one instruction, a pair (`all-reduce-start`, `all-reduce-done`) or a chain of fusions
@@ -306,17 +308,19 @@ def _spans(program: Program, body: Sequence[Instruction]) -> list[tuple[int, int
       HloError: a start without an end, or an end without a start.
     """
     spans: list[_Span] = []
-    pending: dict[str, _Span] = {}  # by instruction name, channel or rendezvous
+    pending: dict[str, tuple[int, Instruction, str]] = {}  # starts by instruction name, channel or rendezvous
     offloaded: dict[str, Instruction] = {}
 
     def begin(key: str, place: int, core: Instruction, kind: str) -> None:
-        pending[key] = _Span(place, None, core, kind)
-        spans.append(pending[key])
+        if key in pending:
+            raise HloError(f"the collective {pending[key][1].name} starts and never ends")
+        pending[key] = place, core, kind
 
     def finish(key: str, place: int) -> None:
         if key not in pending:
             raise HloError(f"the collective of {key} ends without a start")
-        pending.pop(key).end = place
+        start, core, kind = pending.pop(key)
+        spans.append(_Span(start, place, core, kind))
 
     for place, instruction in enumerate(body):
         kind = _collective_kind(instruction)
@@ -356,10 +360,10 @@ def _spans(program: Program, body: Sequence[Instruction]) -> list[tuple[int, int
             start = _origin(body, instruction, pending)
             if start is not None:  # otherwise the end of a copy or a slice
                 finish(start, place)
-    for span in spans:
-        if span.end is None:
-            raise HloError(f"the collective {span.core.name} starts and never ends")
-    return [(span.start, span.end, span) for span in spans if span.end is not None]
+    if pending:
+        _, core, _ = next(iter(pending.values()))
+        raise HloError(f"the collective {core.name} starts and never ends")
+    return spans
 
 
 def _offloaded(program: Program, body: Sequence[Instruction]) -> Instruction | None:
@@ -378,7 +382,7 @@ def _rendezvous(transfer: Instruction) -> str:
     return f"rendezvous {match[1] if match else transfer.name}"
 
 
-def _origin(body: Sequence[Instruction], done: Instruction, pending: dict[str, _Span]) -> str | None:
+def _origin(body: Sequence[Instruction], done: Instruction, pending: Collection[str]) -> str | None:
     """The pending start that a `done` belongs to, through the first operands between them."""
     by_name = {i.name: i for i in body}
     name = done.operands[0] if done.operands else None
