@@ -91,7 +91,7 @@ def jax_side(spec: Spec) -> tuple[Step, Callable[[Any], float], dict[str, Any]]:
 
     state = [(params, jax.jit(transform.init)(params), jnp.zeros((), jnp.int32))]
     options = xla_flags.compiler_options(facts["device"], replicas=1)
-    compiled = jax.jit(step, donate_argnums=0).lower(state[0], images).compile(compiler_options=options)
+    compiled = jax.jit(step, donate_argnums=0).lower(state[0], images).compile(compiler_options=dict(options))
 
     def run() -> Any:
         state[0], loss = compiled(state[0], images)

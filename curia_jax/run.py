@@ -247,7 +247,7 @@ def _open_dataset(wanted: Data, meta: checkpoint.Meta | None) -> tuple[SliceSour
 # ---- with the objective
 
 
-def batches(run: Run) -> Iterator[Mapping[str, jax.Array]]:
+def batches(run: Run) -> Iterator[base.Batch]:
     """Global batches on the devices, from the example after the checkpoint's on."""
     wanted = run.settings
     on_host = data.training_batches(
@@ -261,7 +261,7 @@ def batches(run: Run) -> Iterator[Mapping[str, jax.Array]]:
         yield data.to_devices(batch, split)
 
 
-def train(run: Run, objective: base.Objective, batches: Iterator[Mapping[str, jax.Array]]) -> Outcome:
+def train(run: Run, objective: base.Objective, batches: Iterator[base.Batch]) -> Outcome:
     """Restores or initialises the state, compiles the step, and trains until the end or until a signal asks to stop.
 
     Raises:

@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Key, PyTree, Shaped
 
 from curia_common.errors import DoesNotFitError, UserError
 from curia_jax import data, sharding, xla_flags
+from curia_jax.augment import Batch
 
 Params = PyTree[Shaped[Array, "..."]]
-Batch = Mapping[str, Shaped[Array, "..."]]  # the fields of data.DEVICE_FIELDS; see augment.py
 Metrics = dict[str, Float[Array, ""]]
 
 
