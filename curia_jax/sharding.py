@@ -67,24 +67,25 @@ def make_mesh(
       devices: all devices of the run unless given.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or `replica` is not the number of TPU slices; the message
+        has a mesh that fits.
     """
     devices = jax.devices() if devices is None else list(devices)
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
     sizes = [replica, data, fsdp]
     fixed = math.prod(s for s in sizes if s != -1)
     if sizes.count(-1) == 1 and fixed > 0 and len(devices) % fixed == 0:
         sizes[sizes.index(-1)] = len(devices) // fixed
-    if min(sizes) < 1 or math.prod(sizes) != len(devices):
+    wrong_slices = sizes[0] != slices and (slices > 1 or devices[0].platform == "tpu")
+    if min(sizes) < 1 or math.prod(sizes) != len(devices) or wrong_slices:
+        inner = len(devices) // slices
+        near = math.gcd(inner, max(1, fsdp))
         raise UserError(
-            f"mesh replica={replica}, data={data}, fsdp={fsdp} needs {'a multiple of ' if -1 in (replica, data, fsdp) else ''}"
-            f"{fixed} devices but there are {len(devices)}; change --config.mesh.replica, .data or .fsdp"
+            f"mesh replica={replica}, data={data}, fsdp={fsdp} does not fit {len(devices)} devices"
+            f"{f' in {slices} TPU slices' if slices > 1 else ''}; set --config.mesh.replica={slices} "
+            f"--config.mesh.data={inner // near} --config.mesh.fsdp={near}"
         )
-    slices = {getattr(d, "slice_index", 0) for d in devices}
-    if len(slices) > 1:
-        if sizes[0] != len(slices):
-            raise UserError(
-                f"there are {len(slices)} TPU slices but mesh.replica is {sizes[0]}; set --config.mesh.replica={len(slices)}"
-            )
+    if slices > 1:
         array = mesh_utils.create_hybrid_device_mesh(
             (1, sizes[1], sizes[2]), (sizes[0], 1, 1), devices=devices, allow_split_physical_axes=True
         )

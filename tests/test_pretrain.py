@@ -337,10 +337,10 @@ def here(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., dict[str,
         (["--config.data.shards=no/such/folder"], "no shards in no/such/folder: it has no shards.parquet; "
          "data_pipeline.build writes one when it has finished"),
         (["--config.data.split=dev"], "no split 'dev' in {shards}; there are: train"),
-        (["--config.mesh.data=16"], "mesh replica=1, data=16, fsdp=2 needs 32 devices but there are 8; "
-         "change --config.mesh.replica, .data or .fsdp"),
-        (["--config.mesh.fsdp=5", "--config.mesh.data=-1"], "mesh replica=1, data=-1, fsdp=5 needs a multiple of 5 devices but "
-         "there are 8; change --config.mesh.replica, .data or .fsdp"),
+        (["--config.mesh.data=16"], "mesh replica=1, data=16, fsdp=2 does not fit 8 devices; "
+         "set --config.mesh.replica=1 --config.mesh.data=4 --config.mesh.fsdp=2"),
+        (["--config.mesh.fsdp=5", "--config.mesh.data=-1"], "mesh replica=1, data=-1, fsdp=5 does not fit 8 devices; "
+         "set --config.mesh.replica=1 --config.mesh.data=8 --config.mesh.fsdp=1"),
         (["--config.duration=5 hours"], "cannot read the duration '5 hours': write '500 steps', '94000 examples' or '800 epochs'"),
         (["--config.duration=3 examples"], "duration '3 examples' is less than one step of 16 examples"),
         (["--config.keep=0"], "keep is 0; it has to be a whole number of at least 1; set --config.keep"),

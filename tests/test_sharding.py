@@ -150,7 +150,7 @@ def test_mesh_axis_may_split_a_torus_dimension(slices: int) -> None:
     "sizes", [{"data": 3}, {"fsdp": 16}, {"data": 4, "fsdp": 4}, {"data": -1, "fsdp": -1}, {"data": 0}]
 )
 def test_mesh_that_does_not_fit_the_devices_is_an_error(sizes: dict[str, int]) -> None:
-    with pytest.raises(UserError, match="there are 8"):
+    with pytest.raises(UserError, match="does not fit 8 devices; set --config.mesh.replica=1"):
         sharding.make_mesh(**sizes)
 
 

@@ -96,7 +96,7 @@ def trace_step(
     Raises:
       UserError: the mesh does not fit the topology, or what `make` raises.
     """
-    mesh = make_mesh(config, topology)
+    mesh = sharding.make_mesh(**config.mesh, devices=topologies.devices(topology))
     batch = {"batch_size": config.batch_size, "examples": examples}
     total_steps = configs.steps(config.duration, **batch)
     warmup_steps = max(1, configs.steps(config.warmup, **batch, total=total_steps))
@@ -104,28 +104,6 @@ def trace_step(
         raise UserError(f"duration {config.duration!r} is less than one step of {config.batch_size} examples")
     objective = make(config, mesh, canvas=canvas, warmup_steps=warmup_steps, total_steps=total_steps)
     return TracedStep(objective, mesh, objective.trace(), total_steps)
-
-
-def make_mesh(config: ml_collections.ConfigDict, topology: topologies.Topology) -> jax.sharding.Mesh:
-    """The config's mesh on the topology's devices.
-
-    Raises:
-      UserError: they do not fit; the message has a mesh that does.
-    """
-    devices = topologies.devices(topology)
-    sizes = [config.mesh.replica, config.mesh.data, config.mesh.fsdp]
-    fixed = math.prod(s for s in sizes if s != -1)
-    fits = topology.devices % fixed == 0 if -1 in sizes else fixed == topology.devices
-    if not fits or config.mesh.replica not in (-1, topology.slices):
-        inner = topology.devices // topology.slices
-        fsdp = math.gcd(inner, max(1, config.mesh.fsdp))
-        named = ", ".join(f"{name}={size}" for name, size in zip(sharding.AXES, sizes, strict=True))
-        raise UserError(
-            f"mesh {named} does not fit {topology}, which has {topology.devices} devices in {topology.slices} TPU slice"
-            f"{'s' if topology.slices > 1 else ''}; set --config.mesh.replica={topology.slices} "
-            f"--config.mesh.data={inner // fsdp} --config.mesh.fsdp={fsdp}"
-        )
-    return sharding.make_mesh(**config.mesh, devices=devices)
 
 
 def arguments(step: TracedStep) -> list[LargeTensor]:

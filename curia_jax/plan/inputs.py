@@ -13,6 +13,7 @@ from data_pipeline.format import shards
 # Slices per epoch if neither --examples nor shards say: the size of ImageNet-1k, for which the recipe's 800 epochs were
 # chosen.
 ASSUMED_EXAMPLES = 1_281_167
+SECONDS = 3.0  # that the loader is measured for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ def stored_bytes(folder: str) -> float:
     return sum(table["bytes"].to_pylist()) / max(1, sum(table["slices"].to_pylist()))
 
 
-def loader_rate(source: shards.SliceSource, canvas: tuple[int, int], seed: int, seconds: float = 3.0) -> float:
+def loader_rate(source: shards.SliceSource, canvas: tuple[int, int], seed: int) -> float:
     """Images that one core of this machine loads per second of CPU time, so that other programs do not matter."""
     batch = min(64, len(source))
     batches = data.training_batches(
@@ -91,7 +92,7 @@ def loader_rate(source: shards.SliceSource, canvas: tuple[int, int], seed: int, 
     )
     next(batches)  # opens files
     began, cpu, images = time.perf_counter(), time.process_time(), 0
-    while time.perf_counter() - began < seconds:
+    while time.perf_counter() - began < SECONDS:
         next(batches)
         images += batch
     return images / max(time.process_time() - cpu, 1e-9)

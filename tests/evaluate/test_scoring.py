@@ -128,6 +128,6 @@ def test_class_of_test_split_alone_counts_as_wrong() -> None:
     new = labels.Task("kind", task.classes, ("class 9",), {**task.splits, "test": renamed})
     scores, table = scoring.score(new, features, heads=["ridge"])
     (accuracy,) = pick(results.rows(scores), backbone="checkpoint", metric="accuracy")
-    assert accuracy["classes_not_learned"] == ["class 9"] and accuracy["value"] <= 2 / 3 + 0.05
+    assert accuracy["classes_not_learned"] == ("class 9",) and accuracy["value"] <= 2 / 3 + 0.05
     right = np.array(table.column("target").to_pylist()) == np.array(table.column("predicted").to_pylist())
     assert accuracy["value"] == pytest.approx(right[:60].mean())

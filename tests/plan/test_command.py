@@ -137,7 +137,7 @@ def test_gradients_between_two_tpu_slices_use_the_data_centre_network(tmp_path: 
 
 
 ERRORS = [
-    (["--topology=v5e:4x4"], "mesh replica=1, data=2, fsdp=2 does not fit v5e:4x4, which has 16 devices"),
+    (["--topology=v5e:4x4"], "mesh replica=1, data=2, fsdp=2 does not fit 16 devices; set"),
     (["--topology=v5e:2x2", "--slices=2"], "--config.mesh.replica=2 --config.mesh.data=2 --config.mesh.fsdp=2"),
     (["--topology=v5e:2x2", "--config.batch_size=6"], "does not divide over 4 devices"),
     (["--topology=v5e:2x2", "--config.modle.size=B"], "did you mean --config.model.size"),
