@@ -6,8 +6,6 @@ A training step (forward, backward, AdamW) and feature extraction, once on one c
 process, with the allocator settings that the demo uses. The sides take turns, so that other load affects both, and ratios are
 medians over the rounds. On a shared machine compare images per CPU second on one core. Figures for all cores need an idle
 machine: PyTorch's threads wait by spinning, and under other load it loses up to nine tenths of its rate.
-
-Exit codes: 0 done, 2 wrong usage or torch is missing.
 """
 
 import argparse
@@ -19,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.mae_step import Side, Spec, check_same_model, need_torch
-from curia_common.errors import UserError
+from curia_common import cli
 from curia_jax import config as configs
 from curia_jax import demo
 
@@ -27,16 +25,9 @@ CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.py"
 
 
 def compare(
-    model: dict[str, Any],
-    task: str,
-    *,
-    batch: int,
-    rounds: int,
-    steps: int,
-    cores: int,
-    others: list[str],
-    compiled: bool,
-) -> list[dict[str, Any]]:
+    model: dict[str, Any], task: str, *,
+    batch: int, rounds: int, steps: int, cores: int, others: list[str], compiled: bool,
+) -> list[dict[str, Any]]:  # fmt: skip
     """A row per side: median images per second and per CPU second, and this project's rate divided by the side's.
 
     Args:
@@ -71,47 +62,48 @@ def compare(
     ]  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def parser() -> cli.Parser:
+    made = cli.parser(
+        "python -m benchmarks.cpu", __doc__, examples="python -m benchmarks.cpu --cores=1", overrides=True
     )
-    parser.add_argument("--tasks", default="train,features", metavar="NAME,…")
-    parser.add_argument("--batch", type=int, help="images (the config's)")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=10, help="in a round")
-    parser.add_argument(
+    made.add_argument("--tasks", default="train,features", metavar="NAME,…")
+    made.add_argument("--batch", type=int, help="images (the config's)")
+    made.add_argument("--rounds", type=int, default=9)
+    made.add_argument("--steps", type=int, default=10, help="in a round")
+    made.add_argument(
         "--cores", default="1,0", metavar="N,…", help="of each side, and PyTorch's threads; 0 for all (%(default)s)"
     )
-    parser.add_argument("--others", default="transformers", metavar="NAME,…", help="transformers, timm")
-    parser.add_argument("--compile", action="store_true", help="torch.compile; needs a C++ compiler")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here")
-    args, overrides = parser.parse_known_args(argv)
-    try:
-        need_torch()
-        config: Any = configs.load(str(CONFIG), overrides)
-        model = json.loads(config.model.to_json())
-        rows = []
-        print("| task | cores | side | images/s | images per CPU second | JAX is x times, wall | per CPU second |")
-        print("|---|---|---|---|---|---|---|", flush=True)
-        for cores in map(int, args.cores.split(",")):
-            for task in args.tasks.split(","):
-                for row in compare(
-                    model, task, batch=args.batch or config.batch_size, rounds=args.rounds, steps=args.steps, cores=cores,
-                    others=args.others.split(","), compiled=args.compile,
-                ):  # fmt: skip
-                    rows.append(row)
-                    print(
-                        f"| {task}, batch {row['batch']} | {cores or f'all {os.cpu_count()}'} | {row['side']} ({row['version']}) | "
-                        f"{row['images_per_second']:,.0f} | {row['images_per_cpu_second']:,.0f} | {row['ratio']:.2f} | "
-                        f"{row['ratio_per_cpu_second']:.2f} |",
-                        flush=True,
-                    )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    return 0
+    made.add_argument("--others", default="transformers", metavar="NAME,…", help="transformers, timm")
+    made.add_argument("--compile", action="store_true", help="torch.compile; needs a C++ compiler")
+    cli.add_json(made, "the figures")
+    return made
+
+
+def run(args: argparse.Namespace) -> None:
+    need_torch()
+    config: Any = configs.load(str(CONFIG), args.overrides)
+    model = json.loads(config.model.to_json())
+    rows = []
+    print("| task | cores | side | images/s | images per CPU second | JAX is x times, wall | per CPU second |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    for cores in map(int, args.cores.split(",")):
+        for task in args.tasks.split(","):
+            for row in compare(
+                model, task, batch=args.batch or config.batch_size, rounds=args.rounds, steps=args.steps, cores=cores,
+                others=args.others.split(","), compiled=args.compile,
+            ):  # fmt: skip
+                rows.append(row)
+                print(
+                    f"| {task}, batch {row['batch']} | {cores or f'all {os.cpu_count()}'} | {row['side']} ({row['version']}) | "
+                    f"{row['images_per_second']:,.0f} | {row['images_per_cpu_second']:,.0f} | {row['ratio']:.2f} | "
+                    f"{row['ratio_per_cpu_second']:.2f} |",
+                    flush=True,
+                )
+    cli.write_json(args.json, rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(parser(), run, argv)
 
 
 if __name__ == "__main__":

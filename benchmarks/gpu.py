@@ -12,7 +12,6 @@ faster PyTorch side, the median over the rounds. Every measurement has its own p
 sides of a model start together, compile at the same time and stay in memory, and one of them runs at a time.
 
 MFU counts the matmuls of the model, three forward passes a step, over the card's bf16 peak.
-Exit codes: 0 done, 2 no GPU, wrong usage, or torch is missing.
 """
 
 import argparse
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.mae_step import Side, Spec, check_same_model, need_torch
+from curia_common import cli
 from curia_common.errors import UserError
 from curia_jax import config as configs
 from curia_jax import telemetry
@@ -222,29 +222,35 @@ def compare(name: str, model: dict[str, Any], batch: int | None, args: argparse.
     return rows
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
+def parser() -> cli.Parser:
+    made = cli.parser("python -m benchmarks.gpu", __doc__, examples="python -m benchmarks.gpu --batch=512,256,128,32")
+    made.add_argument(
         "--config", action="append", metavar="FILE", help="may be repeated; B/16, L/16 at 224, 512 px if absent"
     )
-    parser.add_argument("--platform", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="a model of two small blocks, batches of at most 2")
-    parser.add_argument("--sides", default=",".join(SIDES), metavar="NAME,…")
-    parser.add_argument("--batch", metavar="N,…", help="no search: one for each config, in their order")
-    parser.add_argument("--first-batch", type=int, default=32)
-    parser.add_argument("--most", type=int, default=4096, help="largest batch tried (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of a measurement, at least (%(default)s)")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="PyTorch without torch.compile")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here")
-    args = parser.parse_args(argv)
-    args.sides = args.sides.split(",")
+    made.add_argument("--platform", choices=["cuda", "cpu"], default="cuda")
+    made.add_argument("--tiny", action="store_true", help="a model of two small blocks, batches of at most 2")
+    made.add_argument("--sides", default=",".join(SIDES), metavar="NAME,…")
+    made.add_argument("--batch", metavar="N,…", help="no search: one for each config, in their order")
+    made.add_argument("--first-batch", type=int, default=32)
+    made.add_argument("--most", type=int, default=4096, help="largest batch tried (%(default)s)")
+    made.add_argument("--rounds", type=int, default=3)
+    made.add_argument("--seconds", type=float, default=5.0, help="of a measurement, at least (%(default)s)")
+    made.add_argument("--no-compile", dest="compile", action="store_false", help="PyTorch without torch.compile")
+    cli.add_json(made, "the figures")
+    return made
+
+
+def settled(args: argparse.Namespace) -> argparse.Namespace:
+    """The options as they follow from one another.
+
+    Raises:
+      UserError: they contradict each other.
+    """
+    args = argparse.Namespace(**{**vars(args), "sides": args.sides.split(",")})
     if unknown := [side for side in args.sides if side not in SIDES]:
-        parser.error(f"no side {unknown[0]!r}; there are {', '.join(SIDES)}")
+        raise UserError(f"no side {unknown[0]!r}; there are {', '.join(SIDES)}")
     if args.platform == "cpu" and not args.tiny:
-        parser.error("--platform=cpu goes with --tiny; benchmarks.cpu compares on CPUs")
+        raise UserError("--platform=cpu goes with --tiny; benchmarks.cpu compares on CPUs")
     if args.tiny:
         args.first_batch, args.most, args.rounds, args.seconds = 1, 2, 1, 0.01
         args.config = args.config or NAMED[:1]
@@ -254,41 +260,37 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.batch is not None:
         numbers = args.batch.split(",")
         if len(numbers) != len(args.config) or not all(n.isdecimal() and int(n) for n in numbers):
-            parser.error(f"--batch={args.batch} has to name one batch for each of {len(args.config)} configs")
+            raise UserError(f"--batch={args.batch} has to name one batch for each of {len(args.config)} configs")
         args.batch = [int(n) for n in numbers]
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+def run(args: argparse.Namespace) -> None:
+    args = settled(args)
+    if args.platform == "cuda":
+        check_gpu()
+    if any(side != "jax" for side in args.sides):
+        need_torch()
     rows: list[dict[str, Any]] = []
-    try:
-        if args.platform == "cuda":
-            check_gpu()
-        if any(side != "jax" for side in args.sides):
-            need_torch()
-        print("| config | side | batch | images/s | MFU | times the faster PyTorch | card |")
-        print("|---|---|---|---|---|---|---|", flush=True)
-        for file, batch in zip(args.config, args.batch or [None] * len(args.config), strict=True):
-            config: Any = configs.load(str(ROOT / file))
-            model = json.loads(config.model.to_json())
-            if args.tiny:
-                model |= TINY
-            for row in compare(Path(file).stem, model, batch, args):
-                rows.append(row)
-                mfu = f"{row['mfu']:.3f}" if row["mfu"] is not None else "peak unknown"
-                ratio = f"{row['ratio_to_torch']:.2f}" if row["ratio_to_torch"] is not None else "-"
-                print(
-                    f"| {row['config']} | {row['side']} ({row['version']}) | {row['batch']} | {row['images_per_second']:,.0f} | "
-                    f"{mfu} | {ratio} | {row['device']} |",
-                    flush=True,
-                )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    return 0
+    print("| config | side | batch | images/s | MFU | times the faster PyTorch | card |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    for file, batch in zip(args.config, args.batch or [None] * len(args.config), strict=True):
+        config: Any = configs.load(str(ROOT / file))
+        model = json.loads(config.model.to_json()) | (TINY if args.tiny else {})
+        for row in compare(Path(file).stem, model, batch, args):
+            rows.append(row)
+            mfu = f"{row['mfu']:.3f}" if row["mfu"] is not None else "peak unknown"
+            ratio = f"{row['ratio_to_torch']:.2f}" if row["ratio_to_torch"] is not None else "-"
+            print(
+                f"| {row['config']} | {row['side']} ({row['version']}) | {row['batch']} | {row['images_per_second']:,.0f} | "
+                f"{mfu} | {ratio} | {row['device']} |",
+                flush=True,
+            )
+    cli.write_json(args.json, rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,7 @@ def test_best_batch_doubles_until_memory_is_full(monkeypatch: pytest.MonkeyPatch
 
 
 def test_wrong_number_of_batches_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        gpu.parse(["--batch=256,x,64,32"])
+    assert gpu.main(["--batch=256,x,64,32"]) == 2
     assert "--batch=256,x,64,32 has to name one batch for each of 4 configs" in capsys.readouterr().err
 
 
