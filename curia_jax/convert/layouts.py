@@ -83,17 +83,8 @@ def _encoder_positions(config: mae.MAEConfig) -> Float[np.ndarray, "1 tokens wid
     return vit.position_table(config.encoder.width, config.encoder.grid)[None]
 
 
-def _decoder_positions(config: mae.MAEConfig) -> Float[np.ndarray, "1 tokens width"]:
-    return vit.position_table(config.decoder_width, config.encoder.grid)[None]
-
-
 def _no_layer_scale(config: mae.MAEConfig) -> Float[np.ndarray, " width"]:
     return np.ones(config.encoder.width, np.float32)
-
-
-def _no_mask_token(config: mae.MAEConfig) -> Float[np.ndarray, "1 width"]:
-    """Dinov2 replaces hidden patches with it before the encoder; a masked autoencoder drops them."""
-    return np.zeros((1, config.encoder.width), np.float32)
 
 
 # ---- config.json
@@ -288,7 +279,10 @@ LAYOUTS = {
     for layout in (
         Layout(
             "vit_mae", "ViTMAEForPreTraining", VIT_MAE_TABLE,
-            {"vit.embeddings.position_embeddings": _encoder_positions, "decoder.decoder_pos_embed": _decoder_positions},
+            {
+                "vit.embeddings.position_embeddings": _encoder_positions,
+                "decoder.decoder_pos_embed": lambda config: vit.position_table(config.decoder_width, config.encoder.grid)[None],
+            },
             _vit_mae_config, _vit_mae_obstacles,
         ),
         Layout(
@@ -299,7 +293,8 @@ LAYOUTS = {
             "dinov2", "Dinov2Model", DINOV2_TABLE,
             {
                 "embeddings.position_embeddings": _encoder_positions,
-                "embeddings.mask_token": _no_mask_token,
+                # Dinov2 replaces hidden patches with it before the encoder; a masked autoencoder drops them.
+                "embeddings.mask_token": lambda config: np.zeros((1, config.encoder.width), np.float32),
                 "encoder.layer.{}.layer_scale1.lambda1": _no_layer_scale,
                 "encoder.layer.{}.layer_scale2.lambda1": _no_layer_scale,
             },

@@ -44,7 +44,6 @@ def make(
       UserError: a setting is wrong, or image, patch, batch and mesh sizes do not fit together.
     """
     chosen = Settings.of(config)
-    sharding.check_batch(chosen.batch_size, mesh)
     model_fields: Any = config.model
     try:
         model = mae.config(**model_fields)
