@@ -108,7 +108,7 @@ class _Span(NamedTuple):
     """Time from the end of one step to the end of a later one, in seconds."""
 
     seconds: float = 0.0
-    examples: int = 0
+    examples: int | float = 0
     input_wait: float = 0.0
     save_wait: float = 0.0
 
