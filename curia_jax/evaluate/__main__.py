@@ -15,16 +15,11 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from curia_common import cli, logs
 from curia_common.errors import UserError
 from curia_common.exit_codes import ExitCode
 from curia_common.progress import Progress
-
-if TYPE_CHECKING:
-    from curia_jax import trained_model
-    from curia_jax.evaluate import features
 
 BACKBONES = ("checkpoint", "random", "pixels")
 EXAMPLES = """
@@ -76,12 +71,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    import jax
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     from curia_jax import checkpoint, trained_model
     from curia_jax.evaluate import features, labels, results, scoring, table
+    from curia_jax.models import mae
     from data_pipeline.format.shards import SliceSource
 
     heads, backbones = _choice("head", args.heads, tuple(scoring.HEADS)), _choice("backbone", args.backbones, BACKBONES)
@@ -114,7 +111,20 @@ def evaluate(args: argparse.Namespace) -> None:
             f"the checkpoint's encoder takes {trained.config.encoder.channels} channels, but a slice has 1; "
             "score a checkpoint that was trained with --config.model.channels=1"
         )
-    views = {name: _view(name, trained, args.features, layers, sizes) for name in backbones}
+
+    def view(backbone: str) -> features.View:
+        if backbone == "pixels":
+            return features.pixel_view(trained.augment)
+        params = trained.params
+        if backbone == "random":
+            # Another seed than the checkpoint's, so that these are not the weights that its training started from.
+            params = mae.init(trained.config, jax.random.key(trained.seed + 1))
+        return features.encoder_view(
+            trained.config.encoder, params["encoder"], trained.augment, pooling=args.features, layers=layers,
+            image_sizes=sizes,
+        )  # fmt: skip
+
+    views = {name: view(name) for name in backbones}
     wanted = {
         split: np.unique(np.concatenate([task.splits[split].slices for task in tasks])) for split in labels.SPLITS
     }
@@ -127,12 +137,12 @@ def evaluate(args: argparse.Namespace) -> None:
                 )
 
     # ---- probes and intervals
-    view = json.dumps(dataclasses.asdict(trained.augment), sort_keys=True)
+    preparation = json.dumps(dataclasses.asdict(trained.augment), sort_keys=True)
     from_encoder = results.Provenance(
         features=args.features, layers=args.layers, step=trained.step, examples_seen=trained.examples_seen,
         encoder_sha256=trained_model.digest(trained.params["encoder"]), image_size=trained.config.encoder.image_size,
         image_sizes=tuple(sizes),
-        view_sha256=hashlib.sha256(view.encode()).hexdigest()[:16],
+        view_sha256=hashlib.sha256(preparation.encode()).hexdigest()[:16],
     )  # fmt: skip
     other = dataclasses.replace(from_encoder, features=None, layers=None)
     scores, predictions = [], []
@@ -158,29 +168,6 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.predictions:
         pq.write_table(pa.concat_tables(predictions), args.predictions)
     table.show(scores)
-
-
-def _view(
-    backbone: str,
-    trained: "trained_model.TrainedModel",
-    pooling: str,
-    layers: list[int | str],
-    sizes: list[tuple[int, int]],
-) -> "features.View":
-    import jax
-
-    from curia_jax.evaluate import features
-    from curia_jax.models import mae
-
-    if backbone == "pixels":
-        return features.pixel_view(trained.augment)
-    params = trained.params
-    if backbone == "random":
-        # Another seed than the checkpoint's, so that these are not the weights that its training started from.
-        params = mae.init(trained.config, jax.random.key(trained.seed + 1))
-    return features.encoder_view(
-        trained.config.encoder, params["encoder"], trained.augment, pooling=pooling, layers=layers, image_sizes=sizes
-    )
 
 
 def _choice(what: str, text: str, known: tuple[str, ...]) -> list[str]:
