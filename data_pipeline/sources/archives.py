@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from curia_common.errors import StorageError, UserError
-from data_pipeline.sources import object_stores as objects
+from data_pipeline.sources import object_stores
 from data_pipeline.sources.base import Heartbeat, ReadError
 from data_pipeline.sources.retry import TRANSIENT, retry_transient
 
@@ -141,8 +141,8 @@ def list_members(task: tuple[str, str, int], skip: Mapping[str, str], heartbeat:
 
 def _state(path: str) -> tuple[Listing, bool]:
     """An archive before it is listed; and whether it is a regular file or an object."""
-    if objects.is_address(path):
-        return Listing(*objects.head(path), [], ""), True
+    if object_stores.is_address(path):
+        return Listing(*object_stores.head(path), [], ""), True
     status = os.stat(path)
     return Listing(path, status.st_size, status.st_mtime_ns, [], ""), stat.S_ISREG(status.st_mode)
 
@@ -162,18 +162,18 @@ def _members(listing: Listing, folder: str, limit: int, heartbeat: Heartbeat) ->
 
 
 def _open_archive(
-    source: Listing | Member, heartbeat: Heartbeat, item: str, first: int = objects.HEADER_BYTES
+    source: Listing | Member, heartbeat: Heartbeat, item: str, first: int = object_stores.HEADER_BYTES
 ) -> io.BufferedIOBase:
     """The file or object that an archive is. The first request to a bucket is for `first` bytes."""
     size = source.size if isinstance(source, Listing) else source.archive_size
-    return _open(objects.Object(source.archive, size, source.modified_ns), heartbeat, item, first)
+    return _open(object_stores.Object(source.archive, size, source.modified_ns), heartbeat, item, first)
 
 
 def _open(
-    source: objects.Object, heartbeat: Heartbeat, item: str, first: int = objects.HEADER_BYTES
+    source: object_stores.Object, heartbeat: Heartbeat, item: str, first: int = object_stores.HEADER_BYTES
 ) -> io.BufferedIOBase:
-    if objects.is_address(source.path):
-        return io.BufferedReader(objects.Reader(source, heartbeat, item, first), PIECE)
+    if object_stores.is_address(source.path):
+        return io.BufferedReader(object_stores.Reader(source, heartbeat, item, first), PIECE)
     return open(source.path, "rb")
 
 
@@ -339,7 +339,7 @@ def _unpack(listing: Listing, folder: str, limit: int, heartbeat: Heartbeat) -> 
 
     A copy that an earlier build finished is reused.
     """
-    copy = hashlib.sha256(os.fsencode(objects.absolute(listing.archive))).hexdigest()[:16] + ".tar"
+    copy = hashlib.sha256(os.fsencode(object_stores.absolute(listing.archive))).hexdigest()[:16] + ".tar"
     target = os.path.join(folder, copy)
     note, state = f"{target}.json", {"size": listing.size, "modified_ns": listing.modified_ns}
     with contextlib.suppress(OSError, ValueError):
@@ -407,7 +407,7 @@ def _check_used(folder: str, limit: int) -> None:
 def _decompressed(listing: Listing, heartbeat: Heartbeat) -> Iterator[bytes]:
     openers = {"gz": gzip.open, "tgz": gzip.open, "bz2": bz2.open, "tbz2": bz2.open, "xz": lzma.open, "txz": lzma.open}
     opener = openers.get(listing.archive.lower().rsplit(".", 1)[1], _open_zstd)
-    with _open_archive(listing, heartbeat, listing.archive, objects.LARGEST) as packed, opener(packed) as file:
+    with _open_archive(listing, heartbeat, listing.archive, object_stores.LARGEST) as packed, opener(packed) as file:
         while piece := file.read(1 << 20):
             yield piece
 
@@ -432,7 +432,7 @@ class _Stream(io.RawIOBase):
     name, mode = "", "rb"  # pydicom asks for a name; files have a mode
 
     def __init__(self, member: Member, folder: str, heartbeat: Heartbeat) -> None:
-        self._pieces = _pieces(member, folder, heartbeat, objects.HEADER_BYTES)
+        self._pieces = _pieces(member, folder, heartbeat, object_stores.HEADER_BYTES)
         self._data, self._at, self._size = bytearray(), 0, member.size
 
     def readable(self) -> bool:
@@ -459,7 +459,7 @@ class _Stream(io.RawIOBase):
 
 @contextlib.contextmanager
 def stream(
-    source: objects.Object, member: Member | None, folder: str, heartbeat: Heartbeat
+    source: object_stores.Object, member: Member | None, folder: str, heartbeat: Heartbeat
 ) -> Iterator[io.BufferedIOBase]:
     """An input as a binary file.
 
@@ -480,7 +480,7 @@ def stream(
 
 @contextlib.contextmanager
 def materialize(
-    source: objects.Object, member: Member | None, folder: str, scratch: str, heartbeat: Heartbeat
+    source: object_stores.Object, member: Member | None, folder: str, scratch: str, heartbeat: Heartbeat
 ) -> Iterator[str]:
     """A path of an input on a local disk, as readers written in C demand.
 
@@ -495,7 +495,7 @@ def materialize(
       StorageError: the scratch disk is full.
       DataError: what is in a bucket changed since it was listed.
     """
-    if member is None and not objects.is_address(source.path):
+    if member is None and not object_stores.is_address(source.path):
         yield source.path
         return
     with _scratch_folder(scratch) as place:
@@ -528,23 +528,23 @@ def _scratch_folder(scratch: str) -> Iterator[str]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def is_unchanged(source: objects.Object, member: Member | None) -> bool:
+def is_unchanged(source: object_stores.Object, member: Member | None) -> bool:
     """Whether an input is still as the inventory saw it, by size and time of the file that holds it. An object of a bucket is
     checked whenever it is read.
 
     Raises:
       OSError: it is gone.
     """
-    if objects.is_address(source.path):
+    if object_stores.is_address(source.path):
         return True
     found = os.stat(source.path if member is None else member.archive)
     wanted = source[1:] if member is None else (member.archive_size, member.modified_ns)
     return (found.st_size, found.st_mtime_ns) == wanted
 
 
-def _whole(source: objects.Object, heartbeat: Heartbeat) -> Iterator[bytes]:
-    with _open(source, heartbeat, source.path, objects.LARGEST) as file:
-        while piece := file.read(objects.LARGEST):
+def _whole(source: object_stores.Object, heartbeat: Heartbeat) -> Iterator[bytes]:
+    with _open(source, heartbeat, source.path, object_stores.LARGEST) as file:
+        while piece := file.read(object_stores.LARGEST):
             yield piece
 
 

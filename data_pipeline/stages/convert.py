@@ -23,8 +23,7 @@ from PIL import Image
 from curia_common.errors import DataError, StorageError, UserError, fault_location
 from data_pipeline.format import codec, files, records, shards
 from data_pipeline.format.files import Json
-from data_pipeline.sources import archives, geometry, readers
-from data_pipeline.sources import object_stores as objects
+from data_pipeline.sources import archives, geometry, object_stores, readers
 from data_pipeline.sources.base import NO_MEMORY, Heartbeat, ImageFacts, ReadError, ReadRequest, Slice
 from data_pipeline.sources.retry import retry_transient
 from data_pipeline.sources.stored_values import LEVELS, stored_sha256
@@ -429,7 +428,7 @@ def _convert_file(
     except MemoryError:
         found = quarantine(NO_MEMORY)
     except OSError as error:
-        if objects.is_address(file.path) and error.errno in (errno.ENOENT, errno.EACCES):
+        if object_stores.is_address(file.path) and error.errno in (errno.ENOENT, errno.EACCES):
             raise StorageError(GONE) from error  # the inventory could read it
         found = quarantine(f"cannot be read ({error.strerror})")
     except Exception as error:  # noqa: BLE001 - no file may end the build, whatever it holds
@@ -445,11 +444,11 @@ def _check_unchanged(file: PlannedFile) -> None:
     except OSError as error:
         raise StorageError(GONE) from error
     if not unchanged:
-        raise DataError(objects.CHANGED)
+        raise DataError(object_stores.CHANGED)
 
 
-def _object(file: PlannedFile) -> objects.Object:
-    return objects.Object(file.path, file.size, file.modified_ns)
+def _object(file: PlannedFile) -> object_stores.Object:
+    return object_stores.Object(file.path, file.size, file.modified_ns)
 
 
 def _read_file(

@@ -12,14 +12,12 @@ from typing import Literal
 from pydicom.uid import MediaStorageDirectoryStorage
 
 from curia_common.errors import DataError, StorageError, UserError, fault_location
-from data_pipeline.sources import archives, dicom_header
-from data_pipeline.sources import object_stores as objects
+from data_pipeline.sources import archives, dicom_header, object_stores
 from data_pipeline.sources.base import Heartbeat, ReadError
 from data_pipeline.sources.dicom_header import FrameGeometry
 from data_pipeline.sources.object_stores import Object, absolute
 from data_pipeline.sources.retry import TRANSIENT, retry_transient
-from data_pipeline.stages import exclusion as rules
-from data_pipeline.stages import pseudonyms
+from data_pipeline.stages import exclusion, pseudonyms
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
@@ -140,8 +138,8 @@ def find_files(inputs: Sequence[str], leave_out: str | None = None) -> list[Path
         add(Path(error.filename))
 
     for text in inputs:
-        if objects.is_address(text):
-            for one in objects.find(text):
+        if object_stores.is_address(text):
+            for one in object_stores.find(text):
                 found.setdefault(one.path, one)
             if text.rpartition("/")[2].upper() == "DICOMDIR":
                 raise UserError(
@@ -202,7 +200,7 @@ def is_place(line: str) -> bool:
     disk or in a bucket."""
     archive, mark, _ = line.partition("!/")
     return (
-        objects.is_address(line)
+        object_stores.is_address(line)
         or os.path.exists(line)
         or bool(mark)
         and archives.is_archive(archive)
@@ -342,7 +340,7 @@ def _with_header(entry: Entry, header: dicom_header.Header, options: Options) ->
     rule = (
         "an index of DICOM files (DICOMDIR)"
         if header.sop_class == MediaStorageDirectoryStorage
-        else rules.exclude_header(header)
+        else exclusion.exclude_header(header)
     )
     if rule is None and header.lossy and not options.keep_lossy:
         rule = "lossy compression"

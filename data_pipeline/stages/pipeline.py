@@ -16,8 +16,7 @@ from curia_common import cli, logs, progress
 from curia_common.errors import DataError, UserError
 from data_pipeline import beam, workers
 from data_pipeline.format import files, shards
-from data_pipeline.sources import archives, dicom_pixels
-from data_pipeline.sources import object_stores as objects
+from data_pipeline.sources import archives, dicom_pixels, object_stores
 from data_pipeline.stages import assignment, card, commit, convert, inventory, labels, pseudonyms, reformat
 from data_pipeline.stages.assignment import Conversion, Plan, Settings, StoredPlan
 
@@ -160,7 +159,7 @@ def run(options: Options) -> card.Card:
     return made
 
 
-def _run_stages(build: _Build, found: Sequence[Path | objects.Object]) -> card.Card:
+def _run_stages(build: _Build, found: Sequence[Path | object_stores.Object]) -> card.Card:
     options, known = build.options, build.known
     entries = _take_inventory(build, found)
     held_out, holdout = _read_holdout(build, entries)
@@ -253,7 +252,7 @@ def _print_summary(made: card.Card, output: Path, seconds: float) -> None:
 # ---- inventory
 
 
-def _take_inventory(build: _Build, found: Sequence[Path | objects.Object]) -> list[inventory.Entry]:
+def _take_inventory(build: _Build, found: Sequence[Path | object_stores.Object]) -> list[inventory.Entry]:
     """What is new among the inputs."""
     options, known = build.options, build.known
     unpacked = archives.folder(options.output)
@@ -268,8 +267,8 @@ def _take_inventory(build: _Build, found: Sequence[Path | objects.Object]) -> li
                     listings[message.number] = message.result
                 else:
                     counter.step()
-    sources: list[str | objects.Object | archives.Member] = [
-        one if isinstance(one, objects.Object) else path
+    sources: list[str | object_stores.Object | archives.Member] = [
+        one if isinstance(one, object_stores.Object) else path
         for one, path in zip(found, paths, strict=True)
         if not archives.is_archive(path)
     ]
@@ -296,7 +295,7 @@ def _take_inventory(build: _Build, found: Sequence[Path | objects.Object]) -> li
     ]
 
 
-def _is_new(source: str | objects.Object | archives.Member, known: commit.Known) -> bool:
+def _is_new(source: str | object_stores.Object | archives.Member, known: commit.Known) -> bool:
     """Whether a file has to be looked at: it is not in the dataset's manifest, or it was bad and has changed since."""
     row = known.files.get(source if isinstance(source, str) else source.path)
     if row is None:
@@ -326,8 +325,8 @@ def _read_holdout(build: _Build, entries: Sequence[inventory.Entry]) -> tuple[se
         return out, None
     lines = inventory.read_holdout(build.options.holdout)
     known = build.known.files
-    places = [(objects.absolute(entry.path), entry.patient) for entry in entries if entry.patient]
-    places += [(objects.absolute(path), row.named) for path, row in known.items() if row.named]
+    places = [(object_stores.absolute(entry.path), entry.patient) for entry in entries if entry.patient]
+    places += [(object_stores.absolute(path), row.named) for path, row in known.items() if row.named]
     here = {patient for _, patient in places} | {row.patient for row in known.values()}
     unmatched = []
     for number, line in lines:

@@ -21,8 +21,7 @@ from data_pipeline import workers
 from data_pipeline.format import codec, records, shards
 from data_pipeline.format.files import Json
 from data_pipeline.format.shards import ShardRow
-from data_pipeline.sources import archives
-from data_pipeline.sources import object_stores as objects
+from data_pipeline.sources import archives, object_stores
 from data_pipeline.sources.base import Heartbeat
 from data_pipeline.stages import assignment, commit, inventory, pseudonyms
 
@@ -149,15 +148,17 @@ def held_out(folder: Path, path: str, key_file: str | None) -> HeldOut:
 
 def _patients_in(place: str, key: bytes) -> set[str]:
     """Pseudonyms of the patients in a folder, an archive, or a part of one."""
-    sources: list[str | objects.Object | archives.Member] = []
+    sources: list[str | object_stores.Object | archives.Member] = []
     with tempfile.TemporaryDirectory() as unpacked:
         for found in inventory.find_files([place.partition("!/")[0]]):
             path = inventory.path_of(found)
             if archives.is_archive(path):
                 listing = archives.list_members((path, unpacked, UNPACK_BYTES), {}, lambda item: None)
-                sources += [one for one in listing.members if inventory.lies_in(objects.absolute(one.path), place)]
+                sources += [
+                    one for one in listing.members if inventory.lies_in(object_stores.absolute(one.path), place)
+                ]
             else:
-                sources.append(found if isinstance(found, objects.Object) else path)
+                sources.append(found if isinstance(found, object_stores.Object) else path)
         entries = inventory.inspect((sources, inventory.Options(key, unpacked=unpacked)), {}, lambda item: None)
     return {entry.patient for entry in entries if entry.patient}
 

@@ -10,7 +10,7 @@ from curia_common.errors import UserError
 from data_pipeline import synthetic_exams
 from data_pipeline.sources import geometry, volumes
 from data_pipeline.sources.dicom_header import read_header
-from data_pipeline.stages import exclusion as rules
+from data_pipeline.stages import exclusion
 
 LABELS = synthetic_exams.LABELS
 
@@ -48,7 +48,7 @@ def test_every_series_is_a_regular_dicom_volume(study: Path) -> None:
     for folder in folders[:8]:
         headers = [read_header(str(path)) for path in sorted(folder.iterdir())]
         assert len(headers) == 5 and len({header.series_uid for header in headers}) == 1
-        assert [rules.exclude_header(header) for header in headers] == [None] * 5
+        assert [exclusion.exclude_header(header) for header in headers] == [None] * 5
         (found,) = geometry.check(
             [h.geometry[0].orientation for h in headers], [h.geometry[0].position for h in headers]
         )

@@ -17,8 +17,7 @@ from PIL import Image
 
 from curia_common.errors import DataError, StorageError
 from curia_common.exit_codes import ExitCode
-from data_pipeline.sources import archives, dicom_pixels
-from data_pipeline.sources import object_stores as objects
+from data_pipeline.sources import archives, dicom_pixels, object_stores
 from data_pipeline.sources.base import ReadError
 from data_pipeline.stages import convert, inventory
 from tests.data_pipeline.packing import compress, pack, write_dicomdir
@@ -40,14 +39,14 @@ def problems(path: Path) -> dict[str, str]:
 
 
 def materialize(member: archives.Member, folder: Path) -> contextlib.AbstractContextManager[str]:
-    source = objects.Object(member.path, member.size, member.modified_ns)
+    source = object_stores.Object(member.path, member.size, member.modified_ns)
     return archives.materialize(source, member, str(folder), str(folder), lambda item: None)
 
 
 def content(member: archives.Member, folder: Path) -> bytes:
     with materialize(member, folder) as path:
         data = Path(path).read_bytes()
-    source = objects.Object(member.path, member.size, member.modified_ns)
+    source = object_stores.Object(member.path, member.size, member.modified_ns)
     with archives.stream(source, member, str(folder), lambda item: None) as file:
         assert file.read() == data
     return data
