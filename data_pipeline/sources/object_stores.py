@@ -119,23 +119,13 @@ def _object(path: str, meta: Any) -> Object:
     return Object(path, meta["size"], int.from_bytes(hashlib.sha256(tag.encode()).digest()[:7], "big"))
 
 
-class Reader(io.RawIOBase):
-    """The bytes of an object.
-
-    Reading raises:
-      DataError: it is another version than `source`.
-      OSError: with errno, as a file's.
-    """
+class Seekable(io.RawIOBase):
+    """Base of what is read at any position without being a file; subclasses have readinto()."""
 
     name, mode = "", "rb"  # pydicom asks for a name; files have a mode
 
-    def __init__(self, source: Object, heartbeat: Heartbeat, item: str, first: int = HEADER_BYTES) -> None:
-        """Args:
-        heartbeat, item: waiting for the storage does not count against the time limit of `item`.
-        first: bytes of the first request; the requests after it are larger while reading is sequential.
-        """
-        self._source, self._heartbeat, self._item, self._first = source, heartbeat, item, first
-        self._at, self._start, self._data = 0, 0, b""
+    def __init__(self, size: int) -> None:
+        self._at, self._size = 0, size
 
     def readable(self) -> bool:
         return True
@@ -147,17 +137,35 @@ class Reader(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._source.size}[whence])
+        self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence])
         return self._at
 
+
+class Reader(Seekable):
+    """The bytes of an object.
+
+    Reading raises:
+      DataError: it is another version than `source`.
+      OSError: with errno, as a file's.
+    """
+
+    def __init__(self, source: Object, heartbeat: Heartbeat, item: str, first: int = HEADER_BYTES) -> None:
+        """Args:
+        heartbeat, item: waiting for the storage does not count against the time limit of `item`.
+        first: bytes of the first request; the requests after it are larger while reading is sequential.
+        """
+        super().__init__(source.size)
+        self._source, self._heartbeat, self._item, self._first = source, heartbeat, item, first
+        self._start, self._data = 0, b""
+
     def readinto(self, buffer: Any, /) -> int:
-        want = min(len(buffer), self._source.size - self._at)
+        want = min(len(buffer), self._size - self._at)
         if want <= 0:
             return 0
         end = self._start + len(self._data)
         if not self._start <= self._at < end:
             ahead = 4 * len(self._data) if self._at == end and self._data else self._first
-            length = min(max(ahead, want), LARGEST, self._source.size - self._at)
+            length = min(max(ahead, want), LARGEST, self._size - self._at)
             self._start, self._data = self._at, self._fetch(self._at, length)
         part = self._data[self._at - self._start :][:want]
         buffer[: len(part)] = part

@@ -149,11 +149,10 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class ShardTask:
-    """One shard of a job; `offset` and `length` are of its line in the plan, bytes."""
+    """One shard of a job; `at` is offset and length of its line in the plan, bytes."""
 
     job: Job
-    offset: int
-    length: int
+    at: tuple[int, int]
 
 
 def publish(task: ShardTask, skip: Mapping[str, str], heartbeat: Heartbeat) -> str:
@@ -167,7 +166,7 @@ def publish(task: ShardTask, skip: Mapping[str, str], heartbeat: Heartbeat) -> s
       UserError: another plan has replaced the job's own, and as convert_shard.
     """
     job = task.job
-    shard = assignment.read_shard(job.lines, task.offset, task.length)
+    shard = assignment.read_shard(job.lines, task.at)
 
     def heartbeat_while_planned(item: str | None) -> None:
         heartbeat(item)

@@ -25,6 +25,7 @@ FILES_PER_TASK = 64
 
 # Columns of the label table: whole numbers, decimal numbers or text, None for an empty cell.
 Labels = Mapping[str, str | int | float | None]
+Source = str | Object | archives.Member  # a path, an object of a bucket, or a file in an archive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Entry:
         return dataclasses.replace(self, fate=fate, reason=reason)
 
 
-def find_files(inputs: Sequence[str], leave_out: str | None = None) -> list[Path | Object]:
+def find_files(inputs: Sequence[str], leave_out: str | None = None) -> list[str | Object]:
     """All files and objects under the inputs, each once, sorted by path.
 
     Links to folders are followed; hidden files and folders are skipped. What cannot be read (broken links, folders without
@@ -121,14 +122,14 @@ def find_files(inputs: Sequence[str], leave_out: str | None = None) -> list[Path
       DataError: a DICOMDIR cannot be read, or there is no file in any input.
       StorageError: a folder or a bucket cannot be listed at the moment.
     """
-    found: dict[str, Path | Object] = {}
+    found: dict[str, str | Object] = {}
     # Links can lead back up; each folder is walked once.
     walked: set[tuple[int, int]] = set()
     if leave_out is not None and os.path.isdir(leave_out):
         walked.add(_identity(leave_out))
 
     def add(path: Path) -> None:
-        found.setdefault(os.path.abspath(path), path)
+        found.setdefault(os.path.abspath(path), str(path))
 
     def unreadable(error: OSError) -> None:
         if error.errno in TRANSIENT:  # to quarantine the folder would drop all files in it
@@ -177,9 +178,9 @@ def find_files(inputs: Sequence[str], leave_out: str | None = None) -> list[Path
     return sorted(found.values(), key=lambda one: Path(path_of(one)))
 
 
-def path_of(found: Path | Object) -> str:
+def path_of(source: Source) -> str:
     """The path as the manifest has it."""
-    return found.path if isinstance(found, Object) else str(found)
+    return source if isinstance(source, str) else source.path
 
 
 def read_holdout(path: str) -> list[tuple[int, str]]:
@@ -250,9 +251,7 @@ def _identity(path: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def inspect(
-    task: tuple[Sequence[str | Object | archives.Member], Options], skip: Mapping[str, str], heartbeat: Heartbeat
-) -> list[Entry]:
+def inspect(task: tuple[Sequence[Source], Options], skip: Mapping[str, str], heartbeat: Heartbeat) -> list[Entry]:
     """Entries of some files, objects and archive members; the work of one task of workers.run. Never raises for file contents.
 
     Args:
@@ -265,7 +264,7 @@ def inspect(
     sources, options = task
     entries = []
     for source in sources:
-        path = source if isinstance(source, str) else source.path
+        path = path_of(source)
         if path in skip:
             entries.append(Entry(path).with_fate("quarantined", skip[path]))
             continue
@@ -275,7 +274,7 @@ def inspect(
     return entries
 
 
-def _inspect(source: str | Object | archives.Member, path: str, options: Options, heartbeat: Heartbeat) -> Entry:
+def _inspect(source: Source, path: str, options: Options, heartbeat: Heartbeat) -> Entry:
     entry = Entry(path)
     try:
         if isinstance(source, str):

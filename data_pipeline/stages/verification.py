@@ -148,7 +148,7 @@ def held_out(folder: Path, path: str, key_file: str | None) -> HeldOut:
 
 def _patients_in(place: str, key: bytes) -> set[str]:
     """Pseudonyms of the patients in a folder, an archive, or a part of one."""
-    sources: list[str | object_stores.Object | archives.Member] = []
+    sources: list[inventory.Source] = []
     with tempfile.TemporaryDirectory() as unpacked:
         for found in inventory.find_files([place.partition("!/")[0]]):
             path = inventory.path_of(found)
@@ -158,7 +158,7 @@ def _patients_in(place: str, key: bytes) -> set[str]:
                     one for one in listing.members if inventory.lies_in(object_stores.absolute(one.path), place)
                 ]
             else:
-                sources.append(found if isinstance(found, object_stores.Object) else path)
+                sources.append(found)
         entries = inventory.inspect((sources, inventory.Options(key, unpacked=unpacked)), {}, lambda item: None)
     return {entry.patient for entry in entries if entry.patient}
 

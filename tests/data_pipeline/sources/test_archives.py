@@ -184,7 +184,7 @@ def test_resumed_build_reuses_unpacked_copies_of_unchanged_archives(
     unpacked = []
     decompressed = archives._decompressed
     monkeypatch.setattr(
-        archives, "_decompressed", lambda one, heartbeat: unpacked.append(one.archive) or decompressed(one, heartbeat)
+        archives, "_decompressed", lambda one, heartbeat: unpacked.append(one.path) or decompressed(one, heartbeat)
     )
     listing(path, folder=copy.parent)
     assert unpacked == []
