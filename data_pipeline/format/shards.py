@@ -125,11 +125,10 @@ def write(path: Path, items: Iterable[bytes], scratch: Path | None = None) -> tu
     return len(checksums), digest
 
 
-def thin(path: Path, target: Path, drop: Collection[tuple[int, int]]) -> tuple[int, str, list[int]]:
-    """Writes a shard without some of its slices; the others are copied unchanged.
+def thin(path: Path, drop: Collection[tuple[int, int]]) -> tuple[int, str, list[int]]:
+    """Writes a shard anew without some of its slices; the others are copied unchanged.
 
     Args:
-      path, target: read and written; they may be the same.
       drop: record and slot of each slice to leave out.
 
     Returns:
@@ -150,7 +149,7 @@ def thin(path: Path, target: Path, drop: Collection[tuple[int, int]]) -> tuple[i
 
     reader = array_record_module.ArrayRecordReader(str(path), "")
     try:
-        written, digest = write(target, items(reader))
+        written, digest = write(path, items(reader))
     finally:
         reader.close()
     return written, digest, counts

@@ -12,9 +12,8 @@ import pyarrow.parquet as pq
 
 from curia_common.errors import DataError, UserError
 from data_pipeline.format import records, shards
-from data_pipeline.stages import contact_sheet
+from data_pipeline.stages import card, contact_sheet
 
-COUNTED = ("split", "modality", "units", "plane", "body_part", "manufacturer")
 SERIES_SHOWN = 20
 KEY = ("series", "plane", "index")  # identifies a slice in all datasets that were built with one key
 PLACE = ("shard", "record", "slot")  # where a slice is stored, which is no property of it
@@ -60,9 +59,9 @@ def print_counts(folder: Path, index: pa.Table) -> None:
     series, patients = (len(index[name].unique()) for name in ("series", "patient"))
     used = len(index["shard"].unique())
     print(f"{folder}: {len(index):,} slices of {series:,} series of {patients:,} patients in {used:,} shards")
-    for name in COUNTED:
-        counts = sorted(collections.Counter(index[name].to_pylist()).items(), key=lambda item: (-item[1], item[0]))
-        print(f"  {name:<13}" + ", ".join(f"{value or 'unknown'} {count:,}" for value, count in counts))
+    for name in card.COUNTED:
+        counts = card.most_first(collections.Counter(index[name].to_pylist()))
+        print(f"  {name:<13}" + ", ".join(f"{value or 'unknown'} {count:,}" for value, count in counts.items()))
     flags = collections.Counter(text for value in index["flags"].to_pylist() for text in flag_names(value))
     print(f"  {'flags':<13}" + (", ".join(f"{text} {count:,}" for text, count in flags.most_common()) or "none"))
     sizes = collections.Counter(zip(index["height"].to_pylist(), index["width"].to_pylist(), strict=True))
@@ -106,7 +105,7 @@ def print_slice(source: shards.SliceSource, index: pa.Table, number: int) -> Non
     record = records.parse(source.read(row["number"])[0])
     slot = row["slot"]
     print(f"slice {number}: {row['shard']}, record {row['record']}, slot {slot} of {len(record.slices)}")
-    fields: dict = record.header._asdict() | record.entries[slot]._asdict()
+    fields: dict = vars(record.header) | record.entries[slot]._asdict()
     flags = record.entries[slot].flags
     fields["flags"] = f"{flags} ({', '.join(flag_names(flags)) or 'none'})"
     fields["slices"] = f"{len(record.slices[slot]):,} bytes for {row['height']}x{row['width']} px of 16 bit"

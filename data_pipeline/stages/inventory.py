@@ -199,14 +199,10 @@ def read_holdout(path: str) -> list[tuple[int, str]]:
 def is_place(line: str) -> bool:
     """Whether a line of a hold-out file names a path: a folder, a file, an archive or a folder in one (exams.zip!/folder), on a
     disk or in a bucket."""
+    if object_stores.is_address(line) or os.path.exists(line):
+        return True
     archive, mark, _ = line.partition("!/")
-    return (
-        object_stores.is_address(line)
-        or os.path.exists(line)
-        or bool(mark)
-        and archives.is_archive(archive)
-        and os.path.isfile(archive)
-    )
+    return bool(mark) and archives.is_archive(archive) and os.path.isfile(archive)
 
 
 def lies_in(path: str, place: str) -> bool:
@@ -347,18 +343,11 @@ def _with_header(entry: Entry, header: dicom_header.Header, options: Options) ->
         rule = A_FACE if header.body_part in dicom_header.FACES else MAY_BE_A_FACE if not header.body_part else None
     if rule is not None:
         return entry.with_fate("excluded", rule)
+    instance = pseudonyms.digest(options.key, "instance", header.sop_uid or entry.path)
     facts = FileFacts(
-        modality=header.modality,
-        instance=pseudonyms.digest(options.key, "instance", header.sop_uid or entry.path),
-        rows=header.rows,
-        columns=header.columns,
-        frames=header.frames,
-        body_part=header.body_part,
-        manufacturer=header.manufacturer,
-        lossy=header.lossy,
-        thickness=header.thickness,
-        geometry=header.geometry,
-    )
+        header.modality, instance, header.rows, header.columns, header.frames, header.body_part, header.manufacturer,
+        header.lossy, header.thickness, header.geometry,
+    )  # fmt: skip
     return dataclasses.replace(entry, facts=facts)
 
 

@@ -175,7 +175,7 @@ def _run_stages(build: _Build, found: Sequence[str | object_stores.Object]) -> c
         continued=known.slices_of(build.output, {entry.series for entry in entries if not entry.fate}),
     ))  # fmt: skip
     if holdout is not None:
-        count = sum(entry.reason == assignment.HELD_OUT for entry in entries) + known.held_out_files()
+        count = sum(one.reason == assignment.HELD_OUT for one in (*entries, *known.files.values()))
         holdout = holdout._replace(files=count)
     request = commit.Request(
         build.output, build.private, options.name, options.shown_on_card, options.examples, known, entries, named,

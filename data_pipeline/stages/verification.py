@@ -29,7 +29,8 @@ DAMAGED_SHOWN = 3  # records per shard
 UNPACK_BYTES = 100_000_000_000  # of compressed archives that a hold-out file names
 
 
-class HeldOut(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
     """How many lines a hold-out file has, how many patients they name, and what of those is in the index."""
 
     lines: int
@@ -63,11 +64,7 @@ class Report:
 
     def to_json(self) -> Json:
         value = dataclasses.asdict(self) | {"sound": self.sound}
-        if self.held_out is None:
-            del value["held_out"]
-        else:
-            value["held_out"] = self.held_out._asdict()
-        return value
+        return {name: one for name, one in value.items() if one is not None}
 
 
 def verify(folder: Path, *, workers_count: int = 1, holdout: str | None = None, key_file: str | None = None) -> Report:
@@ -321,13 +318,6 @@ class ShardFindings(NamedTuple):
     bytes: int = 0
 
 
-class _CheckedRecord(NamedTuple):
-    """A record that is sound: what the index should have of each slice, and the size of its slices in px."""
-
-    rows: list[dict[str, str | int | float]]
-    shape: tuple[int, int]
-
-
 class _Damaged(Exception):
     """A record is damaged; the text says how."""
 
@@ -370,7 +360,7 @@ def _check_shard(path: Path, row: ShardRow) -> ShardFindings:
         count = 0
     if count != row.records:
         problems.append(f"{name} holds {count:,} readable records, published with {row.records:,}")
-    checked: list[_CheckedRecord] = []
+    checked: list[list[dict[str, Any]]] = []
     damaged = []
     for number in range(count):
         try:
@@ -382,37 +372,38 @@ def _check_shard(path: Path, row: ShardRow) -> ShardFindings:
     problems += damaged[:DAMAGED_SHOWN]
     if len(damaged) > DAMAGED_SHOWN:
         problems.append(f"{name}: {len(damaged) - DAMAGED_SHOWN:,} more damaged records")
-    counts = [len(one.rows) for one in checked]
+    counts = [len(rows) for rows in checked]
+    rows = [one for rows in checked for one in rows]
     if not damaged and count == row.records:  # else what follows would only repeat it
         published = row.slice_counts if row.slice_counts is not None else [1] * row.records
         if counts != published or sum(counts) != row.slices:
             problems.append(f"{name} holds other numbers of slices in its records than {shards.SHARDS} says")
-        largest = [max((one.shape[side] for one in checked), default=0) for side in (0, 1)]
+        largest = [max((one[side] for one in rows), default=0) for side in ("height", "width")]
         if largest != [row.largest_height, row.largest_width]:
             problems.append(
                 f"{name}: its largest slice is {largest[0]}x{largest[1]} px, {shards.SHARDS} says {row.largest_height}x{row.largest_width}"
             )
-        problems += _compare_with_index(path, [index_row for one in checked for index_row in one.rows])
-    return ShardFindings(problems, len(checked), sum(counts), size)
+        problems += _compare_with_index(path, rows)
+    return ShardFindings(problems, len(checked), len(rows), size)
 
 
-def _check_record(data: bytes, number: int) -> _CheckedRecord:
+def _check_record(data: bytes, number: int) -> list[dict[str, Any]]:
+    """What the index should have of each slice of a sound record."""
     header, slices, entries = records.parse(data)
     rows = []
-    shapes = set()
     for slot, (encoded, entry) in enumerate(zip(slices, entries, strict=True)):
         pixels = codec.decode(encoded)
         mean = float(pixels.mean(dtype=np.float64)) * header.slope + header.intercept
         if abs(mean - entry.mean) > 1e-4 * max(1.0, entry.std, abs(mean)):
             raise _Damaged("its mean is not that of its pixels")
-        shapes.add(pixels.shape)
         rows.append({"record": number, "slot": slot, **records.index_row(header, entry, pixels.shape)})
-    if len(shapes) != 1:
-        raise _Damaged(f"slices of {len(shapes)} sizes, a record has one")
-    return _CheckedRecord(rows, shapes.pop())
+    sizes = {(row["height"], row["width"]) for row in rows}
+    if len(sizes) != 1:
+        raise _Damaged(f"slices of {len(sizes)} sizes, a record has one")
+    return rows
 
 
-def _compare_with_index(path: Path, rows: Sequence[Mapping[str, str | int | float]]) -> list[str]:
+def _compare_with_index(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Where index.parquet says something else of a shard than the shard's own records."""
     try:
         index = pq.read_table(path.parent / shards.INDEX, filters=[("shard", "=", path.name)])

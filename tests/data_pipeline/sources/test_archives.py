@@ -220,7 +220,7 @@ def test_full_disk_or_unpack_limit_stops_the_build(tmp_path: Path, from_folder, 
     (tmp_path / "u").mkdir()
     (tmp_path / "u" / "gone.tar").symlink_to(tmp_path / "nowhere")
     assert listing(tmp_path / "e.tar.gz", folder=tmp_path / "u").problem == ""
-    monkeypatch.setattr(archives.tempfile, "mkdtemp", lambda **_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(archives.tempfile, "mkdtemp", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(StorageError, match="No space left.*free some space there"), contextlib.ExitStack() as stack:
         stack.enter_context(materialize(member, tmp_path / "u"))
 
