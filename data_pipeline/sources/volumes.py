@@ -220,12 +220,6 @@ def open_volume(path: str, scratch: str | None = None) -> Iterator[Volume]:
         raise ReadError(NO_MEMORY) from error
 
 
-def read_volume(path: str) -> tuple[Volume, Shaped[np.ndarray, "slices rows columns"]]:
-    """A volume and all its slices at once; see open_volume."""
-    with open_volume(path) as volume:
-        return volume, np.stack(list(volume.slices()))
-
-
 def _volume(path: str, stored: _Array | _File, scaling: tuple[float, float], affine: np.ndarray) -> Volume:
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     # To axes pointing right, front, up, so that array axes are sagittal, coronal and axial in turn.
