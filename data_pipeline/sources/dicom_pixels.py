@@ -261,17 +261,11 @@ def _image(path: str, dataset: FileDataset, source: BufferedIOBase, last: Elemen
     else:  # against the standard; the end of the items has to be the end of the source
         source = io.BytesIO(source.read(last.length))
     return Image(
-        path=path,
-        frames=frames,
-        photometric=text(dataset, "PhotometricInterpretation"),
+        path=path, frames=frames, photometric=text(dataset, "PhotometricInterpretation"),
         bits_stored=whole_number(dataset, "BitsStored", 16),
-        signed=whole_number(dataset, "PixelRepresentation", 0) == 1,
-        geometry=frame_geometries(dataset, frames),
-        decoder="",
-        _dataset=dataset,
-        _representation=last.representation or "OW",
-        _source=source,
-    )
+        signed=whole_number(dataset, "PixelRepresentation", 0) == 1, geometry=frame_geometries(dataset, frames),
+        decoder="", _dataset=dataset, _representation=last.representation or "OW", _source=source,
+    )  # fmt: skip
 
 
 def _check_items(source: BufferedIOBase) -> None:

@@ -31,15 +31,9 @@ class PictureFile:
         values = read_picture(self._request.path)
         self.stored_sha256 = stored_sha256(values)
         yield Slice(
-            rank=0,
-            pixels=values.astype(np.uint16),
-            slope=1.0,
-            intercept=0.0,
-            position=0.0,
-            flags=self._request.flags,
-            source=self.stored_sha256,
-            spacing=(0.0, 0.0),
-        )
+            rank=0, pixels=values.astype(np.uint16), slope=1.0, intercept=0.0, position=0.0, flags=self._request.flags,
+            source=self.stored_sha256, spacing=(0.0, 0.0),
+        )  # fmt: skip
 
 
 @contextlib.contextmanager
