@@ -14,6 +14,7 @@ shards keep their names and bytes. dataset_info.json says the same with the file
 {DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}. A file belongs to the dataset once shards.parquet lists it.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -147,21 +148,15 @@ def thin(path: Path, drop: Collection[tuple[int, int]]) -> tuple[int, str, list[
                 counts.append(records.count(kept))
                 yield kept
 
-    reader = array_record_module.ArrayRecordReader(str(path), "")
-    try:
+    with contextlib.closing(array_record_module.ArrayRecordReader(str(path), "")) as reader:
         written, digest = write(path, items(reader))
-    finally:
-        reader.close()
     return written, digest, counts
 
 
 def read_record(path: Path, number: int) -> bytes:
     """One record of a shard; opens and closes the file each time, where SliceSource keeps it open."""
-    reader = array_record_module.ArrayRecordReader(str(path), "")
-    try:
+    with contextlib.closing(array_record_module.ArrayRecordReader(str(path), "")) as reader:
         return reader.read([number])[0]
-    finally:
-        reader.close()
 
 
 class SliceSource:

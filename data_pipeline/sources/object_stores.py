@@ -67,7 +67,7 @@ def find(address: str) -> list[Object]:
       UserError: there are none, or they may not be listed.
       StorageError: the storage does not answer.
     """
-    store, key = _store(address), _split(address)[1]  # before the import: it explains a missing extra
+    store, key = _store(address)  # before the import: it explains a missing extra
     import obstore
 
     top = address[: len(address) - len(key)] if key else f"{address.rstrip('/')}/"
@@ -110,7 +110,7 @@ def head(path: str) -> Object:
     import obstore
 
     with _translated_errors():
-        return _object(path, obstore.head(_store(path), _split(path)[1]))
+        return _object(path, obstore.head(*_store(path)))
 
 
 def _object(path: str, meta: Any) -> Object:
@@ -178,9 +178,7 @@ class Reader(Seekable):
         self._heartbeat(None)
         try:
             with _translated_errors():
-                answer = obstore.get(
-                    _store(self._source.path), _split(self._source.path)[1], options={"range": (start, start + length)}
-                )
+                answer = obstore.get(*_store(self._source.path), options={"range": (start, start + length)})
                 data = memoryview(answer.bytes())
         finally:
             self._heartbeat(self._item)
@@ -192,14 +190,11 @@ class Reader(Seekable):
 # ---- stores
 
 
-def _split(address: str) -> tuple[str, str]:
-    """Bucket and key."""
-    bucket, _, key = address.split("://", 1)[1].partition("/")
-    return bucket, key
-
-
-def _store(address: str) -> Any:
-    return _open_store(address.split("://", 1)[0], _split(address)[0])
+def _store(address: str) -> tuple[Any, str]:
+    """Store and key."""
+    scheme, _, place = address.partition("://")
+    bucket, _, key = place.partition("/")
+    return _open_store(scheme, bucket), key
 
 
 @functools.cache

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 
 from curia_common.errors import DataError, UserError
 from data_pipeline.format import records, shards
-from data_pipeline.stages import card, contact_sheet
+from data_pipeline.stages import contact_sheet
 
+COUNTED = ("split", "modality", "units", "plane", "body_part", "manufacturer")
 SERIES_SHOWN = 20
 KEY = ("series", "plane", "index")  # identifies a slice in all datasets that were built with one key
 PLACE = ("shard", "record", "slot")  # where a slice is stored, which is no property of it
@@ -59,9 +60,9 @@ def print_counts(folder: Path, index: pa.Table) -> None:
     series, patients = (len(index[name].unique()) for name in ("series", "patient"))
     used = len(index["shard"].unique())
     print(f"{folder}: {len(index):,} slices of {series:,} series of {patients:,} patients in {used:,} shards")
-    for name in card.COUNTED:
-        counts = card.most_first(collections.Counter(index[name].to_pylist()))
-        print(f"  {name:<13}" + ", ".join(f"{value or 'unknown'} {count:,}" for value, count in counts.items()))
+    for name in COUNTED:
+        counts = sorted(collections.Counter(index[name].to_pylist()).items(), key=lambda item: (-item[1], item[0]))
+        print(f"  {name:<13}" + ", ".join(f"{value or 'unknown'} {count:,}" for value, count in counts))
     flags = collections.Counter(text for value in index["flags"].to_pylist() for text in flag_names(value))
     print(f"  {'flags':<13}" + (", ".join(f"{text} {count:,}" for text, count in flags.most_common()) or "none"))
     sizes = collections.Counter(zip(index["height"].to_pylist(), index["width"].to_pylist(), strict=True))

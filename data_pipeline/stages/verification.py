@@ -92,9 +92,11 @@ def verify(folder: Path, *, workers_count: int = 1, holdout: str | None = None, 
 
 def _verify_shards(folder: Path, table: Sequence[ShardRow], problems: Sequence[str], count: int) -> Report:
     names = {row.file for row in table}
+    unfinished = pending(folder, names)
+    strays = {path.name for path in folder.glob("[!.]*.array_record*")} - names - unfinished
     problems = [
         *problems, *_index_problems(folder, table), *_tfds_problems(folder, table), *_card_problems(folder, table),
-        *_stray_problems(folder, names),
+        *(f"{name} is not in {shards.SHARDS}" for name in sorted(strays)),
     ]  # fmt: skip
     tasks = [(str(folder), row) for row in table]
     found: dict[int, ShardFindings] = {}
@@ -110,7 +112,7 @@ def _verify_shards(folder: Path, table: Sequence[ShardRow], problems: Sequence[s
     return Report(
         str(folder), len(shards_found), sum(one.records for one in shards_found), sum(one.slices for one in shards_found),
         sum(one.bytes for one in shards_found), (*problems, *(line for one in shards_found for line in one.problems)),
-        tuple(sorted(pending(folder, names))),
+        tuple(sorted(unfinished)),
     )  # fmt: skip
 
 
@@ -185,12 +187,6 @@ def _read_shard_table(folder: Path) -> tuple[list[ShardRow] | None, list[str]]:
         if row.split not in pseudonyms.SPLITS:
             problems.append(f"{shards.SHARDS}: {row.file} is of split {row.split!r}, which does not exist")
     return rows, problems
-
-
-def _stray_problems(folder: Path, known: set[str]) -> list[str]:
-    known = known | pending(folder, known)
-    strays = sorted(path.name for path in folder.glob("[!.]*.array_record*") if path.name not in known)
-    return [f"{name} is not in {shards.SHARDS}" for name in strays]
 
 
 def pending(folder: Path, known: Collection[str]) -> set[str]:
