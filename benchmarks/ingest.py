@@ -29,11 +29,13 @@ import numpy as np
 import pyarrow as pa
 import pydicom
 import SimpleITK
-from array_record.python import array_record_module
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue] - an extension module
 from PIL import Image
 from pydicom import uid
 from pydicom.encaps import encapsulate
-from pydicom.pixels import apply_rescale, get_encoder, pixel_array
+from pydicom.pixels.encoders.base import get_encoder
+from pydicom.pixels.processing import apply_rescale
+from pydicom.pixels.utils import pixel_array
 
 from data_pipeline import workers
 from data_pipeline.format import codec, shards
@@ -45,9 +47,9 @@ from data_pipeline.stages.assignment import Conversion, PlannedShard
 from data_pipeline.stages.statistics import slice_statistics
 
 try:
-    from imagecodecs import htj2k_encode  # of OpenJPH; pylibjpeg-openjpeg only decodes
+    import imagecodecs  # pyright: ignore[reportMissingImports] - optional; OpenJPH encodes, pylibjpeg-openjpeg only decodes
 except ImportError:
-    htj2k_encode = None
+    imagecodecs = None
 
 KEY = b"a key that everybody may know"
 ONE_CT = "dicom/transfer_syntaxes/ct_hispeed_13ts"
@@ -87,7 +89,7 @@ def copies(source: Path, folder: Path, count: int) -> list[Path]:
     image = pydicom.dcmread(source)
     paths = []
     for n in range(count):
-        image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = f"2.25.1{n:05d}"
+        image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = uid.UID(f"2.25.1{n:05d}")
         image.SeriesInstanceUID = f"2.25.2{n:05d}"
         paths.append(folder / f"{n:04d}.dcm")
         image.save_as(paths[-1])
@@ -102,7 +104,7 @@ def plain_series(source: Path, folder: Path) -> list[Path]:
         for number, path in enumerate(sorted(source.iterdir())):
             image = pydicom.dcmread(path)
             image.PixelData = np.roll(image.pixel_array, shift, axis=1).tobytes()
-            image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = f"2.25.{shift + 1}{number:04d}"
+            image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = uid.UID(f"2.25.{shift + 1}{number:04d}")
             image.ImagePositionPatient = [0, 0, 1000 * shift + number]
             paths.append(folder / f"{len(paths):04d}.dcm")
             image.save_as(paths[-1])
@@ -122,7 +124,8 @@ def encoded(sources: Sequence[Path], folder: Path, syntax: str) -> list[Path]:
             _with_gdcm(path, paths[-1], syntax)
             continue
         elif syntax == uid.HTJ2KLossless:
-            image.PixelData = encapsulate([htj2k_encode(image.pixel_array)])
+            assert imagecodecs is not None
+            image.PixelData = encapsulate([imagecodecs.htj2k_encode(image.pixel_array)])
             image["PixelData"].is_undefined_length = True
         image.file_meta.TransferSyntaxUID = uid.UID(syntax)
         image.save_as(paths[-1], implicit_vr=syntax == uid.ImplicitVRLittleEndian, little_endian=True)
@@ -180,7 +183,7 @@ def converter(paths: Sequence[Path], folder: Path) -> Callable[[], object]:
 def bound(paths: Sequence[Path]) -> Callable[[], object]:
     """The bare decoding and encoding of the same bytes, from memory; what the fallback decodes, from the file."""
     contents = [path.read_bytes() for path in paths]
-    syntax = str(pydicom.dcmread(paths[0], stop_before_pixels=True).file_meta.TransferSyntaxUID)
+    syntax = pydicom.dcmread(paths[0], stop_before_pixels=True).file_meta.TransferSyntaxUID
     plugin = dicom_pixels.PLUGINS.get(syntax, "")
 
     def run() -> None:
@@ -206,7 +209,7 @@ def syntaxes(data: Path, place: Path) -> dict[str, dict[str, float]]:
     )
     print("|---|---|---|---|---|---|---|")
     for name, syntax in SYNTAXES.items():
-        if syntax == uid.HTJ2KLossless and htj2k_encode is None:
+        if syntax == uid.HTJ2KLossless and imagecodecs is None:
             continue
         paths = encoded(plain, place / syntax, syntax)
         stored = dicom_pixels.read_stored(str(paths[0]))[0]
@@ -225,7 +228,7 @@ def syntaxes(data: Path, place: Path) -> dict[str, dict[str, float]]:
             f"{measured['pipeline'] / measured['bound']:.0%} | {measured['pipeline'] / measured['hashed']:.0%} |",
             flush=True,
         )
-    if htj2k_encode is None:
+    if imagecodecs is None:
         print("no row for HTJ2K: pip install imagecodecs, whose encoder makes the files", flush=True)
     return found
 
@@ -306,11 +309,11 @@ def scaling(data: Path, place: Path) -> None:
     for _ in range(3):
         for count in (1, 2):
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            began = None
-            for message in workers.run(convert_task, tasks, workers=count, timeout=600.0):
-                # From the first file on: starting a process takes seconds, whatever there is to do.
-                began = began or time.perf_counter()
-                del message
+            # From the first file on: starting a process takes seconds, whatever there is to do.
+            running = workers.run(convert_task, tasks, workers=count, timeout=600.0)
+            next(running)
+            began = time.perf_counter()
+            list(running)
             clock[count].append(time.perf_counter() - began)
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             cpu[count].append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
@@ -380,12 +383,12 @@ def _changing(pixels: np.ndarray, count: int) -> Iterator[np.ndarray]:
 def _files(image: pydicom.FileDataset, count: int, folder: Path) -> None:
     for n, pixels in enumerate(_changing(image.pixel_array.copy(), count)):
         image.PixelData, image.ImagePositionPatient = pixels.tobytes(), [0, 0, n]
-        image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = f"2.25.{n + 1}"
+        image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = uid.UID(f"2.25.{n + 1}")
         image.save_as(folder / f"{n:05d}.dcm")
 
 
 def _frames(image: pydicom.FileDataset, count: int, folder: Path, *, packed: bool = False) -> None:
-    image.SOPClassUID = image.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.2.1"
+    image.SOPClassUID = image.file_meta.MediaStorageSOPClassUID = uid.EnhancedCTImageStorage
     items = []
     for n in range(count):
         item, spot = pydicom.Dataset(), pydicom.Dataset()
@@ -405,12 +408,9 @@ def _frames(image: pydicom.FileDataset, count: int, folder: Path, *, packed: boo
         if packed:
             file.write(b"\xfe\xff\x00\xe0" + bytes(4))  # an offset table without entries
         for one in _changing(pixels, count):
-            data = (
-                get_encoder(uid.JPEGLSLossless).encode(one, encoding_plugin="pyjpegls", **_SHAPE)
-                if packed
-                else one.tobytes()
-            )
+            data = one.tobytes()
             if packed:
+                data = get_encoder(uid.JPEGLSLossless).encode(one, encoding_plugin="pyjpegls", **_SHAPE)
                 file.write(b"\xfe\xff\x00\xe0" + len(data).to_bytes(4, "little"))
             file.write(data)
         if packed:

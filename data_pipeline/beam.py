@@ -90,15 +90,15 @@ def build_graph(pipeline: "Pipeline", places: Sequence[ShardPlace], job: convert
     """Adds the conversion of the shards at `places` to a Beam pipeline."""
     import apache_beam as beam
 
-    every = pipeline | "shards" >> beam.Create([(place.offset, place.length) for place in places], reshuffle=False)
+    every = pipeline | "shards" >> beam.Create([place.at for place in places], reshuffle=False)
     _ = every | beam.Reshuffle() | "convert" >> beam.Map(convert_one, job, limits)
 
 
-def convert_one(line: tuple[int, int], job: convert.Job, limits: Limits) -> None:
+def convert_one(at: tuple[int, int], job: convert.Job, limits: Limits) -> None:
     """Converts a shard unless it is finished, in a process that may hang or die; runs on a Beam worker.
 
     Args:
-      line: offset and length of the shard's line in the plan, bytes.
+      at: offset and length of the shard's line in the plan, bytes.
 
     Raises:
       RuntimeError: it failed, so that the runner tries it again if it does such things; the text quotes no data.
@@ -110,16 +110,16 @@ def convert_one(line: tuple[int, int], job: convert.Job, limits: Limits) -> None
             raise RuntimeError(f"this worker sees no folder {job.sidecars}; mount the output there on every worker")
         note = None
         try:
-            shard = assignment.read_shard(job.lines, *line)
+            shard = assignment.read_shard(job.lines, at)
             name = shards.file_name(job.conversion.name, shard.split, shard.number)
             note = Path(job.sidecars, name + FAILED)
             if commit.is_finished(Path(job.sidecars), Path(job.output, name), job.plan):
                 Metrics.counter("data_pipeline", "shards that were finished").inc()
                 return
-            task = convert.ShardTask(job, *line)
             running = workers.run(
-                convert.publish, [task], workers=1, timeout=limits.timeout, memory=limits.memory, idle=_idle
-            )
+                convert.publish, [convert.ShardTask(job, at)], workers=1, timeout=limits.timeout, memory=limits.memory,
+                idle=_idle,
+            )  # fmt: skip
             with contextlib.closing(running):
                 for message in running:
                     if isinstance(message, workers.Progress):

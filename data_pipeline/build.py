@@ -40,18 +40,13 @@ python -m data_pipeline.build --input pictures/ --labels pictures/labels.csv --l
 def parser() -> argparse.ArgumentParser:
     p = cli.parser("python -m data_pipeline.build", __doc__, examples=EXAMPLES, codes=(ExitCode.DATA,))
     p.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="PATH",
+        "--input", nargs="+", required=True, metavar="PATH",
         help="folders, files, .zip and .tar archives, a DICOMDIR, s3://bucket/folder, gs://bucket/folder; folders are searched recursively",
-    )
+    )  # fmt: skip
     p.add_argument(
-        "--output",
-        required=True,
-        metavar="FOLDER",
+        "--output", required=True, metavar="FOLDER",
         help="dataset folder; an unfinished build in it is resumed, a finished one added to",
-    )
+    )  # fmt: skip
     p.add_argument("--name", default="slices", help="dataset name, the start of the shard names (default: %(default)s)")
     p.add_argument(
         "--key-file",
@@ -59,45 +54,31 @@ def parser() -> argparse.ArgumentParser:
         help=f"secret for pseudonyms and splits; else the variable {KEY_VARIABLE}, else OUTPUT.key, which is made if it does not exist",
     )
     p.add_argument(
-        "--modality",
-        choices=("auto", "CT", "MR"),
-        default="auto",
+        "--modality", choices=("auto", "CT", "MR"), default="auto",
         help="of files that do not name theirs (NIfTI, NRRD, MetaImage, pictures); auto infers it from the range of a volume's values",
-    )
+    )  # fmt: skip
     p.add_argument(
         "--size", type=int, metavar="PX", help="reduce slices whose longer side is larger (default: native size)"
     )
     p.add_argument(
-        "--planes",
-        type=lambda text: tuple(text.split(",")),
-        default=(),
-        metavar="PLANE,…",
+        "--planes", type=lambda text: tuple(text.split(",")), default=(), metavar="PLANE,…",
         help="reformat regular series into axial, coronal, sagittal too, at isotropic spacing (default: slices as acquired)",
-    )
+    )  # fmt: skip
     p.add_argument(
-        "--slices-per-record",
-        type=int,
-        default=1,
-        metavar="N",
+        "--slices-per-record", type=int, default=1, metavar="N",
         help="neighbouring slices of a series stored together; 16 to 32 save requests to object storage (default: %(default)s)",
-    )
+    )  # fmt: skip
     p.add_argument(
         "--shard-mb", type=int, default=256, metavar="MB", help="input megabytes per shard (default: %(default)s)"
     )
     p.add_argument(
-        "--validation",
-        type=float,
-        default=0.05,
-        metavar="SHARE",
+        "--validation", type=float, default=0.05, metavar="SHARE",
         help="share of the patients for validation (default: %(default)s)",
-    )
+    )  # fmt: skip
     p.add_argument(
-        "--test",
-        type=float,
-        default=0.05,
-        metavar="SHARE",
+        "--test", type=float, default=0.05, metavar="SHARE",
         help="share of the patients for testing (default: %(default)s)",
-    )
+    )  # fmt: skip
     p.add_argument(
         "--labels", metavar="CSV", help="table with a column 'file' relative to the table; other columns become labels"
     )
@@ -117,12 +98,9 @@ def parser() -> argparse.ArgumentParser:
         help="patients to keep out, one per line: a patient ID, or a folder, archive or file of the patient (also exams.zip!/folder)",
     )
     p.add_argument(
-        "--examples",
-        type=int,
-        default=24,
-        metavar="N",
+        "--examples", type=int, default=24, metavar="N",
         help="slices to show on the dataset card, none of them a face; 0 for none (default: %(default)s)",
-    )
+    )  # fmt: skip
     p.add_argument(
         "--drop-faces",
         action="store_true",
@@ -130,11 +108,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--drop-lossy", action="store_true", help="leave out slices with lossy compression")
     p.add_argument(
-        "--runner",
-        choices=("local", "beam"),
-        default="local",
+        "--runner", choices=("local", "beam"), default="local",
         help="engine of the conversion: processes of this machine, or Apache Beam (see docs/ingest.md; default: %(default)s)",
-    )
+    )  # fmt: skip
     p.add_argument(
         "--beam-options",
         metavar="OPTIONS",
@@ -149,26 +125,17 @@ def parser() -> argparse.ArgumentParser:
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: %(default)s)"
     )
     p.add_argument(
-        "--timeout",
-        type=float,
-        default=60.0,
-        metavar="S",
+        "--timeout", type=float, default=60.0, metavar="S",
         help="seconds a file may take before it is quarantined (default: %(default)s)",
-    )
+    )  # fmt: skip
     p.add_argument(
-        "--memory-gb",
-        type=float,
-        default=4.0,
-        metavar="GB",
+        "--memory-gb", type=float, default=4.0, metavar="GB",
         help="memory a worker may take; a file that needs more is quarantined (default: %(default)s)",
-    )
+    )  # fmt: skip
     p.add_argument(
-        "--unpack-gb",
-        type=int,
-        default=100,
-        metavar="GB",
+        "--unpack-gb", type=int, default=100, metavar="GB",
         help="space for uncompressed copies of compressed tar archives, in OUTPUT until the build is finished (default: %(default)s)",
-    )
+    )  # fmt: skip
     cli.add_json(p, "the dataset card")
     return p
 

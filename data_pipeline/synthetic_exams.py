@@ -391,16 +391,11 @@ def _write_series(
         file = place / f"{k:03d}.dcm"
         dataset.save_as(file, enforce_file_format=True)
         visible = bool((volume.labels[k] == LABELS["lesion"]).sum() >= 4)
-        rows.append(
-            {
-                "file": file.relative_to(folder).as_posix(),
-                "patient": name,
-                "region": volume.region,
-                "contrast": volume.contrast,
-                "lesion": int(visible),
-                "lesion_type": LESION_NAMES[volume.region] if visible else "none",
-            }
-        )
+        rows.append({
+            "file": file.relative_to(folder).as_posix(), "patient": name, "region": volume.region,
+            "contrast": volume.contrast, "lesion": int(visible),
+            "lesion_type": LESION_NAMES[volume.region] if visible else "none",
+        })  # fmt: skip
     # DICOM's axes point left and back, NIfTI's right and front.
     affine = np.diag([-dx, -dy, dz, 1.0])
     affine[:3, 3] = -origin[0], -origin[1], origin[2]

@@ -63,9 +63,9 @@ def _verify(args: argparse.Namespace) -> ExitCode:
     for problem in report.problems:
         print(problem)
     if report.held_out is not None:
-        lines, patients, _, slices = report.held_out
+        found = report.held_out
         print(
-            f"held out: {lines:,} lines of {args.holdout} name {patients:,} patients; slices of them in the index: {slices:,}",
+            f"held out: {found.lines:,} lines of {args.holdout} name {found.patients:,} patients; slices of them in the index: {found.slices_found:,}",
             file=sys.stderr,
         )
     if report.unfinished:

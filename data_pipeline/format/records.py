@@ -5,7 +5,7 @@ serialized deterministically, so that the same slices always give the same bytes
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,16 +36,14 @@ MODALITY_INFERRED = 16  # the source does not name its modality; the range of it
 REFORMATTED = 32  # cut out of a regular series in another plane, at isotropic spacing
 
 
-class RecordHeader(NamedTuple):
-    """What all slices of a record share; real value = stored value * slope + intercept.
+@dataclasses.dataclass(frozen=True)
+class SeriesFacts:
+    """What all slices of a series share.
 
     Attributes:
       series, patient: pseudonyms.
       modality: "CT", "MR" or "OT".
       units: "HU" or "arbitrary".
-      series_mean, series_std: of the series, real values.
-      spacing: mm between rows, columns and slices; 0 where unknown.
-      series_percentiles: p0.5, p50 and p99.5 of the series, real values.
     """
 
     series: str
@@ -55,6 +53,18 @@ class RecordHeader(NamedTuple):
     plane: str
     body_part: str
     manufacturer: str
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordHeader(SeriesFacts):
+    """What all slices of a record share; real value = stored value * slope + intercept.
+
+    Attributes:
+      series_mean, series_std: of the series, real values.
+      spacing: mm between rows, columns and slices; 0 where unknown.
+      series_percentiles: p0.5, p50 and p99.5 of the series, real values.
+    """
+
     slope: float
     intercept: float
     series_mean: float
@@ -173,9 +183,9 @@ class SliceFacts(NamedTuple):
     hu: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class DecodedSlice:
-    """A slice with everything its record says of it.
+@dataclasses.dataclass(frozen=True, eq=False)
+class DecodedSlice(Mapping[str, Any]):
+    """A slice with everything its record says of it; also a mapping of its fields and facts: one["pixels"], one.get("slope").
 
     Attributes:
       pixels: stored values.
@@ -201,6 +211,18 @@ class DecodedSlice:
     def real(self) -> Float32[np.ndarray, "height width"]:
         """HU, or the series' own units."""
         return self.pixels.astype(np.float32) * np.float32(self.facts.slope) + np.float32(self.facts.intercept)
+
+    def _row(self) -> dict[str, Any]:
+        return vars(self) | self.facts._asdict()
+
+    def __getitem__(self, name: str) -> Any:
+        return self._row()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._row())
+
+    def __len__(self) -> int:
+        return len(self._row())
 
 
 def parse_slice(data: bytes, slot: int) -> DecodedSlice:

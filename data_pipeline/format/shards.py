@@ -14,6 +14,7 @@ shards keep their names and bytes. dataset_info.json says the same with the file
 {DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}. A file belongs to the dataset once shards.parquet lists it.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -125,11 +126,10 @@ def write(path: Path, items: Iterable[bytes], scratch: Path | None = None) -> tu
     return len(checksums), digest
 
 
-def thin(path: Path, target: Path, drop: Collection[tuple[int, int]]) -> tuple[int, str, list[int]]:
-    """Writes a shard without some of its slices; the others are copied unchanged.
+def thin(path: Path, drop: Collection[tuple[int, int]]) -> tuple[int, str, list[int]]:
+    """Writes a shard anew without some of its slices; the others are copied unchanged.
 
     Args:
-      path, target: read and written; they may be the same.
       drop: record and slot of each slice to leave out.
 
     Returns:
@@ -148,21 +148,15 @@ def thin(path: Path, target: Path, drop: Collection[tuple[int, int]]) -> tuple[i
                 counts.append(records.count(kept))
                 yield kept
 
-    reader = array_record_module.ArrayRecordReader(str(path), "")
-    try:
-        written, digest = write(target, items(reader))
-    finally:
-        reader.close()
+    with contextlib.closing(array_record_module.ArrayRecordReader(str(path), "")) as reader:
+        written, digest = write(path, items(reader))
     return written, digest, counts
 
 
 def read_record(path: Path, number: int) -> bytes:
     """One record of a shard; opens and closes the file each time, where SliceSource keeps it open."""
-    reader = array_record_module.ArrayRecordReader(str(path), "")
-    try:
+    with contextlib.closing(array_record_module.ArrayRecordReader(str(path), "")) as reader:
         return reader.read([number])[0]
-    finally:
-        reader.close()
 
 
 class SliceSource:

@@ -19,7 +19,6 @@ import json
 import lzma
 import os
 import re
-import shutil
 import stat
 import struct
 import tarfile
@@ -33,7 +32,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from curia_common.errors import StorageError, UserError
-from data_pipeline.sources import object_stores as objects
+from data_pipeline.format import files
+from data_pipeline.sources import object_stores
 from data_pipeline.sources.base import Heartbeat, ReadError
 from data_pipeline.sources.retry import TRANSIENT, retry_transient
 
@@ -84,9 +84,7 @@ class Member(NamedTuple):
 class Listing(NamedTuple):
     """The members of an archive, and what is wrong with it as a whole, or ""."""
 
-    archive: str
-    size: int
-    modified_ns: int
+    archive: object_stores.Object
     members: list[Member]
     problem: str
 
@@ -118,68 +116,61 @@ def list_members(task: tuple[str, str, int], skip: Mapping[str, str], heartbeat:
     """
     path, folder, limit = task
     try:
-        listing, regular = retry_transient(lambda: _state(path), heartbeat, path)
+        archive, regular = retry_transient(lambda: _state(path), heartbeat, path)
     except OSError as error:
-        return Listing(path, 0, 0, [], f"cannot be read: {error.strerror}")
+        return Listing(object_stores.Object(path, 0, 0), [], f"cannot be read: {error.strerror}")
     if path in skip:
-        return listing._replace(problem=skip[path])
+        return Listing(archive, [], skip[path])
     heartbeat(path)
     try:
         if not regular:
-            raise ReadError("neither a file nor a folder")
-        if listing.size == 0:
+            raise ReadError(_NO_FILE)
+        if archive.size == 0:
             raise ReadError("empty file")
-        members, problem = retry_transient(lambda: _members(listing, folder, limit, heartbeat), heartbeat, path)
+        members, problem = retry_transient(lambda: _members(archive, folder, limit, heartbeat), heartbeat, path)
     except ReadError as error:
         members, problem = [], str(error)
     heartbeat(None)
     members = _sanitized(members)
     if not members and not problem:
         problem = "an archive without files"
-    return listing._replace(members=members, problem=problem)
+    return Listing(archive, members, problem)
 
 
-def _state(path: str) -> tuple[Listing, bool]:
-    """An archive before it is listed; and whether it is a regular file or an object."""
-    if objects.is_address(path):
-        return Listing(*objects.head(path), [], ""), True
+def _state(path: str) -> tuple[object_stores.Object, bool]:
+    """An archive, and whether it is a regular file or an object."""
+    if object_stores.is_address(path):
+        return object_stores.head(path), True
     status = os.stat(path)
-    return Listing(path, status.st_size, status.st_mtime_ns, [], ""), stat.S_ISREG(status.st_mode)
+    return object_stores.Object(path, status.st_size, status.st_mtime_ns), stat.S_ISREG(status.st_mode)
 
 
-def _members(listing: Listing, folder: str, limit: int, heartbeat: Heartbeat) -> tuple[list[Member], str]:
+def _members(archive: object_stores.Object, folder: str, limit: int, heartbeat: Heartbeat) -> tuple[list[Member], str]:
     """The members that an archive lists, and what is wrong with the rest, or ""."""
-    if listing.archive.lower().endswith(".zip"):
-        return list(_zip_members(listing, heartbeat)), ""
-    if listing.archive.lower().endswith(".tar"):
-        with _open_archive(listing, heartbeat, listing.archive) as file:
-            return _tar_members(listing, file, listing.size, "")
-    copy, problem = _unpack(listing, folder, limit, heartbeat)
+    if archive.path.lower().endswith(".zip"):
+        return list(_zip_members(archive, heartbeat)), ""
+    if archive.path.lower().endswith(".tar"):
+        with _open(archive, heartbeat, archive.path) as file:
+            return _tar_members(archive, file, archive.size, "")
+    copy, problem = _unpack(archive, folder, limit, heartbeat)
     path = os.path.join(folder, copy)
     with open(path, "rb") as file:
-        members, of_tar = _tar_members(listing, file, os.path.getsize(path), copy)
+        members, of_tar = _tar_members(archive, file, os.path.getsize(path), copy)
     return members, problem or of_tar
 
 
-def _open_archive(
-    source: Listing | Member, heartbeat: Heartbeat, item: str, first: int = objects.HEADER_BYTES
-) -> io.BufferedIOBase:
-    """The file or object that an archive is. The first request to a bucket is for `first` bytes."""
-    size = source.size if isinstance(source, Listing) else source.archive_size
-    return _open(objects.Object(source.archive, size, source.modified_ns), heartbeat, item, first)
-
-
 def _open(
-    source: objects.Object, heartbeat: Heartbeat, item: str, first: int = objects.HEADER_BYTES
+    source: object_stores.Object, heartbeat: Heartbeat, item: str, first: int = object_stores.HEADER_BYTES
 ) -> io.BufferedIOBase:
-    if objects.is_address(source.path):
-        return io.BufferedReader(objects.Reader(source, heartbeat, item, first), PIECE)
+    """A file or an object. The first request to a bucket is for `first` bytes."""
+    if object_stores.is_address(source.path):
+        return io.BufferedReader(object_stores.Reader(source, heartbeat, item, first), PIECE)
     return open(source.path, "rb")
 
 
-def _zip_members(listing: Listing, heartbeat: Heartbeat) -> Iterator[Member]:
+def _zip_members(archive: object_stores.Object, heartbeat: Heartbeat) -> Iterator[Member]:
     try:
-        with _open_archive(listing, heartbeat, listing.archive) as raw, zipfile.ZipFile(raw) as file:
+        with _open(archive, heartbeat, archive.path) as raw, zipfile.ZipFile(raw) as file:
             infos = file.infolist()
     except UserError:
         raise
@@ -198,7 +189,8 @@ def _zip_members(listing: Listing, heartbeat: Heartbeat) -> Iterator[Member]:
         if info.header_offset < end:
             raise ReadError("a bomb: members of the archive share their bytes")
         end = info.header_offset + info.compress_size
-    _check_ratio(listing.size, sum(info.file_size for info in infos))
+    if bomb := _bomb(archive.size, sum(info.file_size for info in infos)):
+        raise ReadError(bomb)
     for info in infos:
         kind = stat.S_IFMT(info.external_attr >> 16)
         if info.is_dir() or info.filename.endswith("\\"):
@@ -215,7 +207,7 @@ def _zip_members(listing: Listing, heartbeat: Heartbeat) -> Iterator[Member]:
         elif info.compress_type == STORED and info.compress_size != info.file_size:
             problem = "damaged zip archive: two sizes for one member"
         yield Member(
-            *listing[:3], "", info.filename, info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC, problem
+            *archive, "", info.filename, info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC, problem
         )  # fmt: skip
 
 
@@ -224,7 +216,9 @@ _NO_FILE = "neither a file nor a folder"
 _CUT = "cut off with its archive"
 
 
-def _tar_members(listing: Listing, file: io.BufferedIOBase, end: int, copy: str) -> tuple[list[Member], str]:
+def _tar_members(
+    archive: object_stores.Object, file: io.BufferedIOBase, end: int, copy: str
+) -> tuple[list[Member], str]:
     """The readable members of a plain tar file of `end` bytes, and what is wrong with the rest, or ""."""
     members: list[Member] = []
     own: dict[str, str] = {}  # from extended headers, for the next member
@@ -272,9 +266,7 @@ def _tar_members(listing: Listing, file: io.BufferedIOBase, end: int, copy: str)
                 problem = "a sparse file in an archive: unpack it"
             elif data + size > end:
                 problem = _CUT
-            members.append(
-                Member(*listing[:3], copy, name, data, size, size, STORED, NO_CHECKSUM, problem)
-            )  # fmt: skip
+            members.append(Member(*archive, copy, name, data, size, size, STORED, NO_CHECKSUM, problem))
             if len(members) > MEMBERS:
                 raise ReadError(f"more than {MEMBERS:,} members; an archive may have as many: unpack it")
         own = {}
@@ -300,9 +292,9 @@ def _pax(text: bytes) -> dict[str, str]:
     return found
 
 
-def _check_ratio(packed: int, size: int) -> None:
-    if size > RATIO_BYTES and size > RATIO * packed:
-        raise ReadError(f"a bomb: {packed:,} bytes become {size:,}")
+def _bomb(packed: int, size: int) -> str:
+    """The reason not to unpack `packed` bytes to `size`, or ""."""
+    return f"a bomb: {packed:,} bytes become {size:,}" if size > max(RATIO_BYTES, RATIO * packed) else ""
 
 
 def _sanitized(members: Sequence[Member]) -> list[Member]:
@@ -324,33 +316,31 @@ def _sanitized(members: Sequence[Member]) -> list[Member]:
             problem = problem or "an archive within an archive: unpack the outer one"
         if not problem and member.size > MEMBER_BYTES:
             problem = f"{member.size:,} bytes; a member of an archive may have {MEMBER_BYTES:,}"
-        if not problem and member.size > RATIO_BYTES and member.size > RATIO * member.packed:
-            problem = f"a bomb: {member.packed:,} bytes become {member.size:,}"
         # Of two members with one name the later replaces the earlier, as in tar itself.
-        result[name] = member._replace(name=name, problem=problem)
+        result[name] = member._replace(name=name, problem=problem or _bomb(member.packed, member.size))
     return [result[name] for name in sorted(result)]
 
 
 # ---- compressed tars
 
 
-def _unpack(listing: Listing, folder: str, limit: int, heartbeat: Heartbeat) -> tuple[str, str]:
+def _unpack(archive: object_stores.Object, folder: str, limit: int, heartbeat: Heartbeat) -> tuple[str, str]:
     """Unpacks a compressed tar: the name of the plain copy, and what is wrong with the archive, or "".
 
     A copy that an earlier build finished is reused.
     """
-    copy = hashlib.sha256(os.fsencode(objects.absolute(listing.archive))).hexdigest()[:16] + ".tar"
+    copy = hashlib.sha256(os.fsencode(object_stores.absolute(archive.path))).hexdigest()[:16] + ".tar"
     target = os.path.join(folder, copy)
-    note, state = f"{target}.json", {"size": listing.size, "modified_ns": listing.modified_ns}
+    note, state = Path(f"{target}.json"), {"size": archive.size, "modified_ns": archive.modified_ns}
     with contextlib.suppress(OSError, ValueError):
-        found = json.loads(Path(note).read_text(encoding="utf-8"))
+        found = json.loads(note.read_text(encoding="utf-8"))
         if os.path.exists(target) and {key: found[key] for key in state} == state:
             return copy, found["problem"]
     os.makedirs(folder, mode=0o700, exist_ok=True)
-    Path(note).unlink(missing_ok=True)
+    note.unlink(missing_ok=True)
     problem = ""
     with open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        pieces = _decompressed(listing, heartbeat)
+        pieces = _decompressed(archive, heartbeat)
         while True:
             try:
                 piece = next(pieces, b"")
@@ -367,18 +357,18 @@ def _unpack(listing: Listing, folder: str, limit: int, heartbeat: Heartbeat) -> 
                 problem = "damaged archive: what it holds is no tar"
                 break
             file.write(piece)
-            if file.tell() > RATIO_BYTES and file.tell() > RATIO * listing.size:
-                problem = f"a bomb: {listing.size:,} bytes become more than {file.tell():,}"
+            if _bomb(archive.size, file.tell()):
+                problem = f"a bomb: {archive.size:,} bytes become more than {file.tell():,}"
                 file.truncate(0)
                 break
             if file.tell() // _CHECK_BYTES != (file.tell() - len(piece)) // _CHECK_BYTES:
-                heartbeat(listing.archive)  # the time limit is for a hang, not for a large archive
+                heartbeat(archive.path)  # the time limit is for a hang, not for a large archive
                 _check_used(folder, limit)
     _check_used(folder, limit)
     if not os.path.getsize(target):
         os.unlink(target)
         raise ReadError(problem or "an archive without files")
-    _write(note, json.dumps(state | {"problem": problem}))
+    files.write_text(note, json.dumps(state | {"problem": problem}), private=True)
     return copy, problem
 
 
@@ -404,10 +394,10 @@ def _check_used(folder: str, limit: int) -> None:
         )
 
 
-def _decompressed(listing: Listing, heartbeat: Heartbeat) -> Iterator[bytes]:
+def _decompressed(archive: object_stores.Object, heartbeat: Heartbeat) -> Iterator[bytes]:
     openers = {"gz": gzip.open, "tgz": gzip.open, "bz2": bz2.open, "tbz2": bz2.open, "xz": lzma.open, "txz": lzma.open}
-    opener = openers.get(listing.archive.lower().rsplit(".", 1)[1], _open_zstd)
-    with _open_archive(listing, heartbeat, listing.archive, objects.LARGEST) as packed, opener(packed) as file:
+    opener = openers.get(archive.path.lower().rsplit(".", 1)[1], _open_zstd)
+    with _open(archive, heartbeat, archive.path, object_stores.LARGEST) as packed, opener(packed) as file:
         while piece := file.read(1 << 20):
             yield piece
 
@@ -416,37 +406,16 @@ def _open_zstd(file: io.BufferedIOBase) -> pa.CompressedInputStream:
     return pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")
 
 
-def _write(path: str, text: str) -> None:
-    beside = f"{path}.tmp"
-    with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(beside, path)
-
-
 # ---- reading
 
 
-class _Stream(io.RawIOBase):
+class _Stream(object_stores.Seekable):
     """A member's bytes; deflated ones are inflated up to the position that is read, and kept."""
 
-    name, mode = "", "rb"  # pydicom asks for a name; files have a mode
-
     def __init__(self, member: Member, folder: str, heartbeat: Heartbeat) -> None:
-        self._pieces = _pieces(member, folder, heartbeat, objects.HEADER_BYTES)
-        self._data, self._at, self._size = bytearray(), 0, member.size
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence])
-        return self._at
+        super().__init__(member.size)
+        self._pieces = _pieces(member, folder, heartbeat, object_stores.HEADER_BYTES)
+        self._data = bytearray()
 
     def readinto(self, buffer: Any, /) -> int:
         while len(self._data) < self._at + len(buffer) and (piece := next(self._pieces, b"")):
@@ -459,7 +428,7 @@ class _Stream(io.RawIOBase):
 
 @contextlib.contextmanager
 def stream(
-    source: objects.Object, member: Member | None, folder: str, heartbeat: Heartbeat
+    source: object_stores.Object, member: Member | None, folder: str, heartbeat: Heartbeat
 ) -> Iterator[io.BufferedIOBase]:
     """An input as a binary file.
 
@@ -480,7 +449,7 @@ def stream(
 
 @contextlib.contextmanager
 def materialize(
-    source: objects.Object, member: Member | None, folder: str, scratch: str, heartbeat: Heartbeat
+    source: object_stores.Object, member: Member | None, folder: str, scratch: str, heartbeat: Heartbeat
 ) -> Iterator[str]:
     """A path of an input on a local disk, as readers written in C demand.
 
@@ -495,56 +464,44 @@ def materialize(
       StorageError: the scratch disk is full.
       DataError: what is in a bucket changed since it was listed.
     """
-    if member is None and not objects.is_address(source.path):
+    if member is None and not object_stores.is_address(source.path):
         yield source.path
         return
-    with _scratch_folder(scratch) as place:
+    failed = f"cannot write to the scratch folder {scratch} ({{}}); free some space there and rerun the same command"
+    try:
+        os.makedirs(scratch, mode=0o700, exist_ok=True)
+        place = tempfile.TemporaryDirectory(prefix="m", dir=scratch, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise StorageError(failed.format(error.strerror)) from error
+    with place:
         # Readers go by the ending, and label maps are recognized by their names.
-        target = os.path.join(place, re.sub(r"[^A-Za-z0-9._-]", "_", os.path.basename(source.path))[-80:])
+        target = os.path.join(place.name, re.sub(r"[^A-Za-z0-9._-]", "_", os.path.basename(source.path))[-80:])
         with open(target, "wb", buffering=0) as file:
             for piece in _whole(source, heartbeat) if member is None else _pieces(member, folder, heartbeat):
                 try:
                     file.write(piece)
                 except OSError as error:
-                    raise StorageError(_SCRATCH_FAILED.format(folder=scratch, error=error.strerror)) from error
+                    raise StorageError(failed.format(error.strerror)) from error
         yield target
 
 
-_SCRATCH_FAILED = (
-    "cannot write to the scratch folder {folder} ({error}); free some space there and rerun the same command"
-)
-
-
-@contextlib.contextmanager
-def _scratch_folder(scratch: str) -> Iterator[str]:
-    try:
-        os.makedirs(scratch, mode=0o700, exist_ok=True)
-        place = tempfile.mkdtemp(prefix="m", dir=scratch)
-    except OSError as error:
-        raise StorageError(_SCRATCH_FAILED.format(folder=scratch, error=error.strerror)) from error
-    try:
-        yield place
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-
-
-def is_unchanged(source: objects.Object, member: Member | None) -> bool:
+def is_unchanged(source: object_stores.Object, member: Member | None) -> bool:
     """Whether an input is still as the inventory saw it, by size and time of the file that holds it. An object of a bucket is
     checked whenever it is read.
 
     Raises:
       OSError: it is gone.
     """
-    if objects.is_address(source.path):
+    if object_stores.is_address(source.path):
         return True
     found = os.stat(source.path if member is None else member.archive)
     wanted = source[1:] if member is None else (member.archive_size, member.modified_ns)
     return (found.st_size, found.st_mtime_ns) == wanted
 
 
-def _whole(source: objects.Object, heartbeat: Heartbeat) -> Iterator[bytes]:
-    with _open(source, heartbeat, source.path, objects.LARGEST) as file:
-        while piece := file.read(objects.LARGEST):
+def _whole(source: object_stores.Object, heartbeat: Heartbeat) -> Iterator[bytes]:
+    with _open(source, heartbeat, source.path, object_stores.LARGEST) as file:
+        while piece := file.read(object_stores.LARGEST):
             yield piece
 
 
@@ -557,7 +514,8 @@ def _pieces(member: Member, folder: str, heartbeat: Heartbeat, first: int | None
     if member.copy:
         opened: io.BufferedIOBase = open(os.path.join(folder, member.copy), "rb")  # noqa: SIM115 - closed below
     else:
-        opened = _open_archive(member, heartbeat, member.path, member.packed + PIECE if first is None else first)
+        archive = object_stores.Object(*member[:3])
+        opened = _open(archive, heartbeat, member.path, member.packed + PIECE if first is None else first)
     with opened as file:
         file.seek(member.offset)
         if member.checksum != NO_CHECKSUM:

@@ -24,10 +24,9 @@ from pydicom.uid import (
     MediaStorageDirectoryStorage,
 )
 
-from curia_common.errors import UserError, fault_location
-from data_pipeline.sources.base import NO_MEMORY, ReadError
+from data_pipeline.sources.base import ReadError
 from data_pipeline.sources.geometry import FARTHEST_MM
-from data_pipeline.sources.silence import silenced
+from data_pipeline.sources.silence import guarded
 
 # The last three may hold lossless data; the tag LossyImageCompression decides where it is present. Two of JPEG's retired
 # forms have no name in pydicom.
@@ -145,15 +144,10 @@ def read_header(source: str | BufferedIOBase) -> Header:
     """
     with open(source, "rb") if isinstance(source, str) else contextlib.nullcontext(source) as file:
         dataset, _ = read_elements(file, _HEADER_TAGS, stop=FLOAT_PIXEL_DATA)
-    try:
-        with silenced():
-            if "SOPClassUID" not in dataset and "Rows" not in dataset and not _is_dicomdir(dataset):
-                raise ReadError("not a DICOM image: it has neither a SOP class nor rows")
-            return _header(dataset)
-    except ReadError:
-        raise
-    except Exception as error:  # values are parsed on access, and each parser raises its own kinds
-        raise ReadError(f"malformed header ({fault_location(error)})") from error
+    with guarded("malformed header ({place})"):  # values are parsed on access
+        if "SOPClassUID" not in dataset and "Rows" not in dataset and not _is_dicomdir(dataset):
+            raise ReadError("not a DICOM image: it has neither a SOP class nor rows")
+        return _header(dataset)
 
 
 def read_dicomdir(path: str) -> list[str]:
@@ -164,16 +158,11 @@ def read_dicomdir(path: str) -> list[str]:
     """
     with open(path, "rb") as file:
         dataset, _ = read_elements(file, [Tag("DirectoryRecordSequence")], stop=FLOAT_PIXEL_DATA)
-    try:
-        with silenced():
-            if not _is_dicomdir(dataset):
-                raise ReadError("not a DICOMDIR")
-            records = [record.get("ReferencedFileID") for record in dataset.get("DirectoryRecordSequence") or ()]
-            names = [[str(part) for part in ([name] if isinstance(name, str) else name)] for name in records if name]
-    except ReadError:
-        raise
-    except Exception as error:  # values are parsed on access
-        raise ReadError(f"malformed DICOMDIR ({fault_location(error)})") from error
+    with guarded("malformed DICOMDIR ({place})"):
+        if not _is_dicomdir(dataset):
+            raise ReadError("not a DICOMDIR")
+        records = [record.get("ReferencedFileID") for record in dataset.get("DirectoryRecordSequence") or ()]
+        names = [[str(part) for part in ([name] if isinstance(name, str) else name)] for name in records if name]
     if any(part in ("", ".", "..") or set(part) & set("/\\\0") for parts in names for part in parts):
         raise ReadError("it names a file outside its folder")
     return ["/".join(parts) for parts in names]
@@ -211,17 +200,8 @@ def read_elements(file: BufferedIOBase, tags: Sequence[BaseTag], stop: int) -> t
         last = Element(number, representation, length)
         return True
 
-    try:
-        with silenced():
-            return read_partial(cast(BinaryIO, file), stop_when=ends, force=True, specific_tags=list(tags)), last
-    except (ReadError, UserError):
-        raise
-    except MemoryError as error:
-        raise ReadError(NO_MEMORY) from error
-    except Exception as error:  # pydicom raises many kinds on damaged files, with header values in their texts
-        if isinstance(error, OSError) and error.errno:
-            raise
-        raise ReadError(f"damaged DICOM file ({type(error).__name__} while reading the header)") from error
+    with guarded("damaged DICOM file ({kind} while reading the header)"):
+        return read_partial(cast(BinaryIO, file), stop_when=ends, force=True, specific_tags=list(tags)), last
 
 
 def transfer_syntax(dataset: Dataset) -> str:

@@ -39,7 +39,7 @@ from pydicom.uid import (
 )
 from pydicom.valuerep import EXPLICIT_VR_LENGTH_32
 
-from curia_common.errors import UserError, fault_location
+from curia_common.errors import UserError
 from data_pipeline.sources.base import NO_MEMORY, ImageFacts, ReadError, ReadRequest, Slice, SourceFile
 from data_pipeline.sources.dicom_header import (
     PIXEL_DATA,
@@ -52,7 +52,7 @@ from data_pipeline.sources.dicom_header import (
     transfer_syntax,
     whole_number,
 )
-from data_pipeline.sources.silence import silenced
+from data_pipeline.sources.silence import guarded, silenced
 from data_pipeline.sources.stored_values import Digest, to_uint16
 
 # Which plugin decodes which transfer syntax: pinned, because lossy pixels depend on the decoder. The choice follows
@@ -222,18 +222,11 @@ def open_image(path: str) -> Iterator[Image]:
         # The parser asks for its position after every element, a system call for a file and none for memory.
         source = io.BytesIO(file.read()) if small else file
         dataset, last = read_elements(source, _PIXEL_TAGS, stop=PIXEL_DATA)
-        try:
-            with silenced():
-                # Of a deflated file pydicom keeps the inflated content, in a wrapper.
-                inflated = dataset.buffer.parent if isinstance(dataset.buffer, DicomBytesIO) else None
-                content = source if inflated is None else cast(BufferedIOBase, inflated)
-                image = _image(path, dataset, content, last)
-        except ReadError:
-            raise
-        except Exception as error:  # values are parsed on access, and each parser raises its own kinds
-            if isinstance(error, OSError) and error.errno:  # of the disk
-                raise
-            raise ReadError(f"malformed header ({fault_location(error)})") from error
+        with guarded("malformed header ({place})"):  # values are parsed on access
+            # Of a deflated file pydicom keeps the inflated content, in a wrapper.
+            inflated = dataset.buffer.parent if isinstance(dataset.buffer, DicomBytesIO) else None
+            content = source if inflated is None else cast(BufferedIOBase, inflated)
+            image = _image(path, dataset, content, last)
         yield image
 
 
@@ -268,17 +261,11 @@ def _image(path: str, dataset: FileDataset, source: BufferedIOBase, last: Elemen
     else:  # against the standard; the end of the items has to be the end of the source
         source = io.BytesIO(source.read(last.length))
     return Image(
-        path=path,
-        frames=frames,
-        photometric=text(dataset, "PhotometricInterpretation"),
+        path=path, frames=frames, photometric=text(dataset, "PhotometricInterpretation"),
         bits_stored=whole_number(dataset, "BitsStored", 16),
-        signed=whole_number(dataset, "PixelRepresentation", 0) == 1,
-        geometry=frame_geometries(dataset, frames),
-        decoder="",
-        _dataset=dataset,
-        _representation=last.representation or "OW",
-        _source=source,
-    )
+        signed=whole_number(dataset, "PixelRepresentation", 0) == 1, geometry=frame_geometries(dataset, frames),
+        decoder="", _dataset=dataset, _representation=last.representation or "OW", _source=source,
+    )  # fmt: skip
 
 
 def _check_items(source: BufferedIOBase) -> None:

@@ -125,11 +125,5 @@ def _check_group(
             tilt = float(np.degrees(np.arccos(min(1.0, cosine))))
             if tilt > TILT_DEGREES:
                 found.append(TILTED)
-    return SeriesGeometry(
-        tuple(members[r] for r in rank),
-        tuple(float(v) for v in along),
-        plane_of(tuple(cosines)),
-        spacing,
-        tilt,
-        tuple(found),
-    )
+    order, places = tuple(members[r] for r in rank), tuple(float(v) for v in along)
+    return SeriesGeometry(order, places, plane_of(tuple(cosines)), spacing, tilt, tuple(found))

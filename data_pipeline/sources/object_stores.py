@@ -67,7 +67,7 @@ def find(address: str) -> list[Object]:
       UserError: there are none, or they may not be listed.
       StorageError: the storage does not answer.
     """
-    store, key = _store(address), _split(address)[1]  # before the import: it explains a missing extra
+    store, key = _store(address)  # before the import: it explains a missing extra
     import obstore
 
     top = address[: len(address) - len(key)] if key else f"{address.rstrip('/')}/"
@@ -110,7 +110,7 @@ def head(path: str) -> Object:
     import obstore
 
     with _translated_errors():
-        return _object(path, obstore.head(_store(path), _split(path)[1]))
+        return _object(path, obstore.head(*_store(path)))
 
 
 def _object(path: str, meta: Any) -> Object:
@@ -119,23 +119,13 @@ def _object(path: str, meta: Any) -> Object:
     return Object(path, meta["size"], int.from_bytes(hashlib.sha256(tag.encode()).digest()[:7], "big"))
 
 
-class Reader(io.RawIOBase):
-    """The bytes of an object.
-
-    Reading raises:
-      DataError: it is another version than `source`.
-      OSError: with errno, as a file's.
-    """
+class Seekable(io.RawIOBase):
+    """Base of what is read at any position without being a file; subclasses have readinto()."""
 
     name, mode = "", "rb"  # pydicom asks for a name; files have a mode
 
-    def __init__(self, source: Object, heartbeat: Heartbeat, item: str, first: int = HEADER_BYTES) -> None:
-        """Args:
-        heartbeat, item: waiting for the storage does not count against the time limit of `item`.
-        first: bytes of the first request; the requests after it are larger while reading is sequential.
-        """
-        self._source, self._heartbeat, self._item, self._first = source, heartbeat, item, first
-        self._at, self._start, self._data = 0, 0, b""
+    def __init__(self, size: int) -> None:
+        self._at, self._size = 0, size
 
     def readable(self) -> bool:
         return True
@@ -147,17 +137,35 @@ class Reader(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._source.size}[whence])
+        self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence])
         return self._at
 
+
+class Reader(Seekable):
+    """The bytes of an object.
+
+    Reading raises:
+      DataError: it is another version than `source`.
+      OSError: with errno, as a file's.
+    """
+
+    def __init__(self, source: Object, heartbeat: Heartbeat, item: str, first: int = HEADER_BYTES) -> None:
+        """Args:
+        heartbeat, item: waiting for the storage does not count against the time limit of `item`.
+        first: bytes of the first request; the requests after it are larger while reading is sequential.
+        """
+        super().__init__(source.size)
+        self._source, self._heartbeat, self._item, self._first = source, heartbeat, item, first
+        self._start, self._data = 0, b""
+
     def readinto(self, buffer: Any, /) -> int:
-        want = min(len(buffer), self._source.size - self._at)
+        want = min(len(buffer), self._size - self._at)
         if want <= 0:
             return 0
         end = self._start + len(self._data)
         if not self._start <= self._at < end:
             ahead = 4 * len(self._data) if self._at == end and self._data else self._first
-            length = min(max(ahead, want), LARGEST, self._source.size - self._at)
+            length = min(max(ahead, want), LARGEST, self._size - self._at)
             self._start, self._data = self._at, self._fetch(self._at, length)
         part = self._data[self._at - self._start :][:want]
         buffer[: len(part)] = part
@@ -170,9 +178,7 @@ class Reader(io.RawIOBase):
         self._heartbeat(None)
         try:
             with _translated_errors():
-                answer = obstore.get(
-                    _store(self._source.path), _split(self._source.path)[1], options={"range": (start, start + length)}
-                )
+                answer = obstore.get(*_store(self._source.path), options={"range": (start, start + length)})
                 data = memoryview(answer.bytes())
         finally:
             self._heartbeat(self._item)
@@ -184,14 +190,11 @@ class Reader(io.RawIOBase):
 # ---- stores
 
 
-def _split(address: str) -> tuple[str, str]:
-    """Bucket and key."""
-    bucket, _, key = address.split("://", 1)[1].partition("/")
-    return bucket, key
-
-
-def _store(address: str) -> Any:
-    return _open_store(address.split("://", 1)[0], _split(address)[0])
+def _store(address: str) -> tuple[Any, str]:
+    """Store and key."""
+    scheme, _, place = address.partition("://")
+    bucket, _, key = place.partition("/")
+    return _open_store(scheme, bucket), key
 
 
 @functools.cache

@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import UInt
 from PIL import Image
 
-from data_pipeline.sources.base import NO_MEMORY, ImageFacts, ReadError, ReadRequest, Slice, SourceFile
-from data_pipeline.sources.silence import silenced
+from data_pipeline.sources.base import ImageFacts, ReadError, ReadRequest, Slice, SourceFile
+from data_pipeline.sources.silence import guarded
 from data_pipeline.sources.stored_values import stored_sha256
 
 # JPEG stores grey pictures in three channels with rounding errors of this size.
@@ -31,15 +31,9 @@ class PictureFile:
         values = read_picture(self._request.path)
         self.stored_sha256 = stored_sha256(values)
         yield Slice(
-            rank=0,
-            pixels=values.astype(np.uint16),
-            slope=1.0,
-            intercept=0.0,
-            position=0.0,
-            flags=self._request.flags,
-            source=self.stored_sha256,
-            spacing=(0.0, 0.0),
-        )
+            rank=0, pixels=values.astype(np.uint16), slope=1.0, intercept=0.0, position=0.0, flags=self._request.flags,
+            source=self.stored_sha256, spacing=(0.0, 0.0),
+        )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -54,23 +48,14 @@ def read_picture(path: str) -> UInt[np.ndarray, "rows columns"]:
     Raises:
       ReadError: it is no picture, is cut off, has several pages, or has colours.
     """
-    try:
-        with silenced(), _any_size(), Image.open(path) as image:
-            if image.width * image.height > MAXIMUM_PIXELS:
-                raise ReadError(f"{image.width:,} x {image.height:,} px; a picture may have {MAXIMUM_PIXELS:,}")
-            pages = getattr(image, "n_frames", 1)
-            if image.mode in ("P", "LA", "RGBA", "1", "CMYK", "YCbCr"):
-                values = np.asarray(image.convert("RGB" if image.mode != "1" else "L"))
-            else:
-                values = np.asarray(image)
-    except ReadError:
-        raise
-    except MemoryError as error:
-        raise ReadError(NO_MEMORY) from error
-    except Exception as error:  # Pillow's plugins each raise their own kinds on damaged files
-        if isinstance(error, OSError) and error.errno:  # of the disk
-            raise
-        raise ReadError(f"the picture cannot be read ({type(error).__name__})") from error
+    with guarded("the picture cannot be read ({kind})"), _any_size(), Image.open(path) as image:
+        if image.width * image.height > MAXIMUM_PIXELS:
+            raise ReadError(f"{image.width:,} x {image.height:,} px; a picture may have {MAXIMUM_PIXELS:,}")
+        pages = getattr(image, "n_frames", 1)
+        if image.mode in ("P", "LA", "RGBA", "1", "CMYK", "YCbCr"):
+            values = np.asarray(image.convert("RGB" if image.mode != "1" else "L"))
+        else:
+            values = np.asarray(image)
     if pages != 1:
         raise ReadError(f"{pages} pages; a picture holds one slice")
     if values.ndim == 3:

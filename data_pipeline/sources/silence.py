@@ -1,4 +1,4 @@
-"""Keeps the messages of reading libraries out of logs: they quote header values."""
+"""Keeps the messages of reading libraries out of logs and errors: they quote header values."""
 
 import contextlib
 import functools
@@ -8,6 +8,9 @@ from collections.abc import Iterator
 
 import pydicom.config
 import SimpleITK
+
+from curia_common.errors import UserError, fault_location
+from data_pipeline.sources.base import NO_MEMORY, ReadError
 
 _LIBRARIES = ("pydicom", "pylibjpeg", "openjpeg", "libjpeg", "rle", "jpeg_ls", "nibabel", "PIL")
 
@@ -33,6 +36,30 @@ def silenced() -> Iterator[None]:
                 logger.disabled = False
             SimpleITK.ProcessObject.SetGlobalWarningDisplay(shown)
             pydicom.config.settings.reading_validation_mode = validation
+
+
+@contextlib.contextmanager
+def guarded(failure: str) -> Iterator[None]:
+    """silenced() for calls that read a file: whatever a library raises on damaged ones becomes a ReadError.
+
+    Args:
+      failure: its reason; may hold {kind} and {place}, the type of the error and the line of ours at which it occurred.
+
+    Raises:
+      ReadError: the file is damaged, or needs too much memory.
+      OSError: with an errno, the storage fails.
+    """
+    try:
+        with silenced():
+            yield
+    except (ReadError, UserError):
+        raise
+    except MemoryError as error:
+        raise ReadError(NO_MEMORY) from error
+    except Exception as error:  # each library raises its own kinds
+        if isinstance(error, OSError) and error.errno:  # of the disk
+            raise
+        raise ReadError(failure.format(kind=type(error).__name__, place=fault_location(error))) from error
 
 
 @functools.lru_cache(maxsize=1)

@@ -57,14 +57,9 @@ class VolumeFile:
         inferred = request.modality == "auto"
         modality = infer_modality(volume.low, volume.high) if inferred else request.modality
         self.facts = ImageFacts(
-            modality=modality,
-            units="HU" if modality == "CT" else "arbitrary",
-            body_part="",
-            manufacturer="unknown",
-            plane=volume.plane,
-            spacing=volume.spacing[2],
-            directions=DIRECTIONS[volume.plane],
-        )
+            modality=modality, units="HU" if modality == "CT" else "arbitrary", body_part="", manufacturer="unknown",
+            plane=volume.plane, spacing=volume.spacing[2], directions=DIRECTIONS[volume.plane],
+        )  # fmt: skip
         self._volume = volume
         self._flags = request.flags | (records.MODALITY_INFERRED if inferred else 0)
 
@@ -86,15 +81,10 @@ class VolumeFile:
                 steps, slope, intercept, hu=self.facts.units == "HU", low=int(volume.low) if as_is else 0
             )
             yield Slice(
-                rank=number,
-                pixels=pixels,
-                slope=pixel_slope,
-                intercept=pixel_intercept,
-                position=number * volume.spacing[2],
-                flags=self._flags | clipped,
-                source=source if as_is else stored_sha256(steps),
-                spacing=volume.spacing[:2],
-            )
+                rank=number, pixels=pixels, slope=pixel_slope, intercept=pixel_intercept,
+                position=number * volume.spacing[2], flags=self._flags | clipped,
+                source=source if as_is else stored_sha256(steps), spacing=volume.spacing[:2],
+            )  # fmt: skip
         self.stored_sha256 = digest.hex() if volume.integers else ""
 
 
@@ -220,12 +210,6 @@ def open_volume(path: str, scratch: str | None = None) -> Iterator[Volume]:
         raise ReadError(NO_MEMORY) from error
 
 
-def read_volume(path: str) -> tuple[Volume, Shaped[np.ndarray, "slices rows columns"]]:
-    """A volume and all its slices at once; see open_volume."""
-    with open_volume(path) as volume:
-        return volume, np.stack(list(volume.slices()))
-
-
 def _volume(path: str, stored: _Array | _File, scaling: tuple[float, float], affine: np.ndarray) -> Volume:
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     # To axes pointing right, front, up, so that array axes are sagittal, coronal and axial in turn.
@@ -246,15 +230,9 @@ def _volume(path: str, stored: _Array | _File, scaling: tuple[float, float], aff
     )
     return Volume(
         spacing=(float(spacing[in_plane[1]]), float(spacing[in_plane[0]]), float(spacing[through])),
-        plane=PLANES[through],
-        low=low,
-        high=high,
-        integers=integers,
-        is_label_map=integers and few,
-        _stored=stored,
-        _scaling=scaling,
-        _orientation=orientation,
-    )
+        plane=PLANES[through], low=low, high=high, integers=integers, is_label_map=integers and few, _stored=stored,
+        _scaling=scaling, _orientation=orientation,
+    )  # fmt: skip
 
 
 def _shape(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, int, int]:

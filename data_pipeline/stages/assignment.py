@@ -143,10 +143,7 @@ class PlannedFile(NamedTuple):
     member: Member | None = None
 
     def to_json(self) -> Json:
-        value = self._asdict()
-        if self.member is None:
-            del value["member"]
-        return value
+        return {name: value for name, value in self._asdict().items() if name != "member" or value is not None}
 
     @classmethod
     def from_json(cls, value: Json) -> "PlannedFile":
@@ -235,21 +232,13 @@ class ShardPlace(NamedTuple):
 
     Attributes:
       files: how many input files the shard has.
-      offset, length: of the line, bytes.
+      at: offset and length of the line, bytes.
     """
 
     split: str
     number: int
     files: int
-    offset: int
-    length: int
-
-    def to_json(self) -> Json:
-        return {"split": self.split, "number": self.number, "files": self.files, "at": [self.offset, self.length]}
-
-    @classmethod
-    def from_json(cls, value: Json) -> "ShardPlace":
-        return cls(value["split"], value["number"], value["files"], *value["at"])
+    at: tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -413,12 +402,12 @@ def write(folder: Path, plan: Plan) -> StoredPlan:
         for shard in plan.shards:
             line = shard.to_line()
             count = sum(len(series.files) for series in shard.series)
-            places.append(ShardPlace(shard.split, shard.number, count, end, len(line)))
+            places.append(ShardPlace(shard.split, shard.number, count, (end, len(line))))
             file.write(line)
             end += len(line)
     value = {
         "hash": plan.hash, "format": FORMAT, "settings": plan.settings.to_json(),
-        "conversion": dataclasses.asdict(plan.settings.conversion), "shards": [place.to_json() for place in places],
+        "conversion": dataclasses.asdict(plan.settings.conversion), "shards": [place._asdict() for place in places],
     }  # fmt: skip
     files.write_text(folder / PLAN, json.dumps(value, sort_keys=True), private=True)
     return StoredPlan(plan.hash, plan.settings, tuple(places))
@@ -428,20 +417,20 @@ def read(folder: Path) -> StoredPlan | None:
     """The plan in a folder; None if there is none or it is damaged."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         value = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-        places = tuple(map(ShardPlace.from_json, value["shards"]))
+        places = tuple(ShardPlace(**(place | {"at": tuple(place["at"])})) for place in value["shards"])
         return StoredPlan(value["hash"], Settings.from_json(value["settings"]), places)
     return None
 
 
-def read_shard(lines: str | Path, offset: int, length: int) -> PlannedShard:
-    """One shard of a plan; `offset` and `length` are of its line, bytes.
+def read_shard(lines: str | Path, at: tuple[int, int]) -> PlannedShard:
+    """One shard of a plan; `at` is offset and length of its line, bytes.
 
     Raises:
       UserError: the plan was replaced.
     """
     try:
         with open(lines, "rb") as file:
-            file.seek(offset)
-            return PlannedShard.from_line(file.read(length))
+            file.seek(at[0])
+            return PlannedShard.from_line(file.read(at[1]))
     except FileNotFoundError as error:
         raise UserError(REPLACED) from error

@@ -27,9 +27,8 @@ from data_pipeline.stages import contact_sheet, pseudonyms
 
 COUNTED = ("split", "modality", "units", "plane", "body_part", "manufacturer")
 FATES = ("kept", "excluded", "duplicate", "quarantined")
-HU_EDGES = np.arange(-1024, 3073, 32, dtype=np.float64)
-# Values that are no HU: 0 is the series' 0.5 percentile, 1 its 99.5 percentile.
-RELATIVE_EDGES = np.round(np.linspace(-0.25, 1.5, 71), 6)
+# Of the histograms of intensities. Values that are no HU: 0 is the series' 0.5 percentile, 1 its 99.5 percentile.
+EDGES = {"HU": np.arange(-1024, 3073, 32, dtype=np.float64), "relative": np.round(np.linspace(-0.25, 1.5, 71), 6)}
 SPACING_EDGES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.5, 10.0)  # mm
 SIDE_EDGES = (0.0, 64.0, 128.0, 192.0, 256.0, 320.0, 384.0, 512.0, 768.0, 1024.0)  # px
 TILE = 160  # px
@@ -63,7 +62,7 @@ class Example(NamedTuple):
 def intensities(
     histogram: Int[np.ndarray, "levels"], slope: float, intercept: float, percentiles: Sequence[float], *, hu: bool
 ) -> Int[np.ndarray, "bins"]:
-    """Pixels per bin of HU_EDGES or RELATIVE_EDGES; values outside count for the outermost bins.
+    """Pixels per bin of EDGES; values outside count for the outermost bins.
 
     Args:
       histogram: counts of the stored values 0, 1, 2, …
@@ -75,7 +74,7 @@ def intensities(
     )
     stored = np.flatnonzero(histogram)
     real = stored * slope + intercept
-    edges = HU_EDGES if hu else RELATIVE_EDGES
+    edges = EDGES["HU" if hu else "relative"]
     if not hu:
         low, high = percentiles[0], percentiles[2]
         real = (real - low) / (high - low if high > low else 1.0)
@@ -119,9 +118,7 @@ class Counts:
         self.slices += len(rows)
         for name, counts in self.by.items():
             counts.update({str(v["values"]): v["counts"] for v in rows[name].value_counts().to_pylist()})
-        who = rows.select(["patient", "split", "series", "near_duplicate_of"]).group_by(
-            ["patient", "split", "series", "near_duplicate_of"]
-        )
+        who = rows.group_by(["patient", "split", "series", "near_duplicate_of"])
         for row in who.aggregate([([], "count_all")]).to_pylist():
             self.patients[row["split"]].add(row["patient"])
             self.series[row["series"]] = (row["patient"], row["split"])
@@ -184,7 +181,6 @@ def make(
       intensity: pixels per bin, of "HU" and "relative".
       left_out: slices of readable files by the rule that left them out.
     """
-    edges = {"HU": HU_EDGES, "relative": RELATIVE_EDGES}
     card: Card = {
         "version": __version__, "name": name, "slices": counts.slices, "series": len(counts.series),
         "patients": len(set().union(*counts.patients.values())), "bytes": sum(shard.bytes for shard in shard_rows),
@@ -194,14 +190,13 @@ def make(
         "spacing_mm": {where: _in_order(found, SPACING_EDGES) for where, found in counts.spacing.items()},
         "longer_side_px": _in_order(counts.sides, SIDE_EDGES),
         "intensity": {
-            kind: {"edges": edges[kind].tolist(), "pixels": list(bins)} for kind, bins in intensity.items() if any(bins)
+            kind: {"edges": EDGES[kind].tolist(), "pixels": list(bins)} for kind, bins in intensity.items() if any(bins)
         },
         "files": {fate: sum(files.get(fate, {}).values()) for fate in FATES},
         "reasons": {
-            fate: {reason: n for reason, n in sorted(files.get(fate, {}).items(), key=lambda item: (-item[1], item[0])) if reason}
-            for fate in FATES
+            fate: {reason: n for reason, n in most_first(files.get(fate, {})).items() if reason} for fate in FATES
         },
-        "slices_left_out": dict(sorted(left_out.items(), key=lambda item: (-item[1], item[0]))),
+        "slices_left_out": most_first(left_out),
         "near_duplicates": counts.near_duplicates(),
         "settings": dict(settings),
         "shards": [
@@ -211,6 +206,11 @@ def make(
     if holdout is not None:
         card["held_out"] = holdout._asdict() | {"slices_found": counts.held_out}
     return card
+
+
+def most_first(counts: Mapping[str, int]) -> dict[str, int]:
+    """The largest count first; equal ones by name."""
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _binned(values: np.ndarray, edges: Sequence[float]) -> dict[str, int]:
@@ -340,12 +340,11 @@ def _splits_table(card: Card) -> str:
 
 
 def _bars(title: str, counts: Mapping[str, int], *, ordered: bool = False) -> str:
-    items = list(counts.items()) if ordered else sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     largest = max(counts.values(), default=1)
     rows = "".join(
         f'<tr><td>{_text(name or "unknown")}</td><td class="bar"><div style="width:{100 * n / largest:.1f}%"></div></td>'
         f'<td class="n">{n:,}</td></tr>'
-        for name, n in items
+        for name, n in (counts if ordered else most_first(counts)).items()
     )
     return f'<div class="scroll"><table><caption>{_text(title)}</caption><tbody>{rows}</tbody></table></div>'
 

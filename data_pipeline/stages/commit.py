@@ -28,7 +28,7 @@ from data_pipeline.format.files import Json
 from data_pipeline.format.shards import ShardRow
 from data_pipeline.stages import assignment, card, convert, inventory, near_duplicates, pseudonyms
 from data_pipeline.stages.assignment import Settings, StoredPlan
-from data_pipeline.stages.convert import FileOutcome, ShardReport
+from data_pipeline.stages.convert import FileOutcome, SeriesSummary, ShardReport
 from data_pipeline.stages.pack import PATH
 
 BUILD_FOLDER = ".build"
@@ -77,29 +77,14 @@ _FILES_SCHEMA = pa.schema([
 ])  # fmt: skip
 
 
+_SERIES_SCHEMA = pa.schema([
+    (field.name, {"part": pa.int32(), "signature": pa.binary()}.get(field.name, pa.string())) for field in dataclasses.fields(SeriesSummary)
+])  # fmt: skip
+
+
 def folder_of(private: Path, addition: int) -> Path:
     """Where an addition keeps its plan and sidecars."""
     return private / f"addition-{addition:05d}"
-
-
-def finished_additions(output: Path) -> int:
-    """How many additions the dataset consists of; 0 where there is no dataset.
-
-    Raises:
-      DataError: the dataset is damaged, or of another version.
-    """
-    path = output / shards.SHARDS
-    if not path.exists():
-        return 0
-    try:
-        metadata = pq.read_schema(path).metadata or {}
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is damaged; copy the dataset again or build it anew elsewhere") from error
-    if ADDITIONS not in metadata:
-        raise DataError(
-            f"{output} holds a finished dataset of another version of this software, which had no additions; choose another --output, or remove it to build it anew"
-        )
-    return int(metadata[ADDITIONS])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,10 +110,6 @@ class Known:
         """By split, the number of its next shard."""
         return dict(collections.Counter(shard.split for shard in self.shards))
 
-    def held_out_files(self) -> int:
-        """How many files were left out because their patient is held out."""
-        return sum(row.reason == assignment.HELD_OUT for row in self.files.values())
-
     def slices_of(self, output: Path, series: set[str]) -> dict[str, int]:
         """For series that get further slices: the number of the next one."""
         if not self.additions or not series:
@@ -146,13 +127,22 @@ def known(output: Path, private: Path) -> Known:
     Raises:
       DataError: the dataset or its private folder is damaged, or of another version.
     """
-    count = finished_additions(output)
-    if not count and (private / assignment.PLAN).exists():
-        raise DataError(
-            f"{output} holds an unfinished build of another version of this software; remove it to build it anew"
-        )
-    if not count:
+    path = output / shards.SHARDS
+    if not path.exists():
+        if (private / assignment.PLAN).exists():
+            raise DataError(
+                f"{output} holds an unfinished build of another version of this software; remove it to build it anew"
+            )
         return Known()
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is damaged; copy the dataset again or build it anew elsewhere") from error
+    if ADDITIONS not in metadata:
+        raise DataError(
+            f"{output} holds a finished dataset of another version of this software, which had no additions; choose another --output, or remove it to build it anew"
+        )
+    count = int(metadata[ADDITIONS])
     found: dict[str, FileRow] = {}
     for addition in range(count):
         for row in pq.read_table(folder_of(private, addition) / FILES).to_pylist():
@@ -160,12 +150,12 @@ def known(output: Path, private: Path) -> Known:
     kept = [row for row in found.values() if row.fate == "kept"]
     first = assignment.read(folder_of(private, 0))
     if first is None:
-        path = folder_of(private, 0) / assignment.PLAN
-        raise DataError(f"{path} is missing or damaged; without it no exams can be added")
+        plan = folder_of(private, 0) / assignment.PLAN
+        raise DataError(f"{plan} is missing or damaged; without it no exams can be added")
     return Known(
         additions=count, files=found, instances=frozenset(row.instance for row in kept if row.instance),
         splits={row.patient: row.split for row in kept},
-        shards=[ShardRow(**row) for row in pq.read_table(output / shards.SHARDS).to_pylist()], settings=first.settings,
+        shards=[ShardRow(**row) for row in pq.read_table(path).to_pylist()], settings=first.settings,
     )  # fmt: skip
 
 
@@ -218,14 +208,9 @@ def _without(table: pa.Table, drop: Drops) -> pa.Table:
         return table
     record, slot = table["record"].to_pylist(), table["slot"].to_pylist()
     keep = [n for n, place in enumerate(zip(record, slot, strict=True)) if place not in drop]
-    records_, slots, number, last = [], [], -1, None
-    for n in keep:
-        number, within = (number, slots[-1] + 1) if record[n] == last else (number + 1, 0)
-        last = record[n]
-        records_.append(number)
-        slots.append(within)
     table = table.take(pa.array(keep, pa.int64()))
-    for name, values in (("record", records_), ("slot", slots)):
+    _, first, numbers = np.unique(table["record"].to_numpy(), return_index=True, return_inverse=True)
+    for name, values in (("record", numbers), ("slot", np.arange(len(keep)) - first[numbers])):
         table = table.set_column(table.column_names.index(name), name, pa.array(values, table.schema.field(name).type))
     return table
 
@@ -236,20 +221,20 @@ def _thin(output: Path, sidecars: Path, report: ShardReport, plan: str, table: p
     name = hashlib.sha256(json.dumps(sorted(drop)).encode()).hexdigest()
     done: Json = json.loads(final.read_text(encoding="utf-8")) if final.exists() else {}
     if done.get("drop") != name or path.stat().st_size != done["report"]["bytes"]:
-        intensity = {kind: list(bins) for kind, bins in report.intensity.items()}
+        intensity = {kind: np.array(bins) for kind, bins in report.intensity.items()}
         for number, slot in sorted(drop):
             header, slices, entries = records.parse(shards.read_record(path, number))
             if not entries[slot].flags & records.REFORMATTED:  # those are not counted
                 hu = header.units == "HU"
-                kind = "HU" if hu else "relative"
                 histogram = np.bincount(codec.decode(slices[slot]).ravel())
                 bins = card.intensities(histogram, header.slope, header.intercept, header.series_percentiles, hu=hu)
-                intensity[kind] = [a - int(b) for a, b in zip(intensity[kind], bins, strict=True)]
-        count, digest, counts = shards.thin(path, path, drop)
+                intensity["HU" if hu else "relative"] -= bins
+        count, digest, counts = shards.thin(path, drop)
         left = _without(table, drop)
         changed = {
             "records": count, "sha256": digest, "slices": len(left), "slice_counts": counts, "bytes": path.stat().st_size,
-            "intensity": intensity, "largest": [max(left[side].to_pylist(), default=0) for side in ("height", "width")],
+            "intensity": {kind: bins.tolist() for kind, bins in intensity.items()},
+            "largest": [max(left[side].to_pylist(), default=0) for side in ("height", "width")],
         }  # fmt: skip
         done = {"plan": plan, "drop": name, "report": changed}
         files.write_text(final, json.dumps(done), private=True)
@@ -341,8 +326,8 @@ def commit(r: Request, plan: StoredPlan) -> card.Card:
         raise nothing_left(r.output, rows)
     files.write_table(own / FILES, pa.Table.from_pylist([row._asdict() for row in rows], _FILES_SCHEMA), private=True)
     intensity = {
-        kind: np.sum([np.zeros(count, np.int64), *(report.intensity[kind] for report in reports)], axis=0).tolist()
-        for kind, count in (("HU", len(card.HU_EDGES) - 1), ("relative", len(card.RELATIVE_EDGES) - 1))
+        kind: np.sum([np.zeros(len(edges) - 1, np.int64), *(one.intensity[kind] for one in reports)], axis=0).tolist()
+        for kind, edges in card.EDGES.items()
     }
     summary = {"intensity": intensity, "left_out": dict(sorted(left_out.items()))}
     files.write_text(own / SUMMARY, json.dumps(summary), private=True)
@@ -372,12 +357,10 @@ def publish(
         raise DataError(f"{counts.held_out:,} slices of held-out patients are in the dataset; {REBUILD} with --holdout")
     fates = _write_manifest(aside / shards.MANIFEST, r.private, additions)
     summaries = [json.loads((folder_of(r.private, n) / SUMMARY).read_text(encoding="utf-8")) for n in range(additions)]
-    left_out: collections.Counter[str] = collections.Counter()
-    for summary in summaries:
-        left_out.update(summary["left_out"])
+    left_out = sum((collections.Counter(summary["left_out"]) for summary in summaries), collections.Counter())
     made = card.make(
         name=r.name, settings=r.settings, codec=codec.NAMES[codec.DELTA], counts=counts, shard_rows=shard_rows, files=fates,
-        intensity={kind: np.sum([s["intensity"][kind] for s in summaries], axis=0).tolist() for kind in ("HU", "relative")},
+        intensity={kind: np.sum([s["intensity"][kind] for s in summaries], axis=0).tolist() for kind in card.EDGES},
         left_out=left_out, holdout=r.holdout, additions=additions,
     )  # fmt: skip
     files.write_text(aside / shards.CARD, json.dumps(made, indent=2) + "\n")
@@ -422,14 +405,8 @@ def _near_duplicates(
     for report in reports:
         here = set(tables[report.file]["series"].unique().to_pylist()) if report.slices else set()
         new += [series for series in report.series if series.series in here]
-    names = ("series", "part", "patient", "split", "modality", "plane")
-    table = pa.table(
-        {
-            name: pa.array([getattr(s, name) for s in new], pa.int32() if name == "part" else pa.string())
-            for name in names
-        }
-        | {"signature": pa.array([np.asarray(s.signature, np.int8).tobytes() for s in new], pa.binary())}
-    )
+    signed = [vars(one) | {"signature": np.asarray(one.signature, np.int8).tobytes()} for one in new]
+    table = pa.Table.from_pylist(signed, _SERIES_SCHEMA)
     files.write_table(own / SERIES, table, private=True)
     every = [pq.read_table(folder_of(r.private, n) / SERIES) for n in range(r.before.additions)] + [table]
     rows = pa.concat_tables(every)

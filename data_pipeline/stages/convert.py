@@ -18,27 +18,18 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
-from PIL import Image
 
 from curia_common.errors import DataError, StorageError, UserError, fault_location
 from data_pipeline.format import codec, files, records, shards
 from data_pipeline.format.files import Json
-from data_pipeline.sources import archives, geometry, readers
-from data_pipeline.sources import object_stores as objects
+from data_pipeline.sources import archives, geometry, object_stores, readers
 from data_pipeline.sources.base import NO_MEMORY, Heartbeat, ImageFacts, ReadError, ReadRequest, Slice
 from data_pipeline.sources.retry import retry_transient
-from data_pipeline.sources.stored_values import LEVELS, stored_sha256
+from data_pipeline.sources.stored_values import stored_sha256
 from data_pipeline.stages import assignment, card, exclusion, near_duplicates, reformat
 from data_pipeline.stages.assignment import Conversion, PlannedFile, PlannedSeries, PlannedShard
-from data_pipeline.stages.pack import (
-    EncodedSlice,
-    IndexRow,
-    SeriesIdentity,
-    Spool,
-    Tally,
-    intensities,
-    pack,
-)  # fmt: skip
+from data_pipeline.stages.inventory import Labels
+from data_pipeline.stages.pack import EncodedSlice, IndexRow, SeriesIdentity, Spool, Tally, intensities, pack
 from data_pipeline.stages.statistics import slice_statistics
 
 SAME_PIXELS = "the same pixels as another slice of the series"
@@ -150,11 +141,10 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class ShardTask:
-    """One shard of a job; `offset` and `length` are of its line in the plan, bytes."""
+    """One shard of a job; `at` is offset and length of its line in the plan, bytes."""
 
     job: Job
-    offset: int
-    length: int
+    at: tuple[int, int]
 
 
 def publish(task: ShardTask, skip: Mapping[str, str], heartbeat: Heartbeat) -> str:
@@ -168,7 +158,7 @@ def publish(task: ShardTask, skip: Mapping[str, str], heartbeat: Heartbeat) -> s
       UserError: another plan has replaced the job's own, and as convert_shard.
     """
     job = task.job
-    shard = assignment.read_shard(job.lines, task.offset, task.length)
+    shard = assignment.read_shard(job.lines, task.at)
 
     def heartbeat_while_planned(item: str | None) -> None:
         heartbeat(item)
@@ -186,16 +176,13 @@ def publish(task: ShardTask, skip: Mapping[str, str], heartbeat: Heartbeat) -> s
     return report.file
 
 
-@contextlib.contextmanager
-def _scratch(job: Job) -> Iterator[str | None]:
+def _scratch(job: Job) -> contextlib.AbstractContextManager[str | None]:
     """A scratch folder of this task's own, where the job has scratch space."""
     if job.scratch is None:
-        yield None
-        return
+        return contextlib.nullcontext()
     parent = scratch_folder(job.scratch, job.output)
     os.makedirs(parent, mode=0o700, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent) as folder:
-        yield folder
+    return tempfile.TemporaryDirectory(dir=parent)
 
 
 def scratch_folder(scratch: str, output: str) -> str:
@@ -227,8 +214,7 @@ def convert_shard(
     index: list[IndexRow] = []
     counts: list[int] = []
     largest = (0, 0)
-    bins = {"HU": len(card.HU_EDGES) - 1, "relative": len(card.RELATIVE_EDGES) - 1}
-    intensity = {kind: [0] * count for kind, count in bins.items()}
+    intensity = {kind: np.zeros(len(edges) - 1, np.int64) for kind, edges in card.EDGES.items()}
     summaries: list[SeriesSummary] = []
     left_out: collections.Counter[str] = collections.Counter()
     outcomes: dict[str, FileOutcome] = {}
@@ -238,8 +224,8 @@ def convert_shard(
         for series in shard.series:
             with Spool(Path(scratch or folder)) as spool:
                 unpacked = archives.folder(folder)
-                place = _Place(name, unpacked, scratch or unpacked, spool)
-                converted = _convert_series(series, conversion, skip, heartbeat, place)
+                context = _Context(name, unpacked, scratch or unpacked, spool, conversion, skip, heartbeat)
+                converted = _convert_series(series, context)
                 for path, outcome in converted.outcomes.items():
                     outcomes[path] = better_outcome(outcomes.get(path), outcome)
                 left_out.update(converted.tally.left_out)
@@ -248,7 +234,7 @@ def convert_shard(
                 summaries.append(converted.summary)
                 histograms = converted.tally.histograms
                 kind, pixels = intensities(converted.identity.units, histograms)
-                intensity[kind] = [a + int(b) for a, b in zip(intensity[kind], pixels, strict=True)]
+                intensity[kind] += pixels
                 per_record = conversion.slices_per_record
                 for record in pack(converted.identity, converted.slices, histograms, per_record, spool):
                     where: IndexRow = {"split": shard.split, "shard": name, "record": len(counts)}
@@ -262,7 +248,8 @@ def convert_shard(
     written, sha256 = shards.write(path, items(), Path(scratch) if scratch else None)
     report = ShardReport(
         file=name, split=shard.split, records=written, slices=sum(counts), bytes=path.stat().st_size, sha256=sha256,
-        slice_counts=counts, largest=largest, intensity=intensity, series=summaries, left_out=dict(left_out), files=outcomes,
+        slice_counts=counts, largest=largest, intensity={kind: bins.tolist() for kind, bins in intensity.items()},
+        series=summaries, left_out=dict(left_out), files=outcomes,
     )  # fmt: skip
     return report, index
 
@@ -270,20 +257,24 @@ def convert_shard(
 # ---- one series
 
 
-class _Place(NamedTuple):
-    """Where a series is converted.
+class _Context(NamedTuple):
+    """Where and how a series is converted.
 
     Attributes:
       shard: file name.
       unpacked: folder of the copies of compressed archives.
       scratch: folder for temporary files.
       spool: of the series.
+      skip, heartbeat: as in convert_shard.
     """
 
     shard: str
     unpacked: str
     scratch: str
     spool: Spool
+    conversion: Conversion
+    skip: Mapping[str, str]
+    heartbeat: Heartbeat
 
 
 class _ConvertedSeries(NamedTuple):
@@ -305,13 +296,11 @@ class _ConvertedFile(NamedTuple):
     facts: ImageFacts | None = None
 
 
-def _convert_series(
-    series: PlannedSeries, conversion: Conversion, skip: Mapping[str, str], heartbeat: Heartbeat, place: _Place
-) -> _ConvertedSeries:
+def _convert_series(series: PlannedSeries, context: _Context) -> _ConvertedSeries:
     tally, slices, facts = Tally(), [], None
     outcomes: dict[str, FileOutcome] = {}
     for file in series.files:
-        found = _convert_file(file, series, conversion, skip, heartbeat, tally.sources, place)
+        found = _convert_file(file, series, tally.sources, context)
         outcomes[file.path] = found.outcome
         slices += found.slices
         tally.add(found.tally)
@@ -333,14 +322,14 @@ def _convert_series(
         series.manufacturer if facts.manufacturer is None else facts.manufacturer,
         series.spacing if facts.spacing is None else facts.spacing,
     )  # fmt: skip
-    shown = [place.spool.pixels(slices[number]) for number in near_duplicates.places(len(slices))]
+    shown = [context.spool.pixels(slices[number]) for number in near_duplicates.places(len(slices))]
     summary = SeriesSummary(
         series.series, series.part, series.patient, series.split, identity.modality, identity.plane,
         near_duplicates.signature(shown).ravel().tolist(),
     )  # fmt: skip
     directions = series.directions or facts.directions
-    if conversion.planes and directions is not None and not series.problems:
-        reformats, excluded = _reformat(slices, identity, directions, conversion, place.spool)
+    if context.conversion.planes and directions is not None and not series.problems:
+        reformats, excluded = _reformat(slices, identity, directions, context)
         slices = slices + reformats
         tally.left_out.update(excluded)
     return _ConvertedSeries(outcomes, tally, slices, identity, summary)
@@ -357,9 +346,8 @@ def _exclude_series(series: PlannedSeries, facts: ImageFacts, tally: Tally) -> s
 
 
 def _reformat(
-    slices: Sequence[EncodedSlice], identity: SeriesIdentity, directions: assignment.Directions, conversion: Conversion,
-    spool: Spool,
-) -> tuple[list[EncodedSlice], collections.Counter[str]]:  # fmt: skip
+    slices: Sequence[EncodedSlice], identity: SeriesIdentity, directions: assignment.Directions, context: _Context
+) -> tuple[list[EncodedSlice], collections.Counter[str]]:
     """Slices in the other wanted planes, and how many were left out by which rule; none unless `slices` form a regular volume."""
     one = slices[0]
     steps = np.diff([each.position for each in slices])
@@ -376,8 +364,8 @@ def _reformat(
         return [], left_out
     labels = one.labels if all(each.labels == one.labels for each in slices) else {}
     flags = records.REFORMATTED | (one.flags & (records.LOSSY | records.MODALITY_INFERRED))
-    wanted = tuple(plane for plane in conversion.planes if plane != identity.plane)
-    found = []
+    wanted = tuple(plane for plane in context.conversion.planes if plane != identity.plane)
+    found, spool = [], context.spool
     with reformat.Stack(spool.folder, spacing, directions) as stack:
         for each in slices:
             stack.add(spool.pixels(each))
@@ -386,7 +374,7 @@ def _reformat(
                 cut.number, cut.pixels, *one.scale, cut.position, flags, stored_sha256(cut.pixels),
                 (stack.spacing, stack.spacing),
             )  # fmt: skip
-            item = _reduce(item, conversion.size)
+            item = _reduce(item, context.conversion.size)
             histogram = np.bincount(item.pixels.ravel())
             reason = _exclude(item, histogram, identity.units)
             if reason is None:
@@ -400,24 +388,21 @@ def _reformat(
 # ---- one file
 
 
-def _convert_file(
-    file: PlannedFile, series: PlannedSeries, conversion: Conversion, skip: Mapping[str, str], heartbeat: Heartbeat,
-    seen: Collection[str], place: _Place,
-) -> _ConvertedFile:  # fmt: skip
+def _convert_file(file: PlannedFile, series: PlannedSeries, seen: Collection[str], context: _Context) -> _ConvertedFile:
     """A file is taken whole or not at all."""
+    heartbeat = context.heartbeat
 
     def read() -> _ConvertedFile:
-        with archives.materialize(_object(file), file.member, place.unpacked, place.scratch, heartbeat) as path:
-            return _read_file(file, path, series, conversion, seen, place)
+        with archives.materialize(_object(file), file.member, context.unpacked, context.scratch, heartbeat) as path:
+            return _read_file(file, path, series, seen, context)
 
     def quarantine(reason: str) -> _ConvertedFile:
-        outcome = FileOutcome(
-            "quarantined", reason, series.series, series.split, place.shard, "; ".join(series.problems)
-        )
+        problems = "; ".join(series.problems)
+        outcome = FileOutcome("quarantined", reason, series.series, series.split, context.shard, problems)
         return _ConvertedFile(outcome, [], Tally())
 
-    if file.path in skip:
-        return quarantine(skip[file.path])
+    if file.path in context.skip:
+        return quarantine(context.skip[file.path])
     heartbeat(file.path)
     _check_unchanged(file)
     try:
@@ -429,7 +414,7 @@ def _convert_file(
     except MemoryError:
         found = quarantine(NO_MEMORY)
     except OSError as error:
-        if objects.is_address(file.path) and error.errno in (errno.ENOENT, errno.EACCES):
+        if object_stores.is_address(file.path) and error.errno in (errno.ENOENT, errno.EACCES):
             raise StorageError(GONE) from error  # the inventory could read it
         found = quarantine(f"cannot be read ({error.strerror})")
     except Exception as error:  # noqa: BLE001 - no file may end the build, whatever it holds
@@ -445,32 +430,33 @@ def _check_unchanged(file: PlannedFile) -> None:
     except OSError as error:
         raise StorageError(GONE) from error
     if not unchanged:
-        raise DataError(objects.CHANGED)
+        raise DataError(object_stores.CHANGED)
 
 
-def _object(file: PlannedFile) -> objects.Object:
-    return objects.Object(file.path, file.size, file.modified_ns)
+def _object(file: PlannedFile) -> object_stores.Object:
+    return object_stores.Object(file.path, file.size, file.modified_ns)
 
 
 def _read_file(
-    file: PlannedFile, path: str, series: PlannedSeries, conversion: Conversion, seen: Collection[str], place: _Place
+    file: PlannedFile, path: str, series: PlannedSeries, seen: Collection[str], context: _Context
 ) -> _ConvertedFile:
     """Reads a file; keeps the slices that no rule excludes and that are not in `seen`, the sources of the series' other files."""
     flags = records.IRREGULAR if set(series.problems) - {geometry.FEW} else 0
     flags |= records.LOSSY if file.lossy else 0
-    request = ReadRequest(path, series.modality, str(place.spool.folder), file.frames, flags)
+    spool = context.spool
+    request = ReadRequest(path, series.modality, str(spool.folder), file.frames, flags)
     tally = Tally()
     found: list[tuple[int, str | None, EncodedSlice | None]] = []
     with readers.open_source(series.kind, request) as source:
         units = source.facts.units
         for item in source.slices():
-            item = _reduce(item, conversion.size)
+            item = _reduce(item, context.conversion.size)
             # The only look at all pixels: rules, statistics and the card's histograms follow from how many have which value.
             histogram = np.bincount(item.pixels.ravel())
             reason = _exclude(item, histogram, units) or (SAME_PIXELS if item.source in seen else None)
             encoded = None
             if reason is None:
-                encoded = _encode(item, histogram, file.first + item.rank, file.labels, file.path, place.spool)
+                encoded = _encode(item, histogram, file.first + item.rank, file.labels, file.path, spool)
                 tally.count(encoded.scale, histogram)
             found.append((item.rank, reason, encoded))
     fate, last_reason = "excluded", source.excluded
@@ -479,7 +465,7 @@ def _read_file(
         if encoded is not None and encoded.source in tally.sources:
             # Which of two equal frames comes first in space is known only now.
             reason = SAME_PIXELS
-            tally.discount(encoded.scale, np.bincount(place.spool.pixels(encoded).ravel()))
+            tally.discount(encoded.scale, np.bincount(spool.pixels(encoded).ravel()))
         if reason is None and encoded is not None:
             tally.sources.add(encoded.source)
             kept.append(encoded)
@@ -490,7 +476,7 @@ def _read_file(
     if kept:
         fate, last_reason = "kept", problems
     outcome = FileOutcome(
-        fate, last_reason, series.series, series.split, place.shard, problems, source.stored_sha256, source.decoder
+        fate, last_reason, series.series, series.split, context.shard, problems, source.stored_sha256, source.decoder
     )
     return _ConvertedFile(outcome, kept, tally, source.facts)
 
@@ -509,17 +495,14 @@ def _reduce(item: Slice, size: int | None) -> Slice:
     if size is None or max(rows, columns) <= size:
         return item
     height, width = (max(1, round(n * size / max(rows, columns))) for n in (rows, columns))
-    # PIL resizes float32 with an antialiased bicubic filter; 16-bit values are exact in it.
-    small = Image.fromarray(item.pixels.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
-    pixels = np.clip(np.rint(np.asarray(small)), 0, LEVELS - 1).astype(np.uint16)
+    pixels = reformat.resize(item.pixels, (height, width))
     spacing = (item.spacing[0] * rows / height, item.spacing[1] * columns / width)
     return dataclasses.replace(item, pixels=pixels, spacing=spacing, flags=item.flags | records.RESIZED)
 
 
 def _encode(
-    item: Slice, histogram: Int[np.ndarray, " levels"], index: int, labels: Mapping[str, str | int | float | None],
-    path: str, spool: Spool,
-) -> EncodedSlice:  # fmt: skip
+    item: Slice, histogram: Int[np.ndarray, " levels"], index: int, labels: Labels, path: str, spool: Spool
+) -> EncodedSlice:
     rows, columns = item.pixels.shape
     return EncodedSlice(
         spool.add(codec.encode(item.pixels)), (rows, columns), index, item.position, (item.slope, item.intercept), item.flags,

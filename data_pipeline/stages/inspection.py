@@ -106,7 +106,7 @@ def print_slice(source: shards.SliceSource, index: pa.Table, number: int) -> Non
     record = records.parse(source.read(row["number"])[0])
     slot = row["slot"]
     print(f"slice {number}: {row['shard']}, record {row['record']}, slot {slot} of {len(record.slices)}")
-    fields: dict = record.header._asdict() | record.entries[slot]._asdict()
+    fields: dict = vars(record.header) | record.entries[slot]._asdict()
     flags = record.entries[slot].flags
     fields["flags"] = f"{flags} ({', '.join(flag_names(flags)) or 'none'})"
     fields["slices"] = f"{len(record.slices[slot]):,} bytes for {row['height']}x{row['width']} px of 16 bit"

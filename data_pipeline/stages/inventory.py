@@ -12,14 +12,12 @@ from typing import Literal
 from pydicom.uid import MediaStorageDirectoryStorage
 
 from curia_common.errors import DataError, StorageError, UserError, fault_location
-from data_pipeline.sources import archives, dicom_header
-from data_pipeline.sources import object_stores as objects
+from data_pipeline.sources import archives, dicom_header, object_stores
 from data_pipeline.sources.base import Heartbeat, ReadError
 from data_pipeline.sources.dicom_header import FrameGeometry
 from data_pipeline.sources.object_stores import Object, absolute
 from data_pipeline.sources.retry import TRANSIENT, retry_transient
-from data_pipeline.stages import exclusion as rules
-from data_pipeline.stages import pseudonyms
+from data_pipeline.stages import exclusion, pseudonyms
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
@@ -27,6 +25,7 @@ FILES_PER_TASK = 64
 
 # Columns of the label table: whole numbers, decimal numbers or text, None for an empty cell.
 Labels = Mapping[str, str | int | float | None]
+Source = str | Object | archives.Member  # a path, an object of a bucket, or a file in an archive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +107,7 @@ class Entry:
         return dataclasses.replace(self, fate=fate, reason=reason)
 
 
-def find_files(inputs: Sequence[str], leave_out: str | None = None) -> list[Path | Object]:
+def find_files(inputs: Sequence[str], leave_out: str | None = None) -> list[str | Object]:
     """All files and objects under the inputs, each once, sorted by path.
 
     Links to folders are followed; hidden files and folders are skipped. What cannot be read (broken links, folders without
@@ -123,14 +122,14 @@ def find_files(inputs: Sequence[str], leave_out: str | None = None) -> list[Path
       DataError: a DICOMDIR cannot be read, or there is no file in any input.
       StorageError: a folder or a bucket cannot be listed at the moment.
     """
-    found: dict[str, Path | Object] = {}
+    found: dict[str, str | Object] = {}
     # Links can lead back up; each folder is walked once.
     walked: set[tuple[int, int]] = set()
     if leave_out is not None and os.path.isdir(leave_out):
         walked.add(_identity(leave_out))
 
     def add(path: Path) -> None:
-        found.setdefault(os.path.abspath(path), path)
+        found.setdefault(os.path.abspath(path), str(path))
 
     def unreadable(error: OSError) -> None:
         if error.errno in TRANSIENT:  # to quarantine the folder would drop all files in it
@@ -140,8 +139,8 @@ def find_files(inputs: Sequence[str], leave_out: str | None = None) -> list[Path
         add(Path(error.filename))
 
     for text in inputs:
-        if objects.is_address(text):
-            for one in objects.find(text):
+        if object_stores.is_address(text):
+            for one in object_stores.find(text):
                 found.setdefault(one.path, one)
             if text.rpartition("/")[2].upper() == "DICOMDIR":
                 raise UserError(
@@ -179,9 +178,9 @@ def find_files(inputs: Sequence[str], leave_out: str | None = None) -> list[Path
     return sorted(found.values(), key=lambda one: Path(path_of(one)))
 
 
-def path_of(found: Path | Object) -> str:
+def path_of(source: Source) -> str:
     """The path as the manifest has it."""
-    return found.path if isinstance(found, Object) else str(found)
+    return source if isinstance(source, str) else source.path
 
 
 def read_holdout(path: str) -> list[tuple[int, str]]:
@@ -200,14 +199,10 @@ def read_holdout(path: str) -> list[tuple[int, str]]:
 def is_place(line: str) -> bool:
     """Whether a line of a hold-out file names a path: a folder, a file, an archive or a folder in one (exams.zip!/folder), on a
     disk or in a bucket."""
+    if object_stores.is_address(line) or os.path.exists(line):
+        return True
     archive, mark, _ = line.partition("!/")
-    return (
-        objects.is_address(line)
-        or os.path.exists(line)
-        or bool(mark)
-        and archives.is_archive(archive)
-        and os.path.isfile(archive)
-    )
+    return bool(mark) and archives.is_archive(archive) and os.path.isfile(archive)
 
 
 def lies_in(path: str, place: str) -> bool:
@@ -252,9 +247,7 @@ def _identity(path: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def inspect(
-    task: tuple[Sequence[str | Object | archives.Member], Options], skip: Mapping[str, str], heartbeat: Heartbeat
-) -> list[Entry]:
+def inspect(task: tuple[Sequence[Source], Options], skip: Mapping[str, str], heartbeat: Heartbeat) -> list[Entry]:
     """Entries of some files, objects and archive members; the work of one task of workers.run. Never raises for file contents.
 
     Args:
@@ -267,7 +260,7 @@ def inspect(
     sources, options = task
     entries = []
     for source in sources:
-        path = source if isinstance(source, str) else source.path
+        path = path_of(source)
         if path in skip:
             entries.append(Entry(path).with_fate("quarantined", skip[path]))
             continue
@@ -277,7 +270,7 @@ def inspect(
     return entries
 
 
-def _inspect(source: str | Object | archives.Member, path: str, options: Options, heartbeat: Heartbeat) -> Entry:
+def _inspect(source: Source, path: str, options: Options, heartbeat: Heartbeat) -> Entry:
     entry = Entry(path)
     try:
         if isinstance(source, str):
@@ -342,7 +335,7 @@ def _with_header(entry: Entry, header: dicom_header.Header, options: Options) ->
     rule = (
         "an index of DICOM files (DICOMDIR)"
         if header.sop_class == MediaStorageDirectoryStorage
-        else rules.exclude_header(header)
+        else exclusion.exclude_header(header)
     )
     if rule is None and header.lossy and not options.keep_lossy:
         rule = "lossy compression"
@@ -350,18 +343,11 @@ def _with_header(entry: Entry, header: dicom_header.Header, options: Options) ->
         rule = A_FACE if header.body_part in dicom_header.FACES else MAY_BE_A_FACE if not header.body_part else None
     if rule is not None:
         return entry.with_fate("excluded", rule)
+    instance = pseudonyms.digest(options.key, "instance", header.sop_uid or entry.path)
     facts = FileFacts(
-        modality=header.modality,
-        instance=pseudonyms.digest(options.key, "instance", header.sop_uid or entry.path),
-        rows=header.rows,
-        columns=header.columns,
-        frames=header.frames,
-        body_part=header.body_part,
-        manufacturer=header.manufacturer,
-        lossy=header.lossy,
-        thickness=header.thickness,
-        geometry=header.geometry,
-    )
+        header.modality, instance, header.rows, header.columns, header.frames, header.body_part, header.manufacturer,
+        header.lossy, header.thickness, header.geometry,
+    )  # fmt: skip
     return dataclasses.replace(entry, facts=facts)
 
 

@@ -62,7 +62,9 @@ class LabelTable:
                     f"{self.path}, line {row.line}: it names the same file as line {named[row.path].line}; keep one of them"
                 )
             named[row.path] = row
-        columns = {name: _typed([row.cells[name] for row in rows]) for name in self._label_names(rows)}
+        special = {"file", self.split_column, self.patient_column, self.modality_column}
+        names = [name for name in rows[0].cells if name not in special] if self.columns is None else self.columns
+        columns = {name: _typed([row.cells[name] for row in rows]) for name in names}
         for number, row in enumerate(rows):
             entry = by_path[row.path]
             modality = row.cells[self.modality_column] if self.modality_column else ""
@@ -126,12 +128,6 @@ class LabelTable:
                 )
         return {patient: split for patient, (split, _) in found.items()}
 
-    def _label_names(self, rows: Sequence[_Row]) -> tuple[str, ...]:
-        special = {"file", self.split_column, self.patient_column, self.modality_column}
-        if self.columns is not None:
-            return self.columns
-        return tuple(name for name in rows[0].cells if name not in special)
-
     def _read(self) -> list[_Row]:
         try:
             with open(self.path, encoding="utf-8-sig", newline="") as file:
@@ -152,15 +148,14 @@ class LabelTable:
                             f"{self.path}, line {reader.line_num}: {count} cells under {len(have)} column names; quote cells that hold commas"
                         )
                     row = {name: value.strip() for name, value in cells.items()}
-                    rows.append(_Row(reader.line_num, self._locate(row["file"]), row))
+                    name = row["file"]
+                    place = name if is_address(name) else os.path.join(os.path.dirname(self.path), name)
+                    rows.append(_Row(reader.line_num, absolute(place), row))
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"cannot read the label table {self.path}: {error}") from error
         if not rows:
             raise UserError(f"{self.path} names no file; it has a header and no lines under it")
         return rows
-
-    def _locate(self, name: str) -> str:
-        return absolute(name if is_address(name) else os.path.join(os.path.dirname(self.path), name))
 
 
 _WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,17})")

@@ -1,6 +1,7 @@
 """Encoded slices of a series to records: the last step of the conversion."""
 
 import collections
+import dataclasses
 import itertools
 import os
 import tempfile
@@ -149,16 +150,10 @@ class PackedRecord(NamedTuple):
     rows: list[IndexRow]
 
 
-class SeriesIdentity(NamedTuple):
-    """What every record of a series says of it; see format.records.RecordHeader. `spacing`: mm between slices."""
+@dataclasses.dataclass(frozen=True)
+class SeriesIdentity(records.SeriesFacts):
+    """What every record of a series says of it. `spacing`: mm between slices."""
 
-    series: str
-    patient: str
-    modality: str
-    units: str
-    plane: str
-    body_part: str
-    manufacturer: str
     spacing: float
 
 

@@ -16,8 +16,7 @@ from curia_common import cli, logs, progress
 from curia_common.errors import DataError, UserError
 from data_pipeline import beam, workers
 from data_pipeline.format import files, shards
-from data_pipeline.sources import archives, dicom_pixels
-from data_pipeline.sources import object_stores as objects
+from data_pipeline.sources import archives, dicom_pixels, object_stores
 from data_pipeline.stages import assignment, card, commit, convert, inventory, labels, pseudonyms, reformat
 from data_pipeline.stages.assignment import Conversion, Plan, Settings, StoredPlan
 
@@ -160,7 +159,7 @@ def run(options: Options) -> card.Card:
     return made
 
 
-def _run_stages(build: _Build, found: Sequence[Path | objects.Object]) -> card.Card:
+def _run_stages(build: _Build, found: Sequence[str | object_stores.Object]) -> card.Card:
     options, known = build.options, build.known
     entries = _take_inventory(build, found)
     held_out, holdout = _read_holdout(build, entries)
@@ -176,7 +175,7 @@ def _run_stages(build: _Build, found: Sequence[Path | objects.Object]) -> card.C
         continued=known.slices_of(build.output, {entry.series for entry in entries if not entry.fate}),
     ))  # fmt: skip
     if holdout is not None:
-        count = sum(entry.reason == assignment.HELD_OUT for entry in entries) + known.held_out_files()
+        count = sum(one.reason == assignment.HELD_OUT for one in (*entries, *known.files.values()))
         holdout = holdout._replace(files=count)
     request = commit.Request(
         build.output, build.private, options.name, options.shown_on_card, options.examples, known, entries, named,
@@ -253,27 +252,21 @@ def _print_summary(made: card.Card, output: Path, seconds: float) -> None:
 # ---- inventory
 
 
-def _take_inventory(build: _Build, found: Sequence[Path | objects.Object]) -> list[inventory.Entry]:
+def _take_inventory(build: _Build, found: Sequence[str | object_stores.Object]) -> list[inventory.Entry]:
     """What is new among the inputs."""
     options, known = build.options, build.known
     unpacked = archives.folder(options.output)
-    paths = [inventory.path_of(one) for one in found]
-    packed = [path for path in paths if archives.is_archive(path)]
-    listings: dict[int, archives.Listing] = {}
-    if packed:
-        tasks = [(path, unpacked, options.unpack_gb * 1_000_000_000) for path in packed]
-        with progress.Progress("archives", len(packed)) as counter:
-            for message in _run(build, archives.list_members, tasks):
-                if isinstance(message, workers.Done):
-                    listings[message.number] = message.result
-                else:
-                    counter.step()
-    sources: list[str | objects.Object | archives.Member] = [
-        one if isinstance(one, objects.Object) else path
-        for one, path in zip(found, paths, strict=True)
-        if not archives.is_archive(path)
-    ]
-    sources += [member for number in sorted(listings) for member in listings[number].members]
+    sources: list[inventory.Source] = []
+    packed: list[str] = []
+    for one in found:
+        path = inventory.path_of(one)
+        if archives.is_archive(path):
+            packed.append(path)
+        else:
+            sources.append(one)
+    tasks = [(path, unpacked, options.unpack_gb * 1_000_000_000) for path in packed]
+    listings: list[archives.Listing] = _run(build, "archives", len(packed), archives.list_members, tasks)
+    sources += [member for listing in listings for member in listing.members]
     sources = [source for source in sources if _is_new(source, known)]
     wishes = inventory.Options(
         key=build.key, modality=options.modality, keep_lossy=not options.drop_lossy, keep_faces=not options.drop_faces,
@@ -281,24 +274,19 @@ def _take_inventory(build: _Build, found: Sequence[Path | objects.Object]) -> li
     )  # fmt: skip
     size = inventory.FILES_PER_TASK
     tasks = [(sources[n : n + size], wishes) for n in range(0, len(sources), size)]
-    read: dict[int, list[inventory.Entry]] = {}
-    with progress.Progress("inventory", len(sources)) as counter:
-        for message in _run(build, inventory.inspect, tasks):
-            if isinstance(message, workers.Done):
-                read[message.number] = message.result
-            else:
-                counter.step()
-    entries = [entry for number in sorted(read) for entry in read[number]]
+    entries: list[inventory.Entry] = []
+    for part in _run(build, "inventory", len(sources), inventory.inspect, tasks):
+        entries += part
     return entries + [
-        inventory.Entry(one.archive, one.size, one.modified_ns, fate="quarantined", reason=one.problem)
-        for _, one in sorted(listings.items())
-        if one.problem and one.archive not in known.files
+        inventory.Entry(*one.archive, fate="quarantined", reason=one.problem)
+        for one in listings
+        if one.problem and one.archive.path not in known.files
     ]
 
 
-def _is_new(source: str | objects.Object | archives.Member, known: commit.Known) -> bool:
+def _is_new(source: inventory.Source, known: commit.Known) -> bool:
     """Whether a file has to be looked at: it is not in the dataset's manifest, or it was bad and has changed since."""
-    row = known.files.get(source if isinstance(source, str) else source.path)
+    row = known.files.get(inventory.path_of(source))
     if row is None:
         return True
     if isinstance(source, str):
@@ -326,8 +314,8 @@ def _read_holdout(build: _Build, entries: Sequence[inventory.Entry]) -> tuple[se
         return out, None
     lines = inventory.read_holdout(build.options.holdout)
     known = build.known.files
-    places = [(objects.absolute(entry.path), entry.patient) for entry in entries if entry.patient]
-    places += [(objects.absolute(path), row.named) for path, row in known.items() if row.named]
+    places = [(object_stores.absolute(entry.path), entry.patient) for entry in entries if entry.patient]
+    places += [(object_stores.absolute(path), row.named) for path, row in known.items() if row.named]
     here = {patient for _, patient in places} | {row.patient for row in known.values()}
     unmatched = []
     for number, line in lines:
@@ -443,12 +431,8 @@ def _convert(build: _Build, plan: StoredPlan) -> None:
                 )
             (private / BEAM_LOG).unlink()
         else:
-            with progress.Progress("convert", sum(place.files for place in todo)) as counter:
-                for message in _run(
-                    build, convert.publish, [convert.ShardTask(job, place.offset, place.length) for place in todo]
-                ):
-                    if isinstance(message, workers.Progress):
-                        counter.step()
+            tasks = [convert.ShardTask(job, place.at) for place in todo]
+            _run(build, "convert", sum(place.files for place in todo), convert.publish, tasks)
     finally:
         _remove_leftovers(output)
         if options.scratch:
@@ -470,11 +454,20 @@ def _convert_on_beam(build: _Build, job: convert.Job, places: Sequence[assignmen
             counter.step(amount)
 
 
-def _run(build: _Build, function: workers.Work, tasks: Sequence[Any]) -> Iterator[workers.Progress | workers.Done]:
+def _run(build: _Build, label: str, items: int, function: workers.Work, tasks: Sequence[Any]) -> list[Any]:
+    """Results of `function` in the order of the tasks, on local workers; shows how many of the `items` were read."""
+    if not tasks:
+        return []
     options = build.options
     count, memory = min(options.workers, len(tasks)), int(options.memory_gb * 1e9)
-    with _failed_on(build.private):
-        yield from workers.run(function, tasks, workers=count, timeout=options.timeout, memory=memory)
+    results: dict[int, Any] = {}
+    with progress.Progress(label, items) as counter, _failed_on(build.private):
+        for message in workers.run(function, tasks, workers=count, timeout=options.timeout, memory=memory):
+            if isinstance(message, workers.Done):
+                results[message.number] = message.result
+            else:
+                counter.step()
+    return [results[number] for number in sorted(results)]
 
 
 @contextlib.contextmanager

@@ -87,7 +87,7 @@ class Stack:
         shape = (self._length(rows, self._rows_mm), self._length(columns, self._columns_mm))
         if not self._count:
             self._shape = shape
-        self._file.write(_resize(pixels, self._shape).tobytes())
+        self._file.write(resize(pixels, self._shape).tobytes())
         self._count += 1
 
     def _length(self, count: int, spacing: float) -> int:
@@ -117,7 +117,7 @@ class Stack:
             part = self._block(through, start, min(start + block, count))
             order = range(part.shape[1])
             for n in reversed(order) if backwards else order:
-                pixels = _resize(part[:, n], (self._length(self._count, self._step), across))
+                pixels = resize(part[:, n], (self._length(self._count, self._step), across))
                 yield Reformat(plane, number, self._oriented(plane, through, pixels), number * self.spacing)
                 number += 1
 
@@ -152,7 +152,8 @@ class Stack:
         return np.ascontiguousarray(pixels)
 
 
-def _resize(pixels: UInt16[np.ndarray, "rows columns"], shape: tuple[int, int]) -> UInt16[np.ndarray, "high wide"]:
+def resize(pixels: UInt16[np.ndarray, "rows columns"], shape: tuple[int, int]) -> UInt16[np.ndarray, "high wide"]:
+    """Pixels at another height and width, bicubic and antialiased."""
     if pixels.shape == shape:
         return pixels
     # Pillow's bicubic filter widens where the image shrinks; 16-bit values are exact in float32.

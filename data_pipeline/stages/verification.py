@@ -21,8 +21,7 @@ from data_pipeline import workers
 from data_pipeline.format import codec, records, shards
 from data_pipeline.format.files import Json
 from data_pipeline.format.shards import ShardRow
-from data_pipeline.sources import archives
-from data_pipeline.sources import object_stores as objects
+from data_pipeline.sources import archives, object_stores
 from data_pipeline.sources.base import Heartbeat
 from data_pipeline.stages import assignment, commit, inventory, pseudonyms
 
@@ -30,7 +29,8 @@ DAMAGED_SHOWN = 3  # records per shard
 UNPACK_BYTES = 100_000_000_000  # of compressed archives that a hold-out file names
 
 
-class HeldOut(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
     """How many lines a hold-out file has, how many patients they name, and what of those is in the index."""
 
     lines: int
@@ -64,11 +64,7 @@ class Report:
 
     def to_json(self) -> Json:
         value = dataclasses.asdict(self) | {"sound": self.sound}
-        if self.held_out is None:
-            del value["held_out"]
-        else:
-            value["held_out"] = self.held_out._asdict()
-        return value
+        return {name: one for name, one in value.items() if one is not None}
 
 
 def verify(folder: Path, *, workers_count: int = 1, holdout: str | None = None, key_file: str | None = None) -> Report:
@@ -96,9 +92,11 @@ def verify(folder: Path, *, workers_count: int = 1, holdout: str | None = None, 
 
 def _verify_shards(folder: Path, table: Sequence[ShardRow], problems: Sequence[str], count: int) -> Report:
     names = {row.file for row in table}
+    unfinished = pending(folder, names)
+    strays = {path.name for path in folder.glob("[!.]*.array_record*")} - names - unfinished
     problems = [
         *problems, *_index_problems(folder, table), *_tfds_problems(folder, table), *_card_problems(folder, table),
-        *_stray_problems(folder, names),
+        *(f"{name} is not in {shards.SHARDS}" for name in sorted(strays)),
     ]  # fmt: skip
     tasks = [(str(folder), row) for row in table]
     found: dict[int, ShardFindings] = {}
@@ -114,7 +112,7 @@ def _verify_shards(folder: Path, table: Sequence[ShardRow], problems: Sequence[s
     return Report(
         str(folder), len(shards_found), sum(one.records for one in shards_found), sum(one.slices for one in shards_found),
         sum(one.bytes for one in shards_found), (*problems, *(line for one in shards_found for line in one.problems)),
-        tuple(sorted(pending(folder, names))),
+        tuple(sorted(unfinished)),
     )  # fmt: skip
 
 
@@ -149,15 +147,17 @@ def held_out(folder: Path, path: str, key_file: str | None) -> HeldOut:
 
 def _patients_in(place: str, key: bytes) -> set[str]:
     """Pseudonyms of the patients in a folder, an archive, or a part of one."""
-    sources: list[str | objects.Object | archives.Member] = []
+    sources: list[inventory.Source] = []
     with tempfile.TemporaryDirectory() as unpacked:
         for found in inventory.find_files([place.partition("!/")[0]]):
             path = inventory.path_of(found)
             if archives.is_archive(path):
                 listing = archives.list_members((path, unpacked, UNPACK_BYTES), {}, lambda item: None)
-                sources += [one for one in listing.members if inventory.lies_in(objects.absolute(one.path), place)]
+                sources += [
+                    one for one in listing.members if inventory.lies_in(object_stores.absolute(one.path), place)
+                ]
             else:
-                sources.append(found if isinstance(found, objects.Object) else path)
+                sources.append(found)
         entries = inventory.inspect((sources, inventory.Options(key, unpacked=unpacked)), {}, lambda item: None)
     return {entry.patient for entry in entries if entry.patient}
 
@@ -187,12 +187,6 @@ def _read_shard_table(folder: Path) -> tuple[list[ShardRow] | None, list[str]]:
         if row.split not in pseudonyms.SPLITS:
             problems.append(f"{shards.SHARDS}: {row.file} is of split {row.split!r}, which does not exist")
     return rows, problems
-
-
-def _stray_problems(folder: Path, known: set[str]) -> list[str]:
-    known = known | pending(folder, known)
-    strays = sorted(path.name for path in folder.glob("[!.]*.array_record*") if path.name not in known)
-    return [f"{name} is not in {shards.SHARDS}" for name in strays]
 
 
 def pending(folder: Path, known: Collection[str]) -> set[str]:
@@ -320,13 +314,6 @@ class ShardFindings(NamedTuple):
     bytes: int = 0
 
 
-class _CheckedRecord(NamedTuple):
-    """A record that is sound: what the index should have of each slice, and the size of its slices in px."""
-
-    rows: list[dict[str, str | int | float]]
-    shape: tuple[int, int]
-
-
 class _Damaged(Exception):
     """A record is damaged; the text says how."""
 
@@ -369,7 +356,7 @@ def _check_shard(path: Path, row: ShardRow) -> ShardFindings:
         count = 0
     if count != row.records:
         problems.append(f"{name} holds {count:,} readable records, published with {row.records:,}")
-    checked: list[_CheckedRecord] = []
+    checked: list[list[dict[str, Any]]] = []
     damaged = []
     for number in range(count):
         try:
@@ -381,37 +368,38 @@ def _check_shard(path: Path, row: ShardRow) -> ShardFindings:
     problems += damaged[:DAMAGED_SHOWN]
     if len(damaged) > DAMAGED_SHOWN:
         problems.append(f"{name}: {len(damaged) - DAMAGED_SHOWN:,} more damaged records")
-    counts = [len(one.rows) for one in checked]
+    counts = [len(rows) for rows in checked]
+    rows = [one for rows in checked for one in rows]
     if not damaged and count == row.records:  # else what follows would only repeat it
         published = row.slice_counts if row.slice_counts is not None else [1] * row.records
         if counts != published or sum(counts) != row.slices:
             problems.append(f"{name} holds other numbers of slices in its records than {shards.SHARDS} says")
-        largest = [max((one.shape[side] for one in checked), default=0) for side in (0, 1)]
+        largest = [max((one[side] for one in rows), default=0) for side in ("height", "width")]
         if largest != [row.largest_height, row.largest_width]:
             problems.append(
                 f"{name}: its largest slice is {largest[0]}x{largest[1]} px, {shards.SHARDS} says {row.largest_height}x{row.largest_width}"
             )
-        problems += _compare_with_index(path, [index_row for one in checked for index_row in one.rows])
-    return ShardFindings(problems, len(checked), sum(counts), size)
+        problems += _compare_with_index(path, rows)
+    return ShardFindings(problems, len(checked), len(rows), size)
 
 
-def _check_record(data: bytes, number: int) -> _CheckedRecord:
+def _check_record(data: bytes, number: int) -> list[dict[str, Any]]:
+    """What the index should have of each slice of a sound record."""
     header, slices, entries = records.parse(data)
     rows = []
-    shapes = set()
     for slot, (encoded, entry) in enumerate(zip(slices, entries, strict=True)):
         pixels = codec.decode(encoded)
         mean = float(pixels.mean(dtype=np.float64)) * header.slope + header.intercept
         if abs(mean - entry.mean) > 1e-4 * max(1.0, entry.std, abs(mean)):
             raise _Damaged("its mean is not that of its pixels")
-        shapes.add(pixels.shape)
         rows.append({"record": number, "slot": slot, **records.index_row(header, entry, pixels.shape)})
-    if len(shapes) != 1:
-        raise _Damaged(f"slices of {len(shapes)} sizes, a record has one")
-    return _CheckedRecord(rows, shapes.pop())
+    sizes = {(row["height"], row["width"]) for row in rows}
+    if len(sizes) != 1:
+        raise _Damaged(f"slices of {len(sizes)} sizes, a record has one")
+    return rows
 
 
-def _compare_with_index(path: Path, rows: Sequence[Mapping[str, str | int | float]]) -> list[str]:
+def _compare_with_index(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Where index.parquet says something else of a shard than the shard's own records."""
     try:
         index = pq.read_table(path.parent / shards.INDEX, filters=[("shard", "=", path.name)])

@@ -31,7 +31,7 @@ WORDS = ("--validation", 0.25, "--test", 0.25)
 
 def test_graph_of_100_000_shards_is_small() -> None:
     # A shard of 500 files has a line of 200 kB in the plan.
-    places = [ShardPlace("train", n, 500, 200_000 * n, 200_000) for n in range(100_000)]
+    places = [ShardPlace("train", n, 500, (200_000 * n, 200_000)) for n in range(100_000)]
     own = "/mnt/shards/.build/addition-00000"
     job = Job("/mnt/shards", f"{own}/shards", None, "0" * 64, f"{own}/plan-{'0' * 16}.jsonl", Conversion("x"))
     pipeline = apache_beam.Pipeline(options=PipelineOptions(["--runner", beam.LOCAL]))

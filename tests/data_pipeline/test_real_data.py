@@ -18,8 +18,7 @@ from data_pipeline.format import records, shards
 from data_pipeline.sources import dicom_header, dicom_pixels, geometry
 from data_pipeline.sources.base import ReadError
 from data_pipeline.sources.stored_values import stored_sha256
-from data_pipeline.stages import commit, pseudonyms
-from data_pipeline.stages import exclusion as rules
+from data_pipeline.stages import commit, exclusion, pseudonyms
 
 FOLDERS = ("dicom", "nifti", "registration", "labelled/ct_luad_contrast")
 
@@ -197,7 +196,7 @@ def test_localizers_and_mislabelled_files_are_excluded(rows, real_data: Path) ->
     for path in sorted(folder.iterdir()):
         header = dicom_header.read_header(str(path))
         row = rows[str(path.relative_to(real_data))]
-        localizer = header.sop_class in rules.IMAGE_CLASSES
+        localizer = header.sop_class in exclusion.IMAGE_CLASSES
         assert row["fate"] == "excluded"
         assert row["reason"] == ("localizer or screen" if localizer else "not a CT or MR image object")
     mislabelled = under(rows, "dicom/odd/mislabelled_modality_ct_but_mr")

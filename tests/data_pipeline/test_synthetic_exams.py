@@ -10,7 +10,7 @@ from curia_common.errors import UserError
 from data_pipeline import synthetic_exams
 from data_pipeline.sources import geometry, volumes
 from data_pipeline.sources.dicom_header import read_header
-from data_pipeline.stages import exclusion as rules
+from data_pipeline.stages import exclusion
 
 LABELS = synthetic_exams.LABELS
 
@@ -48,7 +48,7 @@ def test_every_series_is_a_regular_dicom_volume(study: Path) -> None:
     for folder in folders[:8]:
         headers = [read_header(str(path)) for path in sorted(folder.iterdir())]
         assert len(headers) == 5 and len({header.series_uid for header in headers}) == 1
-        assert [rules.exclude_header(header) for header in headers] == [None] * 5
+        assert [exclusion.exclude_header(header) for header in headers] == [None] * 5
         (found,) = geometry.check(
             [h.geometry[0].orientation for h in headers], [h.geometry[0].position for h in headers]
         )
@@ -71,9 +71,9 @@ def test_written_pixels_and_masks_equal_the_volume(study: Path) -> None:
         hu = data.pixel_array * float(data.RescaleSlope) + float(data.RescaleIntercept)
         np.testing.assert_allclose(hu, volume.values[k], atol=0.51)
     path = study / "masks" / "PHANTOM-0002_2_abdomen_ct.nii.gz"
-    mask, values = volumes.read_volume(str(path))
-    assert mask.is_label_map
-    np.testing.assert_array_equal(values, volume.labels)
+    with volumes.open_volume(str(path)) as mask:
+        assert mask.is_label_map
+        np.testing.assert_array_equal(list(mask.slices()), volume.labels)
     # The mask lies where the slices lie: NIfTI's axes point right and front, DICOM's left and back.
     first = pydicom.dcmread(place / "000.dcm")
     corner = nibabel.load(path).affine @ [0, 0, 0, 1]

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import subprocess
 import sys
@@ -32,7 +33,8 @@ def test_record_round_trip(count: int) -> None:
     pixels, header, entries = record(count)
     data = records.serialize([codec.encode(p) for p in pixels], header, entries)
     parsed = records.parse(data)
-    assert parsed.header == header._replace(spacing=list(header.spacing), series_percentiles=[-1000.0, 0.0, 900.0])
+    vectors = {"spacing": list(header.spacing), "series_percentiles": [-1000.0, 0.0, 900.0]}
+    assert parsed.header == dataclasses.replace(header, **vectors)
     assert parsed.entries == entries
     assert records.count(data) == count
     for slot in range(count):
@@ -44,6 +46,17 @@ def test_record_round_trip(count: int) -> None:
         assert (found.spacing, found.modality) == ((0.5, 0.75, 3.0), "CT")
         assert (found.series, found.patient) == (header.series, header.patient)
         np.testing.assert_array_equal(found.real, pixels[slot].astype(np.float32) - 1024)
+
+
+def test_decoded_slice_is_a_mapping_of_its_fields_and_facts() -> None:
+    pixels, header, entries = record(1)
+    one = records.parse_slice(records.serialize([codec.encode(pixels[0])], header, entries), 0)
+    assert one["pixels"] is one.pixels and one["facts"] is one.facts
+    assert (one["slope"], one.get("intercept"), one["low"], one["high"], one["hu"]) == one.facts
+    assert one.get("no such field", 7) == 7 and "spacing" in one and "real" not in one
+    assert len(one) == len(dict(one.items())) == len(dataclasses.fields(one)) + len(records.SliceFacts._fields)
+    with pytest.raises(KeyError, match="no such field"):
+        one["no such field"]
 
 
 @pytest.mark.parametrize("sizes", [[1], [0, 127, 128], [5] * 40, [16_383, 16_384, 2_100_000]])
@@ -83,7 +96,7 @@ def test_serialize_rejects_wrong_lengths() -> None:
     pixels, header, entries = record(2)
     data = [codec.encode(p) for p in pixels]
     with pytest.raises(ValueError, match="spacing has 2 values; it needs 3"):
-        records.serialize(data, header._replace(spacing=(1.0, 2.0)), entries)
+        records.serialize(data, dataclasses.replace(header, spacing=(1.0, 2.0)), entries)
     with pytest.raises(ValueError, match="1 entries for 2 slices"):
         records.serialize(data, header, entries[:1])
 

@@ -17,8 +17,7 @@ from PIL import Image
 
 from curia_common.errors import DataError, StorageError
 from curia_common.exit_codes import ExitCode
-from data_pipeline.sources import archives, dicom_pixels
-from data_pipeline.sources import object_stores as objects
+from data_pipeline.sources import archives, dicom_pixels, object_stores
 from data_pipeline.sources.base import ReadError
 from data_pipeline.stages import convert, inventory
 from tests.data_pipeline.packing import compress, pack, write_dicomdir
@@ -40,14 +39,14 @@ def problems(path: Path) -> dict[str, str]:
 
 
 def materialize(member: archives.Member, folder: Path) -> contextlib.AbstractContextManager[str]:
-    source = objects.Object(member.path, member.size, member.modified_ns)
+    source = object_stores.Object(member.path, member.size, member.modified_ns)
     return archives.materialize(source, member, str(folder), str(folder), lambda item: None)
 
 
 def content(member: archives.Member, folder: Path) -> bytes:
     with materialize(member, folder) as path:
         data = Path(path).read_bytes()
-    source = objects.Object(member.path, member.size, member.modified_ns)
+    source = object_stores.Object(member.path, member.size, member.modified_ns)
     with archives.stream(source, member, str(folder), lambda item: None) as file:
         assert file.read() == data
     return data
@@ -185,7 +184,7 @@ def test_resumed_build_reuses_unpacked_copies_of_unchanged_archives(
     unpacked = []
     decompressed = archives._decompressed
     monkeypatch.setattr(
-        archives, "_decompressed", lambda one, heartbeat: unpacked.append(one.archive) or decompressed(one, heartbeat)
+        archives, "_decompressed", lambda one, heartbeat: unpacked.append(one.path) or decompressed(one, heartbeat)
     )
     listing(path, folder=copy.parent)
     assert unpacked == []
@@ -221,7 +220,7 @@ def test_full_disk_or_unpack_limit_stops_the_build(tmp_path: Path, from_folder, 
     (tmp_path / "u").mkdir()
     (tmp_path / "u" / "gone.tar").symlink_to(tmp_path / "nowhere")
     assert listing(tmp_path / "e.tar.gz", folder=tmp_path / "u").problem == ""
-    monkeypatch.setattr(archives.tempfile, "mkdtemp", lambda **_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(archives.tempfile, "mkdtemp", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(StorageError, match="No space left.*free some space there"), contextlib.ExitStack() as stack:
         stack.enter_context(materialize(member, tmp_path / "u"))
 

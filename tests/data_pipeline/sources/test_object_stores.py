@@ -16,8 +16,7 @@ from PIL import Image
 
 from curia_common.errors import StorageError
 from curia_common.exit_codes import ExitCode
-from data_pipeline.sources import archives, retry
-from data_pipeline.sources import object_stores as objects
+from data_pipeline.sources import archives, object_stores, retry
 from data_pipeline.stages import inventory
 from tests.data_pipeline.buckets import NAME, Bucket, serve
 from tests.data_pipeline.packing import pack, write_dicomdir
@@ -33,13 +32,13 @@ def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Bucket]:
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "CLOUDSDK_CONFIG"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
     monkeypatch.setattr(retry, "PAUSES", (0.01, 0.01))
-    monkeypatch.setitem(objects.RETRIES, "max_retries", 1)
+    monkeypatch.setitem(object_stores.RETRIES, "max_retries", 1)
     with serve() as one:
         for name, value in one.environment.items():
             monkeypatch.setenv(name, value)
-        objects._open_store.cache_clear()
+        object_stores._open_store.cache_clear()
         yield one
-    objects._open_store.cache_clear()
+    object_stores._open_store.cache_clear()
 
 
 def shards_of(folder: Path) -> dict[str, bytes]:
@@ -88,7 +87,7 @@ def test_bucket_gives_the_shards_of_a_folder_byte_for_byte(
 def test_only_the_header_of_a_large_object_is_requested(bucket: Bucket, tmp_path: Path, write_dicom) -> None:
     path = write_dicom(tmp_path / "a.dcm", np.zeros((600, 600), np.uint16))
     address = bucket.put("a.dcm", path.read_bytes())
-    (found,) = objects.find(address)
+    (found,) = object_stores.find(address)
     (entry,) = inventory.inspect(([found], inventory.Options(key=b"0" * 16)), {}, lambda item: None)
     assert (entry.fate, entry.facts.rows) == ("", 600)
     assert bucket.gets() == [(f"/{NAME}/a.dcm", "bytes=0-65535")]
@@ -96,9 +95,9 @@ def test_only_the_header_of_a_large_object_is_requested(bucket: Bucket, tmp_path
 
 def test_reader_seeks_and_reads_every_byte(bucket: Bucket) -> None:
     data = np.random.default_rng(0).bytes(3_000_000)
-    (found,) = objects.find(bucket.put("a", data))
+    (found,) = object_stores.find(bucket.put("a", data))
     touched: list[str | None] = []
-    reader = objects.Reader(found, touched.append, "a")
+    reader = object_stores.Reader(found, touched.append, "a")
     assert reader.read() == data
     # Sequential reads request more at a time; waiting does not count against the item's time limit.
     assert len(bucket.gets()) == 4 and touched == [None, "a"] * 4
@@ -150,13 +149,13 @@ def test_listing_skips_hidden_names_and_folder_markers(bucket: Bucket) -> None:
     bucket.put("in/sub/d.dcm", b"x")
     wanted = [f"{TOP}/in/{name}" for name in ("a.dcm", "b c#%20ü.dcm", "sub/d.dcm")]
     for address in (f"{TOP}/in", f"{TOP}/in/", f"{TOP}/in//"[:-1]):
-        assert [one.path for one in objects.find(address)] == wanted
-    assert [one.path for one in objects.find(TOP)] == [*wanted, f"{TOP}/inside/x"]
-    assert [one.path for one in objects.find(f"{TOP}/.top/in")] == [f"{TOP}/.top/in/x"]
+        assert [one.path for one in object_stores.find(address)] == wanted
+    assert [one.path for one in object_stores.find(TOP)] == [*wanted, f"{TOP}/inside/x"]
+    assert [one.path for one in object_stores.find(f"{TOP}/.top/in")] == [f"{TOP}/.top/in/x"]
     # One that is reached twice is taken once.
     assert [one.path for one in inventory.find_files([f"{TOP}/in", f"{TOP}/in/a.dcm"])] == wanted
-    for one in objects.find(f"{TOP}/in"):
-        assert objects.Reader(one, lambda item: None, "").read() == b"x"
+    for one in object_stores.find(f"{TOP}/in"):
+        assert object_stores.Reader(one, lambda item: None, "").read() == b"x"
 
 
 def test_dicomdir_in_a_bucket_is_a_file_like_others(
@@ -407,7 +406,7 @@ def test_missing_credentials_say_where_to_get_them(bucket: Bucket, tmp_path: Pat
 
 
 def test_missing_cloud_extra_is_named(tmp_path: Path, run_build, monkeypatch) -> None:
-    objects._open_store.cache_clear()
+    object_stores._open_store.cache_clear()
     monkeypatch.setitem(sys.modules, "obstore", None)
     result = run_build("--input", "s3://bucket1/exams", "--output", tmp_path / "out")
     assert result.code == 2 and "pip install 'curia-jax[ingest,cloud]'" in result.error

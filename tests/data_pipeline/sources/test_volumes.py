@@ -24,7 +24,8 @@ def write_nifti(path: Path, axes: str, values: np.ndarray = TRUTH, spacing=SPACI
 
 
 def read(path: object) -> tuple[volumes.Volume, np.ndarray]:
-    return volumes.read_volume(str(path))
+    with volumes.open_volume(str(path)) as volume:
+        return volume, np.stack(list(volume.slices()))
 
 
 def axial(values: np.ndarray) -> np.ndarray:

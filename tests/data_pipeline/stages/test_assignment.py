@@ -85,7 +85,7 @@ def test_shard_is_read_from_its_line_and_replaced_plan_is_named(tmp_path: Path) 
     assert (stored.hash, stored.settings) == (plan.hash, plan.settings)
     assert "p1/" not in (tmp_path / assignment.PLAN).read_text()
     lines = assignment.lines_of(tmp_path, plan.hash)
-    read = tuple(assignment.read_shard(lines, place.offset, place.length) for place in stored.shards)
+    read = tuple(assignment.read_shard(lines, place.at) for place in stored.shards)
     assert read == plan.shards
     assert list(read[0].series[0].files[0].labels) == ["z", "a"]  # in the order of the label table
     assert sum(place.files for place in stored.shards) == 60
@@ -93,7 +93,7 @@ def test_shard_is_read_from_its_line_and_replaced_plan_is_named(tmp_path: Path) 
     assert assignment.lines_of(tmp_path, other.hash) != lines
     lines.unlink()
     with pytest.raises(UserError, match="another build into the same output replaced it"):
-        assignment.read_shard(lines, 0, 10)
+        assignment.read_shard(lines, (0, 10))
 
 
 def test_damaged_plan_reads_as_none(tmp_path: Path) -> None:

@@ -56,25 +56,25 @@ def test_page_shows_counts_of_the_dataset(dataset: Path) -> None:
 
 def test_intensities_count_every_pixel_once(dataset: Path) -> None:
     intensity = json.loads((dataset / shards.CARD).read_text())["intensity"]
-    hu, relative = np.zeros(len(card.HU_EDGES) - 1), 0
+    hu, relative = np.zeros(len(card.EDGES["HU"]) - 1), 0
     for split in ("train", "validation", "test"):
         source = shards.SliceSource(dataset, split)
         for number in range(len(source)):
             one = source[number]
             if one.facts.hu:
-                hu += np.histogram(np.clip(one.real, -1024, 3071), card.HU_EDGES)[0]
+                hu += np.histogram(np.clip(one.real, -1024, 3071), card.EDGES["HU"])[0]
             else:
                 relative += one.pixels.size
     np.testing.assert_array_equal(intensity["HU"]["pixels"], hu)
     assert sum(intensity["relative"]["pixels"]) == relative
-    assert intensity["HU"]["edges"] == card.HU_EDGES.tolist()
+    assert intensity["HU"]["edges"] == card.EDGES["HU"].tolist()
 
 
 def test_relative_intensities_have_the_series_percentiles_at_0_and_1() -> None:
     histogram = np.zeros(300, np.int64)
     histogram[[100, 150, 200]] = (3, 5, 7)
     bins = card.intensities(histogram, 2.0, -50.0, (150.0, 250.0, 350.0), hu=False)
-    found = {round(float(card.RELATIVE_EDGES[n]), 3): int(bins[n]) for n in np.flatnonzero(bins)}
+    found = {round(float(card.EDGES["relative"][n]), 3): int(bins[n]) for n in np.flatnonzero(bins)}
     assert found == {0.0: 3, 0.5: 5, 1.0: 7}
     # A single value has no range to divide by.
     assert card.intensities(histogram[:101], 1.0, 0.0, (100.0, 100.0, 100.0), hu=False).sum() == 3

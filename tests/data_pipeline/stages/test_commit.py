@@ -50,7 +50,7 @@ def convert_all(output: Path, private: Path, addition: int, plan: Plan) -> Store
     lines = assignment.lines_of(own, plan.hash)
     job = convert.Job(str(output), str(sidecars), None, plan.hash, str(lines), plan.settings.conversion)
     for place in stored.shards:
-        name = convert.publish(convert.ShardTask(job, place.offset, place.length), {}, lambda item: None)
+        name = convert.publish(convert.ShardTask(job, place.at), {}, lambda item: None)
         assert commit.is_finished(sidecars, output / name, plan.hash)
         assert not commit.is_finished(sidecars, output / name, "0" * 64)
     return stored

@@ -477,7 +477,7 @@ def test_scratch_folder_keeps_temporary_files_off_the_output(tmp_path: Path, wri
     job = convert.Job(
         str(out), str(out / "sidecars"), str(scratch), plan.hash, str(lines), plan.settings.conversion
     )  # fmt: skip
-    task = convert.ShardTask(job, stored.shards[0].offset, stored.shards[0].length)
+    task = convert.ShardTask(job, stored.shards[0].at)
     seen: set[Path] = set()
     convert.publish(task, {}, lambda item: seen.update(out.rglob("*")))
     assert seen == {out / "sidecars"}
