@@ -296,7 +296,9 @@ def test_unusable_inputs_are_one_line(tmp_path: Path, run_build, manifest) -> No
     assert (result.code, result.error) == (2, f"error: no such input: {tmp_path / 'none'}")
     (tmp_path / "empty").mkdir()
     result = run_build("--input", tmp_path / "empty", "--output", output)
-    assert result.code == 2 and result.error.startswith(f"error: no files in {tmp_path / 'empty'}; name a folder")
+    assert result.code == ExitCode.DATA and result.error.startswith(
+        f"error: no files in {tmp_path / 'empty'}; name a folder"
+    )
     assert not output.exists() and not (tmp_path / "out.key").exists()
     for n in range(3):
         (tmp_path / "empty" / f"{n}.pdf").write_bytes(b"%PDF-1.7")
