@@ -27,7 +27,7 @@ def test_help_teaches_by_example_and_lists_exit_codes(name: str, capsys) -> None
     assert main_of(name)(["--help"]) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"usage: python -m {name}")
-    assert f"\nexamples:\n  python -m {name} " in text
+    assert f"\nexamples:\n  python -m {name}" in text
     for code in (ExitCode.DONE, ExitCode.FAULT, ExitCode.USAGE, ExitCode.RESTART):
         assert f"{code:<4d}{MEANINGS[code]}" in text
 
