@@ -189,6 +189,11 @@ def _tensors(tree: PyTree) -> dict[str, tuple[int, ...]]:
     }
 
 
+def check_fits(workdir: str, abstract: PyTree) -> None:
+    """Raises UserError where the newest checkpoint holds other tensors than `abstract` (another model size, say)."""
+    _check_shapes(find(workdir), abstract)
+
+
 def _check_shapes(folder: epath.Path, abstract: PyTree) -> None:
     found = _tensors(_saved_tree(folder))
     wanted = _tensors(abstract)

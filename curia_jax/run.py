@@ -277,6 +277,7 @@ def train(run: Run, objective: base.Objective, batches: Iterator[base.Batch]) ->
         f"{run.mesh.size} x {kind} as {dict(run.mesh.shape)}; {schedule.total_steps:,} steps of {schedule.batch_size}"
     )
     if schedule.start_step >= schedule.total_steps:
+        checkpoint.check_fits(run.workdir, objective.abstract_state)
         logger.info(
             f"nothing to do: {run.workdir} has reached step {schedule.start_step:,} of {schedule.total_steps:,}; a longer "
             "--config.duration continues from there"
