@@ -2,11 +2,8 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
-from typing import TypeVar
 
 SECONDS_BETWEEN_LINES = 10.0
-Item = TypeVar("Item")
 
 
 class Progress:
@@ -84,16 +81,6 @@ class Progress:
 
     def _print(self, text: str) -> None:
         print(f"{self._stage}: {text}", file=sys.stderr, flush=True)
-
-
-def track(items: Iterable[Item], stage: str, unit: str = "files", *, total: int | None = None) -> Iterator[Item]:
-    """Yields the items and shows how far it is."""
-    if total is None and isinstance(items, Sized):
-        total = len(items)
-    with Progress(stage, total, unit) as progress:
-        for item in items:
-            yield item
-            progress.step()
 
 
 def _format_rate(per_second: float) -> str:
