@@ -124,7 +124,7 @@ def list_members(task: tuple[str, str, int], skip: Mapping[str, str], heartbeat:
     heartbeat(path)
     try:
         if not regular:
-            raise ReadError(_NO_FILE)
+            raise ReadError(UNLISTED if os.path.isdir(path) else NO_FILE)
         if archive.size == 0:
             raise ReadError("empty file")
         members, problem = retry_transient(lambda: _members(archive, folder, limit, heartbeat), heartbeat, path)
@@ -199,7 +199,7 @@ def _zip_members(archive: object_stores.Object, heartbeat: Heartbeat) -> Iterato
         if kind == stat.S_IFLNK:
             problem = _LINK
         elif kind not in (0, stat.S_IFREG):
-            problem = _NO_FILE
+            problem = NO_FILE
         elif info.flag_bits & 0x1:
             problem = "encrypted in its archive: unpack it with the password"
         elif info.compress_type not in (STORED, DEFLATED):
@@ -212,7 +212,8 @@ def _zip_members(archive: object_stores.Object, heartbeat: Heartbeat) -> Iterato
 
 
 _LINK = "a link in an archive, which is not followed"
-_NO_FILE = "neither a file nor a folder"
+NO_FILE = "neither a file nor a folder"
+UNLISTED = "the folder cannot be listed"
 _CUT = "cut off with its archive"
 
 
@@ -261,7 +262,7 @@ def _tar_members(
             if info.issym() or info.islnk():
                 problem = _LINK
             elif not regular:
-                problem = _NO_FILE
+                problem = NO_FILE
             elif own or info.type == tarfile.GNUTYPE_SPARSE:
                 problem = "a sparse file in an archive: unpack it"
             elif data + size > end:

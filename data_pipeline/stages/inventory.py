@@ -1,6 +1,7 @@
 """First stage: lists every file under the inputs, what it is, and the headers of DICOM images; reads no pixels."""
 
 import dataclasses
+import errno
 import functools
 import os
 import re
@@ -132,10 +133,7 @@ def find_files(inputs: Sequence[str], leave_out: str | None = None) -> list[str 
         found.setdefault(os.path.abspath(path), str(path))
 
     def unreadable(error: OSError) -> None:
-        if error.errno in TRANSIENT:  # to quarantine the folder would drop all files in it
-            raise StorageError(
-                f"a folder of the inputs cannot be listed ({error.strerror}); rerun the same command when the storage answers"
-            ) from error
+        _raise_if_transient(error)
         add(Path(error.filename))
 
     for text in inputs:
@@ -149,8 +147,12 @@ def find_files(inputs: Sequence[str], leave_out: str | None = None) -> list[str 
             continue
         refuse_address("--input", text)
         top = Path(text)
-        if not top.exists():
-            raise UserError(f"no such input: {text}")
+        try:
+            top.stat()
+        except FileNotFoundError as error:
+            raise UserError(f"no such input: {text}") from error
+        except OSError as error:
+            raise UserError(f"--input {text} cannot be read ({error.strerror}); check its permissions") from error
         if not top.is_dir():
             add(top)
             if top.name.upper() == "DICOMDIR":
@@ -164,7 +166,12 @@ def find_files(inputs: Sequence[str], leave_out: str | None = None) -> list[str 
             visible = sorted(name for name in folders if not name.startswith("."))
             folders[:] = []
             for name in visible:
-                identity = _identity(os.path.join(folder, name))
+                try:
+                    identity = _identity(os.path.join(folder, name))
+                except OSError as error:  # listed in a folder that may not be entered, or gone since
+                    _raise_if_transient(error)
+                    add(Path(folder, name))
+                    continue
                 if identity not in walked:
                     walked.add(identity)
                     folders.append(name)
@@ -224,8 +231,20 @@ def refuse_address(option: str, text: str) -> None:
         )
 
 
+def _raise_if_transient(error: OSError) -> None:
+    """Raises StorageError where storage fails: to quarantine a folder would leave out all files in it for good."""
+    if error.errno in TRANSIENT:
+        raise StorageError(
+            f"a folder of the inputs cannot be listed ({error.strerror}); rerun the same command when the storage answers"
+        ) from error
+
+
 def _named_by_dicomdir(path: Path) -> list[Path]:
-    """Paths of the files that a DICOMDIR names, whether the medium has them in upper or lower case."""
+    """Paths of the files that a DICOMDIR names; of those that are not on the medium as well, so that they are counted.
+
+    Media and programs that copy them change names: to lower case, with the version that ISO 9660 adds (";1") or the dot of an
+    empty ending, or with .dcm. An exact match comes first.
+    """
     try:
         names = dicom_header.read_dicomdir(str(path))
     except ReadError as error:
@@ -236,10 +255,25 @@ def _named_by_dicomdir(path: Path) -> list[Path]:
         place = path.parent
         for part in name.split("/"):
             if place not in listed:
-                listed[place] = {entry.upper(): entry for entry in (os.listdir(place) if place.is_dir() else ())}
-            place = place / listed[place].get(part.upper(), part)
-        found.append(place)  # missing files too, so that they are counted
+                listed[place] = _names_in(place)
+            known = listed[place]
+            place = place / known.get(part, known.get(_plain_name(part), part))
+        found.append(place)
     return found
+
+
+def _names_in(folder: Path) -> dict[str, str]:
+    """The names in a folder by themselves and by their plain form; none where it cannot be listed."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        _raise_if_transient(error)
+        return {}
+    return {_plain_name(name): name for name in names} | {name: name for name in names}
+
+
+def _plain_name(name: str) -> str:
+    return re.sub(r"(;\d+)?$", "", name.upper()).removesuffix(".DCM").rstrip(".")
 
 
 def _identity(path: str) -> tuple[int, int]:
@@ -277,9 +311,9 @@ def _inspect(source: Source, path: str, options: Options, heartbeat: Heartbeat) 
             status = retry_transient(functools.partial(os.stat, source), heartbeat, path)
             entry = Entry(path, status.st_size, status.st_mtime_ns)
             if stat.S_ISDIR(status.st_mode):
-                raise ReadError("the folder cannot be listed")
+                raise ReadError(archives.UNLISTED)
             if not stat.S_ISREG(status.st_mode):
-                raise ReadError("neither a file nor a folder")
+                raise ReadError(archives.NO_FILE)
         else:
             member = source if isinstance(source, archives.Member) else None
             entry = Entry(path, source.size, source.modified_ns, member=member)
@@ -293,7 +327,7 @@ def _inspect(source: Source, path: str, options: Options, heartbeat: Heartbeat) 
     except ReadError as error:
         return entry.with_fate("quarantined", str(error))
     except OSError as error:
-        link = " (broken link)" if os.path.islink(path) and not os.path.exists(path) else ""
+        link = " (broken link)" if error.errno == errno.ENOENT and os.path.islink(path) else ""
         return entry.with_fate("quarantined", f"cannot be read: {error.strerror}{link}")
     except Exception as error:  # noqa: BLE001 - no file may end the build, whatever it holds
         return entry.with_fate("quarantined", f"the reader failed on it ({fault_location(error)})")

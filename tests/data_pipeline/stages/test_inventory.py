@@ -1,11 +1,17 @@
+import json
 import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from curia_common.errors import DataError, UserError
+from curia_common.errors import DataError, StorageError, UserError
 from data_pipeline.sources import dicom_header
 from data_pipeline.stages import inventory, pseudonyms
 
@@ -68,6 +74,108 @@ def test_folder_without_permission_is_quarantined(tmp_path: Path, monkeypatch: p
     found = inventory.find_files([str(tmp_path)])
     assert found == [str(tmp_path / "a"), str(tmp_path / "closed")]
     assert inspect(found[1])[0].reason == "the folder cannot be listed"
+
+
+def test_entries_that_cannot_be_opened_have_fates(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(os.path.relpath(tmp_path / "socket"))  # a socket's path may have 108 bytes
+    found = inventory.find_files([str(tmp_path)])
+    assert [(entry.fate, entry.reason) for entry in inspect(*map(Path, found))] == [
+        ("quarantined", "cannot be read: Too many levels of symbolic links"),
+        ("quarantined", "neither a file nor a folder"),
+    ]
+
+
+# Run as a user whom permissions bind: root reads everything.
+_AS_NOBODY = """
+import json, os, sys
+from data_pipeline.stages import inventory
+import data_pipeline.sources.archives
+if os.geteuid() == 0:
+    os.setgid(65534), os.setuid(65534)
+found = inventory.find_files([sys.argv[1]])
+entries = inventory.inspect((found, inventory.Options(b"0123456789abcdef")), {}, lambda item: None)
+print(json.dumps([[os.path.relpath(one.path, sys.argv[1]), one.fate, one.reason] for one in entries]))
+"""
+
+
+def test_files_and_folders_without_permission_have_fates() -> None:
+    folder = Path(tempfile.mkdtemp(prefix="curia"))  # pytest's own folders are closed to other users
+    try:
+        closed = {"a_no_right": 0o000, "b_no_entry": 0o444}
+        for name in closed:
+            (folder / name / "below").mkdir(parents=True)
+            (folder / name / "file").write_text("x")
+        (folder / "c_no_read").write_text("x")
+        (folder / "d").write_text("x")
+        (folder / "c_no_read").chmod(0o000)
+        for name, mode in closed.items():
+            (folder / name).chmod(mode)
+        folder.chmod(0o755)
+        done = subprocess.run([sys.executable, "-c", _AS_NOBODY, folder], capture_output=True, text=True)
+        assert done.returncode == 0 and done.stderr == ""
+        denied = "cannot be read: Permission denied"
+        assert json.loads(done.stdout) == [
+            ["a_no_right", "quarantined", "the folder cannot be listed"],
+            ["b_no_entry/below", "quarantined", denied], ["b_no_entry/file", "quarantined", denied],
+            ["c_no_read", "quarantined", denied], ["d", "excluded", inventory.NO_IMAGE],
+        ]  # fmt: skip
+    finally:
+        for path in folder.iterdir():
+            path.chmod(0o755)
+        shutil.rmtree(folder)
+
+
+def test_input_that_cannot_be_looked_at_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(UserError, match=r"--input .* cannot be read \(Permission denied\)"):
+        inventory.find_files([str(tmp_path)])
+
+
+def test_folder_that_vanishes_or_fails_while_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "SMITH" / "a").mkdir(parents=True)
+    failure = FileNotFoundError(2, "No such file or directory", str(tmp_path / "SMITH"))
+
+    def fail(path):
+        if path.endswith("SMITH"):
+            raise failure
+        return (0, 0)
+
+    monkeypatch.setattr(inventory, "_identity", fail)
+    assert inventory.find_files([str(tmp_path)]) == [str(tmp_path / "SMITH")]
+    failure = OSError(5, "Input/output error", str(tmp_path / "SMITH"))
+    with pytest.raises(StorageError) as caught:
+        inventory.find_files([str(tmp_path)])
+    assert "SMITH" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("PT000000", "IM000001"), ("pt000000", "im000001"), ("PT000000", "IM000001.dcm"), ("PT000000.", "im000001.DCM"),
+        ("PT000000", "IM000001;1"), ("PT000000", "IM000001.;1"), ("pt000000", "IM000001."),
+    ],
+)  # fmt: skip
+def test_dicomdir_names_match_names_on_media(tmp_path: Path, monkeypatch, folder: str, name: str) -> None:
+    (tmp_path / folder).mkdir()
+    for path in (tmp_path / folder / name, tmp_path / folder / "im000002.dcm", tmp_path / "DICOMDIR"):
+        path.write_text("x")
+    names = ["PT000000/IM000001", "PT000000/IM000003", "PT000009/IM000001"]
+    monkeypatch.setattr(dicom_header, "read_dicomdir", lambda path: names)
+    found = inventory.find_files([str(tmp_path / "DICOMDIR")])
+    missing = [f"{folder}/IM000003", "PT000009/IM000001"]
+    assert sorted(os.path.relpath(one, tmp_path) for one in found) == sorted(["DICOMDIR", f"{folder}/{name}", *missing])
+
+
+def test_dicomdir_takes_the_exact_name_first(tmp_path: Path, monkeypatch) -> None:
+    for name in ("IM1", "IM1.dcm", "im1", "DICOMDIR"):
+        (tmp_path / name).write_text("x")
+    monkeypatch.setattr(dicom_header, "read_dicomdir", lambda path: ["IM1"])
+    assert inventory.find_files([str(tmp_path / "DICOMDIR")]) == [str(tmp_path / n) for n in ("DICOMDIR", "IM1")]
 
 
 def test_output_folder_is_not_searched(tmp_path: Path) -> None:
