@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from data_pipeline.format.files import Json
 from data_pipeline.format.shards import MOST_SHARDS
 from data_pipeline.sources import geometry
 from data_pipeline.sources.archives import Member
+from data_pipeline.sources.dicom_header import FrameGeometry
 from data_pipeline.stages import pseudonyms, reformat
 from data_pipeline.stages.inventory import Entry, Labels
 
@@ -27,8 +28,6 @@ Directions = tuple[geometry.Direction, geometry.Direction, geometry.Direction]
 # Raised when the same plan gives different shards, or different files beside them.
 FORMAT = 3
 HELD_OUT = "patient is held out"
-KNOWN_INSTANCE = "the same instance is in the dataset already"
-REPEATED_INSTANCE = "the same instance was sent twice"
 CONTINUED = "other slices of the series were added before"
 # Small datasets get several shards too, so that several processes can write and read them.
 SMALL_SHARDS = 4
@@ -102,7 +101,6 @@ class Options:
       shard_bytes: input bytes that one shard should hold.
       held_out: pseudonyms of patients that must not be in the dataset.
       first: by split, the number of its first shard; 0 unless the dataset has shards already.
-      instances: pseudonyms of the DICOM instances that the dataset has already.
       splits: of the patients that the dataset has already.
       continued: of series that the dataset has already, the number of the next slice.
     """
@@ -114,7 +112,6 @@ class Options:
     held_out: frozenset[str]
     conversion: Conversion
     first: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    instances: frozenset[str] = frozenset()
     splits: Mapping[str, str] = dataclasses.field(default_factory=dict)
     continued: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
@@ -131,6 +128,8 @@ class PlannedFile(NamedTuple):
       frames: of a DICOM file, the wanted frames in spatial order: number and mm along the normal.
       lossy: it was compressed with loss.
       member: where it lies in an archive.
+      spare: of a further file with the UID and the place of the instance before it, the number of its first slice in case
+        both are kept; None of all other files. Only the pixels tell a copy from another image.
     """
 
     path: str
@@ -141,9 +140,14 @@ class PlannedFile(NamedTuple):
     lossy: bool
     labels: Labels
     member: Member | None = None
+    spare: int | None = None
 
     def to_json(self) -> Json:
-        return {name: value for name, value in self._asdict().items() if name != "member" or value is not None}
+        return {
+            name: value
+            for name, value in self._asdict().items()
+            if name not in ("member", "spare") or value is not None
+        }
 
     @classmethod
     def from_json(cls, value: Json) -> "PlannedFile":
@@ -260,12 +264,15 @@ class StoredPlan:
 
 
 def make(entries: Sequence[Entry], options: Options) -> tuple[Plan, list[Entry]]:
-    """The plan, and the entries in the same order with what it decided: held out, duplicate, and the split of the others.
+    """The plan, and the entries in the same order with what it decided: held out, or the split.
 
     Raises:
       UserError: the label table moves a patient of the dataset to another split, or there are more shards than TFDS can name.
     """
-    entries = _drop_copies(entries, options)
+    entries = [
+        entry.with_fate("excluded", HELD_OUT) if not entry.fate and entry.patient in options.held_out else entry
+        for entry in entries
+    ]
     by_series: dict[str, list[int]] = defaultdict(list)
     for number, entry in enumerate(entries):
         if not entry.fate:
@@ -284,27 +291,6 @@ def make(entries: Sequence[Entry], options: Options) -> tuple[Plan, list[Entry]]
     for shard in shards:
         digest.update(shard.to_line())
     return Plan(digest.hexdigest(), common, tuple(shards)), entries
-
-
-def _drop_copies(entries: Iterable[Entry], options: Options) -> list[Entry]:
-    """The entries, with fates for held-out patients and for all but one copy of each DICOM instance."""
-    found = []
-    best: dict[str, int] = {}
-    for entry in entries:
-        instance = entry.facts.instance
-        if not entry.fate and entry.patient in options.held_out:
-            entry = entry.with_fate("excluded", HELD_OUT)
-        if not entry.fate and instance in options.instances:
-            entry = entry.with_fate("duplicate", KNOWN_INSTANCE)
-        # Of several copies the largest file is taken: an interrupted transfer left a smaller one.
-        if not entry.fate and instance and (instance not in best or entry.size > found[best[instance]].size):
-            best[instance] = len(found)
-        found.append(entry)
-    return [
-        entry.with_fate("duplicate", REPEATED_INSTANCE)
-        if not entry.fate and best.get(entry.facts.instance, number) != number else entry
-        for number, entry in enumerate(found)
-    ]  # fmt: skip
 
 
 def _split_of(entry: Entry, options: Options) -> str:
@@ -337,12 +323,17 @@ def _plan_series(members: Sequence[Entry], start: int) -> list[PlannedSeries]:
     if members[0].kind != "dicom":
         return [_planned([entry], part, "unknown", 0.0, (), None, [_planned_file(entry, 0)], entry.size)
                 for part, entry in enumerate(members)]  # fmt: skip
-    members = sorted(members, key=lambda entry: entry.facts.instance)  # file names and their order do not matter
-    frames = [(entry, number) for entry in members for number in range(entry.facts.frames)]
+    # File names and their order do not matter. Of several copies the largest file comes first: a transfer that was
+    # interrupted left a smaller one.
+    members = sorted(members, key=lambda entry: (entry.facts.instance, -entry.size, entry.path))
+    copies: dict[tuple[str, tuple[FrameGeometry, ...]], list[Entry]] = defaultdict(list)
+    for entry in members:
+        copies[entry.facts.instance, entry.facts.geometry].append(entry)
+    frames = [(group[0], number) for group in copies.values() for number in range(group[0].facts.frames)]
     places = [entry.facts.geometry[number] for entry, number in frames]
     parts = geometry.check([place.orientation for place in places], [place.position for place in places])
     result = []
-    first = start
+    first, spare = start, start + len(frames)
     for number, part in enumerate(parts):
         # In spatial order, but the frames of one file stay together, so that no file is decoded twice.
         by_file: dict[str, tuple[Entry, list[tuple[int, float]]]] = {}
@@ -352,6 +343,9 @@ def _plan_series(members: Sequence[Entry], start: int) -> list[PlannedSeries]:
         planned = []
         for entry, wanted in by_file.values():
             planned.append(_planned_file(entry, first, wanted))
+            for copy in copies[entry.facts.instance, entry.facts.geometry][1:]:
+                planned.append(_planned_file(copy, first, wanted)._replace(spare=spare))
+                spare += len(wanted)
             first += len(wanted)
         problems = (*part.problems, *((CONTINUED,) if start else ()))
         orientation = places[part.order[0]].orientation

@@ -38,6 +38,8 @@ MANIFEST_COLUMNS = ("path", "fate", "reason", "series", "split", "problems", "st
 NEAR_COLUMN = "near_duplicate_of"
 NEAR = "looks like another series"
 SAME_PIXELS = "the same pixels as a slice of another series"
+KNOWN_INSTANCE = "the same instance is in the dataset already"
+REUSED_UID = "its instance UID is that of another image too"
 REBUILD = "choose another --output and build it anew"
 _PART = 1 << 16  # rows of the manifest that are in memory at a time
 
@@ -433,11 +435,31 @@ def file_rows(r: Request, outcomes: Mapping[str, FileOutcome], near: Mapping[str
         )  # fmt: skip
         if entry.path in outcomes:
             row = row._replace(**dataclasses.asdict(outcomes[entry.path]))
-        if row.fate == "kept" and row.series in near:
-            problems = "; ".join(filter(None, (row.problems, NEAR)))
-            row = row._replace(problems=problems, reason=problems)
         rows.append(row)
-    return rows
+    # What is kept under one UID differs in its pixels, because equal slices are in once.
+    kept = collections.Counter(row.instance for row in rows if row.fate == "kept" and row.instance)
+    return [_with_cross_references(row, kept, r.before.instances, near) for row in rows]
+
+
+def _with_cross_references(
+    row: FileRow, kept: collections.Counter[str], known: Collection[str], near: Mapping[str, str]
+) -> FileRow:
+    """A row with what other files and series say of it.
+
+    Args:
+      kept: kept files of this addition by instance; known: instances of earlier ones.
+      near: as in publish.
+    """
+    if row.fate == "duplicate" and row.reason == SAME_PIXELS and row.instance in known:
+        return row._replace(reason=KNOWN_INSTANCE)
+    if row.fate == "duplicate" and row.reason == SAME_PIXELS and row.instance in kept:
+        return row._replace(reason=convert.REPEATED_INSTANCE)
+    if row.fate == "kept":
+        reused = row.instance in known or kept[row.instance] > 1
+        found = (row.problems, REUSED_UID if reused else "", NEAR if row.series in near else "")
+        problems = "; ".join(filter(None, found))
+        return row._replace(problems=problems, reason=problems)
+    return row
 
 
 def nothing_left(output: Path, rows: Sequence[FileRow]) -> DataError:

@@ -33,6 +33,7 @@ from data_pipeline.stages.pack import EncodedSlice, IndexRow, SeriesIdentity, Sp
 from data_pipeline.stages.statistics import slice_statistics
 
 SAME_PIXELS = "the same pixels as another slice of the series"
+REPEATED_INSTANCE = "the same instance was sent twice"
 GONE = "an input can no longer be read; rerun the same command"
 # Worst to best.
 FATES = ("quarantined", "excluded", "duplicate", "kept")
@@ -60,6 +61,11 @@ class FileOutcome:
     problems: str = ""
     stored_sha256: str = ""
     decoder: str = ""
+
+    def with_problems(self, problems: Sequence[str]) -> "FileOutcome":
+        """The outcome of a file of a series with these problems."""
+        text = "; ".join(problems)
+        return dataclasses.replace(self, problems=text, reason=text if self.fate == "kept" else self.reason)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,7 +294,7 @@ class _ConvertedSeries(NamedTuple):
 
 
 class _ConvertedFile(NamedTuple):
-    """`facts` is None where the file was not read."""
+    """`facts` is None where the file was not read; `slices` are those that are kept."""
 
     outcome: FileOutcome
     slices: list[EncodedSlice]
@@ -299,14 +305,28 @@ class _ConvertedFile(NamedTuple):
 def _convert_series(series: PlannedSeries, context: _Context) -> _ConvertedSeries:
     tally, slices, facts = Tally(), [], None
     outcomes: dict[str, FileOutcome] = {}
+    taken: set[int] = set()
+    reused = False
     for file in series.files:
-        found = _convert_file(file, series, tally.sources, context)
+        if file.spare is not None and file.first in taken:
+            found = _convert_file(file._replace(first=file.spare), series, tally.sources, context)
+            reused |= bool(found.slices)
+        else:
+            found = _convert_file(file, series, tally.sources, context)
+        if found.slices:
+            taken.add(file.first)
         outcomes[file.path] = found.outcome
         slices += found.slices
         tally.add(found.tally)
         facts = found.facts or facts
     if not slices or facts is None:
         return _ConvertedSeries(outcomes, tally, [])
+    if reused:
+        # The plan took them for copies and gave them one place.
+        problems = (*series.problems, geometry.REPEATED_POSITION)
+        series = dataclasses.replace(series, problems=tuple(dict.fromkeys(problems)))
+        slices = [one._replace(flags=one.flags | records.IRREGULAR) for one in slices]
+        outcomes = {path: one.with_problems(series.problems) for path, one in outcomes.items()}
     reason = _exclude_series(series, facts, tally)
     if reason is not None:
         tally.left_out[reason] += len(slices)
@@ -446,6 +466,7 @@ def _read_file(
     spool = context.spool
     request = ReadRequest(path, series.modality, str(spool.folder), file.frames, flags)
     tally = Tally()
+    same = SAME_PIXELS if file.spare is None else REPEATED_INSTANCE
     found: list[tuple[int, str | None, EncodedSlice | None]] = []
     with readers.open_source(series.kind, request) as source:
         units = source.facts.units
@@ -453,7 +474,7 @@ def _read_file(
             item = _reduce(item, context.conversion.size)
             # The only look at all pixels: rules, statistics and the card's histograms follow from how many have which value.
             histogram = np.bincount(item.pixels.ravel())
-            reason = _exclude(item, histogram, units) or (SAME_PIXELS if item.source in seen else None)
+            reason = _exclude(item, histogram, units) or (same if item.source in seen else None)
             encoded = None
             if reason is None:
                 encoded = _encode(item, histogram, file.first + item.rank, file.labels, file.path, spool)
@@ -464,13 +485,13 @@ def _read_file(
     for _, reason, encoded in sorted(found, key=lambda each: each[0]):
         if encoded is not None and encoded.source in tally.sources:
             # Which of two equal frames comes first in space is known only now.
-            reason = SAME_PIXELS
+            reason = same
             tally.discount(encoded.scale, np.bincount(spool.pixels(encoded).ravel()))
         if reason is None and encoded is not None:
             tally.sources.add(encoded.source)
             kept.append(encoded)
         elif reason is not None:
-            fate, last_reason = ("duplicate" if reason == SAME_PIXELS else "excluded"), reason
+            fate, last_reason = ("duplicate" if reason == same else "excluded"), reason
             tally.left_out[reason] += 1
     problems = "; ".join(series.problems)
     if kept:

@@ -170,7 +170,7 @@ def _run_stages(build: _Build, found: Sequence[str | object_stores.Object]) -> c
     _check_held_out(build, held_out)
     plan, entries = assignment.make(entries, assignment.Options(
         key=build.key, validation=options.validation, test=options.test, shard_bytes=options.shard_mb * 1_000_000,
-        held_out=frozenset(held_out), conversion=options.conversion, first=known.first_numbers(), instances=known.instances,
+        held_out=frozenset(held_out), conversion=options.conversion, first=known.first_numbers(),
         splits=known.splits,
         continued=known.slices_of(build.output, {entry.series for entry in entries if not entry.fate}),
     ))  # fmt: skip

@@ -14,9 +14,9 @@ import pytest
 import tensorflow_datasets as tfds
 
 from curia_common.exit_codes import ExitCode
-from data_pipeline.format import shards
+from data_pipeline.format import records, shards
 from data_pipeline.sources import geometry
-from data_pipeline.stages import assignment, commit
+from data_pipeline.stages import assignment, commit, convert
 from tests.data_pipeline.packing import pack
 
 SPLITS = ("--validation", 0.3, "--test", 0.2)
@@ -339,6 +339,130 @@ def test_verify_checks_holdout_with_the_key(tmp_path: Path, exams: Path, run_bui
     assert result.code == 2 and "is not the one that" in result.error
     result = run_verify(tmp_path / "out", "--holdout", tmp_path / "holdout.txt")
     assert result.code == 2 and "name it with --key-file" in result.error and not (tmp_path / "out.key").exists()
+
+
+# ---- instances by UID and by pixels
+
+
+def ct_images(count: int) -> list[np.ndarray]:
+    return list(np.random.default_rng(7).integers(0, 1900, (count, 40, 44)))
+
+
+def pixels_by_position(folder: Path) -> dict[float, np.ndarray]:
+    return {
+        row["position"]: one for row, one in zip(index_of(folder), slices_of(folder)["train"], strict=True)
+    }  # fmt: skip
+
+
+def write_constant_uid(write_series, folder: Path, images: list[np.ndarray], **fields: Any) -> None:
+    """A series as careless anonymisers leave it: each slice has the same SOPInstanceUID."""
+    for n, one in enumerate(images):
+        place = {"positions": [2.0 * n], "ImagePositionPatient": [0, 0, 2.0 * n]}
+        write_series(folder / str(n), pixels=one, **(place | {"SOPInstanceUID": "2.25.9"} | fields))
+
+
+ALL_TRAIN = ("--validation", 0, "--test", 0)
+
+
+def test_constant_instance_uid_keeps_all_slices_in_order(
+    tmp_path: Path, run_build, run_verify, write_series, manifest
+) -> None:
+    images = ct_images(6)
+    write_constant_uid(write_series, tmp_path / "in", images)
+    assert run_build("--input", tmp_path / "in", "--output", tmp_path / "out", *ALL_TRAIN).code == 0
+    check(tmp_path / "out", run_verify)
+    found = pixels_by_position(tmp_path / "out")
+    assert list(found) == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
+    for one, wanted in zip(found.values(), images, strict=True):
+        np.testing.assert_array_equal(one, wanted)
+    assert [(row["index"], row["flags"]) for row in index_of(tmp_path / "out")] == [(n, 0) for n in range(6)]
+    assert Counter((row["fate"], row["problems"]) for row in manifest(tmp_path / "out").values()) == {
+        ("kept", commit.REUSED_UID): 6
+    }
+
+
+@pytest.mark.parametrize("place", [{"ImagePositionPatient": [0, 0, 3]}, {"ImagePositionPatient": None}])
+def test_constant_instance_uid_without_positions_keeps_all_slices(
+    tmp_path: Path, run_build, run_verify, write_series, manifest, place: dict
+) -> None:
+    images = ct_images(6)
+    write_constant_uid(write_series, tmp_path / "in", images, **place)
+    words = ("--output", tmp_path / "out", "--planes", "coronal", *ALL_TRAIN)
+    assert run_build("--input", tmp_path / "in", *words).code == 0
+    check(tmp_path / "out", run_verify)
+    found = {one.tobytes() for one in slices_of(tmp_path / "out")["train"]}
+    assert found == {one.astype(np.uint16).tobytes() for one in images}
+    assert [row["index"] for row in index_of(tmp_path / "out")] == list(range(6))
+    assert {row["flags"] for row in index_of(tmp_path / "out")} == {records.IRREGULAR}
+    for row in manifest(tmp_path / "out").values():
+        assert {geometry.REPEATED_POSITION, commit.REUSED_UID} <= set(row["problems"].split("; "))
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_two_patients_with_the_same_instance_uids_are_both_kept(
+    tmp_path: Path, run_build, run_verify, write_series, manifest, later: bool
+) -> None:
+    for patient, images in enumerate((ct_images(10)[:5], ct_images(10)[5:])):
+        for n, one in enumerate(images):
+            write_patient(
+                write_series, tmp_path / f"p{patient}" / str(n), patient, pixels=one, SOPInstanceUID=f"2.25.9{n}",
+                positions=[2.0 * n], ImagePositionPatient=[0, 0, 2.0 * n],
+            )  # fmt: skip
+    words = ("--output", tmp_path / "out", *ALL_TRAIN)
+    if later:
+        assert run_build("--input", tmp_path / "p0", *words).code == 0
+        assert run_build("--input", tmp_path / "p1", *words).code == 0
+    else:
+        assert run_build("--input", tmp_path / "p0", tmp_path / "p1", *words).code == 0
+    check(tmp_path / "out", run_verify)
+    assert Counter(row["patient"] for row in index_of(tmp_path / "out")).most_common(3) == [
+        (patient, 5) for patient in dict.fromkeys(row["patient"] for row in index_of(tmp_path / "out"))
+    ]
+    found = {one.tobytes() for one in slices_of(tmp_path / "out")["train"]}
+    assert found == {one.astype(np.uint16).tobytes() for one in ct_images(10)}
+    rows = manifest(tmp_path / "out")
+    reported = [path for path, row in rows.items() if commit.REUSED_UID in row["problems"]]
+    # Rows of a finished addition never change.
+    assert len(rows) == 10 and len(reported) == (5 if later else 10)
+
+
+@pytest.mark.parametrize("larger", [False, True])
+def test_intact_copy_is_kept_beside_a_damaged_one(
+    tmp_path: Path, run_build, run_verify, write_series, manifest, larger: bool
+) -> None:
+    images = ct_images(5)
+    for n, one in enumerate(images):
+        fields = {"positions": [2.0 * n], "ImagePositionPatient": [0, 0, 2.0 * n], "SOPInstanceUID": f"2.25.9{n}"}
+        write_series(tmp_path / "in" / str(n), pixels=one, **fields)
+    text = "x" * 4000 if larger else None
+    fields = {"ImagePositionPatient": [0, 0, 4], "SOPInstanceUID": "2.25.92", "ImageComments": text}
+    (damaged,) = write_series(tmp_path / "in" / "again", 1, pixels=images[2], **fields)
+    damaged.write_bytes(damaged.read_bytes()[:-700])
+    assert run_build("--input", tmp_path / "in", "--output", tmp_path / "out", *ALL_TRAIN).code == 0
+    check(tmp_path / "out", run_verify)
+    for one, wanted in zip(slices_of(tmp_path / "out")["train"], images, strict=True):
+        np.testing.assert_array_equal(one, wanted)
+    assert [row["index"] for row in index_of(tmp_path / "out")] == list(range(5))
+    rows = manifest(tmp_path / "out")
+    assert rows[str(damaged)]["fate"] == "quarantined" and "truncated" in rows[str(damaged)]["reason"]
+    assert Counter((row["fate"], row["problems"]) for row in rows.values()) == {("kept", ""): 5, ("quarantined", ""): 1}
+
+
+def test_series_sent_twice_gives_the_slices_of_one_copy(
+    tmp_path: Path, run_build, run_verify, write_series, manifest
+) -> None:
+    write_series(tmp_path / "once", 20)
+    shutil.copytree(tmp_path / "once", tmp_path / "twice" / "a")
+    shutil.copytree(tmp_path / "once", tmp_path / "twice" / "b")
+    for name in ("once", "twice"):
+        words = ("--output", tmp_path / f"out_{name}", "--planes", "coronal", *ALL_TRAIN)
+        assert run_build("--input", tmp_path / name, *words).code == 0
+        check(tmp_path / f"out_{name}", run_verify)
+    once, twice = index_of(tmp_path / "out_once"), index_of(tmp_path / "out_twice")
+    assert once == twice and {row["plane"] for row in twice} == {"axial", "coronal"}
+    assert Counter((row["fate"], row["reason"]) for row in manifest(tmp_path / "out_twice").values()) == {
+        ("kept", ""): 20, ("duplicate", convert.REPEATED_INSTANCE): 20,
+    }  # fmt: skip
 
 
 # ---- duplicates by pixels

@@ -209,8 +209,8 @@ def test_damaged_files_have_fates(rows, golden) -> None:
     assert set(odd) >= {row["file"] for row in golden if row["file"].startswith("dicom/odd/")}
     assert all(row["fate"] == "kept" or row["reason"] for row in odd.values())
     for name, fate in (
-        # Cut off; its whole twin is elsewhere in the inputs.
-        ("MR_truncated.dcm", "duplicate"), ("rtstruct.dcm", "excluded"), ("reportsi.dcm", "excluded"),
+        # Its whole twin is elsewhere in the inputs and is kept.
+        ("MR_truncated.dcm", "quarantined"), ("rtstruct.dcm", "excluded"), ("reportsi.dcm", "excluded"),
         ("SC_rgb_rle.dcm", "excluded"), ("no-pixel-data.dcm", "excluded"),
     ):  # fmt: skip
         assert odd[f"dicom/odd/{name}"]["fate"] == fate, name

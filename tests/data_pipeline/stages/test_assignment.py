@@ -183,15 +183,26 @@ def test_frames_of_interleaved_multiframe_files_stay_together() -> None:
     assert [[along for _, along in file.frames] for file in series.files] == [[0, 2, 4, 6], [1, 3, 5, 7]]
 
 
-def test_largest_copy_of_an_instance_is_taken(tmp_path: Path, write_dicom) -> None:
+def test_copies_of_an_instance_share_its_place_largest_file_first(tmp_path: Path, write_dicom) -> None:
     whole = write_dicom(tmp_path / "b.dcm")
     cut = tmp_path / "a.dcm"
     cut.write_bytes(whole.read_bytes()[:-700])  # an interrupted transfer
     again = tmp_path / "c.dcm"
     again.write_bytes(whole.read_bytes())
-    plan, planned = assignment.make(inspect([cut, whole, again]), options())
-    assert [file.path for series in all_series(plan) for file in series.files] == [str(whole)]
-    assert [e.fate for e in planned] == ["duplicate", "", "duplicate"]
+    above = write_dicom(tmp_path / "d.dcm", ImagePositionPatient=[0, 0, 3])
+    entries = inspect([cut, whole, again, above])
+    (series,) = all_series(make(entries))
+    assert [(Path(file.path).name, file.first, file.spare) for file in series.files] == [
+        ("b.dcm", 0, None), ("c.dcm", 0, 2), ("a.dcm", 0, 3), ("d.dcm", 1, None),
+    ]  # fmt: skip
+    assert series.problems == (geometry.FEW,)  # copies are no repeated positions
+    assert make(entries[::-1]).hash == make(entries).hash
+
+
+def test_one_uid_at_several_places_names_several_slices(tmp_path: Path, write_series) -> None:
+    (series,) = all_series(make(inspect(write_series(tmp_path, 5, SOPInstanceUID="2.25.9"))))
+    assert [(file.first, file.spare) for file in series.files] == [(n, None) for n in range(5)]
+    assert (series.spacing, series.problems) == (2.0, ())
 
 
 def test_plan_holds_no_identity(tmp_path: Path, write_dicom) -> None:

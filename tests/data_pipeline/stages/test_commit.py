@@ -31,7 +31,7 @@ def add(output: Path, paths: list[Path], **changes) -> card.Card:
     entries = inventory.inspect(([str(path) for path in paths], inventory.Options(KEY)), {}, lambda item: None)
     options = assignment.Options(
         KEY, 0.0, 0.0, 10**9, frozenset(), Conversion("x", slices_per_record=2), first=known.first_numbers(),
-        instances=known.instances, splits=known.splits,
+        splits=known.splits,
     )  # fmt: skip
     named = [entry.patient for entry in entries]
     plan, entries = assignment.make(entries, options)
