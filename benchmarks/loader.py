@@ -441,11 +441,17 @@ def _resident_mb() -> float:
 
 @dataclasses.dataclass(frozen=True)
 class FirstBatch:
-    """Seconds to the first batch on the device in a new process: all, and without the imports of Python and JAX."""
+    """The first batch on the device in a new process.
+
+    Attributes:
+      seconds, seconds_without_imports: to the batch, with and without the imports of Python and JAX.
+      opened: shard files that the process has open after it.
+    """
 
     shards: int
     seconds: float
     seconds_without_imports: float
+    opened: int
 
 
 def first_batch(folder: Path, split: str, workers: int, batch: int) -> FirstBatch:
@@ -454,12 +460,15 @@ def first_batch(folder: Path, split: str, workers: int, batch: int) -> FirstBatc
         "import os, sys, time; import jax; from benchmarks import loader; from curia_jax import data; jax.devices();"
         "t = time.perf_counter(); place = loader.Place(sys.argv[1], sys.argv[2]);"
         "next(loader.loader(place, int(sys.argv[3]), int(sys.argv[4])));"
-        "print(time.perf_counter() - t, flush=True); os._exit(0)"
+        "t = time.perf_counter() - t; fds = [f'/proc/self/fd/{n}' for n in os.listdir('/proc/self/fd')];"
+        "print(t, sum('.array_record-' in os.readlink(fd) for fd in fds if os.path.islink(fd)), flush=True); os._exit(0)"
     )
     began = time.perf_counter()
     words = [sys.executable, "-c", code, str(folder), split, str(workers), str(batch)]
     out = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return FirstBatch(len(list(folder.glob("*.array_record-*"))), time.perf_counter() - began, float(out.split()[-1]))
+    seconds, opened = out.split()[-2:]
+    shards = len(list(folder.glob("*.array_record-*")))
+    return FirstBatch(shards, time.perf_counter() - began, float(seconds), int(opened))
 
 
 # ---- the command

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -28,6 +29,34 @@ jax.config.update("jax_compilation_cache_dir", str(Path(tempfile.gettempdir()) /
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def _missing(*modules: str) -> str:
+    """The first of the modules that is not installed, or ""."""
+    return next((name for name in modules if importlib.util.find_spec(name) is None), "")
+
+
+def _why_not(marker: str) -> str:
+    """Why tests with this marker cannot run here, or ""."""
+    if marker == "libtpu" and _missing("libtpu"):
+        return "libtpu is not installed; pip install 'curia-jax[plan]'"
+    if marker == "torch" and (name := _missing("torch", "transformers")):
+        return f"{name} is not installed; the frozen references are compared with instead"
+    if marker == "browser" and shutil.which("chromium") is None:
+        return "no chromium on the PATH; apt-get install chromium"
+    return ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "real_data" in getattr(item, "fixturenames", ()):
+            item.add_marker("data")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in item.iter_markers():
+        if reason := _why_not(marker.name):
+            pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")

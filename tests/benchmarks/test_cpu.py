@@ -16,8 +16,8 @@ TINY = [
 ]  # fmt: skip
 
 
+@pytest.mark.torch
 def test_compare_gives_rates_for_the_same_model(tmp_path: Path) -> None:
-    pytest.importorskip("torch")
     out = tmp_path / "figures.json"
     words = ["--tasks=train", "--batch=2", "--rounds=1", "--steps=2", "--cores=1", f"--json={out}"]
     assert cpu.main([*words, "--others=transformers,timm", *TINY]) == 0
@@ -28,11 +28,11 @@ def test_compare_gives_rates_for_the_same_model(tmp_path: Path) -> None:
     assert rows["timm"]["ratio"] == pytest.approx(rows["jax"]["images_per_second"] / rows["timm"]["images_per_second"])
 
 
-@pytest.mark.parametrize("name", ["jax", "transformers", "timm"])
+@pytest.mark.parametrize(
+    "name", ["jax", *(pytest.param(name, marks=pytest.mark.torch) for name in ("transformers", "timm"))]
+)
 def test_loss_of_every_side_falls(name: str) -> None:
     """120 steps on 2 fixed images: each side's loss falls, so its step trains."""
-    if name != "jax":
-        pytest.importorskip("torch")
     model = json.loads(configs.load(str(cpu.CONFIG), TINY).model.to_json())
     side = Side(Spec(name, "train", model, batch=2, cores=1), os.environ)
     try:

@@ -10,9 +10,9 @@ from benchmarks import gpu
 from benchmarks.mae_step import Spec
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("how", [[], ["--batch=2"]], ids=["search", "together"])
 def test_tiny_benchmark_runs_on_a_cpu(how: list[str], tmp_path: Path) -> None:
-    pytest.importorskip("torch")
     out = tmp_path / "figures.json"
     assert gpu.main(["--platform=cpu", "--tiny", "--sides=jax,timm", f"--json={out}", *how]) == 0
     rows = {row["side"]: row for row in json.loads(out.read_text())}

@@ -3,12 +3,9 @@
 import importlib.util
 from typing import Any
 
-import pytest
-
 from tests.models import make_references as reference
 
 HAS_TORCH = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
-live_only = pytest.mark.skipif(not HAS_TORCH, reason="PyTorch is not installed; the frozen references are used instead")
 
 # float32 on values of order 1: equivalent programs differ by a few units of 1e-7; a wrong epsilon or GELU by 1e-4.
 TOLERANCE = 1e-5

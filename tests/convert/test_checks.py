@@ -13,7 +13,7 @@ import safetensors.numpy
 from curia_common.errors import DataError
 from curia_jax.convert import checks, folder, layouts
 from curia_jax.models import mae
-from tests.convert.cases import CASES, HAS_TORCH, LAYOUTS_OF, TOLERANCE, live_only
+from tests.convert.cases import CASES, HAS_TORCH, LAYOUTS_OF, TOLERANCE
 from tests.convert.mistakes import MISTAKES, spoil
 from tests.models import make_references as reference
 
@@ -49,7 +49,7 @@ def test_numpy_check_detects_mistake(mistake: str, layout: str, name: str, conve
         checks.compare_numpy(spoilt, layout, checks.inputs(model(name)[0].encoder), wanted(name, layout))
 
 
-@live_only
+@pytest.mark.torch
 @pytest.mark.parametrize(
     ("mistake", "layout", "message"),
     [

@@ -24,7 +24,7 @@ from curia_jax.models import mae
 from curia_jax.settings import Augment
 from curia_jax.trained_model import digest
 from tests import checkpoints
-from tests.convert.cases import CASES, EXPORTS, HAS_TORCH, live_only
+from tests.convert.cases import CASES, EXPORTS, HAS_TORCH
 
 AUGMENT = Augment.of(configs.load("demo").augment)
 
@@ -140,7 +140,7 @@ def blocks_of_code(folder: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
 
 
-@live_only
+@pytest.mark.torch
 @pytest.mark.parametrize("layout", ["vit_mae", "vit", "dinov2"])
 def test_model_card_code_runs_as_shown(layout: str, converted) -> None:
     import torch
@@ -176,7 +176,7 @@ def test_model_card_code_runs_as_shown(layout: str, converted) -> None:
 INTEGERS = [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64]
 
 
-@live_only
+@pytest.mark.torch
 @pytest.mark.parametrize("dtype", INTEGERS)
 @pytest.mark.parametrize("hu", [True, False])
 def test_prepare_of_model_card_takes_every_integer_type(dtype: type, hu: bool, converted) -> None:
@@ -198,7 +198,7 @@ def test_prepare_of_model_card_takes_every_integer_type(dtype: type, hu: bool, c
     np.testing.assert_allclose(found, augment.evaluation_view(batch, AUGMENT, (24, 24))[0, ..., 0], rtol=0, atol=1e-5)
 
 
-@live_only
+@pytest.mark.torch
 def test_image_processor_does_not_change_pixels(converted) -> None:
     from transformers import AutoImageProcessor
 

@@ -18,7 +18,7 @@ from curia_jax.convert import __main__ as convert
 from curia_jax.convert import numpy_forward
 from curia_jax.convert.layouts import LAYOUTS
 from curia_jax.models import mae, vit
-from tests.convert.cases import CASES, EXPORTS, HAS_TORCH, LAYOUTS_OF, TOLERANCE, live_only
+from tests.convert.cases import CASES, EXPORTS, HAS_TORCH, LAYOUTS_OF, TOLERANCE
 from tests.models import make_references as reference
 
 if HAS_TORCH:
@@ -51,7 +51,7 @@ def assert_close(found: dict[str, Any], wanted: dict[str, Any]) -> None:
         np.testing.assert_allclose(values, wanted[what], rtol=0, atol=TOLERANCE, err_msg=what)
 
 
-@live_only
+@pytest.mark.torch
 @pytest.mark.parametrize(("name", "layout"), [case for case in EXPORTS if case[1] != "timm"])
 def test_transformers_matches_jax(name: str, layout: str, converted) -> None:
     import torch
@@ -72,7 +72,7 @@ def test_transformers_matches_jax(name: str, layout: str, converted) -> None:
     assert_close({what: values.numpy() for what, values in found.items()}, jax_results(name))
 
 
-@live_only
+@pytest.mark.torch
 @pytest.mark.parametrize("name", [name for name, layout in EXPORTS if layout == "timm"])
 def test_module_with_names_of_timm_matches_jax(name: str, converted) -> None:
     import torch
@@ -102,7 +102,7 @@ def test_files_give_frozen_results_of_transformers(name: str, layout: str, conve
     assert_close(found, wanted)
 
 
-@live_only
+@pytest.mark.torch
 def test_encoder_layouts_agree_in_transformers(converted) -> None:
     import torch
     from transformers import AutoModel
@@ -127,7 +127,7 @@ def test_auto_model_loads_timm_folder(converted) -> None:
     assert_close({"features": found.numpy()}, jax_results("square"))
 
 
-@live_only
+@pytest.mark.torch
 @pytest.mark.parametrize("image_size", ["32", "16x40"])
 def test_positions_of_another_image_size_are_computed(image_size: str, runs, tmp_path) -> None:
     import torch

@@ -44,10 +44,10 @@ def test_every_task_is_done_once_and_every_item_reported(tasks) -> None:
 
 def test_crash_or_hang_skips_that_item_alone(tasks) -> None:
     work = [["a", "crash", "b", "hang", "c"], ["d"]]
-    results, reported = run(tasks.work, work, timeout=1.0)
+    results, reported = run(tasks.work, work, timeout=10.0)
     assert results[0] == [
         ("a", "done"), ("crash", "the decoder crashed on it (SIGSEGV)"), ("b", "done"),
-        ("hang", "reading it took more than 1 s"), ("c", "done"),
+        ("hang", "reading it took more than 10 s"), ("c", "done"),
     ]  # fmt: skip
     assert results[1] == [("d", "done")]
     assert sorted(reported) == ["a", "b", "c", "crash", "d", "hang"]
@@ -80,7 +80,7 @@ def test_killed_worker_retries_its_item_once(tasks, tmp_path: Path) -> None:
 
 
 def test_work_after_the_last_item_has_no_time_limit(tasks) -> None:
-    results, _ = run(tasks.work, [["a", "slow end"]], count=1, timeout=0.7)
+    results, _ = run(tasks.work, [["a", "slow end"]], count=1, timeout=5.0)
     assert results == {0: [("a", "done"), ("slow end", "done")]}
 
 

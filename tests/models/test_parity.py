@@ -23,7 +23,6 @@ if not HAS_TORCH:
         f"{reference.FOLDER} alone",
         stacklevel=1,
     )
-live_only = pytest.mark.skipif(not HAS_TORCH, reason="PyTorch is not installed; the frozen references are used instead")
 
 # float32 on values of order 1: numerically equal programs differ by a few units of 1e-7; a wrong epsilon or GELU by 1e-4.
 TOLERANCE = 1e-5
@@ -60,7 +59,7 @@ def ours(name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.fixture(params=[pytest.param("pytorch", marks=live_only), "frozen"])
+@pytest.fixture(params=[pytest.param("pytorch", marks=pytest.mark.torch), "frozen"])
 def results(request: pytest.FixtureRequest) -> Any:
     return {"pytorch": live, "frozen": reference.read_frozen}[request.param]
 
@@ -75,7 +74,7 @@ def test_outputs_and_gradients_equal_transformers(name: str, results: Any) -> No
         np.testing.assert_allclose(found[key], values, rtol=0, atol=TOLERANCE, err_msg=key)
 
 
-@live_only
+@pytest.mark.torch
 @pytest.mark.parametrize("name", reference.CASES)
 def test_frozen_references_equal_live_transformers(name: str) -> None:
     wanted, frozen = live(name), reference.read_frozen(name)

@@ -1,6 +1,5 @@
 """The planner as a command: real compilations of a tiny model, each in its own process."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -16,7 +15,6 @@ from curia_jax.plan import topologies
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--config=tests/configs/tiny.py", "--config.model.dtype=bfloat16"]
 SMALL_RUN = ["--topology=v5e:2x2", "--examples=1600", "--config.duration=100 epochs"]
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -47,7 +45,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory):
     return folder, *plan(folder, *SMALL_RUN)
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 def test_plan_json_has_the_documented_figures(planned):
     _, done, found = planned
     assert done.returncode == 0, done.stderr
@@ -79,7 +77,7 @@ def test_plan_json_has_the_documented_figures(planned):
     assert "where the time goes" in done.stderr and "not measured" in done.stderr and done.stdout == ""
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 def test_second_plan_of_the_same_step_comes_from_the_cache(planned):
     folder, _, first = planned
     _, second = plan(folder, *SMALL_RUN)
@@ -101,7 +99,7 @@ sys.exit(command.main(sys.argv[1:]))
 """
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 @pytest.mark.parametrize("change", ['text="HloModule in another form"', 'text=""'])
 def test_unreadable_compiler_text_leaves_memory_and_fit(planned, change: str):
     folder, _, first = planned
@@ -113,7 +111,7 @@ def test_unreadable_compiler_text_leaves_memory_and_fit(planned, change: str):
     assert "no step time, MFU, input needs and cost" in done.stderr
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 def test_plan_that_does_not_fit_exits_66_in_one_line(planned):
     folder, _, _ = planned
     program = ("-c", CHANGED.format(change="refused=True, text='', limit=1"))
@@ -124,7 +122,7 @@ def test_plan_that_does_not_fit_exits_66_in_one_line(planned):
     assert last.startswith("error: v5e:2x2 needs ") and "more chips" in last
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 def test_gradients_between_two_tpu_slices_use_the_data_centre_network(tmp_path: Path):
     mesh = ["--config.mesh.replica=2", "--config.mesh.data=4", "--config.mesh.fsdp=1"]
     done, found = plan(tmp_path, "--topology=v6e:2x2", "--slices=2", *mesh)
@@ -158,7 +156,7 @@ print(json.dumps(found))
 """
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 def test_wrong_topology_mesh_or_option_is_one_line_and_exit_2(tmp_path: Path):
     lines = json.dumps([[*TINY, *words] for words, _ in ERRORS])
     done = subprocess.run(
