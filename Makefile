@@ -1,23 +1,29 @@
 # Two commands do everything: `make demo` and `make test`. Both create .venv and install locked versions first.
 PYTHON ?= python3
-VENV ?= .venv
+# One environment for each Python: .venv for the default, .venv-3.13 for `make PYTHON=python3.13`.
+ifndef VENV
+VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'))
+endif
 OUT ?= demo
 DATA ?=
 TORCH ?= yes
 WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-slow golden fuzz lint lock clean help
+.PHONY: demo test test-short test-slow golden fuzz lint lock clean help
 
 help:
 	@echo "make demo [DATA=folder] [OUT=folder]  exams -> shards -> pretraining -> weights -> scores -> report.html"
 	@echo "make test [TORCH=no]                  the test suite; TORCH=no leaves PyTorch out and compares with frozen references"
+	@echo "make test-short                       without the tests that take ten seconds or more"
 	@echo "make test-slow                        the tests that take minutes (the full demo among them)"
 	@echo "make fuzz                             10,000 damaged and malicious files through the ingest"
 	@echo "make golden                           plan the named runs with the TPU compiler and compare with tests/golden (minutes)"
 	@echo "make lint                             ruff and pyright"
 	@echo "make lock                             renew requirements/*.txt from setup.py"
-	@echo "make clean                            remove .venv and demo/"
+	@echo "make clean                            remove the environments and demo/"
+	@echo "PYTHON=python3.13 runs any of them with that Python, in .venv-3.13. Locked and tested are both ends of what is supported:"
+	@echo "Python 3.11 with jax 0.10 and Python 3.13 with jax 0.12."
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"error: $(PYTHON) is Python {v[0]}.{v[1]}, but 3.11 or newer is needed; name one with make PYTHON=python3.11")'
@@ -45,6 +51,9 @@ TEST_READY = $(VENV)/.test-installed $(if $(filter yes,$(TORCH)),$(VENV)/.torch-
 test: $(TEST_READY)
 	$(VENV)/bin/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal
 
+test-short: $(TEST_READY)
+	$(VENV)/bin/python -m pytest -m 'not slow and not long' --numprocesses=$(WORKERS) --dist=worksteal
+
 test-slow: $(TEST_READY)
 	$(VENV)/bin/python -m pytest -m slow --numprocesses=1
 
@@ -59,7 +68,7 @@ lint: $(VENV)/.test-installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
-# --universal: one file serves Python 3.11 to 3.13 on Linux and macOS. PyTorch stays in a file of its own, because which
+# --universal: one file serves Python 3.11 (jax 0.10) to 3.13 (jax 0.12) on Linux and macOS. PyTorch stays in a file of its own, because which
 # build fits (CPU or CUDA) is the machine's matter. The demo has the versions that the suite was run with; it is not the other
 # way round, because Apache Beam wants an older protobuf, pyarrow and pillow.
 lock: $(VENV)/bin/python
@@ -68,4 +77,4 @@ lock: $(VENV)/bin/python
 	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --no-header --extra demo -c requirements/test.txt setup.py -o requirements/demo.txt
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf .venv .venv-* demo

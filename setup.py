@@ -37,6 +37,7 @@ TEST = [
     "flask-cors>=5",
     "hypothesis>=6.100",
     "moto[s3]>=5",
+    "playwright>=1.50",  # opens pages in the Chromium of the machine
     "pytest>=8",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",

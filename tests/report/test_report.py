@@ -21,7 +21,7 @@ from curia_jax.models import mae
 from curia_jax.report import __main__ as report
 from curia_jax.report import timeline
 from data_pipeline import build
-from tests import checkpoints
+from tests import browser, checkpoints
 from tests.scores import make_score
 
 MODEL = {"size": "Ti", "image_size": [16, 16], "patch_size": [8, 8], "width": 16, "depth": 1, "heads": 2,
@@ -173,6 +173,12 @@ def test_page_is_well_formed_and_loads_nothing(made) -> None:
     assert text.startswith("<!DOCTYPE html>") and '<meta name="viewport"' in text
     assert not re.search(r"(https?:)?//[a-z]|url\(|@import", text.split("</style>")[0] + page.text)
     assert not re.search(r'(src|href)="(?!data:image/png;base64,)', text)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 420)])
+def test_page_opens_without_problems(made, scheme, width) -> None:
+    assert browser.problems(made[0], scheme, width) == []
 
 
 def test_every_picture_is_embedded_and_saved_beside_page(made) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from curia_common import __version__
 from data_pipeline.format import shards
 from data_pipeline.stages import card
+from tests import browser
 
 
 def page_of(folder: Path) -> ElementTree.Element:
@@ -176,6 +177,12 @@ def test_page_is_self_contained_and_anonymous(dataset: Path) -> None:
     for column in ("series", "patient", "source"):
         assert not [value for value in index[column].unique().to_pylist() if value in text]
     assert "PHANTOM" not in text and str(dataset) not in text and ".dcm" not in text
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 420)])
+def test_page_opens_without_problems(dataset: Path, scheme, width) -> None:
+    assert browser.problems(dataset / "index.html", scheme, width) == []
 
 
 def test_page_escapes_markup() -> None:
