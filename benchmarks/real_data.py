@@ -39,12 +39,12 @@ LAYERS = "4,8,12"
 # In px: the size of the training, and larger ones, in which a whole slice shows objects as large as training crops do.
 IMAGE_SIZES = "96,128,160"
 COLUMNS: tuple[str, ...] = ("file", "split", "patient", "modality", *LABELS)
-# Ultrasound, and files that are not images; the build recognises label maps itself.
-LEFT_OUT = ("registration/prostate_mr_us/us_", ".txt", ".csv", ".md")
+ULTRASOUND = "registration/prostate_mr_us/us_"
+NO_IMAGES = (".txt", ".csv", ".md")
 
 
 def label_table(data: Path) -> list[dict[str, str | Path]]:
-    """One row per file. Unlabelled files are for training; patients are those of the table or of the header."""
+    """One row per file that is used. Unlabelled files are for training; patients are those of the table or of the header."""
     rows: list[dict[str, str | Path]] = []
     tumor = data / "labelled" / "mr_brain_tumor"
     for line in _read(tumor / "labels.csv"):
@@ -92,11 +92,18 @@ def label_table(data: Path) -> list[dict[str, str | Path]]:
     for folder in ("dicom", "nifti", "registration"):
         for path in sorted(p for p in (data / folder).rglob("*") if p.is_file()):
             name = path.relative_to(data).as_posix()
-            if not any(name.startswith(part) or name.endswith(part) for part in LEFT_OUT):
+            if not name.startswith(ULTRASOUND) and not name.endswith(NO_IMAGES):
                 words = name.split("/")[1].split("_")
                 modality = next((word.upper() for word in words if word in ("ct", "mr")), "")
                 rows.append({"file": path, "split": "train", "modality": modality})
     return rows
+
+
+def left_out(data: Path) -> list[Path]:
+    """Images that no row of the label table names: ultrasound, and pictures that are in two of the official splits."""
+    used = {row["file"] for row in label_table(data)}
+    files = (path for path in sorted(data.rglob("*")) if path.is_file() and path.suffix not in NO_IMAGES)
+    return [path for path in files if path not in used]
 
 
 def _read(path: Path) -> list[dict[str, str]]:
@@ -141,10 +148,12 @@ def main(argv: list[str] | None = None) -> int:
         writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows({**row, "file": os.path.relpath(row["file"], output)} for row in label_table(args.data))
+    unused = output / "unused.txt"
+    unused.write_text("".join(f"{path}\n" for path in left_out(args.data)), encoding="utf-8")
     key = output / "key"
     key.write_text("these files are public, their pseudonyms have no secret\n", encoding="utf-8")
     command(
-        "data_pipeline.build", "--input", str(args.data), f"--output={shards}", f"--labels={labels}",
+        "data_pipeline.build", "--input", str(args.data), f"--output={shards}", f"--labels={labels}", f"--holdout={unused}",
         "--label-columns", *LABELS, "--split-column=split", "--patient-column=patient",
         "--modality-column=modality", f"--key-file={key}", "--size=256",
     )  # fmt: skip

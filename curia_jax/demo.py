@@ -186,11 +186,11 @@ class Demo:
         if self.data is None:
             inputs = [str(self.phantom), *inputs]
             table = self.folder / "labels.csv"
-            _write_labels(table, self.phantom / "labels.csv", self._exams())
+            _write_labels(table, self.phantom / "labels.csv")
             # Pseudonyms and splits follow from a secret key, which the build creates unless there is one. The phantom has no
             # secrets, and with a fixed key the test split has the same patients in every demo.
             self.shards.with_suffix(".key").write_text("the phantom has no secrets\n", encoding="utf-8")
-            options = [f"--labels={table}"]
+            options = [f"--labels={table}", "--label-columns=lesion"]
         self.command(
             "data_pipeline.build", "--input", *inputs, f"--output={self.shards}", *options,
             "--validation=0.15", "--test=0.25", f"--workers={self.workers}",
@@ -458,13 +458,10 @@ def _starts(events: Sequence[LogLine]) -> list[LogLine]:
     return [line for line in events if line.event in ("started", "resumed")]
 
 
-def _write_labels(table: Path, phantom: Path, others: Path) -> None:
-    """The phantom's labels, and a line without a label for each other file: the build leaves out files that the table lacks."""
-    from data_pipeline.stages import inventory
-
+def _write_labels(table: Path, phantom: Path) -> None:
+    """The phantom's table with the values of the lesion in words."""
     with phantom.open(encoding="utf-8", newline="") as file:
-        rows = [(str(phantom.parent / row["file"]), LESION[row["lesion"]]) for row in csv.DictReader(file)]
-    rows += [(str(path), "") for path in inventory.find_files([str(others)])]
+        rows = [(phantom.parent / row["file"], LESION[row["lesion"]]) for row in csv.DictReader(file)]
     with table.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["file", "lesion"])

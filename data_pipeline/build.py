@@ -1,4 +1,4 @@
-"""Turns exams into slice shards: DICOM, NIfTI, NRRD, MetaImage, PNG and JPEG files to a folder for training and for TFDS.
+"""Turns exams into slice shards: DICOM, NIfTI, NRRD, MetaImage, PNG, JPEG and TIFF files to a folder for training and TFDS.
 
 stages:
   inventory  every file and what it is; reads headers only
@@ -80,9 +80,17 @@ def parser() -> argparse.ArgumentParser:
         help="share of the patients for testing (default: %(default)s)",
     )  # fmt: skip
     p.add_argument(
-        "--labels", metavar="CSV", help="table with a column 'file' relative to the table; other columns become labels"
-    )
-    p.add_argument("--label-columns", nargs="+", metavar="NAME", help="columns of --labels to keep (default: all)")
+        "--labels", nargs="+", default=(), metavar="CSV",
+        help="tables whose rows name files or folders (relative to the table) in a column 'file' or 'folder', or DICOM ids in 'series', 'study' or 'patient'; what they do not name has no labels",
+    )  # fmt: skip
+    p.add_argument(
+        "--label-columns", nargs="+", default=(), metavar="NAME",
+        help="columns of --labels that become labels (default: none); one that looks like an id, a date or a name is refused",
+    )  # fmt: skip
+    p.add_argument(
+        "--force-label-columns", nargs="+", default=(), metavar="NAME",
+        help="columns that become labels though they look like an id, a date or a name; their text is stored as it is",
+    )  # fmt: skip
     p.add_argument(
         "--split-column", metavar="NAME", help="column of --labels that holds train, validation (or val) and test"
     )

@@ -36,6 +36,8 @@ ADDITIONS = b"additions"  # in the metadata of shards.parquet: how many are fini
 FILES, SERIES, SUMMARY, HELD_OUT = "files.parquet", "series.parquet", "summary.json", "held_out.json"
 MANIFEST_COLUMNS = ("path", "fate", "reason", "series", "split", "problems", "stored_sha256", "shard", "decoder")
 NEAR_COLUMN = "near_duplicate_of"
+KIND_COLUMN, PATIENT_COLUMN = "kind", "patient_from"
+ADDED_COLUMNS = (NEAR_COLUMN, KIND_COLUMN, PATIENT_COLUMN)  # of the index, which the commit adds to what the shards say
 NEAR = "looks like another series"
 SAME_PIXELS = "the same pixels as a slice of another series"
 KNOWN_INSTANCE = "the same instance is in the dataset already"
@@ -54,6 +56,7 @@ class FileRow(NamedTuple):
       instance: pseudonym of the DICOM instance.
       named, patient: pseudonyms of the patient by the header, and after the label table.
       labels: JSON.
+      study, series_uid, patient_from: as of inventory.Entry; "" in the files of older versions.
     """
 
     path: str
@@ -72,6 +75,16 @@ class FileRow(NamedTuple):
     named: str
     patient: str
     labels: str
+    study: str = ""
+    series_uid: str = ""
+    patient_from: str = ""
+
+    def entry(self) -> inventory.Entry:
+        """The file as the inventory saw it, before a label table renamed its patient."""
+        return inventory.Entry(
+            os.fsdecode(self.raw), self.size, self.modified_ns, fate="known", series=self.series, patient=self.named,
+            study=self.study, series_uid=self.series_uid, patient_from=self.patient_from,
+        )  # fmt: skip
 
 
 _FILES_SCHEMA = pa.schema([
@@ -431,7 +444,8 @@ def file_rows(r: Request, outcomes: Mapping[str, FileOutcome], near: Mapping[str
             path=os.fsencode(entry.path).decode("utf-8", "backslashreplace"), raw=os.fsencode(entry.path), size=entry.size,
             modified_ns=entry.modified_ns, fate=entry.fate, reason=entry.reason, series=entry.series, split=entry.split,
             problems="", stored_sha256="", shard="", decoder="", instance=entry.facts.instance, named=named,
-            patient=entry.patient, labels=json.dumps(entry.labels, sort_keys=True),
+            patient=entry.patient, labels=json.dumps(entry.labels, sort_keys=True), study=entry.study,
+            series_uid=entry.series_uid, patient_from=entry.patient_from,
         )  # fmt: skip
         if entry.path in outcomes:
             row = row._replace(**dataclasses.asdict(outcomes[entry.path]))
@@ -478,7 +492,7 @@ def _index_schema(r: Request, tables: Mapping[str, pa.Table]) -> pa.Schema:
     schemas = [table.schema for table in tables.values() if len(table)]
     if r.before.additions:
         schemas.insert(0, pq.read_schema(r.output / shards.INDEX))
-    schemas.append(pa.schema([(NEAR_COLUMN, pa.string())]))
+    schemas.append(pa.schema([(name, pa.string()) for name in ADDED_COLUMNS]))
     try:
         schema = pa.unify_schemas([s.remove_metadata() for s in schemas], promote_options="permissive")
     except pa.ArrowException as error:
@@ -493,13 +507,18 @@ def _index_parts(
 ) -> Iterator[pa.Table]:
     """The index of the dataset and of this addition, part by part; each part is added to `counts`."""
     schema = _index_schema(r, tables)
+    of_series = {
+        entry.series: (entry.kind, entry.patient_from) for entry in r.entries if entry.series and not entry.fate
+    }
 
     def rows() -> Iterator[pa.Table]:
         yield from _index_tables(r.output, r.before)
         for table in tables.values():
             if len(table):
-                others = [near.get(series, "") for series in table["series"].to_pylist()]
-                yield table.append_column(NEAR_COLUMN, pa.array(others, pa.string()))
+                found = [(near.get(one, ""), *of_series[one]) for one in table["series"].to_pylist()]
+                for name, column in zip(ADDED_COLUMNS, zip(*found, strict=True), strict=True):
+                    table = table.append_column(name, pa.array(column, pa.string()))
+                yield table
 
     for table in rows():
         columns = [

@@ -26,6 +26,10 @@ FILES_PER_TASK = 64
 
 # Columns of the label table: whole numbers, decimal numbers or text, None for an empty cell.
 Labels = Mapping[str, str | int | float | None]
+# What tells patients apart: PatientID, the label table, a BIDS subject. Where none of them does, the patient is unknown and the
+# study, the series or the file stands for one.
+PATIENT_FROM = ("id", "table", "subject", "study", "series", "file")
+PATIENT_UNKNOWN = ("study", "series", "file")
 Source = str | Object | archives.Member  # a path, an object of a bucket, or a file in an archive
 
 
@@ -85,7 +89,8 @@ class Entry:
       modified_ns: as of os.stat; of an object, a number made of its ETag.
       kind: which reader takes it; "" for what no reader takes.
       fate: "" while it is a candidate, else "excluded", "duplicate" or "quarantined"; "known" if the dataset has it already.
-      series, patient: pseudonyms.
+      series, patient, study, series_uid: pseudonyms; `series_uid` of the UID alone, `series` of patient and UID.
+      patient_from: what tells the patient apart; one of PATIENT_FROM, or "" of what no reader takes.
       split: set by the label table, else "".
       labels: columns of the label table.
       member: of a file in an archive.
@@ -99,6 +104,9 @@ class Entry:
     reason: str = ""
     series: str = ""
     patient: str = ""
+    study: str = ""
+    series_uid: str = ""
+    patient_from: str = ""
     split: str = ""
     facts: FileFacts = FileFacts("")
     labels: Labels = dataclasses.field(default_factory=dict)
@@ -358,13 +366,17 @@ NO_IMAGE = "not a medical image (no DICOM, NIfTI, NRRD, MetaImage, PNG, JPEG or 
 def _with_header(entry: Entry, header: dicom_header.Header, options: Options) -> Entry:
     series = header.series_uid or header.sop_uid or entry.path
     # Patients without an ID are told apart by the study, so that one study never falls into two splits.
-    patient = header.patient_id or header.study_uid or series
+    candidates = (("id", header.patient_id), ("study", header.study_uid), ("series", series))
+    patient_from, patient = next((name, value) for name, value in candidates if value)
     entry = dataclasses.replace(
         entry,
         kind="dicom",
         patient=pseudonyms.digest(options.key, "patient", patient),
         # With the patient, because some anonymisers give many patients the same series UID.
         series=pseudonyms.digest(options.key, "series", f"{patient}/{series}"),
+        study=pseudonyms.digest(options.key, "study", header.study_uid) if header.study_uid else "",
+        series_uid=pseudonyms.digest(options.key, "series uid", header.series_uid) if header.series_uid else "",
+        patient_from=patient_from,
     )
     rule = (
         "an index of DICOM files (DICOMDIR)"
@@ -402,5 +414,6 @@ def _without_header(entry: Entry, kind: Literal["volume", "image"], modality: st
         kind=kind,
         series=pseudonyms.digest(options.key, "series", path),
         patient=pseudonyms.digest(options.key, "patient", patient),
+        patient_from="subject" if subject else "file",
         facts=FileFacts(modality),
     )

@@ -17,12 +17,17 @@ from curia_common.errors import DataError, UserError
 from data_pipeline import beam, workers
 from data_pipeline.format import files, shards
 from data_pipeline.sources import archives, dicom_pixels, object_stores
-from data_pipeline.stages import assignment, card, commit, convert, inventory, labels, pseudonyms, reformat
+from data_pipeline.stages import assignment, card, commit, convert, inventory, pseudonyms, reformat
 from data_pipeline.stages.assignment import Conversion, Plan, Settings, StoredPlan
+from data_pipeline.stages.labels import Columns, LabelTables
 
 FAILED_ON = "failed_on.txt"  # in the build folder, because paths can hold names
 BEAM_LOG = "beam.log"
 REASONS_SHOWN = 12
+# Files of the inputs that are named by other options.
+A_LABEL_TABLE = "the label table of --labels"
+A_HOLDOUT_FILE = "the list of --holdout"
+A_KEY = "the key of the pseudonyms"
 _log = logs.get_logger(__name__)
 
 
@@ -45,8 +50,9 @@ class Options:
     shard_mb: int = 256
     validation: float = 0.05
     test: float = 0.05
-    labels: str | None = None
-    label_columns: Sequence[str] | None = None
+    labels: Sequence[str] = ()
+    label_columns: Sequence[str] = ()
+    force_label_columns: Sequence[str] = ()
     split_column: str | None = None
     patient_column: str | None = None
     modality_column: str | None = None
@@ -82,12 +88,18 @@ class Options:
             raise UserError(
                 f"--validation {self.validation} and --test {self.test} have to be at least 0 and together under 1"
             )
-        for name in ("label_columns", "split_column", "patient_column", "modality_column"):
+        for name in ("label_columns", "force_label_columns", "split_column", "patient_column", "modality_column"):
             if getattr(self, name) and not self.labels:
                 raise UserError(f"{_flag(name)} needs --labels=CSV")
         if self.beam_options is not None and self.runner != "beam":
             raise UserError("--beam-options needs --runner=beam; add that, or leave --beam-options out")
         inventory.refuse_address("--output", self.output)
+
+    @property
+    def columns(self) -> Columns:
+        return Columns(
+            tuple(self.label_columns), tuple(self.force_label_columns), self.split_column, self.patient_column, self.modality_column
+        )  # fmt: skip
 
     @property
     def conversion(self) -> Conversion:
@@ -116,6 +128,7 @@ class _Build:
       output, private: dataset folder, and the build folder in it.
       key: for pseudonyms.
       known: what earlier additions brought.
+      tables: of --labels, or None.
     """
 
     options: Options
@@ -123,6 +136,7 @@ class _Build:
     private: Path
     key: bytes
     known: commit.Known
+    tables: LabelTables | None
 
 
 def run(options: Options) -> card.Card:
@@ -139,6 +153,7 @@ def run(options: Options) -> card.Card:
         beam.options(options.beam_options or "", options.workers)
     output = Path(options.output)
     private = output / commit.BUILD_FOLDER
+    tables = LabelTables(options.labels, options.columns) if options.labels else None
     found = inventory.find_files(options.input, leave_out=options.output)
     if not private.is_dir():
         if output.exists() and (not output.is_dir() or any(not path.name.startswith(".") for path in output.iterdir())):
@@ -150,7 +165,7 @@ def run(options: Options) -> card.Card:
     private.chmod(0o700)
     with _only_build(private, output):
         key, origin = pseudonyms.load_key(options.key_file, options.output)
-        build = _Build(options, output, private, key, commit.known(output, private))
+        build = _Build(options, output, private, key, commit.known(output, private), tables)
         _check_settings(build)
         _log.info(f"{len(found):,} files; {origin}")
         made = _run_stages(build, found)
@@ -258,9 +273,13 @@ def _take_inventory(build: _Build, found: Sequence[str | object_stores.Object]) 
     unpacked = archives.folder(options.output)
     sources: list[inventory.Source] = []
     packed: list[str] = []
+    own: list[inventory.Entry] = []
+    named = _named_by_options(build)
     for one in found:
         path = inventory.path_of(one)
-        if archives.is_archive(path):
+        if reason := named.get(os.path.realpath(path)):
+            own += [inventory.Entry(path, fate="excluded", reason=reason)] * (path not in known.files)
+        elif archives.is_archive(path):
             packed.append(path)
         else:
             sources.append(one)
@@ -274,7 +293,7 @@ def _take_inventory(build: _Build, found: Sequence[str | object_stores.Object]) 
     )  # fmt: skip
     size = inventory.FILES_PER_TASK
     tasks = [(sources[n : n + size], wishes) for n in range(0, len(sources), size)]
-    entries: list[inventory.Entry] = []
+    entries = own
     for part in _run(build, "inventory", len(sources), inventory.inspect, tasks):
         entries += part
     return entries + [
@@ -282,6 +301,15 @@ def _take_inventory(build: _Build, found: Sequence[str | object_stores.Object]) 
         for one in listings
         if one.problem and one.archive.path not in known.files
     ]
+
+
+def _named_by_options(build: _Build) -> dict[str, str]:
+    """What the build uses otherwise and is no exam, with the reason: label tables, hold-out file and key."""
+    options = build.options
+    key = options.key_file or pseudonyms.key_beside(options.output)
+    files = [(path, A_LABEL_TABLE) for path in options.labels]
+    files += [(options.holdout, A_HOLDOUT_FILE)] * (options.holdout is not None) + [(key, A_KEY)]
+    return {os.path.realpath(path): reason for path, reason in files if path is not None}
 
 
 def _is_new(source: inventory.Source, known: commit.Known) -> bool:
@@ -329,9 +357,7 @@ def _read_holdout(build: _Build, entries: Sequence[inventory.Entry]) -> tuple[se
     _log.info(f"held out: {matched:,} of {len(lines):,} lines name a patient of these inputs")
     if unmatched:
         # The lines themselves are identities.
-        shown = ", ".join(str(number) for number in unmatched[:20]) + (" …" if len(unmatched) > 20 else "")
-        plural = "s" if len(unmatched) > 1 else ""
-        _log.info(f"held out: nothing matches line{plural} {shown} of {build.options.holdout}")
+        _log.info(f"held out: nothing matches {_lines(unmatched)} of {build.options.holdout}")
     return out, card.Holdout(len(lines), matched, unmatched, 0)
 
 
@@ -345,29 +371,28 @@ def _check_held_out(build: _Build, held_out: set[str]) -> None:
 
 
 def _label(build: _Build, entries: list[inventory.Entry]) -> list[inventory.Entry]:
-    options = build.options
-    if not options.labels:
+    if build.tables is None:
         return entries
-    columns = tuple(options.label_columns) if options.label_columns else None
-    table = labels.LabelTable(
-        options.labels, columns, options.split_column, options.patient_column, options.modality_column
-    )
-    # The table may also name files of the dataset; what it says of those must not have changed.
+    # The tables may also name files of the dataset; what they say of those must not have changed.
     here = {entry.path for entry in entries}
-    old = [
-        inventory.Entry(path, row.size, row.modified_ns, fate="known", series=row.series, patient=row.named)
-        for path, row in build.known.files.items()
-        if path not in here
-    ]
-    labelled = table.apply([*entries, *old], build.key)
-    for entry in labelled[len(entries) :]:
+    old = [row.entry() for path, row in build.known.files.items() if path not in here]
+    applied = build.tables.apply([*entries, *old], build.key)
+    for entry in applied.entries[len(entries) :]:
         row = build.known.files[entry.path]
         now = (entry.patient, entry.split or row.split, json.dumps(entry.labels, sort_keys=True))
         if entry.labels and row.fate == "kept" and now != (row.patient, row.split, row.labels):
             raise UserError(
-                f"{options.labels} gives another patient, split or label than before to a file that is in the dataset already; shards are never changed, so {commit.REBUILD}"
+                f"{', '.join(build.tables.paths)}: another patient, split or label than before for a file that is in the dataset already; shards are never changed, so {commit.REBUILD}"
             )
-    return labelled[: len(entries)]
+    for path, lines in applied.unmatched.items():
+        _log.info(f"labels: nothing among the inputs for {len(lines):,} rows of {path}: {_lines(lines)}")
+    return applied.entries[: len(entries)]
+
+
+def _lines(numbers: Sequence[int]) -> str:
+    """The first line numbers of a list."""
+    plural = "s" if len(numbers) > 1 else ""
+    return f"line{plural} {', '.join(map(str, numbers[:20]))}{' …' if len(numbers) > 20 else ''}"
 
 
 # ---- plan

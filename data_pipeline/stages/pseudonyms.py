@@ -39,8 +39,7 @@ def load_key(key_file: str | None, output: str) -> tuple[bytes, str]:
     if KEY_VARIABLE in os.environ:
         name = f"the variable {KEY_VARIABLE}"
         return _sound(os.environ[KEY_VARIABLE].encode(), name), f"key from {name}"
-    path = Path(output).resolve()
-    path = path.with_name(f"{path.name}.key")
+    path = key_beside(output)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -51,6 +50,12 @@ def load_key(key_file: str | None, output: str) -> tuple[bytes, str]:
             f"new key in {path}: keep it, pseudonyms and splits depend on it, and keep it apart from the data",
         )
     return _sound(path.read_bytes(), str(path)), f"key from {path}"
+
+
+def key_beside(output: str) -> Path:
+    """The key file beside a dataset folder, which is used where no other key is named."""
+    path = Path(output).resolve()
+    return path.with_name(f"{path.name}.key")
 
 
 def _sound(key: bytes, where: str) -> bytes:

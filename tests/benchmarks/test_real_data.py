@@ -60,6 +60,17 @@ def test_unlabelled_files_are_for_training(rows) -> None:
     assert Counter(row["modality"] for row in unlabelled)["MR"] > 100
 
 
+def test_files_outside_the_table_are_held_out(rows, benchmark_script, real_data) -> None:
+    unused = benchmark_script.left_out(real_data)
+    used = {Path(row["file"]) for row in rows}
+    assert unused and not used & set(unused)
+    assert {path.suffix for path in unused} <= {".jpg", ".png", ".gz", ".nii"}
+    assert any("us_images" in str(path) for path in unused)
+    published = benchmark_script._read(real_data / "labelled" / "ct_covid" / "labels.csv")
+    covid = {real_data / "labelled" / "ct_covid" / line["file"] for line in published}
+    assert covid - used == covid & set(unused)
+
+
 def test_table_shows_every_score(benchmark_script, tmp_path) -> None:
     lines = {
         "config.json": {"batch_size": 32, "seed": 7},

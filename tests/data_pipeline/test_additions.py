@@ -125,8 +125,9 @@ def test_patients_keep_their_split(tmp_path: Path, run_build, write_series) -> N
     assert result.code == 2 and "puts a patient into train who is in test in the dataset already" in result.error
     # Nor say something else of a file of the dataset.
     (tmp_path / "labels.csv").write_text("\n".join(["file,grade", *(f"a/p0/{n:03d}.dcm,3" for n in range(5))]))
-    result = run_build("--input", tmp_path / "a", tmp_path / "c", *words, "--labels", tmp_path / "labels.csv")
-    assert result.code == 2 and "gives another patient, split or label than before" in result.error
+    grades = ("--labels", tmp_path / "labels.csv", "--label-columns", "grade")
+    result = run_build("--input", tmp_path / "a", tmp_path / "c", *words, *grades)
+    assert result.code == 2 and "another patient, split or label than before" in result.error
 
 
 def test_known_instances_are_not_added_twice(tmp_path: Path, exams: Path, run_build, run_verify, manifest) -> None:
@@ -263,9 +264,10 @@ def test_label_column_of_other_type_is_one_line(tmp_path: Path, run_build, write
         write_patient(write_series, tmp_path / f"{n}", n)
         (tmp_path / f"{n}.csv").write_text("\n".join(["file,grade", *(f"{n}/{k:03d}.dcm,{grade}" for k in range(5))]))
     words = ("--output", tmp_path / "out", "--validation", 0, "--test", 0)
-    assert run_build("--input", tmp_path / "1", *words, "--labels", tmp_path / "1.csv").code == 0
+    grades = ("--label-columns", "grade", "--labels")
+    assert run_build("--input", tmp_path / "1", *words, *grades, tmp_path / "1.csv").code == 0
     before = shard_state(tmp_path / "out")
-    result = run_build("--input", tmp_path / "2", *words, "--labels", tmp_path / "2.csv")
+    result = run_build("--input", tmp_path / "2", *words, *grades, tmp_path / "2.csv")
     assert result.code == 2 and "a label column holds numbers in one addition and text in another" in result.error
     assert len(shards.SliceSource(tmp_path / "out", "train")) == 5
     # Without the labels the addition works.

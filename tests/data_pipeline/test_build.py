@@ -202,7 +202,15 @@ def test_labels_reach_the_index(study: Path, tmp_path: Path, run_build) -> None:
     assert index.column("label_lesion").type == "int64" and len(index) == len(table)
     assert sum(index.column("label_lesion").to_pylist()) == sum(int(row["lesion"]) for row in table.values())
     assert Counter(index.column("label_region").to_pylist()) == Counter(row["region"] for row in table.values())
-    assert not [name for name in index.column_names if "patient" in name and name != "patient"]
+    # Nothing but the named columns, though the table has the patients too.
+    assert {name for name in index.column_names if name.startswith("label_")} == {"label_lesion", "label_region"}
+    assert set(index.column("patient_from").to_pylist()) == {"table"} and set(index.column("kind").to_pylist()) == {
+        "dicom"
+    }
+    of_table = [
+        row for row in pq.read_table(tmp_path / "out" / "manifest.parquet").to_pylist() if row["path"].endswith(".csv")
+    ]
+    assert [(row["fate"], row["reason"]) for row in of_table] == [("excluded", "the label table of --labels")]
 
 
 def test_label_column_with_empty_cells_and_numbers(tmp_path: Path, run_build) -> None:
@@ -212,13 +220,39 @@ def test_label_column_with_empty_cells_and_numbers(tmp_path: Path, run_build) ->
     )
     result = run_build(
         "--input", tmp_path / "in", "--output", tmp_path / "out", "--labels", tmp_path / "labels.csv",
-        "--split-column", "split", "--modality-column", "kind", "--modality", "MR", "--validation", 0, "--test", 0,
+        "--label-columns", "grade", "--split-column", "split", "--modality-column", "kind", "--modality", "MR", "--validation", 0, "--test", 0,
     )  # fmt: skip
     assert result.code == 0, result.err
     rows = pq.read_table(tmp_path / "out" / shards.INDEX).to_pylist()
     assert Counter((row["label_grade"], row["split"], row["modality"]) for row in rows) == Counter(
         [("1", "train", "CT"), (None, "validation", "MR"), ("x", "test", "MR"), ("2.5", "train", "MR")]
     )
+    assert {(row["kind"], row["patient_from"]) for row in rows} == {
+        ("image", "file")
+    }  # nobody says whose pictures these are
+
+
+def test_rows_of_patients_in_two_tables_label_and_split_dicom(tmp_path: Path, run_build, write_series) -> None:
+    for n in range(3):
+        write_series(
+            tmp_path / "in" / f"{n}",
+            2,
+            PatientID=f"P{n}",
+            StudyInstanceUID=f"2.25.{n + 1}",
+            SeriesInstanceUID=f"2.25.{n + 1}0",
+        )
+    (tmp_path / "in" / "grades.csv").write_text("patient;grade\nP0;1.0\nP1;NaN\nP7;2\n")
+    (tmp_path / "in" / "splits.csv").write_text("study,split\n2.25.1,train\n2.25.3,test\n")
+    result = run_build(
+        "--input", tmp_path / "in", "--output", tmp_path / "out", "--labels", tmp_path / "in" / "grades.csv",
+        tmp_path / "in" / "splits.csv", "--label-columns", "grade", "--split-column", "split", "--validation", 0, "--test", 0,
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    assert f"labels: nothing among the inputs for 1 rows of {tmp_path / 'in' / 'grades.csv'}: line 4" in result.err
+    index = pq.read_table(tmp_path / "out" / shards.INDEX)
+    rows = Counter(zip(*(index[name].to_pylist() for name in ("label_grade", "split", "patient_from")), strict=True))
+    assert rows == {(1, "train", "id"): 2, (None, "train", "id"): 2, (None, "test", "id"): 2}
+    assert index.column("label_grade").type == "int64"
 
 
 def test_label_table_with_patient_in_two_splits_is_rejected(tmp_path: Path, run_build, write_series) -> None:
@@ -226,7 +260,7 @@ def test_label_table_with_patient_in_two_splits_is_rejected(tmp_path: Path, run_
     (tmp_path / "labels.csv").write_text("file,split\nin/000.dcm,train\nin/001.dcm,test\n")
     words = ("--input", tmp_path / "in", "--output", tmp_path / "out", "--labels", tmp_path / "labels.csv")
     result = run_build(*words, "--split-column", "split")
-    assert result.code == 2 and "one patient is in train (line 2) and in test (line 3)" in result.error
+    assert result.code == 2 and "lines 2 and 3: one patient is in train and in test" in result.error
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".build"]
 
 
@@ -354,7 +388,7 @@ def test_empty_split_is_left_out(tmp_path: Path, run_build) -> None:
         (["--name", "a/b"], "--name is 'a/b'; TFDS takes letters, digits and underscores"),
         (["--label-columns", "a"], "--label-columns needs --labels=CSV"),
         (["--modality-column", "a"], "--modality-column needs --labels=CSV"),
-        (["--labels", "none.csv"], "cannot read the label table none.csv"),
+        (["--labels", "none.csv", "--label-columns", "a"], "cannot read the label table none.csv"),
         (["--holdout", "none.txt"], "cannot read --holdout=none.txt"),
         (["--key-file", "none.key"], "no key file none.key"),
         (["--json", "none/card.json"], "--json=none/card.json: there is no folder none"),

@@ -60,7 +60,8 @@ def study(tmp_path_factory) -> Path:
     write_exams(folder / "exams")
     code = build.main(
         ["--input", str(folder / "exams"), "--output", str(folder / "shards"), "--workers", "1", "--labels",
-         str(folder / "exams/labels.csv"), "--split-column", "split", "--patient-column", "patient"]
+         str(folder / "exams/labels.csv"), "--label-columns", "shape", "sex", "--split-column", "split", "--patient-column",
+         "patient"]
     )  # fmt: skip
     assert code == 0
     save_checkpoint(folder / "run")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -226,12 +227,13 @@ def test_label_table_and_holdout_take_addresses(
     lines = [f"{address}/p{n}/{i}.dcm,{n}" for n in range(4) for i in range(6)]
     (tmp_path / "labels.csv").write_text("\n".join(["file,grade", *lines]) + "\n")
     words = ("--output", tmp_path / "out", "--holdout", tmp_path / "out.txt", "--labels", tmp_path / "labels.csv")
-    result = run_build("--input", address, *words)
+    result = run_build("--input", address, *words, "--label-columns", "grade")
     assert result.code == 0, result.err
     assert "held out: 3 of 3 lines name a patient of these inputs" in result.err
     rows = manifest(tmp_path / "out")
     out = {path.split("/")[4] for path, row in rows.items() if row["reason"] == "patient is held out"}
-    assert out == {"p1", "p2", "p3"}
+    assert out == {"p1", "p2", "p3", "more.zip!"}
+    assert pq.read_table(tmp_path / "out" / "index.parquet")["label_grade"].to_pylist() == [0] * 6
     proof = run_verify(tmp_path / "out", "--holdout", tmp_path / "out.txt", "--key-file", key_file)
     assert proof.code == 0, proof.err
     (tmp_path / "kept.txt").write_text(f"{address}/p0\n")
