@@ -18,10 +18,16 @@ from pydicom.uid import (
     HTJ2K,
     JPEG2000,
     UID,
+    CTImageStorage,
+    EnhancedCTImageStorage,
+    EnhancedMRImageStorage,
     JPEGBaseline8Bit,
     JPEGExtended12Bit,
     JPEGLSNearLossless,
+    LegacyConvertedEnhancedCTImageStorage,
+    LegacyConvertedEnhancedMRImageStorage,
     MediaStorageDirectoryStorage,
+    MRImageStorage,
 )
 
 from data_pipeline.sources.base import ReadError
@@ -39,7 +45,12 @@ LOSSY_SYNTAXES = frozenset({
 MAXIMUM_FRAMES = 65_536
 MAXIMUM_PIXELS = 1 << 26  # of a frame: 8,192 x 8,192; none has a twentieth
 MAXIMUM_ELEMENTS = 50_000  # of a data set; each costs time, and noise can hold millions
-PIXEL_DATA, FLOAT_PIXEL_DATA = 0x7FE00010, 0x7FE00008
+PIXEL_DATA, FLOAT_PIXEL_DATA, DOUBLE_PIXEL_DATA = 0x7FE00010, 0x7FE00008, 0x7FE00009
+# Of files without Modality.
+_MODALITIES: dict[str, str] = {
+    CTImageStorage: "CT", EnhancedCTImageStorage: "CT", LegacyConvertedEnhancedCTImageStorage: "CT",
+    MRImageStorage: "MR", EnhancedMRImageStorage: "MR", LegacyConvertedEnhancedMRImageStorage: "MR",
+}  # fmt: skip
 
 # The fields below and no others are read from a header.
 _HEADER_TAGS = [Tag(word) for word in (
@@ -218,7 +229,7 @@ def whole_number(dataset: Dataset, name: str, default: int) -> int:
         value = dataset.get(name)
         return default if value in (None, "") else int(value)
     except Exception as error:  # values are parsed on access, and each parser raises its own kinds
-        raise ReadError(f"malformed header: {name} is no whole number") from error
+        raise ReadError(f"malformed header: {name} is not a whole number") from error
 
 
 def frame_sizes(dataset: Dataset) -> tuple[int, int, int]:
@@ -229,15 +240,15 @@ def frame_sizes(dataset: Dataset) -> tuple[int, int, int]:
     """
     frames = whole_number(dataset, "NumberOfFrames", 1)
     if not 1 <= frames <= MAXIMUM_FRAMES:
-        raise ReadError(f"the header promises {frames:,} frames; 1 to {MAXIMUM_FRAMES:,} can be real")
+        raise ReadError(f"the header states {frames:,} frames; 1 to {MAXIMUM_FRAMES:,} are read")
     rows, columns = whole_number(dataset, "Rows", 0), whole_number(dataset, "Columns", 0)
     if rows * columns > MAXIMUM_PIXELS:
-        raise ReadError(f"the header promises {rows:,} x {columns:,} px; a frame may have {MAXIMUM_PIXELS:,}")
+        raise ReadError(f"the header states {rows:,} x {columns:,} px; a frame may have {MAXIMUM_PIXELS:,}")
     return frames, rows, columns
 
 
 def frame_geometries(dataset: Dataset, frames: int) -> tuple[FrameGeometry, ...]:
-    """One per frame; those without an item of their own share one, however many frames a header promises."""
+    """One per frame; those without an item of their own share one, however many frames a header states."""
     own = min(frames, len(dataset.get("PerFrameFunctionalGroupsSequence") or ()))
     found = [_frame_geometry(dataset, frame) for frame in range(own)]
     return tuple(found + [_frame_geometry(dataset, own)] * (frames - own) if own < frames else found)
@@ -257,25 +268,20 @@ def _frame_geometry(dataset: Dataset, frame: int) -> FrameGeometry:
             groups = (sequence[index].get(group) for group in _GEOMETRY_GROUPS)
             places += [group[0] for group in groups if group]
 
-    def numbers(value: Any, name: str, count: int) -> tuple[float, ...] | None:
-        try:
-            return _floats(value, count)
-        except (ValueError, TypeError, OverflowError) as error:
-            raise ReadError(f"malformed header: {name} is no number") from error
-
     def find(name: str, count: int) -> tuple[float, ...] | None:
         for place in reversed(places):
             if name in place:
-                values = numbers(place.get(name), name, count)
+                values = _numbers(place, name, count, decimal_comma=True)
                 return None if values is None or max(map(abs, values)) > FARTHEST_MM else values
         return None
 
     def rescale(name: str, default: float) -> float:
         for place in reversed(places):
-            if (value := place.get(name)) not in (None, ""):
-                values = numbers(value, name, 1)
+            if not _is_empty(place, name):
+                # A comma may also separate thousands here: -1,024.
+                values = _numbers(place, name, 1, decimal_comma=False)
                 if values is None:
-                    raise ReadError(f"{name} is no finite number: what the stored values mean is unknown")
+                    raise ReadError(f"{name} is not a finite number: what the stored values mean is unknown")
                 return values[0]
         return default
 
@@ -297,13 +303,14 @@ def _header(dataset: Dataset) -> Header:
     body_part = text(dataset, "BodyPartExamined").lower().replace("_", "").replace(" ", "")
     lossy = text(dataset, "LossyImageCompression")
     frames, rows, columns = frame_sizes(dataset)
+    sop_class = MediaStorageDirectoryStorage if _is_dicomdir(dataset) else text(dataset, "SOPClassUID")
     return Header(
-        sop_class=MediaStorageDirectoryStorage if _is_dicomdir(dataset) else text(dataset, "SOPClassUID"),
+        sop_class=sop_class,
         sop_uid=text(dataset, "SOPInstanceUID"),
         series_uid=text(dataset, "SeriesInstanceUID"),
         study_uid=text(dataset, "StudyInstanceUID"),
         patient_id=text(dataset, "PatientID"),
-        modality=text(dataset, "Modality"),
+        modality=text(dataset, "Modality") or _MODALITIES.get(sop_class, ""),
         image_type=tuple(str(v).upper() for v in ([image_type] if isinstance(image_type, str) else image_type)),
         rows=rows,
         columns=columns,
@@ -334,16 +341,43 @@ def _is_called_localizer(dataset: Dataset) -> bool:
 
 
 def _thickness(dataset: Dataset) -> float:
-    """mm; a description only, so one that is no number counts as missing."""
+    """mm; a description only, so one that is not a number counts as missing."""
     try:
-        return (_floats(dataset.get("SliceThickness"), 1) or (0.0,))[0]
-    except (ValueError, TypeError):
+        return (_numbers(dataset, "SliceThickness", 1, decimal_comma=True) or (0.0,))[0]
+    except ReadError:
         return 0.0
+
+
+def _is_empty(place: Dataset, name: str) -> bool:
+    element = place.get_item(name)
+    return element is None or element.value in (None, "", b"")
+
+
+def _numbers(place: Dataset, name: str, count: int, *, decimal_comma: bool) -> tuple[float, ...] | None:
+    """None unless there are `count` finite numbers.
+
+    Args:
+      decimal_comma: whether a comma can be nothing else.
+
+    Raises:
+      ReadError: there is something else than numbers.
+    """
+    try:
+        value = place.get(name)  # text where pydicom finds no number, or under a representation for text, as UT
+        parts = value.strip("\0 ").split("\\") if isinstance(value, str) else value
+        if decimal_comma and isinstance(parts, Sequence):
+            parts = [_COMMA.sub(r"\1.\2", part) if isinstance(part, str) else part for part in parts]
+        return _floats(parts, count)
+    except Exception as error:  # values are parsed on access, and each parser raises its own kinds
+        raise ReadError(f"malformed header: {name} is not a number") from error
+
+
+_COMMA = re.compile(r"^(\s*[-+]?\d+),(\d+\s*)$")
 
 
 def _floats(value: Any, count: int) -> tuple[float, ...] | None:
     """None unless there are `count` finite numbers."""
-    if value is None or value == "":
+    if value is None or value in ("", [""]):
         return None
     values = [float(v) for v in (value if hasattr(value, "__len__") and not isinstance(value, str) else [value])]
     return tuple(values) if len(values) == count and all(map(math.isfinite, values)) else None

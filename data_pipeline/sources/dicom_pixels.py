@@ -42,6 +42,8 @@ from pydicom.valuerep import EXPLICIT_VR_LENGTH_32
 from curia_common.errors import UserError
 from data_pipeline.sources.base import NO_MEMORY, ImageFacts, ReadError, ReadRequest, Slice, SourceFile
 from data_pipeline.sources.dicom_header import (
+    DOUBLE_PIXEL_DATA,
+    FLOAT_PIXEL_DATA,
     PIXEL_DATA,
     Element,
     FrameGeometry,
@@ -84,6 +86,9 @@ _PIXEL_TAGS = [Tag(word) for word in (
 )]  # fmt: skip
 _UNDEFINED = 0xFFFFFFFF
 _ITEM = 0xE000FFFE  # as a little-endian number of four bytes
+_DELIMITER = struct.pack("<LL", 0xE0DDFFFE, 0)
+_END_OF_IMAGE = b"\xff\xd9"  # the last marker of JPEG, JPEG-LS and JPEG 2000
+_LAST_BYTES = 16  # with padding
 
 Frame = Integer[np.ndarray, "rows columns"]
 
@@ -172,7 +177,7 @@ class Image:
         The plugin pinned in PLUGINS decodes; from the first frame that it cannot decode, SimpleITK (GDCM) does.
 
         Raises:
-          ReadError: no decoder reads the pixels, or there are more frames than the header promises.
+          ReadError: no decoder reads the pixels, or there are more frames than the header states.
         """
         plugin = PLUGINS.get(self._dataset.file_meta.TransferSyntaxUID, "")
         self.decoder = f"pydicom {pydicom.__version__} {plugin}".strip()
@@ -183,7 +188,7 @@ class Image:
                 with silenced():
                     values = next(decoded, None)
                 if values is None and count < self.frames:
-                    raise ValueError("fewer frames than the header promises")
+                    raise ValueError("fewer frames than the header states")
             except MemoryError as error:
                 raise ReadError(NO_MEMORY) from error
             except (KeyboardInterrupt, SystemExit, ReadError):
@@ -202,7 +207,7 @@ class Image:
                 return
             count += 1
             if count > self.frames:
-                raise ReadError(f"the header promises {self.frames} frames, the file holds more")
+                raise ReadError(f"the header states {self.frames} frames, the file holds more")
             if values.ndim != 2:
                 raise ReadError("colour image")
             if values.dtype.kind not in "iu":
@@ -221,7 +226,7 @@ def open_image(path: str) -> Iterator[Image]:
         small = os.fstat(file.fileno()).st_size <= IN_MEMORY_BYTES
         # The parser asks for its position after every element, a system call for a file and none for memory.
         source = io.BytesIO(file.read()) if small else file
-        dataset, last = read_elements(source, _PIXEL_TAGS, stop=PIXEL_DATA)
+        dataset, last = read_elements(source, _PIXEL_TAGS, stop=FLOAT_PIXEL_DATA)
         with guarded("malformed header ({place})"):  # values are parsed on access
             # Of a deflated file pydicom keeps the inflated content, in a wrapper.
             inflated = dataset.buffer.parent if isinstance(dataset.buffer, DicomBytesIO) else None
@@ -240,6 +245,10 @@ def _image(path: str, dataset: FileDataset, source: BufferedIOBase, last: Elemen
     syntax = transfer_syntax(dataset)
     if not syntax:
         raise ReadError("no transfer syntax: how the pixels are encoded is unknown")
+    if last is not None and last.tag in (FLOAT_PIXEL_DATA, DOUBLE_PIXEL_DATA):
+        raise ReadError(
+            "its pixels are floating-point numbers, which are not read; store them as integers with a rescale"
+        )
     if last is None or last.tag != PIXEL_DATA:
         raise ReadError("no pixel data")
     if whole_number(dataset, "SamplesPerPixel", 1) != 1:
@@ -255,9 +264,9 @@ def _image(path: str, dataset: FileDataset, source: BufferedIOBase, last: Elemen
         if found < int(frame_bytes * frames):
             raise ReadError(f"truncated: the pixel data has {found:,} of {int(frame_bytes * frames):,} bytes")
         if frame_bytes and found // frame_bytes > frames:
-            raise ReadError(f"the header promises {frames} frames, the file holds more")
+            raise ReadError(f"the header states {frames} frames, the file holds more")
     elif last.length == _UNDEFINED:
-        _check_items(source)
+        source = _ended_items(source, syntax)
     else:  # against the standard; the end of the items has to be the end of the source
         source = io.BytesIO(source.read(last.length))
     return Image(
@@ -268,18 +277,33 @@ def _image(path: str, dataset: FileDataset, source: BufferedIOBase, last: Elemen
     )  # fmt: skip
 
 
-def _check_items(source: BufferedIOBase) -> None:
-    """Raises ReadError where compressed pixel data is cut off; decoders would take the rest for an image."""
-    begin = source.tell()
-    while True:
-        head = source.read(8)
-        if len(head) < 8:
-            raise ReadError("truncated: the compressed pixel data has no end")
-        tag, length = struct.unpack("<LL", head)
+def _ended_items(source: BufferedIOBase, syntax: str) -> BufferedIOBase:
+    """Compressed pixel data, at its first item, with the delimiter that some programs leave out or write as zeros.
+
+    Raises:
+      ReadError: it is cut off; decoders would take the rest for an image.
+    """
+    begin = at = source.tell()
+    source.seek(0, os.SEEK_END)
+    size, tag = source.tell(), _ITEM
+    while at + 8 <= size:
+        source.seek(at)
+        tag, length = struct.unpack("<LL", source.read(8))
         if tag != _ITEM or length == _UNDEFINED:
-            break  # at the end of the items, or at something else, which the decoders judge
-        source.seek(length, os.SEEK_CUR)
-    source.seek(begin)
+            break
+        at += 8 + length
+    ended = at + 8 <= size
+    if not ended or tag == 0:
+        # Every item is there whole. Whether the last one ends a frame, only its codestream says, or RLE, with one item a frame.
+        source.seek(max(begin, min(at, size) - _LAST_BYTES))
+        last = source.read(min(at, size) - source.tell()).rstrip(b"\0")
+        if begin < at <= size and (syntax == RLELossless or last.endswith(_END_OF_IMAGE)):
+            source.seek(begin)
+            return io.BytesIO(source.read(at - begin) + _DELIMITER)
+        if not ended:
+            raise ReadError("truncated: the compressed pixel data has no end")
+    source.seek(begin)  # at something else than an item the decoders judge
+    return source
 
 
 # ---- decoders: frames, to be advanced under silenced()

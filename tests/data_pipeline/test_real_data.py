@@ -63,7 +63,7 @@ def under(rows: dict[str, dict[str, Any]], folder: str) -> list[dict[str, Any]]:
 
 def readable(row: dict[str, str]) -> bool:
     """Whether the stored values of a file can be had: they are grey, and one of two independent decoders had them."""
-    # The number of rows of this one is no number; a reader that shrugs at it is not asked.
+    # The number of rows of this one is not a number; a reader that shrugs at it is not asked.
     broken = row["file"] == "dicom/odd/badVR.dcm"
     grey = row["photometric"] in ("MONOCHROME1", "MONOCHROME2")
     return grey and "ok" in (row["pydicom_status"], row["simpleitk_status"]) and not broken
@@ -217,7 +217,7 @@ def test_damaged_files_have_fates(rows, golden) -> None:
 
 
 def test_reasons_are_sentences(rows) -> None:
-    assert rows["dicom/odd/badVR.dcm"]["reason"] == "malformed header: NumberOfFrames is no whole number"
+    assert rows["dicom/odd/badVR.dcm"]["reason"] == "malformed header: NumberOfFrames is not a whole number"
     quarantined = {path: row["reason"] for path, row in rows.items() if row["fate"] == "quarantined"}
     assert len(quarantined) >= 10
     for path, reason in quarantined.items():

@@ -1,11 +1,13 @@
 import io
+import struct
 import time
 from pathlib import Path
 
 import numpy as np
 import pydicom
 import pytest
-from pydicom.uid import JPEG2000, ExplicitVRLittleEndian
+from pydicom.datadict import tag_for_keyword
+from pydicom.uid import JPEG2000, ExplicitVRLittleEndian, MRImageStorage
 
 from data_pipeline.sources import dicom_header
 from data_pipeline.sources.base import ReadError
@@ -84,12 +86,50 @@ def test_invalid_rescale_or_frame_count_raises_read_error(write_dicom, tmp_path:
         read_header(str(write_dicom(tmp_path / "a.dcm", RescaleSlope=0)))
     path = write_dicom(tmp_path / "b.dcm", RescaleIntercept="-1024")
     path.write_bytes(path.read_bytes().replace(b"-1024", b"nan  "))
-    with pytest.raises(ReadError, match="RescaleIntercept is no finite number"):
+    with pytest.raises(ReadError, match="RescaleIntercept is not a finite number"):
         read_header(str(path))
     path = edit(write_dicom(tmp_path / "e.dcm"), NumberOfFrames=77)
     path.write_bytes(path.read_bytes().replace(b"IS\x02\x0077", b"IS\x02\x00x7"))
-    with pytest.raises(ReadError, match="malformed header: NumberOfFrames is no whole number"):
+    with pytest.raises(ReadError, match="malformed header: NumberOfFrames is not a whole number"):
         read_header(str(path))
+
+
+def with_text(path: Path, name: str, old: str, new: str, representation: str = "DS") -> str:
+    """Replaces an element of the file as it is stored, which pydicom would not write."""
+    data, tag = path.read_bytes(), tag_for_keyword(name)
+    assert tag is not None
+    head = struct.pack("<HH", tag >> 16, tag & 0xFFFF)
+    long = struct.pack("<HL", 0, len(new)) if representation == "UT" else struct.pack("<H", len(new))
+    before = head + b"DS" + struct.pack("<H", len(old)) + old.encode()
+    assert data.count(before) == 1 and len(new) % 2 == 0
+    path.write_bytes(data.replace(before, head + representation.encode() + long + new.encode()))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("representation", "stored"), [("DS", "0,8\\0,9 "), ("UT", "0.8\\0.9 "), ("UT", "0,8\\ 0,9"), ("UN", "0.8\\0.9 ")]
+)
+def test_spacing_with_decimal_comma_or_as_text_is_read(write_dicom, tmp_path: Path, representation, stored) -> None:
+    path = write_dicom(tmp_path / "a.dcm", PixelSpacing=["0.5", "0.75"], SliceThickness="2.5 ")
+    with_text(path, "PixelSpacing", "0.5\\0.75", stored, "UT" if representation == "UN" else representation)
+    if representation == "UN":
+        path.write_bytes(path.read_bytes().replace(b"\x28\x00\x30\x00UT", b"\x28\x00\x30\x00UN"))
+    header = read_header(with_text(path, "SliceThickness", "2.5 ", "2,75"))
+    assert header.geometry[0].spacing == (0.8, 0.9) and header.thickness == 2.75
+
+
+@pytest.mark.parametrize("stored", ["-1,024", "1,2,3 "])
+def test_comma_in_rescale_is_ambiguous_and_refused(write_dicom, tmp_path: Path, stored: str) -> None:
+    path = write_dicom(tmp_path / "a.dcm", RescaleIntercept="-512")
+    with pytest.raises(ReadError, match="malformed header: RescaleIntercept is not a number"):
+        read_header(with_text(path, "RescaleIntercept", "-512", stored))
+
+
+def test_modality_follows_the_sop_class_where_it_is_missing(write_dicom, tmp_path: Path) -> None:
+    ct = write_dicom(tmp_path / "a.dcm", Modality=None)
+    mr = write_dicom(tmp_path / "b.dcm", SOPClassUID=MRImageStorage, Modality="")
+    other = write_dicom(tmp_path / "c.dcm", SOPClassUID="1.2.840.10008.5.1.4.1.1.7", Modality=None)
+    assert [read_header(str(path)).modality for path in (ct, mr, other)] == ["CT", "MR", ""]
 
 
 def test_invalid_slice_thickness_counts_as_missing(write_dicom, tmp_path: Path) -> None:
@@ -126,7 +166,7 @@ def test_absurd_sizes_raise_read_error(write_dicom, tmp_path: Path) -> None:
     with pytest.raises(ReadError, match="2,000,000,000 frames"):
         read_header(str(path))
     path = edit(write_dicom(tmp_path / "b.dcm"), Rows=65535, Columns=65535)
-    with pytest.raises(ReadError, match="promises 65,535 x 65,535 px; a frame may have 67,108,864"):
+    with pytest.raises(ReadError, match="states 65,535 x 65,535 px; a frame may have 67,108,864"):
         read_header(str(path))
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+from pydicom.encaps import encapsulate, generate_frames
 from pydicom.pixels.decoders.base import get_decoder
-from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, JPEG2000Lossless, RLELossless
+from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless
 
 from curia_common.errors import UserError
 from data_pipeline.sources import dicom_header, dicom_pixels
@@ -221,6 +222,24 @@ def test_simpleitk_continues_where_pydicom_fails(write_enhanced, tmp_path: Path,
         assert both.startswith(f"{decoder}, SimpleITK")
 
 
+# Some programs write zeros for the delimiter at the end of the items, a length in it, or nothing at all.
+@pytest.mark.parametrize("syntax", [RLELossless, JPEG2000Lossless, JPEGLSLossless])
+@pytest.mark.parametrize(
+    "end",
+    [b"", b"\xfe\xff\xdd", bytes(8), bytes(300), b"\xfe\xff\xdd\xe0" + b"\xff" * 4, b"\xfe\xff\xdd\xe0" + bytes(300)],
+)
+def test_pixels_without_proper_delimiter_are_read(write_dicom, tmp_path: Path, syntax: str, end: bytes) -> None:
+    path = write_dicom(tmp_path / "a.dcm", PIXELS)
+    data = pydicom.dcmread(path)
+    data.compress(syntax)
+    data.save_as(path)
+    _, decoder = read_stored(str(path))
+    path.write_bytes(path.read_bytes().removesuffix(b"\xfe\xff\xdd\xe0" + bytes(4)) + end)
+    values, again = read_stored(str(path))
+    np.testing.assert_array_equal(values[0], PIXELS)
+    assert again == decoder
+
+
 def test_truncated_compressed_pixels_raise_before_decoding(write_dicom, tmp_path: Path) -> None:
     path = write_dicom(tmp_path / "a.dcm", PIXELS)
     data = pydicom.dcmread(path)
@@ -228,17 +247,42 @@ def test_truncated_compressed_pixels_raise_before_decoding(write_dicom, tmp_path
     data.save_as(path)
     np.testing.assert_array_equal(read_stored(str(path))[0][0], PIXELS)
     whole = path.read_bytes()
-    for cut in (1, 8, 9, 500):
+    for cut in (9, 10, 500):
         path.write_bytes(whole[:-cut])
         with pytest.raises(ReadError, match="truncated: the compressed pixel data has no end"):
             read_stored(str(path))
+
+
+def test_frame_whose_last_fragment_is_missing_is_truncated(write_dicom, tmp_path: Path) -> None:
+    path = write_dicom(tmp_path / "a.dcm", PIXELS)
+    data = pydicom.dcmread(path)
+    data.compress(JPEG2000Lossless)
+    (stream,) = generate_frames(data.PixelData, number_of_frames=1)
+    halves = [stream[: len(stream) // 4 * 2], stream[len(stream) // 4 * 2 :]]
+    data.PixelData = encapsulate(halves, has_bot=False)
+    data.save_as(path)
+    np.testing.assert_array_equal(read_stored(str(path))[0][0], PIXELS)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: -8 - len(halves[1]) - 8])  # the second item and the delimiter
+    assert path.read_bytes().endswith(halves[0])
+    with pytest.raises(ReadError, match="truncated: the compressed pixel data has no end"):
+        read_stored(str(path))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("FloatPixelData", "<f4"), ("DoubleFloatPixelData", "<f8")])
+def test_floating_point_pixels_are_refused_by_name(write_dicom, tmp_path: Path, name: str, kind: str) -> None:
+    path = write_dicom(
+        tmp_path / "a.dcm", PIXELS, PixelData=None, BitsAllocated=32, **{name: PIXELS.astype(kind).tobytes()}
+    )
+    with pytest.raises(ReadError, match="its pixels are floating-point numbers, which are not read"):
+        read_stored(str(path))
 
 
 def test_more_frames_than_stated_raise_read_error(write_dicom, tmp_path: Path) -> None:
     path = edit(
         write_dicom(tmp_path / "a.dcm"), PixelData=bytes(2 * 40 * 44 * 3), NumberOfFrames=2, Rows=40, Columns=44
     )
-    with pytest.raises(ReadError, match="promises 2 frames, the file holds more"):
+    with pytest.raises(ReadError, match="states 2 frames, the file holds more"):
         read_stored(str(path))
 
 
