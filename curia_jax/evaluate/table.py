@@ -11,8 +11,8 @@ from curia_jax.evaluate.results import Score
 
 def show(scores: Sequence[Score]) -> None:
     """Prints values with their 95 % intervals, then the paired differences."""
-    # Redirected to a file there is no terminal width to fit.
-    console = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
+    # Redirected to a file there is no terminal width to fit. Square brackets are intervals and labels, not markup.
+    console = Console(stderr=True, markup=False, emoji=False, width=None if sys.stderr.isatty() else 140)
     for title, paired in (("value [95 % interval]", False), ("paired difference [95 % interval]", True)):
         chosen = [score for score in scores if (score.against is not None) == paired]
         if not chosen:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from curia_jax.plan import estimator
 from curia_jax.plan.estimator import PartTime, StepEstimate
@@ -14,8 +15,8 @@ from curia_jax.plan.prices import RunCost
 from curia_jax.plan.search import Remedy, SearchRow
 from curia_jax.plan.topologies import GB, GIB
 
-# 140 columns where there is no terminal: no table has to wrap.
-console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 140)
+# 140 columns where there is no terminal: no table has to wrap. Square brackets are shapes and paths, not markup.
+console = Console(stderr=True, highlight=False, markup=False, emoji=False, width=None if sys.stderr.isatty() else 140)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -39,13 +40,15 @@ def show(plan: Plan) -> None:
     """All tables of one plan."""
     mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     console.print(
-        f"[bold]{plan.parameters / 1e6:,.1f} M parameters on {plan.topology}[/] ({plan.topology.chips:,} chips; {mesh}), "
-        f"batch {plan.batch_size:,}; {plan.compiler}, compiled in {plan.compile_seconds:.0f} s"
-        f"{' (cached)' if plan.cached else ''}"
+        Text.assemble(
+            (f"{plan.parameters / 1e6:,.1f} M parameters on {plan.topology}", "bold"),
+            f" ({plan.topology.chips:,} chips; {mesh}), batch {plan.batch_size:,}; {plan.compiler}, "
+            f"compiled in {plan.compile_seconds:.0f} s{' (cached)' if plan.cached else ''}",
+        )
     )
     if plan.fits:
         used = f"{plan.memory.total / GIB:.2f} of {plan.memory.limit / GIB:.2f} GiB per chip"
-        console.print(f"[green]fits: {used}[/]", soft_wrap=True)
+        console.print(f"fits: {used}", style="green", soft_wrap=True)
     table = _table("memory per chip", "", "GiB")
     for name, size in plan.memory.used.items():
         table.add_row(name, f"{size / GIB:.3f}")
@@ -56,13 +59,15 @@ def show(plan: Plan) -> None:
     console.print(table)
     if plan.estimate_error is not None:
         console.print(
-            f"[yellow]no step time, MFU, input needs and cost: {plan.compiler}: {plan.estimate_error}[/]",
-            soft_wrap=True, markup=True,
+            f"no step time, MFU, input needs and cost: {plan.compiler}: {plan.estimate_error}",
+            style="yellow", soft_wrap=True,
         )  # fmt: skip
     elif plan.step is not None and not plan.compiler_tested:
         tested = ", ".join(estimator.TESTED_LIBTPU)
         console.print(
-            f"[yellow]the estimate below was not tested with {plan.compiler}, only with {tested}[/]", soft_wrap=True
+            f"the estimate below was not tested with {plan.compiler}, only with {tested}",
+            style="yellow",
+            soft_wrap=True,
         )
     if plan.step is not None:
         _show_step(plan, plan.step)
