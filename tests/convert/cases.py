@@ -3,6 +3,9 @@
 import importlib.util
 from typing import Any
 
+import numpy as np
+
+from curia_jax.models import mae
 from tests.models import make_references as reference
 
 HAS_TORCH = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
@@ -26,3 +29,14 @@ LAYOUTS_OF = {
     "patches_not_square": ("vit", "timm"),
 }
 EXPORTS = [(name, layout) for name, layouts in LAYOUTS_OF.items() for layout in layouts]
+
+
+def pixels_and_noise(name: str) -> tuple[np.ndarray, np.ndarray]:
+    images, noise = reference.inputs(mae.config(**CASES[name]), seed=2)
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), noise
+
+
+def assert_close(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for what, values in found.items():
+        assert values.shape == wanted[what].shape, what
+        np.testing.assert_allclose(values, wanted[what], rtol=0, atol=TOLERANCE, err_msg=what)

@@ -16,11 +16,10 @@ import pytest
 import safetensors
 
 import curia_common
-from curia_jax import augment, checkpoint
+from curia_jax import checkpoint
 from curia_jax import config as configs
 from curia_jax.convert import __main__ as convert
-from curia_jax.convert import card, checks, layouts
-from curia_jax.models import mae
+from curia_jax.convert import checks, layouts
 from curia_jax.settings import Augment
 from curia_jax.trained_model import digest
 from tests import checkpoints
@@ -133,117 +132,6 @@ def test_convert_replaces_its_own_folder(runs, tmp_path) -> None:
     assert sorted(path.name for path in output.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
-# ---- the model card and the preprocessing
-
-
-def blocks_of_code(folder: Path) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
-
-
-@pytest.mark.torch
-@pytest.mark.parametrize("layout", ["vit_mae", "vit", "dinov2"])
-def test_model_card_code_runs_as_shown(layout: str, converted) -> None:
-    import torch
-
-    folder, _ = converted("square", layout)
-    load, prepare = blocks_of_code(folder)
-    assert len([line for line in load.splitlines() if line]) == 3
-    names: dict[str, Any] = {}
-    exec(prepare, names)
-
-    random = np.random.RandomState(0)
-    stored = random.randint(0, 2500, size=(2, 40, 32)).astype(np.uint16)
-    low_high = np.percentile(stored[1].astype(np.float64), (0.5, 99.5), method="inverted_cdf")
-    batch = {
-        "pixels": jnp.asarray(stored), "extent": jnp.asarray([[40, 32], [40, 32]], jnp.int32),
-        "slope": jnp.ones(2), "intercept": jnp.asarray([-1024.0, 0.0]),
-        "low": jnp.asarray([0.0, low_high[0]], jnp.float32), "high": jnp.asarray([1.0, low_high[1]], jnp.float32),
-        "hu": jnp.asarray([True, False]),
-    }  # fmt: skip
-    wanted = augment.evaluation_view(batch, AUGMENT, (24, 24))[..., 0]
-    pixels = [names["prepare"](stored[0] - 1024.0, hu=True), names["prepare"](stored[1].astype(float), hu=False)]
-    pixel_values = names["pixel_values"] = torch.cat(pixels)
-    np.testing.assert_allclose(pixel_values[:, 0], wanted, rtol=0, atol=1e-5)
-
-    with torch.no_grad():
-        exec(load.replace("FOLDER", str(folder)), names)
-    if layout == "vit_mae":
-        assert names["output"].logits.shape == (2, 9, 64)
-    else:
-        assert names["tokens"].shape == (2, 10, 16)
-
-
-INTEGERS = [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64]
-
-
-@pytest.mark.torch
-@pytest.mark.parametrize("dtype", INTEGERS)
-@pytest.mark.parametrize("hu", [True, False])
-def test_prepare_of_model_card_takes_every_integer_type(dtype: type, hu: bool, converted) -> None:
-    """In the type's own arithmetic the differences to the window wrap around, and black becomes white."""
-    names: dict[str, Any] = {}
-    exec(blocks_of_code(converted("square", "vit")[0])[1], names)
-    limits = np.iinfo(dtype)
-    low, high = max(limits.min, -1024), min(limits.max, 3071)
-    pixels = np.random.RandomState(0).randint(low, high + 1, size=(40, 32)).astype(dtype)
-    found = names["prepare"](pixels, hu=hu)[0, 0]
-    # The JAX view takes uint16 with an offset, as a shard stores a slice.
-    percentiles = np.percentile(pixels.astype(np.float64), (0.5, 99.5), method="inverted_cdf")
-    batch = {
-        "pixels": jnp.asarray((pixels.astype(np.int64) + 1024)[None].astype(np.uint16)),
-        "extent": jnp.asarray([[40, 32]], jnp.int32), "slope": jnp.ones(1), "intercept": jnp.asarray([-1024.0]),
-        "low": jnp.asarray(percentiles[:1], jnp.float32), "high": jnp.asarray(percentiles[1:], jnp.float32),
-        "hu": jnp.asarray([hu]),
-    }  # fmt: skip
-    np.testing.assert_allclose(found, augment.evaluation_view(batch, AUGMENT, (24, 24))[0, ..., 0], rtol=0, atol=1e-5)
-
-
-@pytest.mark.torch
-def test_image_processor_does_not_change_pixels(converted) -> None:
-    from transformers import AutoImageProcessor
-
-    for name in ("square", "three_channels"):
-        folder, _ = converted(name, "vit")
-        size = json.loads((folder / "preprocessor_config.json").read_text())["size"]
-        channels = CASES[name].get("channels", 1)
-        image = np.random.RandomState(0).standard_normal((channels, size["height"], size["width"])).astype(np.float32)
-        found = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="np")["pixel_values"]
-        np.testing.assert_array_equal(found, image[None])
-
-
-def test_model_card_explains_inverted_files_and_norm_pix(converted) -> None:
-    text = (converted("square", "vit_mae")[0] / "README.md").read_text()
-    assert "MONOCHROME1" in text and "Predictions are standardised patches (norm_pix)" in text
-    vit = (converted("square", "vit")[0] / "README.md").read_text()
-    assert "MONOCHROME1" in vit and "norm_pix" not in vit
-    config = mae.config(**{**CASES["square"], "norm_pix": False})
-    provenance = card.Provenance(None, 7, 56, "0" * 16, "1.0")
-    text = card.text(layouts.LAYOUTS["vit_mae"], config, AUGMENT, provenance, 1000)
-    assert "in the units of `pixel_values` (no norm_pix)" in text
-
-
-def test_model_card_advertises_no_pipeline(converted) -> None:
-    """Pipelines read images as 8-bit RGB, and raise with an encoder of one channel."""
-    for layout in layouts.LAYOUTS:
-        assert "pipeline_tag" not in (converted("square", layout)[0] / "README.md").read_text()
-
-
-def test_recipe_is_that_of_training(converted) -> None:
-    wanted = {
-        "hu_window": [-1000.0, 1000.0], "percentiles_unless_hu": [0.5, 99.5], "percentile_method": "inverted_cdf",
-        "scale_to": [0.0, 1.0], "size": [8, 32], "fit": "squash", "resample": "bicubic", "antialias": True,
-        "image_mean": 0.3, "image_std": 0.25, "channels": 1,
-    }  # fmt: skip
-    processor = json.loads((converted("wide", "vit")[0] / "preprocessor_config.json").read_text())
-    assert processor["curia_jax"] == wanted and processor["size"] == {"height": 8, "width": 32}
-    assert not any(processor[key] for key in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"))
-    assert (processor["image_mean"], processor["image_std"], processor["resample"]) == ([0.3], [0.25], 3)
-    content = json.loads((converted("wide", "timm")[0] / "config.json").read_text())
-    assert content["curia_jax"]["preprocessing"] == wanted
-    told = content["pretrained_cfg"]
-    assert (told["mean"], told["std"], told["interpolation"], told["crop_mode"]) == ([0.3], [0.25], "bicubic", "squash")
-
-
 # ---- failures
 
 
@@ -266,8 +154,9 @@ def test_failed_check_exits_65_and_writes_nothing(runs, tmp_path, capfd, monkeyp
 def test_failed_check_keeps_previous_folder(runs, tmp_path, monkeypatch) -> None:
     assert run(runs("square"), tmp_path / "vit", "vit") == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "vit").iterdir()}
-    positions = {"embeddings.position_embeddings": lambda config: -layouts._encoder_positions(config)}
-    monkeypatch.setitem(layouts.LAYOUTS, "vit", dataclasses.replace(layouts.LAYOUTS["vit"], constants=positions))
+    right = layouts.LAYOUTS["vit"]
+    positions = {name: lambda config, make=make: -make(config) for name, make in right.constants.items()}
+    monkeypatch.setitem(layouts.LAYOUTS, "vit", dataclasses.replace(right, constants=positions))
     assert run(runs("square"), tmp_path / "vit", "vit") == 65
     assert {path.name: path.read_bytes() for path in (tmp_path / "vit").iterdir()} == before
 

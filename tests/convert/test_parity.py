@@ -1,6 +1,6 @@
 """Exported folders against PyTorch, on equal images and noise: features, and for vit_mae prediction, mask and loss.
 
-Where PyTorch is not installed, the files are run in NumPy and compared with the frozen results of transformers.
+Where PyTorch is not installed, test_numpy_forward.py compares the files with the frozen results of transformers.
 """
 
 import functools
@@ -12,13 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from curia_jax.convert import __main__ as convert
-from curia_jax.convert import numpy_forward
 from curia_jax.convert.layouts import LAYOUTS
 from curia_jax.models import mae, vit
-from tests.convert.cases import CASES, EXPORTS, HAS_TORCH, LAYOUTS_OF, TOLERANCE
+from tests.convert.cases import CASES, EXPORTS, HAS_TORCH, LAYOUTS_OF, TOLERANCE, assert_close, pixels_and_noise
 from tests.models import make_references as reference
 
 if HAS_TORCH:
@@ -38,17 +36,6 @@ def jax_results(name: str) -> dict[str, np.ndarray]:
         return {"features": tokens, "prediction": output.prediction, "mask": output.mask, "loss": output.loss}
 
     return jax.device_get(run(params))
-
-
-def pixels_and_noise(name: str) -> tuple[np.ndarray, np.ndarray]:
-    images, noise = reference.inputs(mae.config(**CASES[name]), seed=2)
-    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), noise
-
-
-def assert_close(found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for what, values in found.items():
-        assert values.shape == wanted[what].shape, what
-        np.testing.assert_allclose(values, wanted[what], rtol=0, atol=TOLERANCE, err_msg=what)
 
 
 @pytest.mark.torch
@@ -84,22 +71,6 @@ def test_module_with_names_of_timm_matches_jax(name: str, converted) -> None:
     with torch.no_grad():
         features = model.forward_features(torch.tensor(pixels_and_noise(name)[0]))
     assert_close({"features": features.numpy()}, jax_results(name))
-
-
-@pytest.mark.parametrize(("name", "layout"), [case for case in EXPORTS if case[0] in reference.CASES])
-def test_files_give_frozen_results_of_transformers(name: str, layout: str, converted) -> None:
-    folder, _ = converted(name, layout)
-    frozen = reference.read_frozen(name)
-    wanted = {
-        "features": frozen["tokens"], "prediction": frozen["logits"], "mask": frozen["mask"], "loss": frozen["loss"]
-    }  # fmt: skip
-    settings = numpy_forward.read_settings(layout, json.loads((folder / "config.json").read_text()))
-    tensors = numpy_forward.Tensors(safetensors.numpy.load_file(folder / "model.safetensors"))
-    pixels, noise = pixels_and_noise(name)
-    found = {"features": numpy_forward.features(layout, settings, tensors, pixels)}
-    if layout == "vit_mae":
-        found |= numpy_forward.reconstruction(settings, tensors, pixels, noise)
-    assert_close(found, wanted)
 
 
 @pytest.mark.torch

@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from curia_common.errors import StorageError
 from curia_common.exit_codes import ExitCode
 from data_pipeline.sources import archives, object_stores, retry
 from data_pipeline.stages import inventory
@@ -469,27 +468,3 @@ def test_transient_listing_error_stops_the_build(tmp_path: Path, write_series, r
         result.code == ExitCode.RESTART
         and "a folder of the inputs cannot be listed (Stale file handle)" in result.error
     )
-
-
-def test_other_errors_are_not_retried() -> None:
-    calls = []
-
-    def read() -> None:
-        calls.append(1)
-        raise PermissionError(13, "Permission denied")
-
-    with pytest.raises(PermissionError):
-        retry.retry_transient(read, lambda item: None, "a")
-    assert len(calls) == 1
-
-
-def test_retry_pauses_do_not_count_against_the_time_limit(monkeypatch) -> None:
-    monkeypatch.setattr(retry, "PAUSES", (0.0,))
-    touched: list[str | None] = []
-
-    def read() -> None:
-        raise OSError(116, "Stale file handle")
-
-    with pytest.raises(StorageError, match="tried 2 times"):
-        retry.retry_transient(read, touched.append, "a")
-    assert touched == [None, "a"]
