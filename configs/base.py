@@ -31,6 +31,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.log_every = "50 steps"  # between lines of metrics
     config.keep = 3  # newest checkpoints that are kept; at least 1
     config.keep_every = ""  # between checkpoints that are kept for good, a duration; "" keeps the newest alone
+    config.keep_best = ""  # keep the checkpoint with the lowest value of this metric too, such as loss; "": no such
+    config.save_patience = 60.0  # minutes for which training goes on while saves fail, on a full disk, say
 
     config.model = ml_collections.ConfigDict()
     config.model.size = "B"  # Ti, S, B, L, H, or custom with width, depth and heads

@@ -1,29 +1,41 @@
-"""Checkpoints: what is saved and how it is found again.
+"""Checkpoints: what is saved, how it is found again, and whether it is whole.
 
-`<workdir>/checkpoints/<step>/` holds two items: `state`, the arrays of the train state, and `meta`, a small JSON (`Meta`).
+`<workdir>/checkpoints/<step>/` holds two items, `state`, the arrays of the train state, and `meta`, a small JSON (`Meta`); and
+`digests.json`, the SHA-256 of every file of them. The first host writes it after Orbax has committed the checkpoint, in the
+background. Digests of files belong to no mesh, so that hosts can share the work of checking them, whatever their number.
+
 The number of examples seen, together with the dataset it counts in, is the whole data state, so a run may be resumed with
 another number of hosts or chips, or another batch size.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import PyTree
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 import curia_common
+from curia_common import logs
 from curia_common.errors import DataError, UserError
+
+logger = logs.get_logger(__name__)
 
 FOLDER = "checkpoints"
 # Orbax writes it last, on every file system. It takes a folder without it, half copied say, for a checkpoint.
 COMMITTED = "commit_success.txt"
-State = TypeVar("State")
+DIGESTS = "digests.json"
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax has not committed
 
 
 class Dataset(NamedTuple):
@@ -41,6 +53,13 @@ class Dataset(NamedTuple):
     split: str
 
 
+class Window(NamedTuple):
+    """Examples `start` … `end` - 1 of the data stream, which a rolled back run does not train on."""
+
+    start: int
+    end: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Meta:
     """What a checkpoint says of itself.
@@ -50,6 +69,11 @@ class Meta:
       examples_seen: examples that the steps consumed.
       dataset: what the run trained on; None in checkpoints of versions before 0.2.
       dataset_start: value of examples_seen at which training on `dataset` began.
+      step: optimizer steps taken; None in checkpoints of versions before 0.3.
+      step_examples: examples that a step in `config.duration` and `config.warmup` stands for: the batch size of the run's first
+        start. None in checkpoints of versions before 0.3.
+      skipped: windows of the data stream that the run jumped over; the stream is this much further than `examples_seen`.
+      metrics: of the last step.
       version: of this package when the checkpoint was saved; None in checkpoints of versions before 0.2.
     """
 
@@ -57,17 +81,29 @@ class Meta:
     examples_seen: int
     dataset: Dataset | None = None
     dataset_start: int = 0
+    step: int | None = None
+    step_examples: int | None = None
+    skipped: tuple[Window, ...] = ()
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     version: str | None = curia_common.__version__
 
+    @property
+    def position(self) -> int:
+        """Examples of the data stream that are behind the run: seen or skipped."""
+        return self.examples_seen + sum(window.end - window.start for window in self.skipped)
+
     def to_json(self) -> dict[str, Any]:
-        dataset = self.dataset and self.dataset._asdict()
-        return {**vars(self), "config": dict(self.config), "dataset": dataset}
+        # JSON has no NaN and no infinity.
+        metrics = {name: value for name, value in self.metrics.items() if math.isfinite(value)}
+        changed = {"config": dict(self.config), "dataset": self.dataset and self.dataset._asdict(), "metrics": metrics}
+        return {**vars(self), **changed, "skipped": [list(window) for window in self.skipped]}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Meta":
         known = {field.name: content[field.name] for field in dataclasses.fields(cls) if field.name in content}
         dataset = content.get("dataset")
-        return cls(**{"version": None, **known, "dataset": dataset and Dataset(**dataset)})
+        skipped = tuple(Window(*window) for window in content.get("skipped", ()))
+        return cls(**{"version": None, **known, "dataset": dataset and Dataset(**dataset), "skipped": skipped})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,188 +125,263 @@ class Loaded:
     path: str
 
 
-class Checkpointer:
-    """Saves and restores the train state of a work directory.
+class Verdict(NamedTuple):
+    """Whether the folder of a checkpoint holds what was saved.
 
-    Args:
-      workdir: folder of the run.
-      keep: newest checkpoints that stay.
-      keep_every_steps: checkpoints at multiples of this stay for good; None for none.
+    Attributes:
+      problem: None where it does.
+      checked: its files were compared with their digests; False in checkpoints of versions before 0.3, and where a run was killed
+        before it wrote them.
     """
 
-    def __init__(self, workdir: str, *, keep: int = 3, keep_every_steps: int | None = None) -> None:
-        policies: list[Any] = [ocp.training.preservation_policies.LatestN(keep)]
-        if keep_every_steps is not None:
-            policies.append(ocp.training.preservation_policies.EveryNSteps(keep_every_steps))
-        # The annotations of Orbax 0.12's policies contradict each other.
-        any_policy: Any = ocp.training.preservation_policies.AnyPreservationPolicy(policies)
-        # Without this Orbax takes `meta` for a tree of arrays and writes each of its numbers as one.
-        context = ocp.Context()
-        context.checkpointables.registry = ocp.handlers.local_registry()
-        context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
-        # Orbax accepts a relative path here and fails at the first save.
-        self._folder = epath.Path(workdir).expanduser().absolute() / FOLDER
-        self._orbax = ocp.training.Checkpointer(
-            self._folder, context=context, preservation_policy=any_policy, cleanup_tmp_directories=True
-        )
+    path: str
+    problem: str | None
+    checked: bool
 
-    @property
-    def latest_step(self) -> int | None:
-        """Newest finished checkpoint."""
-        return max(_finished_steps(self._folder), default=None)
 
-    def save(self, step: int, state: PyTree, meta: Meta) -> None:
-        """Starts saving in the background; waits first for a save that is still running."""
-        # A folder of this step that exists is half written: a finished step is never saved again.
-        items = {"state": state, "meta": meta.to_json()}
-        self._orbax.save_checkpointables_async(step, items, force=True, overwrite=True)
+# ---- reading
 
-    def wait(self) -> None:
-        """Returns when everything saved is on disk."""
-        self._orbax.wait()
 
-    def restore(self, abstract: State) -> State:
-        """The newest state, on the devices.
-
-        Args:
-          abstract: ShapeDtypeStructs with shardings; any mesh will do, whatever the one it was saved from.
-
-        Raises:
-          UserError: the checkpoint holds other tensors than `abstract` (another model size, say).
-          DataError: the checkpoint cannot be read.
-        """
-        folder = self._folder / str(self.latest_step)
-        _check_shapes(folder, abstract)
-        with _reading(folder):
-            return ocp.load_checkpointables(folder, {"state": abstract})["state"]
-
-    def close(self) -> None:
-        self._orbax.close()
+def quiet() -> None:
+    """Orbax raises what it also logs, there with hundreds of lines of stack per file."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
 
 
 @contextlib.contextmanager
-def _reading(folder: epath.Path) -> Iterator[None]:
+def own_process(*, partial: bool = False) -> Iterator[None]:
+    """Reading without waiting for the other hosts: one that fails must be able to say so."""
+    context = ocp.Context()
+    context.pytree.loading.partial_load = partial
+    if jax.distributed.is_initialized():
+        number = jax.process_index()
+        context.multiprocessing.primary_host = number
+        context.multiprocessing.active_processes = {number}
+        context.multiprocessing.barrier_sync_key_prefix = f"host{number}"
+    quiet()
+    with context:
+        yield
+
+
+def reason(error: BaseException) -> str:
+    """First line of an error, without the addresses and addenda of the libraries; the kind where there is no text."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:400]
+
+
+@contextlib.contextmanager
+def reading(folder: epath.Path) -> Iterator[None]:
     """Raises DataError where a checkpoint cannot be read."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - Orbax and tensorstore raise all kinds
         raise DataError(
-            f"checkpoint {folder} is damaged ({reason}); remove this folder to resume from the one before"
+            f"checkpoint {folder} is damaged ({reason(error)}); copy it again or remove this folder to use the one before"
         ) from error
 
 
-def _read_meta(folder: epath.Path) -> Meta:
-    with _reading(folder):
-        return Meta.from_json(ocp.load_checkpointables(folder, {"meta": None})["meta"])
+def read_meta(folder: epath.Path) -> Meta:
+    with reading(folder):
+        return Meta.from_json(json.loads((folder / "meta" / "data.json").read_text()))
 
 
-def _saved_tree(folder: epath.Path) -> Any:
+def saved_tree(folder: epath.Path) -> Any:
     """Shapes and dtypes of the saved state."""
-    with _reading(folder):
+    with reading(folder):
         tree = ocp.metadata(folder).metadata
         if tree is None:
             raise ValueError("its arrays are not readable")
         return tree
 
 
-def _finished_steps(folder: epath.Path) -> list[int]:
-    if not folder.is_dir():
-        return []
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / COMMITTED).exists())
+def _step_folders(folder: epath.Path) -> list[int]:
+    """Steps that have a folder, finished or not."""
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
 
 
-def _tensors(tree: PyTree) -> dict[str, tuple[int, ...]]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    # A restored tree has plain containers where the live one has named tuples: compare names without the brackets.
-    return {
-        "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path): tuple(leaf.shape)
-        for path, leaf in leaves
-    }
+def finished_steps(folder: epath.Path) -> list[int]:
+    return [step for step in _step_folders(folder) if (folder / str(step) / COMMITTED).exists()]
 
 
-def check_fits(workdir: str, abstract: PyTree) -> None:
-    """Raises UserError where the newest checkpoint holds other tensors than `abstract` (another model size, say)."""
-    _check_shapes(find(workdir), abstract)
+# ---- whether a checkpoint is whole
 
 
-def _check_shapes(folder: epath.Path, abstract: PyTree) -> None:
-    found = _tensors(_saved_tree(folder))
-    wanted = _tensors(abstract)
-    wrong = [
-        f"{name} is {found[name]} in the checkpoint, {shape} in the config"
-        for name, shape in wanted.items()
-        if found.get(name, shape) != shape
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check(folder: str | Path | epath.Path, *, part: int = 0, parts: int = 1) -> Verdict:
+    """Compares the files of a checkpoint with their digests. Needs no accelerator.
+
+    Args:
+      folder: of a step.
+      part, parts: compares every `parts`-th file, from number `part` on; the sizes of all.
+    """
+    root, meta = Path(folder), None
+    if not (root / COMMITTED).exists():
+        return Verdict(str(root), "it was not finished", checked=False)
+    try:
+        meta = read_meta(epath.Path(root))
+        if root.name.isdigit() and meta.step not in (None, int(root.name)):
+            raise ValueError(f"it holds step {meta.step}: its folder has to be called {meta.step}")
+        if meta.step is not None and meta.examples_seen < meta.step:
+            raise ValueError(f"it says {meta.examples_seen} examples after {meta.step} steps")
+        if not (root / DIGESTS).exists():
+            _read_state(epath.Path(root))
+            return Verdict(str(root), None, checked=False)
+        rows = json.loads((root / DIGESTS).read_text(encoding="utf-8"))
+        for name, (size, _) in rows.items():
+            if not (root / name).is_file():
+                raise ValueError(f"{name} is missing")
+            if (found := (root / name).stat().st_size) != size:
+                raise ValueError(f"{name} has {found:,} bytes instead of {size:,}")
+        mine = sorted(rows)[part::parts]
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            for name, digest in zip(mine, threads.map(lambda name: sha256(root / name), mine), strict=True):
+                if digest != rows[name][1]:
+                    raise ValueError(f"{name} has other bytes than were saved")
+    except DataError as error:
+        return Verdict(str(root), reason(error.__cause__ or error), checked=True)
+    except Exception as error:  # noqa: BLE001 - whatever it is, this one cannot be used
+        return Verdict(str(root), reason(error), checked=True)
+    return Verdict(str(root), None, checked=True)
+
+
+def examine(workdir: str) -> list[Verdict]:
+    """Every checkpoint of a work directory, the newest first, and then what was not finished."""
+    folder = epath.Path(workdir).expanduser().absolute() / FOLDER
+    steps = finished_steps(folder)
+    rest = [p for p in folder.iterdir() if p.is_dir() and p.name not in map(str, steps)] if folder.is_dir() else []
+    return [check(folder / str(step)) for step in reversed(steps)] + [
+        Verdict(str(path), "it was not finished", checked=False) for path in sorted(rest)
     ]
-    missing = [f"{name} is not in the checkpoint" for name in wanted if name not in found]
-    extra = [f"{name} is in the checkpoint alone" for name in found if name not in wanted]
-    # Moments differ where their parameters do.
-    problems = sorted(wrong + missing + extra, key=lambda problem: not problem.startswith("params/"))
-    if problems:
-        raise UserError(
-            f"checkpoint {folder} does not fit this config's model (tensors that differ: {len(problems)}): {'; '.join(problems[:3])}"
-            f"{'; …' if len(problems) > 3 else ''}. Use the config it was trained with, or another --workdir"
-        )
+
+
+def _first_whole(folders: Sequence[epath.Path], where: str) -> epath.Path:
+    """The first checkpoint that is whole; those before it are named in the log. All hosts find the same.
+
+    Raises:
+      DataError: none is.
+    """
+    hosts, number = (jax.process_count(), jax.process_index()) if jax.distributed.is_initialized() else (1, 0)
+    problems: list[str] = []
+    for folder in folders:
+        verdict = check(folder, part=number, parts=hosts)
+        problem = verdict.problem
+        if hosts > 1 and not multihost_utils.process_allgather(np.array(problem is None)).all():
+            problem = problem or "another host found damage"
+        if problem is None:
+            for line in problems:
+                logger.warning(f"skipped a damaged checkpoint: {line}; using step {folder.name}")
+            if not verdict.checked:
+                logger.info(f"checkpoint {folder} has no digests: not checked")
+            return folder
+        problems.append(f"{folder}: {problem}")
+    raise DataError(f"no checkpoint in {where} is whole: {'; '.join(problems)}; copy one of them again")
+
+
+# ---- finding
 
 
 def find(path: str, step: int | None = None) -> epath.Path:
     """The folder of one step.
 
     Args:
-      path: a work directory, its `checkpoints` folder, or the folder of a step.
+      path: a work directory, its `checkpoints` folder, or the folder of a step, wherever it was copied.
       step: the newest unless given.
 
     Raises:
       UserError: there is no finished checkpoint, or not of this step.
     """
+    return _candidates(path, step)[0]
+
+
+def _candidates(path: str, step: int | None) -> list[epath.Path]:
+    """The folders that may be meant, the first choice first."""
     folder = epath.Path(path).expanduser().absolute()
     if not folder.exists():
         raise UserError(f"no checkpoint at {path}: there is no such folder")
     if (folder / FOLDER).exists():
         folder /= FOLDER
-    if folder.name.isdigit() and (folder / COMMITTED).exists():
-        if step not in (None, int(folder.name)):
+    if (folder / COMMITTED).exists() and (folder / "meta").is_dir():
+        if step is not None and step != (own := _step_of(folder, read_meta(folder))):
             raise UserError(
-                f"{path} is the checkpoint of step {folder.name}, not of {step}; leave --step out or name the work directory"
+                f"{path} is the checkpoint of step {own}, not of {step}; leave --step out or name the work directory"
             )
-        return folder
-    steps = _finished_steps(folder)
+        return [folder]
+    steps = finished_steps(folder)
     if not steps:
         raise UserError(
             f"no finished checkpoint in {path}; a work directory of curia_jax.pretrain has some in its folder {FOLDER}/"
         )
     if step is not None and step not in steps:
         raise UserError(f"no checkpoint of step {step} in {path}; there are: {', '.join(map(str, steps))}")
-    return folder / str(steps[-1] if step is None else step)
+    return [folder / str(one) for one in ([step] if step is not None else reversed(steps))]
+
+
+def _step_of(folder: epath.Path, meta: Meta) -> int:
+    """The step of a checkpoint. Those of versions before 0.3 have it in the name of their folder alone."""
+    if meta.step is not None:
+        return meta.step
+    if not folder.name.isdigit():
+        raise UserError(
+            f"the checkpoint {folder} does not say its step; its folder has to be called by it, such as 800"
+        )
+    return int(folder.name)
 
 
 def latest(workdir: str) -> tuple[int, Meta] | None:
-    """Step of the newest checkpoint of a work directory, and what it says of itself; None where there is none.
+    """Step of the newest whole checkpoint of a work directory, and what it says of itself; None where nothing was saved.
+
+    Where several hosts call it together they share the work and find the same.
 
     Raises:
-      DataError: the checkpoint cannot be read.
+      DataError: there are checkpoints, and none is whole.
     """
     folder = epath.Path(workdir).expanduser().absolute() / FOLDER
-    steps = _finished_steps(folder)
-    return (steps[-1], _read_meta(folder / str(steps[-1]))) if steps else None
+    finished = finished_steps(folder)
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        # A file system may show a new folder to one host before the others.
+        newest = int(multihost_utils.broadcast_one_to_all(np.int32(finished[-1] if finished else -1)))
+        finished = [step for step in finished if step < newest] + ([newest] if newest >= 0 else [])
+    if not finished:
+        return None
+    for step in _step_folders(folder):
+        if step > finished[-1]:
+            logger.warning(f"skipped an unfinished checkpoint: {folder / str(step)}; using an older one")
+    found = _first_whole([folder / str(step) for step in reversed(finished)], str(folder))
+    return int(found.name), read_meta(found)
+
+
+def _read_state(folder: epath.Path, *, only: tuple[str, ...] | None = None) -> dict[str, Any]:
+    """The saved state as numpy: all of it, or some of its parts."""
+    tree = saved_tree(folder)
+    wanted = {name: part for name, part in tree.items() if only is None or name in only}
+    abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), wanted)
+    with own_process(partial=True), reading(folder):
+        return ocp.load_checkpointables(folder, {"state": abstract})["state"]
 
 
 def load(path: str | Path, step: int | None = None) -> Loaded:
     """Reads parameters and config as numpy, whatever mesh they were saved from. Needs no accelerator.
 
     Args:
-      path: a work directory, its `checkpoints` folder, or the folder of a step.
-      step: the newest unless given.
+      path: a work directory, its `checkpoints` folder, or the folder of a step, wherever it was copied.
+      step: the newest whole one unless given.
 
     Raises:
       UserError: there is no finished checkpoint, or not of this step.
-      DataError: the checkpoint cannot be read.
+      DataError: the checkpoint is damaged.
     """
-    folder = find(str(path), step)
-    meta, shapes = _read_meta(folder), _saved_tree(folder)["params"]
-    abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    with context, _reading(folder):
-        params = ocp.load_checkpointables(folder, {"state": {"params": abstract}})["state"]["params"]
-    return Loaded(params, dict(meta.config), int(folder.name), meta.examples_seen, str(folder))
+    folder = _first_whole(_candidates(str(path), step), str(path))
+    meta = read_meta(folder)
+    state = _read_state(folder, only=("params", "step"))
+    found = _step_of(folder, meta)
+    if int(state.get("step", found)) != found:
+        raise DataError(
+            f"checkpoint {folder} says step {found}, but its state has taken {state['step']} steps; copy it again"
+        )
+    return Loaded(state["params"], dict(meta.config), found, meta.examples_seen, str(folder))

@@ -27,7 +27,7 @@ SIZE, CUSTOM, DIMENSIONS = "model.size", "custom", ("width", "depth", "heads", "
 RENAMED = {"model.attention": {"kernel": "pallas"}}
 # What it means that a field is missing from a checkpoint: what runs did before the field existed.
 MISSING = {
-    "keep_every": "", "model.activation": "gelu", "model.attention": "xla", "model.width": None, "model.depth": None,
+    "keep_every": "", "keep_best": "", "save_patience": 60.0, "model.activation": "gelu", "model.attention": "xla", "model.width": None, "model.depth": None,
     "model.heads": None, "model.mlp_width": None, "data.additions": None, "data.on_change": "refuse",
     "augment.reading_window_probability": 0.0, "augment.intensity_jitter": 0.0, "augment.crop_scale": (1.0, 1.0),
     "augment.crop_ratio": (1.0, 1.0), "augment.flip": False,

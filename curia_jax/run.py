@@ -25,13 +25,16 @@ from curia_common import logs
 from curia_common.errors import DataError, UserError
 from curia_common.exit_codes import ExitCode
 from curia_common.progress import Progress
-from curia_jax import checkpoint, data, sharding, telemetry, training
+from curia_jax import checkpoint, data, saving, sharding, telemetry, training
 from curia_jax import config as configs
 from curia_jax.objectives import base
 from curia_jax.settings import Data, Devices, Settings
 from data_pipeline.format.shards import SliceSource
 
 logger = logs.get_logger(__name__)
+CONFIG = "config.json"
+# What a run may have left that was killed before it wrote its config.
+OWN_FILES = {checkpoint.FOLDER, telemetry.METRICS, telemetry.EVENTS, telemetry.BOARD, "logs", "lock.json"}
 
 
 class Interrupted(UserError):
@@ -110,6 +113,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
         )
     _check_workdir(workdir)
     step, meta = checkpoint.latest(workdir) or (0, None)
+    if meta is None:
+        _check_new(workdir)
     source, dataset, dataset_start = _open_dataset(settings.data, meta)
     mesh_sizes: Any = config.mesh
     mesh = sharding.make_mesh(**mesh_sizes)
@@ -210,6 +215,25 @@ def _check_workdir(workdir: str) -> None:
         raise UserError(f"cannot write to the work directory {workdir}; choose another --workdir")
 
 
+def _check_new(workdir: str) -> None:
+    """Refuses to start at step 0 where checkpoints have been or somebody else's files are.
+
+    Raises:
+      DataError: a run saved checkpoints here, and they are gone.
+      UserError: the folder has files and is not the work directory of a run.
+    """
+    events = telemetry.events(workdir)
+    saved = [event["step"] for event in events if event.get("event") == "saved"]
+    if saved:
+        raise DataError(
+            f"{workdir} is the work directory of a run that saved step {max(saved)}, but has no checkpoint: is its storage mounted? "
+            f"Bring its folder {checkpoint.FOLDER}/ back, or choose another --workdir for a new run"
+        )
+    found = {path.name for path in Path(workdir).iterdir() if not path.name.startswith(".")}
+    if found - OWN_FILES and CONFIG not in found:
+        raise UserError(f"--workdir={workdir} is not empty and not the work directory of a run; choose another folder")
+
+
 def _open_dataset(wanted: Data, meta: checkpoint.Meta | None) -> tuple[SliceSource, checkpoint.Dataset, int]:
     """The slices to train on, their identity, and the examples seen before training on them began.
 
@@ -277,7 +301,7 @@ def train(run: Run, objective: base.Objective, batches: Iterator[base.Batch]) ->
         f"{run.mesh.size} x {kind} as {dict(run.mesh.shape)}; {schedule.total_steps:,} steps of {schedule.batch_size}"
     )
     if schedule.start_step >= schedule.total_steps:
-        checkpoint.check_fits(run.workdir, objective.abstract_state)
+        saving.check_fits(run.workdir, objective.abstract_state)
         logger.info(
             f"nothing to do: {run.workdir} has reached step {schedule.start_step:,} of {schedule.total_steps:,}; a longer "
             "--config.duration continues from there"
@@ -286,10 +310,15 @@ def train(run: Run, objective: base.Objective, batches: Iterator[base.Batch]) ->
 
     with contextlib.ExitStack() as closing:
         # ---- state
-        checkpointer = checkpoint.Checkpointer(run.workdir, keep=run.settings.keep, keep_every_steps=run.keep_every)
+        checkpointer = saving.Checkpointer(
+            run.workdir,
+            keep=run.settings.keep,
+            keep_every_steps=run.keep_every,
+            keep_best=run.settings.keep_best or None,
+        )
         closing.callback(checkpointer.close)
         if schedule.start_step:
-            state = checkpointer.restore(objective.abstract_state)
+            state = checkpointer.restore(objective.abstract_state, step=schedule.start_step)
             logger.info(f"resuming from step {schedule.start_step:,} at example {schedule.examples_seen:,}")
             if run.changes:
                 changes = (f"{name} {then!r} -> {now!r}" for name, (then, now) in run.changes.items())
@@ -316,7 +345,7 @@ def train(run: Run, objective: base.Objective, batches: Iterator[base.Batch]) ->
             log = telemetry.Log(run.workdir, start_step=schedule.start_step)
             closing.callback(log.close)
             text = json.dumps(run.config, indent=2) + "\n"
-            Path(run.workdir, "config.json").write_text(text, encoding="utf-8")
+            Path(run.workdir, CONFIG).write_text(text, encoding="utf-8")
             log.event(
                 "resumed" if schedule.start_step else "started", step=schedule.start_step,
                 examples_seen=schedule.examples_seen, total_steps=schedule.total_steps, slices=len(run.source),
@@ -342,7 +371,7 @@ def train(run: Run, objective: base.Objective, batches: Iterator[base.Batch]) ->
             progress.update(float(report.step), text)
 
         # ---- loop
-        saver = training.Saver(checkpointer, schedule, run.meta, log)
+        saver = training.Saver(checkpointer, schedule, run.meta, log, patience=60 * run.settings.save_patience)
         hooks = [*saver.hooks(run.save_every), training.Hook(measure), training.Hook(show, every=run.log_every)]
         try:
             with base.memory_errors():

@@ -150,6 +150,8 @@ class Settings(_Section):
       duration, warmup, save_every, log_every: as config.steps reads them; all but the first may be a share of the first.
       keep: newest checkpoints that stay.
       keep_every: distance between checkpoints that stay for good; empty for none.
+      keep_best: metric whose lowest value's checkpoint stays for good; empty for none.
+      save_patience: minutes for which training goes on while saves fail.
       compiler_options: XLA options that this run changes, by name; None removes one (xla_flags.py).
     """
 
@@ -165,6 +167,8 @@ class Settings(_Section):
     log_every: str = _field("a duration such as '50 steps'", lambda v: isinstance(v, str))
     keep: int = _field("a whole number of at least 1", lambda v: _whole(v, 1))
     keep_every: str = _field("a duration such as '10 %', or an empty text", lambda v: isinstance(v, str), "")
+    keep_best: str = _field("the name of a metric, or an empty text", lambda v: isinstance(v, str), "")
+    save_patience: Number = _field("a number of at least 0", lambda v: _number(v) and v >= 0, 60)
     compiler_options: Mapping[str, str | int | float | bool | None] = _field(
         "a group of option names and values",
         lambda v: isinstance(v, dict) and all(one is None or isinstance(one, str | int | float) for one in v.values()),

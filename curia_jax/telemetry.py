@@ -165,7 +165,7 @@ class Log:
         self._board.add_event(Event(wall_time=now, step=step, summary=summary))
 
     def event(self, name: str, **fields: Any) -> None:
-        """Appends one line to `events.jsonl`: started, resumed, saved, preempted, non-finite, finished."""
+        """Appends one line to `events.jsonl`: started, resumed, saved, save-failed, preempted, non-finite, finished."""
         self._events.write(json.dumps({"event": name, **fields, "time": round(time.time(), 3)}) + "\n")
         self._events.flush()
 
@@ -180,6 +180,12 @@ def last_metrics(workdir: str) -> Line:
     path = Path(workdir) / METRICS
     lines = _json_lines(path) if path.exists() else []
     return lines[-1] if lines else {}
+
+
+def events(workdir: str) -> list[Line]:
+    """The lines of `events.jsonl`; empty where there is none."""
+    path = Path(workdir) / EVENTS
+    return _json_lines(path) if path.exists() else []
 
 
 def _json_lines(path: Path) -> list[Line]:

@@ -22,8 +22,12 @@ import jax
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from curia_common.errors import DivergedError
-from curia_jax import checkpoint, telemetry
+from curia_common import logs
+from curia_common.errors import DivergedError, StorageError
+from curia_jax import checkpoint, saving, telemetry
+
+logger = logs.get_logger(__name__)
+RETRY_SECONDS = 60  # after a save that failed
 
 State = TypeVar("State")
 Batch = TypeVar("Batch")
@@ -77,13 +81,14 @@ class Hook:
 class StateHook:
     """`fn` gets every `every`-th step with the state after it, and the last one, before the next batch is pulled.
 
-    It may copy the state to the host, and must not keep it: the next step reuses its memory. `finish` is called once, after the
-    last step.
+    It may copy the state to the host, and must not keep it: the next step reuses its memory. `wanted` asks for the state of any
+    other step; with several hosts its answer has to be the same on all. `finish` is called once, after the last step.
     """
 
     fn: Callable[[int, Any], None]
     every: int
     finish: Callable[[], None] = lambda: None
+    wanted: Callable[[], bool] = lambda: False
 
 
 def fit(
@@ -126,7 +131,7 @@ def fit(
     with Stop().listening() as stop, jax.transfer_guard("disallow"):
         for step in range(start, total + 1):
             last = stop.agreed(step) or step == total
-            due = [hook for hook in state_hooks if last or (step > start and step % hook.every == 0)]
+            due = [hook for hook in state_hooks if last or (step > start and (step % hook.every == 0 or hook.wanted()))]
             if due or last:
                 report(last)
                 began = time.perf_counter()
@@ -191,9 +196,13 @@ class Stop:
 class Saver:
     """Saves the state, and checks that what is saved is finite.
 
+    A save that fails is tried again, and training goes on meanwhile: after a minute on a single host, when the next one is due
+    with several, which have to save at the same step.
+
     Args:
       meta: examples seen -> what is saved with the state.
       log: None on all hosts but one.
+      patience: seconds for which training goes on while saves fail.
 
     Attributes:
       saved_step: newest checkpoint; None where there is none.
@@ -201,29 +210,81 @@ class Saver:
 
     def __init__(
         self,
-        checkpointer: checkpoint.Checkpointer,
+        checkpointer: saving.Checkpointer,
         schedule: Schedule,
         meta: Callable[[int], checkpoint.Meta],
         log: telemetry.Log | None,
+        *,
+        patience: int | float = math.inf,
     ) -> None:
         self._checkpointer, self._schedule, self._meta, self._log = checkpointer, schedule, meta, log
+        self._patience, self._single_host = patience, jax.process_count() == 1
+        self._metrics: Mapping[str, float] = {}
+        self._failing_since: float | None = None
+        self._retry_at = math.inf
         self.saved_step = checkpointer.latest_step
 
     def hooks(self, every: int) -> list[Hook | StateHook]:
         """Checks every step, saves every `every`-th and the last one."""
-        return [Hook(self._check), StateHook(self._save, every, finish=self._checkpointer.wait)]
+        return [Hook(self._check), StateHook(self._save, every, finish=self._finish, wanted=self._retry_is_due)]
+
+    def _retry_is_due(self) -> bool:
+        return self._single_host and time.monotonic() >= self._retry_at
 
     def _save(self, step: int, state: PyTree) -> None:
         if step == self.saved_step:
             return  # resumed from it and stopped at once
+        self._retry_at = math.inf
         seen = self._schedule.examples_at(step)
-        self._checkpointer.save(step, state, self._meta(seen))
-        self.saved_step = step
-        if self._log is not None:
-            self._log.event("saved", step=step, examples_seen=seen)
+        self._checkpointer.save(step, state, dataclasses.replace(self._meta(seen), metrics=self._metrics))
+        self._note_ended()
+
+    def _note_ended(self) -> None:
+        """Notes the saves that have ended.
+
+        Raises:
+          StorageError: saves have failed for longer than `patience`.
+        """
+        now = time.monotonic()
+        for ended in self._checkpointer.ended():
+            if ended.problem is None:
+                self.saved_step, self._failing_since = ended.step, None
+                if self._log is not None:
+                    self._log.event("saved", step=ended.step, examples_seen=ended.examples_seen)
+                continue
+            self._failing_since = now if self._failing_since is None else self._failing_since
+            self._retry_at = now + RETRY_SECONDS
+            logger.warning(f"could not save step {ended.step}: {ended.problem}; {self._newest()}; training goes on")
+            if self._log is not None:
+                self._log.event("save-failed", step=ended.step, reason=ended.problem, last_good_step=self.saved_step)
+        if self._failing_since is not None and now - self._failing_since > self._patience:
+            raise StorageError(
+                f"no save has succeeded for {(now - self._failing_since) / 60:.0f} minutes; {self._newest()}. Make room or mend the "
+                "storage and rerun the same command (--config.save_patience sets how long training goes on)"
+            )
+
+    def _newest(self) -> str:
+        if self.saved_step is None:
+            return "there is no checkpoint yet"
+        return f"the newest checkpoint is step {self.saved_step}"
+
+    def _finish(self) -> None:
+        """Waits for the last save.
+
+        Raises:
+          StorageError: it failed.
+        """
+        self._checkpointer.wait()
+        self._note_ended()
+        if self._failing_since is not None:
+            raise StorageError(
+                f"the last state could not be saved; {self._newest()}. Make room or mend the storage and rerun the same command"
+            )
 
     def _check(self, report: Report) -> None:
         """Raises DivergedError where a metric is not finite, before the state that it belongs to is saved."""
+        self._note_ended()
+        self._metrics = report.metrics
         for name, value in report.metrics.items():
             if math.isfinite(value):
                 continue

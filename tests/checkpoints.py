@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from curia_jax import checkpoint
+from curia_jax import checkpoint, saving
 
 
 def save(workdir: Path, steps: Mapping[int, Any], *, config: Mapping[str, Any], examples_per_step: int = 8) -> None:
@@ -14,7 +14,7 @@ def save(workdir: Path, steps: Mapping[int, Any], *, config: Mapping[str, Any], 
       steps: step -> train state, a dict with at least `params`.
       config: the run's config as plain JSON.
     """
-    saver = checkpoint.Checkpointer(str(workdir))
+    saver = saving.Checkpointer(str(workdir))
     for step, state in steps.items():
         saver.save(step, state, checkpoint.Meta(config=config, examples_seen=examples_per_step * step))
     saver.wait()

@@ -2,10 +2,14 @@
 
 import json
 import os
+import re
+import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 import curia_common
 from curia_common.errors import DataError, UserError
-from curia_jax import checkpoint, sharding
+from curia_jax import checkpoint, saving, sharding
 from curia_jax.checkpoint import Meta
 
 CONFIG = {"seed": 3, "data": {"canvas": None, "split": "train"}, "model": {"size": "Ti", "image_size": [16, 24]}}
@@ -60,7 +64,7 @@ def assert_same_bits(found: Any, wanted: Any) -> None:
 
 
 def save(workdir: Path, *steps: int, width: int = 16, mesh: dict[str, int] | None = None, **settings: Any) -> None:
-    checkpointer = checkpoint.Checkpointer(str(workdir), **settings)
+    checkpointer = saving.Checkpointer(str(workdir), **settings)
     for step in steps:
         state = placed(host_state(width, step), sharding.make_mesh(**(mesh or {"data": 2, "fsdp": 4})))
         checkpointer.save(step, state, Meta(CONFIG, step * 2**40, DATASET, 5))
@@ -68,7 +72,7 @@ def save(workdir: Path, *steps: int, width: int = 16, mesh: dict[str, int] | Non
 
 
 def restore(workdir: Path, wanted: Any) -> Any:
-    checkpointer = checkpoint.Checkpointer(str(workdir))
+    checkpointer = saving.Checkpointer(str(workdir))
     try:
         return checkpointer.restore(wanted)
     finally:
@@ -100,18 +104,18 @@ def test_restore_returns_every_bit_on_any_mesh(saved: Path, mesh: dict[str, int]
     assert_same_bits(state, wanted)
     for found, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
         assert found.sharding == leaf.sharding
-    assert checkpoint.latest(str(saved)) == (8, Meta(CONFIG, 8 * 2**40, DATASET, 5))
+    assert checkpoint.latest(str(saved)) == (8, Meta(CONFIG, 8 * 2**40, DATASET, 5, step=8))
 
 
 def test_saved_state_is_that_of_its_step(tmp_path: Path) -> None:
     """The save runs in the background while the next steps overwrite the state's memory."""
     advance = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
     state = {"step": jnp.int32(0), "params": {"kernel": jnp.zeros((1024, 1024), jnp.float32)}}
-    checkpointer = checkpoint.Checkpointer(str(tmp_path))
+    checkpointer = saving.Checkpointer(str(tmp_path))
     for step in range(1, 41):
         state = advance(state)
         if step == 20:
-            checkpointer.save(step, state, Meta(CONFIG, 0))
+            checkpointer.save(step, state, Meta(CONFIG, 40))
     checkpointer.close()
     kernel = checkpoint.load(str(tmp_path)).params["kernel"]
     assert kernel.min() == kernel.max() == 20
@@ -145,14 +149,86 @@ def test_meta_on_disk_is_json(saved: Path) -> None:
         "examples_seen": 8 * 2**40,
         "dataset": {"fingerprint": "abc", "additions": 1, "slices": 48, "split": "train"},
         "dataset_start": 5,
+        "step": 8,
+        "step_examples": None,
+        "skipped": [],
+        "metrics": {},
         "version": curia_common.__version__,
     }
 
 
 def test_meta_of_an_old_checkpoint_has_no_dataset_and_no_version(copy: Path) -> None:
     (copy / "checkpoints/8/meta/data.json").write_text(json.dumps({"config": CONFIG, "examples_seen": 7}))
+    (copy / "checkpoints/8/digests.json").unlink()
     assert checkpoint.latest(str(copy)) == (8, Meta(CONFIG, 7, None, 0, version=None))
     assert checkpoint.load(str(copy)).examples_seen == 7
+
+
+# ---- many saves, failed saves, other clocks
+
+
+def test_saving_leaves_no_open_file_and_no_thread_behind(tmp_path: Path) -> None:
+    checkpointer = saving.Checkpointer(str(tmp_path), keep=1)
+    counts = []
+    for step in range(1, 26):
+        checkpointer.save(step, {"step": jnp.int32(step)}, Meta(CONFIG, step))
+        checkpointer.wait()
+        counts.append((len(os.listdir("/proc/self/fd")), threading.active_count()))
+    checkpointer.close()
+    assert counts[-1][0] <= counts[2][0] and counts[-1][1] <= counts[2][1]
+
+
+def test_failed_save_is_told_and_the_next_one_succeeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A file size limit fails a write like a full disk does, in the code that writes."""
+    state = {"step": jnp.int32(1), "noise": jax.random.normal(jax.random.key(0), (256, 256))}
+    checkpointer = saving.Checkpointer(str(tmp_path))
+    checkpointer.save(1, state, Meta(CONFIG, 1))
+    checkpointer.wait()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        checkpointer.save(2, state, Meta(CONFIG, 2))
+        checkpointer.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpointer.latest_step == 1
+    checkpointer.save(3, state, Meta(CONFIG, 3))
+    checkpointer.wait()
+    first, second, third = checkpointer.ended()
+    assert (first, third) == ((1, 1, None), (3, 3, None))
+    assert second[:2] == (2, 2) and "File too large" in str(second.problem) and "\n" not in str(second.problem)
+    assert checkpointer.ended() == []
+    checkpointer.close()
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "1",
+        "3",
+    ]  # what the failed one left is gone
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("hours", [-3, 3])
+def test_clock_that_is_set_during_a_save_does_not_end_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    real, shift = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: real() + shift[0])
+    checkpointer = saving.Checkpointer(str(tmp_path))
+    checkpointer.save(1, {"step": jnp.int32(1), "noise": jnp.ones((512, 512))}, Meta(CONFIG, 1))
+    shift[0] = 3600.0 * hours
+    checkpointer.wait()
+    assert checkpointer.ended() == [(1, 1, None)]
+    checkpointer.close()
+    assert checkpoint.check(tmp_path / "checkpoints/1").problem is None
+
+
+def test_best_checkpoint_by_a_metric_stays(tmp_path: Path) -> None:
+    checkpointer = saving.Checkpointer(str(tmp_path), keep=1, keep_best="loss")
+    for step, loss in enumerate([3.0, 1.0, 2.0, float("nan"), 1.5], start=1):
+        checkpointer.save(step, {"step": jnp.int32(step)}, Meta(CONFIG, step, metrics={"loss": loss}))
+    checkpointer.close()
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "5"]
 
 
 # ---- finding checkpoints
@@ -202,13 +278,13 @@ def test_half_written_checkpoints_are_ignored_and_overwritten(copy: Path) -> Non
         checkpoint.find(str(steps / "12"))
     wanted = placed(host_state(), sharding.make_mesh())
     assert int(restore(copy, abstract(wanted))["step"]) == 8
-    assert checkpoint.latest(str(copy)) == (8, Meta(CONFIG, 8 * 2**40, DATASET, 5))
+    assert checkpoint.latest(str(copy)) == (8, Meta(CONFIG, 8 * 2**40, DATASET, 5, step=8))
     save(copy, 12)
     assert checkpoint.load(str(copy)).examples_seen == 12 * 2**40
 
 
 def test_new_work_directory_has_no_checkpoint(tmp_path: Path) -> None:
-    checkpointer = checkpoint.Checkpointer(str(tmp_path / "new"))
+    checkpointer = saving.Checkpointer(str(tmp_path / "new"))
     assert checkpointer.latest_step is None and checkpoint.latest(str(tmp_path / "new")) is None
     checkpointer.close()
     (tmp_path / "new").mkdir(exist_ok=True)
@@ -216,21 +292,154 @@ def test_new_work_directory_has_no_checkpoint(tmp_path: Path) -> None:
         checkpoint.find(str(tmp_path / "new"))
 
 
-# ---- checkpoints that do not fit
+# ---- damage
 
 
-def test_damaged_checkpoint_is_a_data_error(copy: Path) -> None:
+def files_of(folder: Path) -> list[str]:
+    """Without the empty file by which Orbax recognises a checkpoint: only its name says something."""
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.stat().st_size)
+
+
+def flip_one_bit(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at % len(content)] ^= 1 << (at % 8)
+    path.write_bytes(content)
+
+
+def flip_in_the_middle(path: Path) -> None:
+    flip_one_bit(path, path.stat().st_size // 2)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    "damage", [flip_in_the_middle, truncate, Path.unlink, lambda path: path.write_bytes(b"")],
+    ids=["flipped", "truncated", "missing", "emptied"],
+)  # fmt: skip
+def test_damage_to_any_file_is_found_and_the_older_checkpoint_used(
+    copy: Path, damage: Callable[[Path], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever of its files is damaged; step 4 stays whole."""
+    caplog.set_level("INFO", logger="curia")
+    newest, whole = copy / "checkpoints/8", copy.parent / "whole"
+    shutil.copytree(newest, whole)
+    names = files_of(newest)
+    assert len(names) > 8
+    for name in names:
+        damage(newest / name)
+        caplog.clear()
+        step, meta = checkpoint.latest(str(copy)) or pytest.fail("no checkpoint")
+        loaded = checkpoint.load(copy)
+        if (
+            name == "digests.json" and damage is Path.unlink
+        ):  # as after a kill before it was written: the arrays are read
+            assert (step, loaded.step) == (8, 8) and "has no digests: not checked" in caplog.text
+        else:
+            assert (step, loaded.step) == (4, 4), name
+            assert "checkpoints/8" in caplog.text and "skipped" in caplog.text, name
+            assert_same_bits(loaded.params, host_state(step=4)["params"])
+        assert meta.examples_seen == step * 2**40
+        shutil.rmtree(newest)
+        shutil.copytree(whole, newest)
+    assert checkpoint.load(copy).step == 8
+
+
+def test_every_flipped_bit_of_the_arrays_is_found(copy: Path) -> None:
+    newest = copy / "checkpoints/8"
+    data = [newest / name for name in files_of(newest) if "/d/" in name]
+    for path in data:
+        for at in np.random.default_rng(0).integers(0, path.stat().st_size, 20):
+            flip_one_bit(path, int(at))
+            assert checkpoint.check(newest).problem == f"{path.relative_to(newest)} has other bytes than were saved"
+            flip_one_bit(path, int(at))
+    assert checkpoint.check(newest) == (str(newest), None, True)
+
+
+def test_hosts_share_the_work_and_together_find_any_damage(copy: Path) -> None:
+    newest = copy / "checkpoints/8"
+    for name in files_of(newest):
+        if name == "digests.json":
+            continue
+        flip_in_the_middle(newest / name)
+        problems = [checkpoint.check(newest, part=host, parts=3).problem for host in range(3)]
+        assert any(problems), name
+        if "data.json" not in name and "commit" not in name:
+            assert sum(problem is not None for problem in problems) == 1, name  # each file is read by one host
+        flip_in_the_middle(newest / name)
+
+
+def test_without_a_whole_checkpoint_all_problems_are_one_line(copy: Path) -> None:
     (copy / "checkpoints/8/meta/data.json").write_text('{"config": {"se')
-    with pytest.raises(
-        DataError, match=r"checkpoints/8 is damaged .*; remove this folder to resume from the one before"
-    ):
-        checkpoint.latest(str(copy))
-    with pytest.raises(DataError, match="checkpoints/8 is damaged"):
-        checkpoint.load(str(copy))
-    shutil.rmtree(copy / "checkpoints/4/state/d", ignore_errors=True)
-    shutil.rmtree(copy / "checkpoints/4/state/ocdbt.process_0", ignore_errors=True)
-    with pytest.raises(DataError, match="checkpoints/4 is damaged"):
-        checkpoint.load(str(copy), 4)
+    (copy / "checkpoints/4/state/_METADATA").unlink()
+    for read in (lambda: checkpoint.latest(str(copy)), lambda: checkpoint.load(copy)):
+        with pytest.raises(DataError) as error:
+            read()
+        assert re.fullmatch(
+            "no checkpoint in .* is whole: .*checkpoints/8: Unterminated string .*; .*checkpoints/4: state/_METADATA is missing; "
+            "copy one of them again",
+            str(error.value),
+        )
+    with pytest.raises(DataError, match=r"no checkpoint in .* is whole: .*checkpoints/4: state/_METADATA is missing"):
+        checkpoint.load(copy, 4)
+
+
+def test_examine_lists_whole_damaged_and_unfinished_checkpoints(copy: Path) -> None:
+    flip_in_the_middle(copy / "checkpoints/8/state/_METADATA")
+    shutil.copytree(copy / "checkpoints/4", copy / "checkpoints/12")
+    (copy / "checkpoints/12/commit_success.txt").unlink()
+    found = [(Path(path).name, problem, checked) for path, problem, checked in checkpoint.examine(str(copy))]
+    assert found == [
+        ("8", "state/_METADATA has other bytes than were saved", True),
+        ("4", None, True),
+        ("12", "it was not finished", False),
+    ]
+
+
+def test_checkpoint_of_an_earlier_version_is_read_and_said_to_be_unchecked(
+    copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="curia")
+    for step in (4, 8):
+        (copy / f"checkpoints/{step}/digests.json").unlink()
+    assert checkpoint.load(copy).step == 8
+    assert caplog.messages == [f"checkpoint {copy}/checkpoints/8 has no digests: not checked"]
+    for path in (copy / "checkpoints/8/state").glob("ocdbt.process_0/d/*"):
+        path.unlink()
+    for path in (copy / "checkpoints/8/state").glob("d/*"):
+        path.unlink()
+    assert checkpoint.load(copy).step == 4  # what cannot be read is skipped without digests too
+
+
+@pytest.mark.parametrize("name", ["best", "9"])
+def test_step_folder_copied_elsewhere_loads_under_another_name(saved: Path, tmp_path: Path, name: str) -> None:
+    folder = shutil.copytree(saved / "checkpoints/4", tmp_path / name)
+    if name == "best":
+        assert checkpoint.load(folder).step == 4
+        with pytest.raises(UserError, match="is the checkpoint of step 4, not of 8"):
+            checkpoint.load(folder, 8)
+    else:
+        with pytest.raises(DataError, match="it holds step 4: its folder has to be called 4"):
+            checkpoint.load(folder)
+
+
+def test_state_of_another_step_than_its_folder_is_refused(copy: Path) -> None:
+    """The arrays of step 8 under the name and the meta of step 4, with digests that fit."""
+    folder = copy / "checkpoints/4"
+    shutil.rmtree(folder / "state")
+    shutil.copytree(copy / "checkpoints/8/state", folder / "state")
+    (folder / "digests.json").unlink()
+    with pytest.raises(DataError, match="says step 4, but its state has taken 8 steps"):
+        checkpoint.load(folder)
+    checkpointer = saving.Checkpointer(str(copy))
+    wanted = abstract(placed(host_state(), sharding.make_mesh()))
+    with pytest.raises(DataError, match=r"checkpoints/4 is damaged \(its state has taken 8 steps\)"):
+        checkpointer.restore(wanted, step=4)
+    checkpointer.close()
+
+
+# ---- checkpoints that do not fit
 
 
 def test_restore_of_another_model_size_is_one_line(saved: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from curia_common.exit_codes import ExitCode
-from curia_jax import checkpoint, data, pretrain, sharding
+from curia_jax import checkpoint, data, pretrain, saving, sharding
 from curia_jax import config as configs
 from curia_jax.objectives import mae
 from data_pipeline.format.shards import SliceSource
@@ -214,7 +214,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(alone: Path, tiny_
     objective = mae.make(config, mesh, canvas=(32, 32), warmup_steps=1, total_steps=12)
     states = []
     for name in ("straight", "broken"):
-        checkpointer = checkpoint.Checkpointer(str(alone / name))
+        checkpointer = saving.Checkpointer(str(alone / name))
         state = checkpointer.restore(objective.abstract_state)
         checkpointer.close()
         step, meta = checkpoint.latest(str(alone / name)) or pytest.fail("no checkpoint")

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curia_common.errors import DataError
-from curia_jax import checkpoint, data, run, sharding, training
+from curia_common.errors import DataError, UserError
+from curia_jax import checkpoint, data, run, saving, sharding, training
 from curia_jax import config as configs
 from curia_jax.objectives import mae
 from data_pipeline.format import shards as shard_files
@@ -46,7 +46,7 @@ def prepare(workdir: Path, shards: Path, *words: str) -> run.Run:
 
 
 def save_meta(workdir: Path, meta: checkpoint.Meta, step: int = 2) -> None:
-    checkpointer = checkpoint.Checkpointer(str(workdir))
+    checkpointer = saving.Checkpointer(str(workdir))
     checkpointer.save(step, {"step": jnp.int32(step)}, meta)
     checkpointer.close()
 
@@ -132,6 +132,41 @@ def test_resume_of_an_old_checkpoint_says_that_its_dataset_is_not_checked(
     this = prepare(tmp_path / "run", grown)
     assert capsys.readouterr().err.splitlines()[-1] == "this checkpoint does not name its dataset; not checked"
     assert this.meta(48).dataset == this.dataset and this.dataset_start == 0
+
+
+# ---- work directories without a checkpoint
+
+
+def test_run_that_lost_its_checkpoints_does_not_start_again(tiny_shards: Path, tmp_path: Path) -> None:
+    train(tmp_path / "run", tiny_shards)
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    with pytest.raises(DataError, match="of a run that saved step 6, but has no checkpoint: is its storage mounted"):
+        prepare(tmp_path / "run", tiny_shards)
+    assert losses(tmp_path / "run").keys() == {1, 2, 3, 4, 5, 6}
+
+
+def test_run_killed_before_its_first_save_starts_again(tiny_shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(run.Interrupted):
+        train(tmp_path / "run", tiny_shards, stop_at=2, signals=(signal.SIGINT, signal.SIGINT))
+    assert prepare(tmp_path / "run", tiny_shards).schedule.start_step == 0
+
+
+def test_folder_with_other_files_is_no_work_directory(tiny_shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("all of it")
+    with pytest.raises(UserError, match="is not empty and not the work directory of a run; choose another folder"):
+        prepare(tmp_path, tiny_shards)
+
+
+def test_damaged_newest_checkpoint_resumes_from_the_one_before(
+    tiny_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(tmp_path / "whole", tiny_shards)
+    train(tmp_path / "run", tiny_shards, "--config.duration=5 steps")
+    for path in (tmp_path / "run/checkpoints/5/state/d").iterdir():
+        path.write_bytes(bytes(path.stat().st_size))
+    this = prepare(tmp_path / "run", tiny_shards)
+    assert (this.schedule.start_step, this.schedule.examples_seen) == (4, 64)
+    assert "skipped a damaged checkpoint" in caplog.text and "checkpoints/5: state/d/" in caplog.text
 
 
 # ---- whole runs

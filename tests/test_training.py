@@ -11,16 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from curia_common.errors import DivergedError
-from curia_jax import checkpoint, telemetry, training
+from curia_common.errors import DivergedError, StorageError
+from curia_jax import checkpoint, saving, telemetry, training
 from curia_jax.training import Hook, Report, StateHook
 
 
-class FakeCheckpointer(checkpoint.Checkpointer):
+class FakeCheckpointer(saving.Checkpointer):
     """Records saves instead of saving."""
 
     def __init__(self, notes: list[Any], latest: int | None = None) -> None:
         self._notes, self._latest = notes, latest
+        self.problems: dict[int, str] = {}  # saves of these steps fail
+        self._done: list[saving.Ended] = []
 
     @property
     def latest_step(self) -> int | None:
@@ -29,6 +31,11 @@ class FakeCheckpointer(checkpoint.Checkpointer):
     def save(self, step: int, state: Any, meta: checkpoint.Meta) -> None:
         assert int(state["step"]) == step  # the state of step n has taken n steps
         self._notes.append(("save", step, meta.examples_seen))
+        self._done.append(saving.Ended(step, meta.examples_seen, self.problems.get(step)))
+
+    def ended(self) -> list[saving.Ended]:
+        done, self._done = self._done, []
+        return done
 
     def wait(self) -> None:
         self._notes.append(("wait",))
@@ -51,8 +58,8 @@ class Loop:
         self.notes: list[Any] = []
         self.reports: dict[int, Report] = {}
         self.start_step, self.bad = start_step, bad
-        self.log = FakeLog()
-        self.checkpointer: checkpoint.Checkpointer = FakeCheckpointer(self.notes, start_step or None)
+        self.log, self.patience = FakeLog(), float("inf")
+        self.checkpointer: saving.Checkpointer = FakeCheckpointer(self.notes, start_step or None)
         self.on_pull: Callable[[int], None] = lambda number: None
         self.more_hooks: list[Hook | StateHook] = []
         self._advance = jax.jit(lambda state, batch: {"step": state["step"] + 1, "sum": state["sum"] + batch})
@@ -82,7 +89,13 @@ class Loop:
 
     def run(self, total_steps: int, *, save_every: int = 100, log_every: int = 1) -> tuple[Any, bool]:
         schedule = training.Schedule(self.start_step, total_steps, batch_size=8, examples_seen=8 * self.start_step)
-        saver = training.Saver(self.checkpointer, schedule, lambda seen: checkpoint.Meta({"seed": 0}, seen), self.log)
+        saver = training.Saver(
+            self.checkpointer,
+            schedule,
+            lambda seen: checkpoint.Meta({"seed": 0}, seen),
+            self.log,
+            patience=self.patience,
+        )
         hooks = [*saver.hooks(save_every), Hook(self.report, every=log_every), *self.more_hooks]
         return training.fit(self.state, self.step, self.batches(), schedule, hooks)
 
@@ -159,13 +172,59 @@ def test_saves_come_every_n_steps_and_at_the_end(every: int, saves: list[int]) -
 
 def test_newest_checkpoints_stay_and_are_on_disk_at_the_end(tmp_path: Path) -> None:
     loop = Loop()
-    loop.checkpointer = checkpoint.Checkpointer(str(tmp_path), keep=2)
+    loop.checkpointer = saving.Checkpointer(str(tmp_path), keep=2)
     try:
         loop.run(7, save_every=2)
         assert checkpoint.find(str(tmp_path)).name == "7"  # fit waits for its last save
     finally:
         loop.checkpointer.close()
     assert sorted(p.name for p in (tmp_path / checkpoint.FOLDER).iterdir()) == ["6", "7"]
+
+
+# ---- saves that fail
+
+
+def test_failed_save_is_an_event_and_training_goes_on() -> None:
+    loop = Loop()
+    loop.checkpointer.problems = {4: "the disk is full"}  # type: ignore[attr-defined]
+    _, finished = loop.run(9, save_every=2)
+    assert finished
+    saves = [(name, fields["step"]) for name, fields in loop.log.events]
+    assert saves == [("saved", 2), ("save-failed", 4), ("saved", 6), ("saved", 8), ("saved", 9)]
+    failed = loop.log.events[1][1]
+    assert (failed["reason"], failed["last_good_step"]) == ("the disk is full", 2)
+
+
+def test_failed_save_is_tried_again_after_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    loop = Loop()
+    loop.on_pull = lambda batch: now.__setitem__(0, now[0] + 25.0)
+    loop.checkpointer.problems = {4: "the disk is full"}  # type: ignore[attr-defined]
+    loop.run(11, save_every=4)
+    assert loop.noted("save") == [4, 7, 8, 11]  # 3 steps of 25 s later
+
+
+def test_saves_that_fail_for_longer_than_the_patience_end_the_run_with_75(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    loop = Loop()
+    loop.patience = 100.0
+    loop.on_pull = lambda batch: now.__setitem__(0, now[0] + 25.0)
+    loop.checkpointer.problems = dict.fromkeys(range(4, 100), "the disk is full")  # type: ignore[attr-defined]
+    with pytest.raises(
+        StorageError, match="no save has succeeded for 2 minutes; the newest checkpoint is step 2"
+    ) as error:
+        loop.run(100, save_every=2)
+    assert error.value.exit_code == 75
+    assert 8 <= max(loop.noted("dispatch")) <= 10
+
+
+def test_last_save_that_fails_is_an_error() -> None:
+    loop = Loop()
+    loop.checkpointer.problems = {4: "the disk is full"}  # type: ignore[attr-defined]
+    with pytest.raises(StorageError, match="the last state could not be saved; the newest checkpoint is step 2"):
+        loop.run(4, save_every=2)
 
 
 # ---- hidden transfers
