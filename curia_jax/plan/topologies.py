@@ -123,7 +123,7 @@ def prepare_environment() -> None:
 
 
 def compiler_version() -> str:
-    """Name and version of the TPU compiler: "libtpu 0.0.52".
+    """Name and version of the TPU compiler: "libtpu 0.0.42.1".
 
     Raises:
       UserError: it is not installed.

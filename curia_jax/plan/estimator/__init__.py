@@ -7,6 +7,6 @@ it cannot read the text, and the planner then reports memory and fit without a s
 from curia_jax.plan.estimator.hlo import HloError
 from curia_jax.plan.estimator.step import CollectiveTime, LargeTensor, PartTime, StepEstimate, estimate
 
-TESTED_LIBTPU = ("0.0.52",)  # versions of libtpu whose text this package has been tested with
+TESTED_LIBTPU = ("0.0.42.1", "0.0.50.1")  # those of jax[tpu] at both ends of what is supported
 
 __all__ = ["TESTED_LIBTPU", "CollectiveTime", "HloError", "LargeTensor", "PartTime", "StepEstimate", "estimate"]

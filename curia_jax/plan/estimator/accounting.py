@@ -405,7 +405,7 @@ def _payload(core: Instruction) -> int:
 
 
 def replica_groups(line: str) -> Groups:
-    """Partition numbers that take part together: lists, "[2,4]<=[8]T(…)", or "mesh['a'=2,'b'=4] {'b'}".
+    """Partition numbers that take part together: lists, "[2,4]<=[8]T(…)", or "mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}".
 
     Raises:
       HloError: another form.
@@ -418,21 +418,30 @@ def replica_groups(line: str) -> Groups:
         return tuple(tuple(int(n) for n in g.split(",")) for g in re.findall(r"\{([\d,]+)\}", match[1]))
     match = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
     if match:
-        shape, reshape = ([int(n) for n in match[i].split(",")] for i in (1, 2))
+        reshape = _numbers(match[2])
         ids = np.arange(math.prod(reshape)).reshape(reshape)
         if match[3]:
-            ids = ids.transpose([int(n) for n in match[3].split(",")])
-        return tuple(tuple(map(int, row)) for row in ids.reshape(shape))
-    match = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", line)
-    if match and "(" not in match[2]:
+            ids = ids.transpose(_numbers(match[3]))
+        return tuple(tuple(map(int, row)) for row in ids.reshape(_numbers(match[1])))
+    match = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))?\s*\{([^}]*)\}", line
+    )
+    if match and "(" not in match[4]:
         axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
-        taken = re.findall(r"'([^']+)'", match[2])
+        taken = re.findall(r"'([^']+)'", match[4])
         names = list(axes)
-        ids = np.arange(math.prod(axes.values())).reshape(list(axes.values()))
+        ids = np.arange(math.prod(axes.values()))
+        if match[2]:  # the order of the devices in the mesh
+            ids = ids.reshape(_numbers(match[2])).transpose(_numbers(match[3]))
+        ids = ids.reshape(list(axes.values()))
         rest = [n for n in range(len(names)) if names[n] not in taken]
         ids = ids.transpose([*rest, *(names.index(n) for n in taken)])
         return tuple(tuple(map(int, row)) for row in ids.reshape(-1, math.prod(axes[n] for n in taken)))
     raise HloError(f"cannot read the replica groups of: {line[:300]}")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
 
 
 # ---- tensors

@@ -1,4 +1,4 @@
-"""Small programs in the form that the TPU compiler (libtpu 0.0.52) prints, reduced to what a test is about."""
+"""Small programs in the form that the TPU compiler (libtpu 0.0.52, which writes mesh replica groups as 0.0.50.1 does) prints, reduced to what a test is about."""
 
 
 def fusion(name: str, shape: str, operands: str, cycles: int | None, op_name: str = "", calls: str = "nothing") -> str:

@@ -148,6 +148,15 @@ def test_fusion_belongs_to_the_scope_of_its_matmul():
         ("replica_groups=[2,2]<=[2,2]T(1,0), x=1", ((0, 2), (1, 3))),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}, x=1", ((0, 2), (1, 3))),
         ("replica_groups=mesh['axis_0'=4] {'axis_0'}, x=1", ((0, 1, 2, 3),)),
+        # The mesh is arange(6).reshape(2, 3).T: its rows are devices 0 3, 1 4, 2 5.
+        (
+            "replica_groups=mesh['axis_0'=1,'axis_1'=3,'axis_2'=2], device_ids=([2,3]T(1,0)) {'axis_2'}, x=1",
+            ((0, 3), (1, 4), (2, 5)),
+        ),
+        (
+            "replica_groups=mesh['axis_0'=1,'axis_1'=3,'axis_2'=2], device_ids=([2,3]T(1,0)) {'axis_1'}, x=1",
+            ((0, 1, 2), (3, 4, 5)),
+        ),
         ("source_target_pairs={{0,1},{1,0}}, x=1", ((0, 1), (1, 0))),
     ],
 )
