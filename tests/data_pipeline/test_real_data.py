@@ -227,7 +227,7 @@ def test_reasons_are_sentences(rows) -> None:
 
 
 def test_registration_images_are_kept_without_labels(rows) -> None:
-    label = "label map: few distinct whole numbers"
+    label = "label map: whole numbers in regions of one value"
     fates = {
         folder: Counter((row["fate"], row["reason"]) for row in under(rows, f"registration/{folder}"))
         for folder in (
@@ -266,7 +266,7 @@ def test_label_maps_are_excluded_and_images_keep_modality(built, rows) -> None:
     series = {row["series"] for row in kept.values()}
     slices = [row["source"] for row in index if row["series"] in series]
     assert len(slices) == len(set(slices)) > 300
-    assert {row["reason"] for row in left_out} == {"label map: few distinct whole numbers"}
+    assert {row["reason"] for row in left_out} == {"label map: whole numbers in regions of one value"}
     for path, row in kept.items():
         assert modality[row["series"]] == path.split("/")[1][:2].upper(), path
 

@@ -72,7 +72,7 @@ def test_written_pixels_and_masks_equal_the_volume(study: Path) -> None:
         np.testing.assert_allclose(hu, volume.values[k], atol=0.51)
     path = study / "masks" / "PHANTOM-0002_2_abdomen_ct.nii.gz"
     with volumes.open_volume(str(path)) as mask:
-        assert mask.is_label_map
+        assert mask.excluded == volumes.LABEL_MAP
         np.testing.assert_array_equal(list(mask.slices()), volume.labels)
     # The mask lies where the slices lie: NIfTI's axes point right and front, DICOM's left and back.
     first = pydicom.dcmread(place / "000.dcm")

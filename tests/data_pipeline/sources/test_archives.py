@@ -91,7 +91,7 @@ def test_archive_gives_the_slices_of_its_folder(tmp_path: Path, from_folder, run
     fates = {name.split("!/")[1]: (row["fate"], row["reason"]) for name, row in rows.items()}
     assert fates["CT/0.dcm"] == fates["brain.nii.gz"] == ("kept", "")
     assert fates["notes.txt"] == ("excluded", inventory.NO_IMAGE)
-    assert fates["brain_seg.nii.gz"] == ("excluded", "label map: few distinct whole numbers")
+    assert fates["brain_seg.nii.gz"] == ("excluded", "label map: whole numbers in regions of one value")
     assert not Path(archives.folder(tmp_path / "out")).exists()
     assert set(tmp_path.iterdir()) == {path, tmp_path / "out"}
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import SimpleITK
 
-from data_pipeline.sources import volumes
-from data_pipeline.sources.base import ReadError
+from data_pipeline.format import records
+from data_pipeline.sources import nrrd_metaimage, volumes, voxels
+from data_pipeline.sources.base import ReadError, ReadRequest
 
 # An asymmetric volume in axes right, front, up: every voxel knows where it is.
 SHAPE = (6, 7, 4)
@@ -47,7 +48,7 @@ def test_slices_do_not_depend_on_the_stored_axis_order(tmp_path: Path, axes: str
     np.testing.assert_array_equal(values, axial(TRUTH))
     assert volume.plane == "axial"
     assert volume.spacing == pytest.approx((1.5, 1.0, 4.0))
-    assert not volume.is_label_map
+    assert not volume.excluded
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
@@ -60,15 +61,15 @@ def test_nifti_read_in_pieces_equals_read_whole(tmp_path: Path, monkeypatch, suf
         path = write_nifti(tmp_path / f"{name}{suffix}", axes, one, spacing)
         monkeypatch.undo()
         volume, wanted = read(path)
-        monkeypatch.setattr(volumes, "IN_MEMORY_BYTES", 0)
-        monkeypatch.setattr(volumes, "SLAB_BYTES", 100)
-        monkeypatch.setattr(volumes, "BLOCK_BYTES", 250)
+        monkeypatch.setattr(voxels, "IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr(voxels, "SLAB_BYTES", 100)
+        monkeypatch.setattr(voxels, "BLOCK_BYTES", 250)
         with volumes.open_volume(path, str(tmp_path)) as again:
-            assert isinstance(again._stored, volumes._File)
+            assert isinstance(again._stored, voxels.File)
             found = list(again.slices())
         np.testing.assert_array_equal(found, wanted)
-        assert (again.spacing, again.plane, again.low, again.high, again.integers, again.is_label_map) == (
-            volume.spacing, volume.plane, volume.low, volume.high, volume.integers, volume.is_label_map,
+        assert (again.spacing, again.plane, again.survey.low, again.survey.high, again.survey.integers, again.excluded) == (
+            volume.spacing, volume.plane, volume.survey.low, volume.survey.high, volume.survey.integers, volume.excluded,
         )  # fmt: skip
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"real{suffix}", f"whole{suffix}"]
     Path(path).write_bytes(Path(path).read_bytes()[:-20])
@@ -88,15 +89,15 @@ def test_nrrd_and_metaimage_read_in_pieces_equal_read_whole(
     path = tmp_path / f"v{suffix}"
     SimpleITK.WriteImage(image, str(path), useCompression=compress)
     volume, wanted = read(path)
-    monkeypatch.setattr(volumes, "IN_MEMORY_BYTES", 0)
-    monkeypatch.setattr(volumes, "SLAB_BYTES", 100)
+    monkeypatch.setattr(voxels, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(voxels, "SLAB_BYTES", 100)
     with volumes.open_volume(str(path), str(tmp_path)) as again:
-        assert isinstance(again._stored, volumes._File)
+        assert isinstance(again._stored, voxels.File)
         np.testing.assert_array_equal(list(again.slices()), wanted)
-        assert (again.plane, again.spacing, again.low) == (volume.plane, volume.spacing, volume.low)
-        monkeypatch.setattr(volumes, "SLAB_BYTES", 1)  # less than the head of a packed stream
+        assert (again.plane, again.spacing, again.survey.low) == (volume.plane, volume.spacing, volume.survey.low)
+        monkeypatch.setattr(voxels, "SLAB_BYTES", 1)  # less than the head of a packed stream
         with volumes.open_volume(str(path), str(tmp_path)) as again:
-            assert again.high == volume.high
+            assert again.survey.high == volume.survey.high
     data = max(tmp_path.iterdir(), key=lambda one: one.stat().st_size)
     data.write_bytes(data.read_bytes()[:-30])
     with pytest.raises(ReadError, match="damaged volume"):
@@ -104,7 +105,7 @@ def test_nrrd_and_metaimage_read_in_pieces_equal_read_whole(
 
 
 def test_unusual_layouts_are_read_whole(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(volumes, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(voxels, "IN_MEMORY_BYTES", 0)
     (tmp_path / "v.raw").write_bytes(bytes(5) + TRUTH.astype(">i2").transpose(2, 1, 0).tobytes())
     head = "NRRD0004\ntype: short\ndimension: 3\nsizes: 6 7 4\nendian: big\nencoding: raw\ndata file: v.raw\n"
     for skip in ("byte skip: 5\n", "byteskip: -1\n"):
@@ -113,7 +114,7 @@ def test_unusual_layouts_are_read_whole(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "v.raw").write_bytes((tmp_path / "v.raw").read_bytes()[5:])
     (tmp_path / "v.nhdr").write_text(head)
     with volumes.open_volume(str(tmp_path / "v.nhdr")) as volume:
-        assert isinstance(volume._stored, volumes._File)
+        assert isinstance(volume._stored, voxels.File)
         assert sum(int(one.sum()) for one in volume.slices()) == TRUTH.sum()
     text = "NRRD0004\ntype: short\ndimension: 3\nsizes: 6 7 4\nencoding: text\n\n"
     (tmp_path / "t.nrrd").write_text(text + " ".join(map(str, TRUTH.ravel(order="F"))))
@@ -174,8 +175,8 @@ def test_scl_slope_and_inter_are_applied(tmp_path: Path) -> None:
     (tmp_path / "v.nii").write_bytes(data)
     volume, values = read(tmp_path / "v.nii")
     np.testing.assert_array_equal(values, axial(TRUTH.astype(int) * 2 - 24))
-    assert (volume.low, volume.high) == (values.min(), values.max())
-    assert volume.integers and values.dtype.kind == "i"  # whole numbers stay whole
+    assert (volume.survey.low, volume.survey.high) == (values.min(), values.max())
+    assert volume.survey.integers and values.dtype.kind == "i"  # whole numbers stay whole
 
 
 def test_nan_becomes_lowest_and_infinity_an_extreme_value(tmp_path: Path) -> None:
@@ -183,40 +184,172 @@ def test_nan_becomes_lowest_and_infinity_an_extreme_value(tmp_path: Path) -> Non
     values[0, 0, 0], values[1, 0, 0], values[2, 0, 0] = np.nan, -np.inf, np.inf
     rest = np.delete(TRUTH.ravel(), [0, 28, 56])
     volume, found = read(write_nifti(tmp_path / "v.nii", "RAS", values))
-    assert (volume.low, volume.high) == (found.min(), found.max()) == (rest.min(), rest.max())
+    assert (volume.survey.low, volume.survey.high) == (found.min(), found.max()) == (rest.min(), rest.max())
     assert found[0][-1, -1] == rest.min()
     with pytest.raises(ReadError, match="none of its values is a finite number"):
         read(write_nifti(tmp_path / "n.nii", "RAS", np.full(SHAPE, np.nan, np.float32)))
 
 
+# ---- label maps
+
+
+def blocks(labels: np.ndarray, side: int, gap: int = 1) -> np.ndarray:
+    """Cubes of one label each, 6 planes deep, with background between them."""
+    values, step = np.zeros((64, 64, 12), np.int32), side + gap
+    places = [(x, y, z) for x in range(2, 64 - side, step) for y in range(2, 64 - side, step) for z in (0, 6)]
+    assert len(places) >= len(labels)
+    for label, (x, y, z) in zip(labels, places, strict=False):
+        values[x : x + side, y : y + side, z : z + 6] = label
+    return values
+
+
+RANDOM = np.random.default_rng(0)
+Y, X = np.mgrid[:64, :64] / 63
+SMOOTH = (100 + 80 * np.sin(5 * X) * np.cos(4 * Y))[..., None] + np.arange(12)
+NOISY = np.where(SMOOTH > 110, SMOOTH + RANDOM.normal(0, 6, SMOOTH.shape), 0).clip(0, 255)
+LANDMARKS = np.zeros((64, 64, 12))
+LANDMARKS[[3, 20, 40, 41, 60], [5, 8, 40, 40, 61], [1, 2, 3, 4, 5]] = [1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize(
-    ("name", "distinct", "kind", "expected"),
+    ("name", "values", "expected"),
     [
-        ("liver.nii", 24, np.uint8, True),
-        ("liver.nii", 25, np.uint8, False),
-        ("liver_seg.nii", 120, np.int16, True),
-        ("Labels.nii", 120, np.float32, True),
-        ("liver_seg.nii", 129, np.int16, False),
-        ("t1.nii", 120, np.int32, False),
+        ("s0001_total.nii.gz", blocks(np.arange(1, 118), 6), True),  # TotalSegmentator, 117 classes
+        ("wmparc.mgz", blocks(np.arange(180) * 27 + 2, 5), True),  # FreeSurfer, up to 5002
+        ("nuclei.nii.gz", blocks(np.arange(1, 161), 5), True),
+        ("far_apart.nii.gz", blocks(np.arange(30) * 70_001, 6), True),
+        ("case_1.nii.gz", (blocks(np.arange(1, 3), 20) > 0).astype(np.uint8), True),
+        ("landmarks.nii.gz", LANDMARKS, True),
+        ("labelsTr/case_1.nii.gz", blocks(np.arange(1, 60), 2), True),  # mostly borders; the folder says it
+        ("imagesTr/case_1.nii.gz", blocks(np.arange(1, 60), 2), False),
+        ("case_1_seg.nii.gz", blocks(np.arange(1, 60), 2), True),
+        ("t1.nii.gz", NOISY.astype(np.uint8), False),
+        ("t1_16_levels.nii.gz", NOISY // 16, False),
+        ("smooth_in_8_levels.nii.gz", SMOOTH // 25, False),  # regions of one value, but single steps between them
+        ("labelsTr/smooth_in_40_levels.nii.gz", SMOOTH // 5, False),
+        ("brain_masked_seg.nii.gz", NOISY.astype(np.int16) * 7, False),  # an image by its values, whatever its name
     ],
-)
-def test_label_map_is_recognized_by_values_and_name(
-    tmp_path: Path, name: str, distinct: int, kind: type, expected: bool
-) -> None:
-    values = (np.arange(np.prod(SHAPE)) % distinct).reshape(SHAPE).astype(kind)
-    assert read(write_nifti(tmp_path / name, "RAS", values))[0].is_label_map == expected
+)  # fmt: skip
+def test_label_map_is_told_from_image_by_regions(tmp_path: Path, name: str, values: np.ndarray, expected: bool) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    kind = np.int32 if values.dtype.kind == "i" else np.float32
+    image = nibabel.MGHImage if name.endswith("mgz") else nibabel.Nifti1Image
+    image(values.astype(kind), np.diag([1.5, 1.5, 1.5, 1])).to_filename(path)
+    with volumes.open_volume(str(path)) as volume:
+        assert volume.excluded == ("label map: whole numbers in regions of one value" if expected else "")
 
 
-def test_label_map_with_distant_values_is_recognized(tmp_path: Path) -> None:
-    values = np.where(TRUTH > 0, 5, 200_000).astype(np.int32)
-    assert read(write_nifti(tmp_path / "a.nii", "RAS", values))[0].is_label_map
+def test_intent_code_of_labels_makes_a_label_map(tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(NOISY.astype(np.uint8), np.eye(4))
+    image.header.set_intent("label")
+    image.to_filename(tmp_path / "v.nii")
+    assert read(tmp_path / "v.nii")[0].excluded == volumes.LABEL_MAP
+
+
+def test_named_probability_map_is_excluded(tmp_path: Path) -> None:
+    values = (NOISY / 255).astype(np.float32)
+    assert read(write_nifti(tmp_path / "lesion_mask.nii", "RAS", values))[0].excluded == volumes.PROBABILITY_MAP
+    assert read(write_nifti(tmp_path / "t1_scaled.nii", "RAS", values))[0].excluded == ""
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "modality"), [(-1024, 1500, "CT"), (-3024, 900, "CT"), (0, 900, "MR"), (-600, 50, "MR")]
-)
-def test_modality_is_inferred_from_the_range(low: int, high: int, modality: str) -> None:
-    assert volumes.infer_modality(low, high) == modality
+    ("path", "expected"),
+    [
+        ("a/liver_seg.nii.gz", True), ("a/Lobes.nii", True), ("a/0004Mask.nii.gz", True), ("labelsTs/a.nii", True),
+        ("Segmentations/a.nii", True), ("masks/a.nii", True), ("aparc+aseg.mgz", True), ("x/dseg-label.nrrd", True),
+        ("segmentation_project/images/a.nii", False), ("a/segovia.nii", False), ("a/heroic.nii", False), ("imagesTr/a.nii", False),
+    ],
+)  # fmt: skip
+def test_labels_are_named_by_file_or_folder(path: str, expected: bool) -> None:
+    assert volumes.is_named_label(path) == expected
+
+
+# ---- modality and scale
+
+
+def ct(shape: tuple[int, int, int] = (64, 64, 6)) -> np.ndarray:
+    """HU of a body in air, with lungs and bone."""
+    x, y = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape[:2]), indexing="ij")
+    slice_ = np.full(shape[:2], -1000.0)
+    slice_[(x / 0.85) ** 2 + (y / 0.7) ** 2 < 1] = 40
+    slice_[((abs(x) - 0.35) / 0.25) ** 2 + (y / 0.4) ** 2 < 1] = -850
+    slice_[(x / 0.1) ** 2 + ((y - 0.5) / 0.12) ** 2 < 1] = 700
+    noise = np.random.default_rng(1).normal(0, 8, shape)
+    return np.rint(slice_[..., None] + noise).clip(-1024, 3000)
+
+
+CORNERS = (np.add.outer((np.linspace(-1, 1, 64)) ** 2, np.linspace(-1, 1, 64) ** 2) > 0.97)[..., None].repeat(6, 2)
+
+
+def slices(path: str, modality: str = "auto") -> tuple[volumes.ImageFacts, list[volumes.Slice]]:
+    with volumes.open_volume_file(ReadRequest(path, modality, "/nowhere")) as source:
+        assert source.excluded == ""
+        return source.facts, list(source.slices())
+
+
+def real(found: list[volumes.Slice]) -> np.ndarray:
+    return np.stack([one.pixels.astype(np.float64) * one.slope + one.intercept for one in found])
+
+
+@pytest.mark.parametrize("padding", [-1024, -2000, -3024, -4096, -8192, -10000, -32768])
+@pytest.mark.parametrize("form", ["whole", "half steps", "float"])
+def test_padded_ct_is_inferred_and_padding_becomes_air(tmp_path: Path, padding: int, form: str) -> None:
+    values = np.where(CORNERS, padding, ct() + (0.25 if form == "float" else 0))
+    path = write_nifti(tmp_path / "ct.nii", "RAS", values.astype(np.float32 if form == "float" else np.int16))
+    if form == "half steps":  # stored = 2 * HU, in 16 bits as far as they go
+        values = np.where(CORNERS, max(padding, -16384), ct())
+        data = bytearray(Path(write_nifti(tmp_path / "ct.nii", "RAS", (values * 2).astype(np.int16))).read_bytes())
+        data[112:120] = np.array([0.5, 0.0], "<f4").tobytes()
+        (tmp_path / "ct.nii").write_bytes(data)
+    facts, found = slices(path)
+    assert (facts.modality, facts.units) == ("CT", "HU")
+    wanted = axial(np.maximum(values, -1024))
+    np.testing.assert_allclose(real(found), wanted, atol=0.05 if form == "float" else 0)
+    assert all(bool(one.flags & records.CLIPPED) == (padding < -1024) for one in found)
+
+
+def test_phase_and_field_maps_are_mr_without_loss(tmp_path: Path) -> None:
+    x, y, z = np.meshgrid(np.linspace(-1, 1, 64), np.linspace(-1, 1, 64), np.arange(8), indexing="ij")
+    inside = x**2 + y**2 < 0.8
+    phase = np.angle(np.exp(1j * (9 * x * y + 0.7 * z + 6 * x))) / np.pi * 4096
+    phase = np.where(inside, phase, np.random.default_rng(5).uniform(-4096, 4094, x.shape))
+    phase = (np.rint(phase / 2) * 2).clip(-4096, 4094).astype(np.int16)  # as Siemens stores it
+    facts, found = slices(write_nifti(tmp_path / "phase.nii", "RAS", phase))
+    assert (facts.modality, facts.units) == ("MR", "arbitrary")
+    np.testing.assert_array_equal(real(found), axial(phase))
+    hertz = np.where(inside, 180 * x * y * 8 + 300 * x - 350 * (y > 0.3) + z, 0).astype(np.float32)
+    facts, found = slices(write_nifti(tmp_path / "field.nii", "RAS", hertz))
+    assert (facts.modality, facts.units) == ("MR", "arbitrary")
+    np.testing.assert_allclose(real(found), axial(hertz), atol=0.5 * np.ptp(hertz) / 65535 * 1.01)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int32])
+@pytest.mark.parametrize("outlier", [1e6, -1e5, 2e9, 3e38])
+@pytest.mark.parametrize("modality", ["CT", "MR", "auto"])
+def test_single_outlier_does_not_cost_the_resolution_of_others(tmp_path: Path, kind, outlier: float, modality) -> None:
+    if kind == np.int32 and outlier > 2**31:
+        pytest.skip("does not fit")
+    values = (ct() + (0 if kind == np.int32 else 0.25)).astype(kind)
+    values[3, 3, 3] = outlier
+    _, found = slices(write_nifti(tmp_path / "v.nii", "RAS", values), modality)
+    rest = axial(values) != kind(outlier)
+    error = np.abs(real(found) - axial(values))[rest]
+    assert error.max() <= (0 if kind == np.int32 else 0.25)
+    assert [bool(one.flags & records.CLIPPED) for one in found] == [n == 3 for n in range(6)]
+    assert (real(found)[~rest] > 3000) == (outlier > 0)  # it stays an extreme
+
+
+def test_metal_and_steep_contrast_are_not_outliers(tmp_path: Path) -> None:
+    values = (ct() + 0.25).astype(np.float32)
+    values[20:26, 20:26, :] = 20_000  # 0.9 % of the voxels
+    _, found = slices(write_nifti(tmp_path / "metal.nii", "RAS", values), "CT")
+    assert np.abs(real(found) - axial(values)).max() <= 0.5
+    assert not any(one.flags & records.CLIPPED for one in found)
+    spots = np.random.default_rng(2).normal(100, 5, (64, 64, 6)).astype(np.float32)
+    spots[5, 5, :3] = 400  # a few times as bright as all else
+    _, found = slices(write_nifti(tmp_path / "spots.nii", "RAS", spots), "MR")
+    assert real(found).max() == pytest.approx(400, abs=0.01)
 
 
 def test_damaged_volume_raises_read_error(tmp_path: Path) -> None:
@@ -320,7 +453,7 @@ def test_detached_data_file_is_read(tmp_path: Path) -> None:
 
 
 def test_overlong_header_is_refused(tmp_path: Path) -> None:
-    comment = "x" * volumes.HEADER_BYTES
+    comment = "x" * nrrd_metaimage.HEADER_BYTES
     (tmp_path / "a.mhd").write_text(f"ObjectType = Image\nComment = {comment}\nElementDataFile = /etc/passwd\n")
     (tmp_path / "a.nhdr").write_text(f"NRRD0004\n# {comment}\ndata file: /etc/passwd\n\n")
     for name in ("a.mhd", "a.nhdr"):
@@ -340,5 +473,5 @@ def test_size_beyond_the_file_is_refused_before_reading(tmp_path: Path) -> None:
         assert old in text
         (tmp_path / name).write_bytes(text.replace(old, old.replace(b"4 7 6", b"30000 30000 30000")))
     for name in ("v.nii", "v.nii.gz", "v.mha", "v.nrrd"):
-        with pytest.raises(ReadError, match="its header promises [0-9,]{18} bytes, which the file cannot hold"):
+        with pytest.raises(ReadError, match="its header states [0-9,]{18} bytes, which the file cannot hold"):
             read(tmp_path / name)

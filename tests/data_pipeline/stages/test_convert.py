@@ -152,11 +152,14 @@ def test_volume_beyond_16_bits_is_quantized_to_65535_steps(converted, tmp_path: 
 
 
 def test_modality_of_volume_is_inferred_unless_given(converted, tmp_path: Path) -> None:
-    values = (np.random.default_rng(1).integers(-1000, 1200, (40, 44, 2))).astype(np.int16)
-    nibabel.Nifti1Image(values, np.eye(4)).to_filename(tmp_path / "v.nii")
+    # Air around soft tissue, each with noise.
+    values = np.random.default_rng(1).normal(0, 8, (40, 44, 2)) + np.where(np.arange(44) < 20, 40, -1000)[:, None]
+    nibabel.Nifti1Image(values.astype(np.int16), np.eye(4)).to_filename(tmp_path / "v.nii")
     found = converted(tmp_path / "v.nii")
     assert found.slices[0].modality == "CT" and found.slices[0].facts.hu
     assert found.index[0]["flags"] & records.MODALITY_INFERRED
+    nibabel.Nifti1Image(values.astype(np.int16) + 1100, np.eye(4)).to_filename(tmp_path / "v.nii")
+    assert converted(tmp_path / "v.nii").slices[0].modality == "MR"
     found = converted(tmp_path / "v.nii", modality="MR")
     assert found.slices[0].modality == "MR" and not found.slices[0].facts.hu
     assert not found.index[0]["flags"] & records.MODALITY_INFERRED
@@ -410,7 +413,7 @@ def test_multiframe_file_is_kept_whole_or_not_at_all(converted, tmp_path: Path) 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convert.exclusion, "exclude_pixels", fail)
-        found = converted(tmp_path / "v.nii")
+        found = converted(tmp_path / "v.nii", modality="CT")
     assert found.slices == [] and found.report.records == 0
     assert found.outcome(tmp_path / "v.nii") == ("quarantined", "damaged")
 
