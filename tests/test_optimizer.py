@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 
-from curia_common.errors import UserError
 from curia_jax import config as configs
 from curia_jax import optimizer, sharding
 from curia_jax.models import mae
@@ -41,20 +40,3 @@ def test_update_is_adamw_by_its_formula(clip: float | None) -> None:
     # With constant gradients m / sqrt(v) is the gradient's sign, whatever the clipping.
     np.testing.assert_allclose(updates["layer"]["kernel"], -peak * (1 + settings.weight_decay * 3.0), rtol=1e-4)
     np.testing.assert_allclose(updates["layer"]["bias"], peak, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("clip_norm", "abc", "optimizer.clip_norm is 'abc'; it has to be a number above 0, or None; set --config.optimizer.clip_norm"),
-        ("b2", 1.0, "optimizer.b2 is 1.0; it has to be a number from 0 to below 1"),
-        ("weight_decay", -0.1, "optimizer.weight_decay is -0.1; it has to be a number of at least 0"),
-        ("base_learning_rate", float("nan"), "optimizer.base_learning_rate is nan; it has to be a number above 0"),
-    ],
-)  # fmt: skip
-def test_wrong_optimizer_setting_is_one_line(field: str, value: object, message: str) -> None:
-    config = configs.load("configs/demo.py").optimizer
-    with config.ignore_type():
-        config[field] = value
-    with pytest.raises(UserError, match=message):
-        optimizer.make(config, batch_size=512, warmup_steps=1, total_steps=100)
