@@ -6,7 +6,6 @@ Nothing leaves this module but the fields of Header and FrameGeometry: no names,
 import contextlib
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
 from io import BufferedIOBase
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -30,6 +29,7 @@ from pydicom.uid import (
     MRImageStorage,
 )
 
+from data_pipeline.sources import wording
 from data_pipeline.sources.base import ReadError
 from data_pipeline.sources.geometry import FARTHEST_MM
 from data_pipeline.sources.silence import guarded
@@ -87,12 +87,6 @@ FACES = frozenset("brain ear eye eyelid face head headneck jaw mandible maxilla 
 MANUFACTURERS = ("siemens", "philips", "toshiba", "canon", "hitachi", "fujifilm", "hyperfine", "ge", "united imaging")
 
 
-# What technicians and scanners call localizers; Siemens writes an image type that does not tell them from other series.
-_LOCALIZER = re.compile(
-    rb"locali[sz]er|scout|topogram|scanogram|surview|(?<![a-z])(?:3|three)[- _]?plane(?![a-z])", re.IGNORECASE
-)
-
-
 @dataclasses.dataclass(frozen=True)
 class FrameGeometry:
     """Where one frame lies and how its values are rescaled; None where the header does not say.
@@ -113,7 +107,12 @@ class FrameGeometry:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """Whitelisted fields of a file. UIDs and patient_id are for pseudonyms and are stored nowhere."""
+    """Whitelisted fields of a file. UIDs and patient_id are for pseudonyms and are stored nowhere.
+
+    Attributes:
+      frame_types: the different FrameTypes of a multi-frame object.
+      called_localizer: the series description says so; maybe_localizer: it has a word that other series have too.
+    """
 
     sop_class: str
     sop_uid: str
@@ -122,6 +121,7 @@ class Header:
     patient_id: str
     modality: str
     image_type: tuple[str, ...]
+    frame_types: frozenset[tuple[str, ...]]
     rows: int
     columns: int
     frames: int
@@ -129,6 +129,7 @@ class Header:
     samples_per_pixel: int
     burned_in: bool
     called_localizer: bool
+    maybe_localizer: bool
     body_part: str
     manufacturer: str
     thickness: float
@@ -298,7 +299,7 @@ def _frame_geometry(dataset: Dataset, frame: int) -> FrameGeometry:
 
 
 def _header(dataset: Dataset) -> Header:
-    image_type = dataset.get("ImageType") or ()
+    description = _raw(dataset, "SeriesDescription")
     manufacturer = text(dataset, "Manufacturer").lower()
     body_part = text(dataset, "BodyPartExamined").lower().replace("_", "").replace(" ", "")
     lossy = text(dataset, "LossyImageCompression")
@@ -311,14 +312,16 @@ def _header(dataset: Dataset) -> Header:
         study_uid=text(dataset, "StudyInstanceUID"),
         patient_id=text(dataset, "PatientID"),
         modality=text(dataset, "Modality") or _MODALITIES.get(sop_class, ""),
-        image_type=tuple(str(v).upper() for v in ([image_type] if isinstance(image_type, str) else image_type)),
+        image_type=_values(dataset, "ImageType"),
+        frame_types=_frame_types(dataset, frames),
         rows=rows,
         columns=columns,
         frames=frames,
         photometric=text(dataset, "PhotometricInterpretation"),
         samples_per_pixel=whole_number(dataset, "SamplesPerPixel", 1),
         burned_in=text(dataset, "BurnedInAnnotation").upper() == "YES",
-        called_localizer=_is_called_localizer(dataset),
+        called_localizer=wording.calls_localizer(description),
+        maybe_localizer=wording.may_call_localizer(description),
         body_part=body_part if body_part in BODY_PARTS else "",
         manufacturer=next((name for name in MANUFACTURERS if name in manufacturer), "unknown"),
         thickness=_thickness(dataset),
@@ -333,11 +336,26 @@ def _is_dicomdir(dataset: Dataset) -> bool:
     return str(getattr(meta, "MediaStorageSOPClassUID", "")) == MediaStorageDirectoryStorage
 
 
-def _is_called_localizer(dataset: Dataset) -> bool:
-    """Whether the series' description says so; the text itself is not decoded and does not leave this function."""
-    element = dataset.get_item("SeriesDescription")
+def _raw(dataset: Dataset, name: str) -> bytes:
+    """The bytes of an element that is not decoded, because they do not leave this module."""
+    element = dataset.get_item(name)
     value = None if element is None else element.value
-    return isinstance(value, bytes) and _LOCALIZER.search(value) is not None
+    return value if isinstance(value, bytes) else b""
+
+
+def _values(dataset: Dataset, name: str) -> tuple[str, ...]:
+    found = dataset.get(name) or ()
+    return tuple(str(value).upper() for value in ([found] if isinstance(found, str) else found))
+
+
+def _frame_types(dataset: Dataset, frames: int) -> frozenset[tuple[str, ...]]:
+    groups = [
+        item
+        for name in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+        for item in (dataset.get(name) or ())[:frames]
+    ]
+    found = (item.get(name) for item in groups for name in ("CTImageFrameTypeSequence", "MRImageFrameTypeSequence"))
+    return frozenset(_values(types[0], "FrameType") for types in found if types) - {()}
 
 
 def _thickness(dataset: Dataset) -> float:

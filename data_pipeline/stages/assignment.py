@@ -21,7 +21,7 @@ from data_pipeline.format.shards import MOST_SHARDS
 from data_pipeline.sources import geometry
 from data_pipeline.sources.archives import Member
 from data_pipeline.sources.dicom_header import FrameGeometry
-from data_pipeline.stages import pseudonyms, reformat
+from data_pipeline.stages import exclusion, pseudonyms, reformat
 from data_pipeline.stages.inventory import Entry, Labels
 
 Directions = tuple[geometry.Direction, geometry.Direction, geometry.Direction]
@@ -279,11 +279,19 @@ def make(entries: Sequence[Entry], options: Options) -> tuple[Plan, list[Entry]]
             by_series[entry.series].append(number)
     series_by_split: dict[str, list[PlannedSeries]] = defaultdict(list)
     for numbers in by_series.values():
-        split = _split_of(entries[numbers[0]], options)
+        members = [entries[number] for number in numbers]
+        layout = _lay_out(members) if members[0].kind == "dicom" else None
+        start = options.continued.get(members[0].series, 0)
+        # What comes later to a series of the dataset can be few slices without being a localizer.
+        reason = layout.excluded() if layout is not None and not start else None
+        if reason is not None:
+            for number in numbers:
+                entries[number] = entries[number].with_fate("excluded", reason)
+            continue
+        split = _split_of(members[0], options)
         for number in numbers:
             entries[number] = dataclasses.replace(entries[number], split=split)
-        members = [entries[number] for number in numbers]
-        series_by_split[split] += _plan_series(members, options.continued.get(members[0].series, 0))
+        series_by_split[split] += _plan_files(members, split) if layout is None else _plan_series(layout, split, start)
     shards = [shard for split in pseudonyms.SPLITS for shard in _fill_shards(split, series_by_split[split], options)]
     common = settings(options.key, options.validation, options.test, options.conversion)
     head = {"format": FORMAT, "settings": common.to_json(), "conversion": dataclasses.asdict(options.conversion)}
@@ -318,52 +326,87 @@ def _fill_shards(split: str, series: Sequence[PlannedSeries], options: Options) 
     ]
 
 
-def _plan_series(members: Sequence[Entry], start: int) -> list[PlannedSeries]:
-    """A series, or its parts where it has several orientations; its slices are numbered from `start`."""
-    if members[0].kind != "dicom":
-        return [_planned([entry], part, "unknown", 0.0, (), None, [_planned_file(entry, 0)], entry.size)
-                for part, entry in enumerate(members)]  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """How the slices of a DICOM series lie.
+
+    Attributes:
+      copies: files by instance and place; the first of each is the one to take if its pixels can be read.
+      frames: the slices: a file and the number of its frame.
+      parts: geometry of each orientation; its `order` has indices of `frames`.
+    """
+
+    copies: Mapping[tuple[str, tuple[FrameGeometry, ...]], Sequence[Entry]]
+    frames: Sequence[tuple[Entry, int]]
+    parts: Sequence[geometry.SeriesGeometry]
+
+    def orientation(self, part: geometry.SeriesGeometry) -> geometry.Orientation:
+        entry, number = self.frames[part.order[0]]
+        return entry.facts.geometry[number].orientation
+
+    def excluded(self) -> str | None:
+        """Name of the rule that excludes the series, or None."""
+        return exclusion.exclude_layout(
+            self.frames[0][0].facts.modality,
+            [(self.orientation(part), len(part.order)) for part in self.parts],
+            maybe_localizer=any(entry.facts.maybe_localizer for entry, _ in self.frames),
+        )
+
+
+def _lay_out(members: Sequence[Entry]) -> _Layout:
     # File names and their order do not matter. Of several copies the largest file comes first: a transfer that was
     # interrupted left a smaller one.
-    members = sorted(members, key=lambda entry: (entry.facts.instance, -entry.size, entry.path))
     copies: dict[tuple[str, tuple[FrameGeometry, ...]], list[Entry]] = defaultdict(list)
-    for entry in members:
+    for entry in sorted(members, key=lambda entry: (entry.facts.instance, -entry.size, entry.path)):
         copies[entry.facts.instance, entry.facts.geometry].append(entry)
     frames = [(group[0], number) for group in copies.values() for number in range(group[0].facts.frames)]
     places = [entry.facts.geometry[number] for entry, number in frames]
     parts = geometry.check([place.orientation for place in places], [place.position for place in places])
+    return _Layout(copies, frames, parts)
+
+
+def _plan_files(members: Sequence[Entry], split: str) -> list[PlannedSeries]:
+    """Volumes and pictures, each of which is a series or a part of one."""
+    return [
+        _planned(entry, split, part, "unknown", 0.0, (), None, [_planned_file(entry, 0)], entry.size)
+        for part, entry in enumerate(members)
+    ]
+
+
+def _plan_series(layout: _Layout, split: str, start: int) -> list[PlannedSeries]:
+    """A DICOM series, or its parts where it has several orientations; its slices are numbered from `start`."""
     result = []
-    first, spare = start, start + len(frames)
-    for number, part in enumerate(parts):
+    one = layout.frames[0][0]
+    size = sum(entry.size for group in layout.copies.values() for entry in group) // len(layout.parts)
+    first, spare = start, start + len(layout.frames)
+    for number, part in enumerate(layout.parts):
         # In spatial order, but the frames of one file stay together, so that no file is decoded twice.
         by_file: dict[str, tuple[Entry, list[tuple[int, float]]]] = {}
         for index, along in zip(part.order, part.positions, strict=True):
-            entry, frame = frames[index]
+            entry, frame = layout.frames[index]
             by_file.setdefault(entry.path, (entry, []))[1].append((frame, along))
         planned = []
         for entry, wanted in by_file.values():
             planned.append(_planned_file(entry, first, wanted))
-            for copy in copies[entry.facts.instance, entry.facts.geometry][1:]:
+            for copy in layout.copies[entry.facts.instance, entry.facts.geometry][1:]:
                 planned.append(_planned_file(copy, first, wanted)._replace(spare=spare))
                 spare += len(wanted)
             first += len(wanted)
         problems = (*part.problems, *((CONTINUED,) if start else ()))
-        orientation = places[part.order[0]].orientation
+        orientation = layout.orientation(part)
         directions = reformat.directions(orientation) if orientation is not None else None
-        size = sum(entry.size for entry in members) // len(parts)
-        spacing = part.spacing or members[0].facts.thickness
-        result.append(_planned(members, number, part.plane, spacing, problems, directions, planned, size))
+        spacing = part.spacing or one.facts.thickness
+        result.append(_planned(one, split, number, part.plane, spacing, problems, directions, planned, size))
     return result
 
 
 def _planned(
-    members: Sequence[Entry], part: int, plane: str, spacing: float, problems: tuple[str, ...],
+    one: Entry, split: str, part: int, plane: str, spacing: float, problems: tuple[str, ...],
     directions: Directions | None, planned: Sequence[PlannedFile], size: int,
 ) -> PlannedSeries:  # fmt: skip
-    one = members[0]
     facts = one.facts
     return PlannedSeries(
-        one.series, one.patient, one.split, one.kind, part, plane, spacing, problems, size, facts.modality, facts.body_part,
+        one.series, one.patient, split, one.kind, part, plane, spacing, problems, size, facts.modality, facts.body_part,
         facts.manufacturer, directions, tuple(planned),
     )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Which images are excluded, and why. Rules are data: a name, which the manifest quotes, and a predicate."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Shaped
@@ -13,7 +14,7 @@ from pydicom.uid import (
     MRImageStorage,
 )
 
-from data_pipeline.sources import geometry
+from data_pipeline.sources import geometry, wording
 from data_pipeline.sources.dicom_header import Header
 
 # DICOM PS3.4 B.5: CT and MR, and their enhanced and legacy-converted multi-frame forms.
@@ -21,15 +22,13 @@ MULTIFRAME_CLASSES = frozenset({
     EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage, EnhancedMRImageStorage, LegacyConvertedEnhancedMRImageStorage,
 })  # fmt: skip
 IMAGE_CLASSES = MULTIFRAME_CLASSES | {CTImageStorage, MRImageStorage}
-LOCALIZER_TYPES = frozenset(
-    {"LOCALIZER", "SCREEN SAVE", "SCREENSAVE", "PATIENT_INFO", "REF_SURVIEW", "SURVIEW", "SCOUT", "SCANOGRAM", "TOPOGRAM",
-     "DOSE_INFO", "DOSE", "CSA REPORT"}
-)  # fmt: skip
-# Maximum and minimum intensity projections, renderings, and planes that a console reformatted from other series.
-PROJECTION_TYPES = frozenset(
-    {"PROJECTION IMAGE", "MIP", "MINIP", "MPR", "VRT", "SSD", "MAX_IP", "MIN_IP", "MAXIP", "MINIMUM", "MAXIMUM", "RADIAL_MIP",
-     "VOLREN", "RENDERED", "VOLUME RENDERING", "REFORMATTED", "CSA MPR", "CSA MIP", "CSA RESAMPLED", "CURVED MPR"}
-)  # fmt: skip
+LOCALIZER, PROJECTION = "localizer or screen", "projection or reformat"
+
+
+def _types(header: Header, names: Callable[[Iterable[str]], bool]) -> bool:
+    """Whether the image type says so, or the type of every frame."""
+    return names(header.image_type) or (bool(header.frame_types) and all(map(names, header.frame_types)))
+
 
 # The first rule that applies gives the reason.
 HEADER_RULES: tuple[tuple[str, Callable[[Header], bool]], ...] = (
@@ -37,8 +36,8 @@ HEADER_RULES: tuple[tuple[str, Callable[[Header], bool]], ...] = (
     ("no pixel data", lambda h: not h.has_pixels),
     ("colour image", lambda h: h.samples_per_pixel != 1 or h.photometric not in ("MONOCHROME1", "MONOCHROME2")),
     ("burned-in annotation", lambda h: h.burned_in),
-    ("localizer or screen", lambda h: bool(LOCALIZER_TYPES & set(h.image_type)) or h.called_localizer),
-    ("projection or reformat", lambda h: bool(PROJECTION_TYPES & set(h.image_type))),
+    (LOCALIZER, lambda h: h.called_localizer or _types(h, wording.is_localizer_type)),
+    (PROJECTION, lambda h: _types(h, wording.is_projection_type)),
     ("several frames in a single-frame object", lambda h: h.frames > 1 and h.sop_class not in MULTIFRAME_CLASSES),
     ("neither CT nor MR", lambda h: h.modality not in ("CT", "MR")),
     # CT is reconstructed across the table. Other planes are localizer radiographs or reformats of other series.
@@ -58,11 +57,38 @@ HU_IN_MR = "values are HU though the modality is MR"
 MINIMUM_SIDE = 32  # px
 AIR_HU = -900.0
 AIR_SHARE = 0.98
+MOST_LOCALIZER_SLICES = 15  # of one orientation
+ORTHOGONAL_COSINE = 0.26  # planes within 15 degrees of a right angle
 
 
 def exclude_header(header: Header) -> str | None:
     """Name of the first header rule that excludes the file, or None."""
     return next((name for name, predicate in HEADER_RULES if predicate(header)), None)
+
+
+def exclude_layout(
+    modality: str, orientations: Sequence[tuple[geometry.Orientation, int]], *, maybe_localizer: bool
+) -> str | None:
+    """Name of the rule that excludes a series because its slices lie as those of a localizer do, or None.
+
+    Args:
+      orientations: each orientation of the series with the number of its slices.
+      maybe_localizer: its description has a word that localizers share with other series.
+    """
+    most = max(count for _, count in orientations)
+    if maybe_localizer and most <= MOST_LOCALIZER_SLICES:
+        return LOCALIZER
+    known = [orientation for orientation, _ in orientations if orientation is not None]
+    if len(known) < len(orientations):
+        return None
+    if modality == "CT" and most < geometry.MINIMUM_SLICES:
+        # Localizer radiographs may call themselves axial.
+        return LOCALIZER if all(geometry.plane_of(one) in ("coronal", "sagittal") for one in known) else None
+    if modality == "MR" and len(known) == 3 and most <= MOST_LOCALIZER_SLICES:
+        normals = [np.cross(one[:3], one[3:]) for one in known]
+        cosines = [abs(float(a @ b)) for a, b in itertools.combinations(normals, 2)]
+        return LOCALIZER if max(cosines) < ORTHOGONAL_COSINE else None
+    return None
 
 
 def exclude_pixels(

@@ -65,6 +65,7 @@ class FileFacts:
       lossy: the pixels were compressed with loss.
       thickness: of a slice, mm.
       geometry: one per frame.
+      maybe_localizer: the series description has a word that localizers share with other series.
     """
 
     modality: str
@@ -77,6 +78,7 @@ class FileFacts:
     lossy: bool = False
     thickness: float = 0.0
     geometry: tuple[FrameGeometry, ...] = ()
+    maybe_localizer: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -392,7 +394,7 @@ def _with_header(entry: Entry, header: dicom_header.Header, options: Options) ->
     instance = pseudonyms.digest(options.key, "instance", header.sop_uid or entry.path)
     facts = FileFacts(
         header.modality, instance, header.rows, header.columns, header.frames, header.body_part, header.manufacturer,
-        header.lossy, header.thickness, header.geometry,
+        header.lossy, header.thickness, header.geometry, header.maybe_localizer,
     )  # fmt: skip
     return dataclasses.replace(entry, facts=facts)
 

@@ -12,6 +12,7 @@ from pydicom.uid import JPEG2000, ExplicitVRLittleEndian, MRImageStorage
 from data_pipeline.sources import dicom_header
 from data_pipeline.sources.base import ReadError
 from data_pipeline.sources.dicom_header import read_header
+from data_pipeline.stages import exclusion
 
 PIXELS = np.random.default_rng(0).integers(0, 4096, (34, 38)).astype(np.uint16)
 FRAMES = np.stack([PIXELS, PIXELS + 1, PIXELS + 2])
@@ -57,17 +58,42 @@ def test_body_part_is_a_defined_term_or_empty(write_dicom, tmp_path: Path, value
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("text", "called", "maybe"),
     [
-        ("Localiser sag", True), ("AAHead_Scout", True), ("Topogram  0.6  T80s", True), ("3-plane loc", True), ("THREE PLANE", True),
-        ("t2_tse_tra", False), ("Scott^Plane 13 planes", False), ("", False), (None, False),
+        ("Localiser sag", True, False), ("AAHead_Scout", True, False), ("Topogram  0.6  T80s", True, False), ("3-plane loc", True, True),
+        ("THREE PLANE", False, True), ("t2_tse_tra", False, False), ("Scott^Plane 13 planes", False, False), ("", False, False),
+        (None, False, False),
     ],
 )  # fmt: skip
-def test_localizer_is_recognized_by_series_description(write_dicom, tmp_path: Path, text, expected: bool) -> None:
+def test_localizer_is_recognized_by_series_description(
+    write_dicom, tmp_path: Path, text: str | None, called: bool, maybe: bool
+) -> None:
     path = write_dicom(tmp_path / "a.dcm", SeriesDescription=text)
     header = read_header(str(path))
-    assert header.called_localizer == expected
+    assert (header.called_localizer, header.maybe_localizer) == (called, maybe)
     assert not text or text not in str(header)
+
+
+@pytest.mark.parametrize(
+    ("types", "reason"),
+    [
+        (["LOCALIZER", "LOCALIZER"], "localizer or screen"),
+        (["MAX_IP", "MPR"], "projection or reformat"),
+        (["VOLUME", "MPR"], None),
+    ],
+)
+def test_enhanced_object_is_excluded_by_the_types_of_its_frames(
+    write_enhanced, tmp_path: Path, types: list[str], reason: str | None
+) -> None:
+    path = write_enhanced(tmp_path / "e.dcm", FRAMES[:2], [1.0, 1.0])
+    data = pydicom.dcmread(path)
+    for item, word in zip(data.PerFrameFunctionalGroupsSequence, types, strict=True):
+        of_frame = pydicom.Dataset()
+        of_frame.FrameType = ["ORIGINAL", "PRIMARY", word, "NONE"]
+        item.CTImageFrameTypeSequence = pydicom.Sequence([of_frame])
+    data.ImageType = ["ORIGINAL", "PRIMARY", "MIXED", "NONE"]
+    data.save_as(path)
+    assert exclusion.exclude_header(read_header(str(path))) == reason
 
 
 def test_lossy_follows_the_tag_then_the_transfer_syntax(write_dicom, tmp_path: Path) -> None:

@@ -205,6 +205,48 @@ def test_one_uid_at_several_places_names_several_slices(tmp_path: Path, write_se
     assert (series.spacing, series.problems) == (2.0, ())
 
 
+def fates(entries: list[Entry]) -> set[tuple[str, str]]:
+    return {(entry.fate, entry.reason) for entry in assignment.make(entries, options())[1]}
+
+
+THREE_PLANES = ([1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, -1], [0, 1, 0, 0, 0, -1])
+LOCALIZER = ("excluded", "localizer or screen")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Survey", "SURVEY_MST", "3-pl loc", "3 PL LOC", "LOC", "localizer", "AAHScout", "Plan scan", "Localisateur", "Localizzatore", "Pilot",
+        "t1_fl2d",
+    ],
+)  # fmt: skip
+def test_mr_localizers_are_excluded_by_name_or_layout(tmp_path: Path, write_dicom, name: str) -> None:
+    paths = [
+        write_dicom(tmp_path / f"{n}.dcm", Modality="MR", SeriesDescription=name, ImageOrientationPatient=planes,
+                    ImageType=["ORIGINAL", "PRIMARY", "M_FFE", "M", "FFE"])
+        for n, planes in enumerate(THREE_PLANES)
+    ]  # fmt: skip
+    assert fates(inspect(paths)) == {LOCALIZER}
+
+
+@pytest.mark.parametrize("name", ["Scano", "Topogramm", "0.5 s"])
+def test_sagittal_ct_radiographs_are_excluded_whatever_their_type(tmp_path: Path, write_dicom, name: str) -> None:
+    fields = {"SeriesDescription": name, "ImageOrientationPatient": [0, 1, 0, 0, 0, -1]}
+    assert fates(inspect([write_dicom(tmp_path / f"{n}.dcm", **fields) for n in range(2)])) == {LOCALIZER}
+
+
+def test_series_with_a_doubtful_name_and_many_slices_is_planned(tmp_path: Path, write_series) -> None:
+    paths = write_series(tmp_path, 16, Modality="MR", SeriesDescription="Bone survey")
+    assert fates(inspect(paths)) == {("", "")}
+    assert fates(inspect(paths[:15])) == {LOCALIZER}
+
+
+def test_few_later_slices_of_a_known_series_are_no_localizer(tmp_path: Path, write_series) -> None:
+    entries = inspect(write_series(tmp_path, 2, Modality="MR", SeriesDescription="Bone survey"))
+    _, planned = assignment.make(entries, options(continued={entries[0].series: 14}))
+    assert {entry.fate for entry in planned} == {""}
+
+
 def test_plan_holds_no_identity(tmp_path: Path, write_dicom) -> None:
     path = write_dicom(tmp_path / "a.dcm", PatientID="SECRET", PatientName="SECRET", SeriesDescription="SECRET")
     plan = make(inspect([path]))

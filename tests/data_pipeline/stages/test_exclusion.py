@@ -14,8 +14,8 @@ from data_pipeline.stages import exclusion
 
 CT = Header(
     sop_class=CTImageStorage, sop_uid="1", series_uid="2", study_uid="3", patient_id="P", modality="CT",
-    image_type=("ORIGINAL", "PRIMARY", "AXIAL"), rows=64, columns=64, frames=1,
-    photometric="MONOCHROME2", samples_per_pixel=1, burned_in=False, called_localizer=False, body_part="", manufacturer="ge",
+    image_type=("ORIGINAL", "PRIMARY", "AXIAL"), frame_types=frozenset(), rows=64, columns=64, frames=1,
+    photometric="MONOCHROME2", samples_per_pixel=1, burned_in=False, called_localizer=False, maybe_localizer=False, body_part="", manufacturer="ge",
     thickness=1.0, lossy=False, has_pixels=True, geometry=(),
 )  # fmt: skip
 AXIAL = FrameGeometry((1.0, 0.0, 0.0, 0.0, 1.0, 0.0), None, None, 1.0, 0.0)
@@ -40,7 +40,23 @@ CORONAL = FrameGeometry((1.0, 0.0, 0.0, 0.0, 0.0, -1.0), None, None, 1.0, 0.0)
         ({"image_type": ("DERIVED", "PRIMARY", "MPR", "CSA RESAMPLED")}, "projection or reformat"),
         ({"image_type": ("ORIGINAL", "PRIMARY", "SCOUT")}, "localizer or screen"),
         ({"image_type": ("DERIVED", "PRIMARY", "DIFFUSION", "ADC")}, None),
+        ({"image_type": ("DERIVED", "SECONDARY", "OTHER", "CT_SOM5 PROT")}, "localizer or screen"),
+        ({"image_type": ("ORIGINAL", "PRIMARY", "OTHER", "PROTON")}, None),
+        ({"image_type": ("DERIVED", "PRIMARY", "AXIAL", "CT_SOM5 MPR")}, "projection or reformat"),
+        ({"image_type": ("DERIVED", "SECONDARY", "MPR THICK")}, "projection or reformat"),
+        ({"image_type": ("ORIGINAL", "PRIMARY", "M", "MNIP")}, "projection or reformat"),
+        ({"image_type": ("ORIGINAL", "PRIMARY", "M", "MPRAGE")}, None),
+        (
+            {"sop_class": EnhancedCTImageStorage, "frames": 2, "frame_types": frozenset({("ORIGINAL", "PRIMARY", "LOCALIZER", "NONE")})},
+            "localizer or screen",
+        ),
+        (
+            {"sop_class": EnhancedCTImageStorage, "frames": 2, "frame_types": frozenset({("DERIVED", "PRIMARY", "VOLUME", "MAX_IP")})},
+            "projection or reformat",
+        ),
+        ({"sop_class": EnhancedCTImageStorage, "frames": 2, "frame_types": frozenset({("ORIGINAL", "PRIMARY", "VOLUME", "NONE")})}, None),
         ({"called_localizer": True}, "localizer or screen"),
+        ({"maybe_localizer": True}, None),  # the plan decides, which knows all slices of the series
         ({"image_type": (), "geometry": (CORONAL,)}, "a CT that is not axial and does not say what it is"),
         ({"image_type": ("ORIGINAL", "PRIMARY"), "geometry": (CORONAL,)}, "a CT that is not axial and does not say what it is"),
         ({"image_type": (), "geometry": (AXIAL,)}, None),
@@ -52,6 +68,40 @@ CORONAL = FrameGeometry((1.0, 0.0, 0.0, 0.0, 0.0, -1.0), None, None, 1.0, 0.0)
 )  # fmt: skip
 def test_header_rules(change: dict, rule: str | None) -> None:
     assert exclusion.exclude_header(dataclasses.replace(CT, **change)) == rule
+
+
+TRANSVERSE, FRONTAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0), (1.0, 0.0, 0.0, 0.0, 0.0, -1.0)
+LATERAL = (0.0, 1.0, 0.0, 0.0, 0.0, -1.0)
+TURNED = (0.866, 0.5, 0.0, -0.5, 0.866, 0.0)  # within its plane
+RADIAL = (0.866, 0.5, 0.0, 0.0, 0.0, -1.0)  # 30 degrees from FRONTAL about the same axis
+
+
+@pytest.mark.parametrize(
+    ("modality", "orientations", "named", "excluded"),
+    [
+        ("MR", [(TRANSVERSE, 1), (FRONTAL, 1), (LATERAL, 1)], False, True),
+        ("MR", [(TRANSVERSE, 15), (FRONTAL, 15), (LATERAL, 15)], False, True),
+        ("MR", [(TRANSVERSE, 24), (FRONTAL, 24), (LATERAL, 24)], False, False),  # three acquisitions in one series
+        ("MR", [(FRONTAL, 3), (LATERAL, 3)], False, False),
+        ("MR", [(FRONTAL, 1), (RADIAL, 1), (LATERAL, 1)], False, False),  # radial slices about one axis
+        ("MR", [(TRANSVERSE, 1), (TURNED, 1)], False, False),
+        ("MR", [(TRANSVERSE, 1), (FRONTAL, 1), (LATERAL, 1), (None, 1)], False, False),
+        ("MR", [(TRANSVERSE, 3)], False, False),
+        ("MR", [(LATERAL, 15)], True, True),
+        ("MR", [(LATERAL, 16)], True, False),  # a bone survey, say
+        ("MR", [(None, 3)], True, True),
+        ("CT", [(LATERAL, 2)], False, True),
+        ("CT", [(LATERAL, 1), (FRONTAL, 1)], False, True),
+        ("CT", [(FRONTAL, 5)], False, False),
+        ("CT", [(TRANSVERSE, 2)], False, False),
+        ("CT", [(TRANSVERSE, 3), (LATERAL, 1)], False, False),
+        ("CT", [(TRANSVERSE, 2)], True, True),
+        ("CT", [(None, 2)], False, False),
+    ],
+)
+def test_layout_rules(modality: str, orientations: list, named: bool, excluded: bool) -> None:
+    found = exclusion.exclude_layout(modality, orientations, maybe_localizer=named)
+    assert found == ("localizer or screen" if excluded else None)
 
 
 def body(low: float, high: float) -> np.ndarray:
