@@ -6,6 +6,7 @@ Nothing leaves this module but the fields of Header and FrameGeometry: no names,
 import contextlib
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from io import BufferedIOBase
 from typing import Any, BinaryIO, NamedTuple, cast
