@@ -1,4 +1,4 @@
-"""Speed of the ingest beside its bounds, memory, the codec, and what 130 TB cost. Prints the tables of docs/ingest.md.
+"""Speed of the ingest beside its bounds, memory, the codec, and what 130 TB cost. Prints the tables of docs/ingest_scale.md.
 
   python -m benchmarks.ingest                           all of it, some minutes
   python -m benchmarks.ingest --only syntaxes codec     parts of it: syntaxes, stages, png, scaling, memory, codec

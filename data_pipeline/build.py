@@ -26,6 +26,7 @@ import sys
 from collections.abc import Sequence
 
 from curia_common import cli
+from curia_common.errors import DataError
 from curia_common.exit_codes import ExitCode
 from data_pipeline.stages.pseudonyms import KEY_VARIABLE
 
@@ -107,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--examples", type=int, default=24, metavar="N",
-        help="slices to show on the dataset card, none of them a face; 0 for none (default: %(default)s)",
+        help="slices to show on the dataset card, of exams none that shows a face, of pictures any unless --drop-faces; 0 for none (default: %(default)s)",
     )  # fmt: skip
     p.add_argument(
         "--drop-faces",
@@ -117,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--drop-lossy", action="store_true", help="leave out slices with lossy compression")
     p.add_argument(
         "--runner", choices=("local", "beam"), default="local",
-        help="engine of the conversion: processes of this machine, or Apache Beam (see docs/ingest.md; default: %(default)s)",
+        help="engine of the conversion: processes of this machine, or Apache Beam (see docs/ingest_scale.md; default: %(default)s)",
     )  # fmt: skip
     p.add_argument(
         "--beam-options",
@@ -157,7 +158,14 @@ def _build(args: argparse.Namespace) -> None:
     from data_pipeline.stages import pipeline
 
     given = {name: value for name, value in vars(args).items() if name != "json"}
-    cli.write_json(args.json, pipeline.run(pipeline.Options(**given)))
+    result = pipeline.run(pipeline.Options(**given))
+    cli.write_json(args.json, result.card)
+    if result.unusable:
+        inputs = [f"{one.name} ({one.files:,} files: {one.reasons})" for one in result.unusable]
+        more = f" and {len(inputs) - 3:,} more inputs" if len(inputs) > 3 else ""
+        raise DataError(
+            f"nothing usable came of {', '.join(inputs[:3])}{more}; the dataset in {args.output} is complete without it"
+        )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """Shows what is in a dataset: counts, series, the fields of a record, a contact sheet, and how it differs from another one.
 
+"units from" says what speaks for the unit of a series: proved (its pixels agree with it), declared (its header says so, the
+pixels neither agree nor disagree), guessed (modality or unit is inferred from the values).
+
 Series and patients are pseudonyms here too; a unique beginning of one is enough.
 """
 

@@ -1,4 +1,7 @@
-"""Checks a finished dataset: every checksum, every record and slice, and that the tables agree with them.
+"""Checks that a finished dataset is as it was written: every checksum, every record and slice, and that the tables agree.
+
+It checks bytes, not meaning: whether values are the HU they should be, labels right or patients told apart, it cannot know.
+For that look at the card (index.html), at `python -m data_pipeline.inspect SHARDS` and at its contact sheet.
 
 What is checked:
   shards      size and SHA-256 as published; every record is read, every slice decoded and its mean compared
@@ -74,7 +77,7 @@ def _verify(args: argparse.Namespace) -> ExitCode:
     if report.problems:
         print(f"damaged: {len(report.problems):,} problems; {counts} could be read", file=sys.stderr)
         return ExitCode.DATA
-    print(f"sound: {counts}", file=sys.stderr)
+    print(f"sound: {counts}; this checks bytes, not what they mean (data_pipeline.inspect shows that)", file=sys.stderr)
     return ExitCode.DONE
 
 

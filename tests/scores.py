@@ -9,7 +9,7 @@ def make_score(task: str = "lesion", backbone: str = "checkpoint", head: str = "
     """A score of 60 slices of 12 patients; `changes` are fields of Score or of its Study."""
     study = {
         "task": task, "n": 60, "patients": 12, "unit": "slice", "classes": ("no", "yes"), "classes_not_learned": (),
-        "draws": 2000, "seed": 0, "train_n": 200, "train_patients": 40,
+        "draws": 2000, "seed": 0, "train_n": 200, "train_patients": 40, "groups": "patients",
     }  # fmt: skip
     study |= {name: changes.pop(name) for name in tuple(changes) if name in study}
     fields = {

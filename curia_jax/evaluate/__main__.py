@@ -156,7 +156,7 @@ def evaluate(args: argparse.Namespace) -> None:
             for split, by_name in extracted.items()
         }
         counts = ", ".join(f"{len(part.slices):,} {split}" for split, part in task.splits.items())
-        log.info(f"task {task.name}: {len(task.classes)} classes, slices: {counts}")
+        log.info(f"task {task.name}: {len(task.classes)} classes, slices: {counts}; intervals over {task.groups}")
         scored, cases = scoring.score(task, own, heads=heads, unit=args.cases, draws=args.draws, seed=args.seed)
         scores += [
             dataclasses.replace(score, provenance=from_encoder if score.backbone in ("checkpoint", "random") else other)

@@ -15,6 +15,9 @@ from curia_common.errors import DataError, UserError
 TECHNICAL = ("modality", "plane", "body_part")
 _UNKNOWN = ("", "unknown")
 PREFIX = "label_"
+# What the dataset counts as a patient where nothing names one, by the value of its column `patient_from`.
+KNOWN_PATIENTS = "patients"
+_INSTEAD = {"study": "studies", "series": "series", "file": "files"}
 # The splits that are used; an index may have others.
 FIT, HELD_OUT, TEST = SPLITS = ("train", "validation", "test")
 
@@ -46,12 +49,15 @@ class Task:
       unseen: classes of the test split alone. Their numbers follow those of `classes`, so that no score is theirs and
         their cases count as wrong.
       splits: split name -> its labelled slices, possibly none.
+      groups: what the pseudonyms of patients stand for: "patients", or what is known instead, such as
+        "files (patients unknown)".
     """
 
     name: str
     classes: tuple[str, ...]
     unseen: tuple[str, ...]
     splits: Mapping[str, Labelled]
+    groups: str = KNOWN_PATIENTS
 
     def targets(self, split: str) -> Int[np.ndarray, " n"]:
         """Class number of each labelled slice."""
@@ -124,7 +130,21 @@ def _task(index: pa.Table, label: str, name: str) -> Task:
     # Text order: "0" < "1", "no" < "yes", so that the positive class comes second.
     learned = sorted({*splits[FIT].names.tolist(), *splits[HELD_OUT].names.tolist()})
     unseen = sorted(set(splits[TEST].names.tolist()) - set(learned))
-    return Task(name, tuple(learned), tuple(unseen), splits)
+    return Task(name, tuple(learned), tuple(unseen), splits, groups(index.filter(pa.array(known))))
+
+
+def groups(index: pa.Table) -> str:
+    """What the pseudonyms of patients stand for in these rows, in words: "patients", or what is known instead.
+
+    Datasets of older versions do not say; there patients are taken to be known.
+    """
+    patient_from = set(_strings(index, "patient_from").tolist()) if "patient_from" in index.column_names else set()
+    instead = [words for name, words in _INSTEAD.items() if name in patient_from]
+    if not instead:
+        return KNOWN_PATIENTS
+    if patient_from <= set(_INSTEAD):
+        return f"{' and '.join(instead)} (patients unknown)"
+    return f"patients and {' and '.join(instead)} (some patients unknown)"
 
 
 def _strings(index: pa.Table, column: str) -> Shaped[np.ndarray, " n"]:

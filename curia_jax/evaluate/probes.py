@@ -83,6 +83,7 @@ def bank(
     *,
     classes: int,
     seed: int = 0,
+    groups: str = "patients",
 ) -> Bank:
     """A bank whose settings are chosen on the cases marked `held_out`, the validation split.
 
@@ -91,6 +92,7 @@ def bank(
 
     Args:
       labels, patients: at least two classes, each of several patients, as `labels.task` has checked.
+      groups: what counts as a patient, in words.
     """
     held_out = np.asarray(held_out, bool)
     if selection_on_validation(labels[~held_out], labels[held_out]):
@@ -99,7 +101,7 @@ def bank(
     per_class = [len(np.unique(patients[labels == label])) for label in np.unique(labels)]
     count = min(5, *per_class)
     folds = StratifiedGroupKFold(count, shuffle=True, random_state=seed).split(features, labels, patients)
-    return Bank(features, labels, classes, tuple(folds), f"{count}-fold over patients")
+    return Bank(features, labels, classes, tuple(folds), f"{count}-fold over {groups}")
 
 
 def knn(bank: Bank, queries: Float[np.ndarray, "queries d"]) -> Prediction:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from curia_common.errors import DataError, UserError
 
-INTERVAL = "95 % percentile bootstrap over patients"
+PATIENTS = "patients"
 _DIFFERENCE = "_difference"
 
 Record = TypeVar("Record")
@@ -22,12 +22,13 @@ class Study:
 
     Attributes:
       task: name of the label, or the one that --task gave.
-      n, patients: test cases and their patients.
+      n, patients: test cases and their patients, or what stands for those; see `groups`.
       unit: what a case is, "slice" or "series".
       classes: that can be learned.
       classes_not_learned: of the test split alone; their cases count as wrong.
       draws, seed: of the bootstrap.
       train_n, train_patients: slices that probes learn from, and their patients.
+      groups: what counts as a patient: "patients", or "files (patients unknown)" and the like.
     """
 
     task: str
@@ -40,6 +41,16 @@ class Study:
     seed: int
     train_n: int
     train_patients: int
+    groups: str = PATIENTS
+
+    @property
+    def interval(self) -> str:
+        """How the intervals are made."""
+        return f"95 % percentile bootstrap over {self.groups}"
+
+    def count_groups(self, number: int) -> str:
+        """ "1 patient", "12 patients", "80 files (patients unknown)"."""
+        return "1 patient" if (number, self.groups) == (1, PATIENTS) else f"{number:,} {self.groups}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +149,7 @@ class Score:
         optional |= dataclasses.asdict(self.provenance) if self.provenance else {}
         optional = {name: value for name, value in optional.items() if value is not None}
         fit = dataclasses.asdict(self.fit) if self.fit else {}
-        return {**first, **dataclasses.asdict(self.study), "interval": INTERVAL, **fit, **draws, **optional}
+        return {**first, **dataclasses.asdict(self.study), "interval": self.study.interval, **fit, **draws, **optional}
 
     @classmethod
     def from_row(cls, row: Row) -> "Score":
@@ -151,7 +162,7 @@ class Score:
         provenance = _record(Provenance, {"features": None, "layers": None, **row}) if "encoder_sha256" in row else None
         own = ("backbone", "head", "value", "low", "high", "degenerate_draws", "draws_without_a_class")
         return cls(
-            study=_record(Study, row), metric=row["metric"].removesuffix(_DIFFERENCE), against=row.get("against"),
+            study=_record(Study, {"groups": PATIENTS, **row}), metric=row["metric"].removesuffix(_DIFFERENCE), against=row.get("against"),
             fit=fit, provenance=provenance, **{name: row[name] for name in own},
         )  # fmt: skip
 

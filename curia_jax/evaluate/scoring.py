@@ -98,7 +98,7 @@ def score(
     study = Study(
         task=task.name, n=len(cases.targets), patients=len(np.unique(cases.patients)), unit=unit, classes=task.classes,
         classes_not_learned=task.unseen, draws=draws, seed=seed, train_n=len(targets),
-        train_patients=len(np.unique(patients)),
+        train_patients=len(np.unique(patients)), groups=task.groups,
     )  # fmt: skip
 
     def measure(backbone: str, head: str, *, against: str | None = None, fit: Fit | None = None) -> list[Score]:
@@ -119,7 +119,9 @@ def score(
         learned = np.concatenate(
             [features[split][backbone] for split in (labels.FIT, labels.HELD_OUT) if split in features]
         )
-        bank = probes.bank(learned, targets, patients, is_held_out, classes=len(task.classes), seed=seed)
+        bank = probes.bank(
+            learned, targets, patients, is_held_out, classes=len(task.classes), seed=seed, groups=task.groups
+        )
         for head in heads:
             began = time.monotonic()
             prediction = HEADS[head](bank, features[labels.TEST][backbone])

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from curia_jax.evaluate.results import INTERVAL, Score
+from curia_jax.evaluate import labels
+from curia_jax.evaluate.results import Score
 from curia_jax.models import mae
 from curia_jax.report import page
 from curia_jax.report.run_log import RunLog
@@ -30,7 +31,7 @@ def key_figures(log: RunLog, scores: Sequence[Score], index: pa.Table, timeline:
     last = log.metrics[-1]
     patients = len(set(index.column("patient").to_pylist()))
     cards = [
-        (f"{index.num_rows:,}", f"slices of {page.count(patients, 'patient')}"),
+        (f"{index.num_rows:,}", f"slices of {_people(patients, index)}"),
         (f"{last.examples_seen:,}", f"examples seen in {last.step:,} steps"),
         (f"{last.loss:.3f}", f"loss; predicting each patch's mean gives {last.baseline_loss:.3f}"),
     ]
@@ -43,6 +44,11 @@ def key_figures(log: RunLog, scores: Sequence[Score], index: pa.Table, timeline:
     if timeline:
         cards.append((page.duration(timeline.seconds), f"for everything on this page, on {timeline.cores} CPU cores"))
     return page.key_figures(cards)
+
+
+def _people(count: int, index: pa.Table) -> str:
+    groups = labels.groups(index)
+    return page.count(count, "patient") if groups == "patients" else f"{count:,} {groups}"
 
 
 def _headline(scores: Sequence[Score]) -> list[Score]:
@@ -96,13 +102,13 @@ def scores(image: str | None, scores: Sequence[Score], not_probed: Mapping[str, 
     parts = ["<h2>What the features know</h2>"]
     if scores:
         study = scores[0].study
+        intervals = "; ".join(dict.fromkeys(score.study.interval for score in scores))
         parts.append(
             page.paragraph(
                 "Frozen features of the encoder, of the same encoder with random weights, and the pixels, each with the "
-                "same probes. Settings were chosen on validation patients, or by cross-validation over patients where "
-                "those lack a class; the test patients were scored once. Intervals: "
-                f"{INTERVAL}, {study.draws:,} draws, seed {study.seed}. Differences are paired: both models are scored on "
-                "the same resampled patients."
+                "same probes. Settings were chosen on the validation split, or by cross-validation where that lacks a class; "
+                f"the test split was scored once. Intervals: {intervals}, {study.draws:,} draws, seed {study.seed}. "
+                "Differences are paired: both models are scored on the same draws."
             )
         )
     else:
@@ -122,8 +128,8 @@ def _score_table(scores: Sequence[Score]) -> str:
     units = "slices" if study.unit == "slice" else "series"
     caption = (
         f"{study.task}: {len(study.classes)} classes ({', '.join(classes)}). Learned from {study.train_n:,} slices of "
-        f"{page.count(study.train_patients, 'patient')}, tested on {study.n:,} {units} of "
-        f"{page.count(study.patients, 'patient')}."
+        f"{study.count_groups(study.train_patients)}, tested on {study.n:,} {units} of "
+        f"{study.count_groups(study.patients)}."
     )
     if undefined := max(score.degenerate_draws for score in scores):
         caption += f" Up to {undefined:,} of {study.draws:,} draws held a single class and are left out."

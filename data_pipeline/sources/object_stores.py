@@ -212,7 +212,7 @@ def _open_store(scheme: str, bucket: str) -> Any:
         from obstore.store import GCSStore, S3Store
     except ImportError as error:
         raise UserError(
-            f"{scheme}://{bucket} needs the extra `cloud`: pip install 'curia-jax[ingest,cloud]'; or mount the bucket and name the folder (see docs/ingest.md)"
+            f"{scheme}://{bucket} needs the extra `cloud`: pip install 'curia-jax[ingest,cloud]'; or mount the bucket and name the folder (see docs/ingest_scale.md)"
         ) from error
     if not bucket or "@" in bucket:
         raise UserError(

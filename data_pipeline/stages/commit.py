@@ -26,7 +26,17 @@ from curia_common.errors import DataError, UserError
 from data_pipeline.format import codec, files, records, shards
 from data_pipeline.format.files import Json
 from data_pipeline.format.shards import ShardRow
-from data_pipeline.stages import assignment, card, convert, inventory, near_duplicates, pseudonyms
+from data_pipeline.stages import (
+    advice,
+    assignment,
+    card,
+    card_examples,
+    card_page,
+    convert,
+    inventory,
+    near_duplicates,
+    pseudonyms,
+)
 from data_pipeline.stages.assignment import Settings, StoredPlan
 from data_pipeline.stages.convert import FileOutcome, SeriesSummary, ShardReport
 from data_pipeline.stages.pack import PATH
@@ -286,6 +296,7 @@ class Request:
       named: of each entry, the pseudonym of the patient before a label table renamed patients.
       held_out: pseudonyms that must not be in the dataset.
       holdout: what the card says of --holdout; None where it was not given.
+      inputs: as they were named.
     """
 
     output: Path
@@ -298,6 +309,7 @@ class Request:
     named: Sequence[str]
     held_out: frozenset[str]
     holdout: card.Holdout | None
+    inputs: Sequence[str] = ()
 
 
 def commit(r: Request, plan: StoredPlan) -> card.Card:
@@ -344,7 +356,7 @@ def commit(r: Request, plan: StoredPlan) -> card.Card:
         kind: np.sum([np.zeros(len(edges) - 1, np.int64), *(one.intensity[kind] for one in reports)], axis=0).tolist()
         for kind, edges in card.EDGES.items()
     }
-    summary = {"intensity": intensity, "left_out": dict(sorted(left_out.items()))}
+    summary = {"intensity": intensity, "left_out": dict(sorted(left_out.items())), "inputs": list(r.inputs)}
     files.write_text(own / SUMMARY, json.dumps(summary), private=True)
     shard_rows = [*r.before.shards, *(_shard_row(report, r.before.additions) for report in reports)]
     return publish(r, shard_rows, tables, near, r.before.additions + 1)
@@ -366,7 +378,7 @@ def publish(
     aside = r.private / "next"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    counts = card.Counts(r.examples, r.held_out)
+    counts = card.Counts(r.examples, r.held_out, pictures=not r.settings.get("drop_faces"))
     files.write_tables(aside / shards.INDEX, _index_schema(r, tables), _index_parts(r, tables, near, counts))
     if counts.held_out:
         raise DataError(f"{counts.held_out:,} slices of held-out patients are in the dataset; {REBUILD} with --holdout")
@@ -377,9 +389,11 @@ def publish(
         name=r.name, settings=r.settings, codec=codec.NAMES[codec.DELTA], counts=counts, shard_rows=shard_rows, files=fates,
         intensity={kind: np.sum([s["intensity"][kind] for s in summaries], axis=0).tolist() for kind in card.EDGES},
         left_out=left_out, holdout=r.holdout, additions=additions,
+        inputs=[name for summary in summaries for name in summary.get("inputs", ())],
     )  # fmt: skip
     files.write_text(aside / shards.CARD, json.dumps(made, indent=2) + "\n")
-    files.write_text(aside / shards.PAGE, card.page(made, card.examples(r.output, counts.examples())))
+    examples = card_examples.pictures(r.output, counts.examples())
+    files.write_text(aside / shards.PAGE, card_page.page(made, examples))
     _tfds_metadata(aside, r.name, shard_rows)
     files.write_table(aside / shards.SHARDS, _shard_table(shard_rows, additions))
     moved = [path.name for path in aside.iterdir() if path.name != shards.SHARDS]
@@ -476,15 +490,20 @@ def _with_cross_references(
     return row
 
 
-def nothing_left(output: Path, rows: Sequence[FileRow]) -> DataError:
+class NothingLeftError(DataError):
+    """No file of the inputs is in the dataset, which therefore does not exist."""
+
+
+def nothing_left(output: Path, rows: Sequence[FileRow]) -> NothingLeftError:
     """The error of a build that keeps nothing; writes manifest.parquet for it all the same."""
     manifest = pa.Table.from_pylist([row._asdict() for row in rows], _FILES_SCHEMA).select(list(MANIFEST_COLUMNS))
     files.write_table(output / shards.MANIFEST, manifest, private=True)
-    reasons = collections.Counter(row.reason for row in rows)
-    return DataError(
-        f"none of the {len(rows):,} files is a usable slice: "
-        + "; ".join(f"{count:,} x {reason}" for reason, count in reasons.most_common(4))
-        + f"; {output / shards.MANIFEST} has the reason of each file"
+    reasons: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for row in rows:
+        reasons[row.fate][row.reason] += 1
+    return NothingLeftError(
+        f"none of the {len(rows):,} files is a usable slice: {advice.in_words(advice.commonest(reasons, 4))}; "
+        f"{output / shards.MANIFEST} has the reason of each file"
     )
 
 

@@ -16,20 +16,21 @@ LINE = 15  # px per line of text
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """What is shown from black to white, in real values, and how to name it ("lung -600/1500 HU")."""
+    """What is shown from black to white, in real values, and how to name it ("lung -600/1500 HU", and "lung window")."""
 
     low: float
     high: float
     text: str
+    name: str
 
 
 def view_of(one: DecodedSlice) -> View:
     """The reading window that suits a slice in HU; else from the slice's 0.5 to its 99.5 percentile."""
     if one.facts.hu:
         window = windows.window_for(one.real, one.body_part)
-        return View(window.low, window.high, str(window))
+        return View(window.low, window.high, str(window), f"{window.name} window")
     low, high = one.facts.low, one.facts.high
-    return View(low, high if high > low else low + 1.0, "p0.5 to p99.5")
+    return View(low, high if high > low else low + 1.0, "p0.5 to p99.5", "own range")
 
 
 def tile(one: DecodedSlice, view: View, size: int) -> UInt8[np.ndarray, "size size"]:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from curia_common.errors import DataError, UserError
 from data_pipeline.format import records, shards
-from data_pipeline.stages import contact_sheet
+from data_pipeline.stages import card, contact_sheet, inventory
 
 COUNTED = ("split", "modality", "units", "plane", "body_part", "manufacturer")
 SERIES_SHOWN = 20
@@ -56,13 +56,16 @@ def select_series(index: pa.Table, wanted: Sequence[str]) -> pa.Table:
 
 
 def print_counts(folder: Path, index: pa.Table) -> None:
-    """Prints how many slices there are of which kind."""
+    """Prints how many slices there are of which kind, and what speaks for their units."""
     series, patients = (len(index[name].unique()) for name in ("series", "patient"))
     used = len(index["shard"].unique())
     print(f"{folder}: {len(index):,} slices of {series:,} series of {patients:,} patients in {used:,} shards")
     for name in COUNTED:
         counts = sorted(collections.Counter(index[name].to_pylist()).items(), key=lambda item: (-item[1], item[0]))
         print(f"  {name:<13}" + ", ".join(f"{value or 'unknown'} {count:,}" for value, count in counts))
+    print(f"  {'units from':<13}{_units_from(index)}")
+    if unknown := _unknown_patients(index):
+        print(f"  {'patients':<13}{unknown:,} are files, series or studies that name none and count as one each")
     flags = collections.Counter(text for value in index["flags"].to_pylist() for text in flag_names(value))
     print(f"  {'flags':<13}" + (", ".join(f"{text} {count:,}" for text, count in flags.most_common()) or "none"))
     sizes = collections.Counter(zip(index["height"].to_pylist(), index["width"].to_pylist(), strict=True))
@@ -71,6 +74,21 @@ def print_counts(folder: Path, index: pa.Table) -> None:
     labels = [name for name in index.column_names if name.startswith("label_")]
     if labels:
         print(f"  {'labels':<13}" + ", ".join(name.removeprefix("label_") for name in labels))
+
+
+def _units_from(index: pa.Table) -> str:
+    """How many series have their unit proved, declared or guessed; datasets of older versions do not say."""
+    if "units_evidence" not in index.column_names:
+        return f"declared {len(index['series'].unique()):,} series"
+    rows = index.group_by(["series", "units_evidence"]).aggregate([]).to_pylist()
+    counts = collections.Counter(row["units_evidence"] or card.DECLARED for row in rows)
+    return ", ".join(f"{name} {counts[name]:,} series" for name in card.EVIDENCE if counts[name])
+
+
+def _unknown_patients(index: pa.Table) -> int:
+    if "patient_from" not in index.column_names:
+        return 0
+    return len(index.filter(pc.field("patient_from").isin(inventory.PATIENT_UNKNOWN))["patient"].unique())
 
 
 def flag_names(flags: int) -> list[str]:

@@ -6,7 +6,7 @@ import functools
 import os
 import re
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -150,7 +150,7 @@ def find_files(inputs: Sequence[str], leave_out: str | None = None) -> list[str 
         if object_stores.is_address(text):
             for one in object_stores.find(text):
                 found.setdefault(one.path, one)
-            if text.rpartition("/")[2].upper() == "DICOMDIR":
+            if is_dicomdir(text):
                 raise UserError(
                     f"{text}: the files that a DICOMDIR in a bucket names are not looked up; name its folder instead"
                 )
@@ -165,7 +165,7 @@ def find_files(inputs: Sequence[str], leave_out: str | None = None) -> list[str 
             raise UserError(f"--input {text} cannot be read ({error.strerror}); check its permissions") from error
         if not top.is_dir():
             add(top)
-            if top.name.upper() == "DICOMDIR":
+            if is_dicomdir(top.name):
                 for path in _named_by_dicomdir(top):
                     add(path)
             continue
@@ -228,6 +228,20 @@ def lies_in(path: str, place: str) -> bool:
     return path == top or path.startswith((top + os.sep, top + "!/"))
 
 
+def containing(path: str) -> Iterator[str]:
+    """The folders and archives that a file is in, and itself: of "/a/b.zip!/c/d.dcm" also "/a", "/a/b.zip" and "/a/b.zip!/c"."""
+    for number, character in enumerate(path):
+        if character == os.sep and number:
+            yield path[:number].removesuffix("!")
+            if path[:number].endswith("!"):
+                yield path[:number]
+    yield path
+
+
+def is_dicomdir(path: str) -> bool:
+    return path.rpartition("/")[2].upper() == "DICOMDIR"
+
+
 MOUNTS = {"gs": "gcsfuse --implicit-dirs", "s3": "mount-s3", "az": "blobfuse2", "abfs": "blobfuse2", "http": "rclone mount", "https": "rclone mount"}  # fmt: skip
 
 
@@ -237,7 +251,7 @@ def refuse_address(option: str, text: str) -> None:
     if scheme:
         mount = MOUNTS.get(scheme[1].lower(), "rclone mount")
         raise UserError(
-            f"{option} {text} is an address, but a path is needed; mount it ({mount} …, see docs/ingest.md) and name the mounted folder"
+            f"{option} {text} is an address, but a path is needed; mount it ({mount} …, see docs/ingest_scale.md) and name the mounted folder"
         )
 
 
@@ -360,8 +374,11 @@ def _classify(entry: Entry, options: Options, heartbeat: Heartbeat) -> Entry:
     return entry.with_fate("excluded", NO_IMAGE)
 
 
+LOSSY = "lossy compression"
 A_FACE = "a body part with a face"
 MAY_BE_A_FACE = "may show a face: its body part is not named"
+# Files of the inputs that are named by other options.
+OWN_FILES = A_LABEL_TABLE, A_HOLDOUT_FILE = "the label table of --labels", "the list of --holdout"
 NO_IMAGE = "not a medical image (no DICOM, NIfTI, NRRD, MetaImage, PNG, JPEG or TIFF file)"
 
 
@@ -386,7 +403,7 @@ def _with_header(entry: Entry, header: dicom_header.Header, options: Options) ->
         else exclusion.exclude_header(header)
     )
     if rule is None and header.lossy and not options.keep_lossy:
-        rule = "lossy compression"
+        rule = LOSSY
     if rule is None and not options.keep_faces:
         rule = A_FACE if header.body_part in dicom_header.FACES else MAY_BE_A_FACE if not header.body_part else None
     if rule is not None:

@@ -4,13 +4,13 @@ import csv
 import dataclasses
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from curia_common.errors import UserError
 from data_pipeline.sources.object_stores import absolute, is_address
 from data_pipeline.stages import label_values, pseudonyms
-from data_pipeline.stages.inventory import Entry
+from data_pipeline.stages.inventory import Entry, containing
 from data_pipeline.stages.label_values import LabelValue
 
 KEYS = ("file", "folder", "series", "study", "patient")
@@ -271,7 +271,7 @@ class _Lookup:
         """The rows about an entry, under the patient that its header or path gives it."""
         path = absolute(entry.path)
         found = list(self._rows.get(("file", path), ()))
-        for folder in _folders(path) if self._has_folders else ():
+        for folder in containing(path) if self._has_folders else ():
             found += self._rows.get(("folder", folder), ())
         for kind, name in (("series", entry.series_uid), ("study", entry.study), ("patient", entry.patient)):
             if name:
@@ -280,16 +280,6 @@ class _Lookup:
 
     def of_patient(self, patient: str) -> Sequence[_Row]:
         return self._rows.get(("patient", patient), ())
-
-
-def _folders(path: str) -> Iterator[str]:
-    """The folders and archives that a file is in: "/a", "/a/b.zip" and "/a/b.zip!/c" of "/a/b.zip!/c/d.dcm"."""
-    for number, character in enumerate(path):
-        if character == os.sep and number:
-            yield path[:number].removesuffix("!")
-            if path[:number].endswith("!"):
-                yield path[:number]
-    yield path
 
 
 def _labels(rows: Sequence[_Row]) -> dict[str, LabelValue]:

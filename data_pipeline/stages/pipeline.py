@@ -10,24 +10,19 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from curia_common import cli, logs, progress
 from curia_common.errors import DataError, UserError
 from data_pipeline import beam, workers
 from data_pipeline.format import files, shards
 from data_pipeline.sources import archives, dicom_pixels, object_stores
-from data_pipeline.stages import assignment, card, commit, convert, inventory, pseudonyms, reformat
+from data_pipeline.stages import assignment, card, commit, convert, inventory, pseudonyms, reformat, summary
 from data_pipeline.stages.assignment import Conversion, Plan, Settings, StoredPlan
 from data_pipeline.stages.labels import Columns, LabelTables
 
 FAILED_ON = "failed_on.txt"  # in the build folder, because paths can hold names
 BEAM_LOG = "beam.log"
-REASONS_SHOWN = 12
-# Files of the inputs that are named by other options.
-A_LABEL_TABLE = "the label table of --labels"
-A_HOLDOUT_FILE = "the list of --holdout"
-A_KEY = "the key of the pseudonyms"
 _log = logs.get_logger(__name__)
 
 
@@ -139,8 +134,15 @@ class _Build:
     tables: LabelTables | None
 
 
-def run(options: Options) -> card.Card:
-    """Builds a dataset, resumes an unfinished build, or adds to a finished dataset; returns the dataset card.
+class Result(NamedTuple):
+    """The dataset card, and the inputs of which nothing could be used."""
+
+    card: card.Card
+    unusable: list[summary.Unusable]
+
+
+def run(options: Options) -> Result:
+    """Builds a dataset, resumes an unfinished build, or adds to a finished dataset.
 
     Raises:
       UserError: options do not go together with each other or with the dataset, or an input does not exist.
@@ -155,6 +157,8 @@ def run(options: Options) -> card.Card:
     private = output / commit.BUILD_FOLDER
     tables = LabelTables(options.labels, options.columns) if options.labels else None
     found = inventory.find_files(options.input, leave_out=options.output)
+    key_file = str(options.key_file or pseudonyms.key_beside(options.output))
+    found = [one for one in found if not _is_one_of(inventory.path_of(one), [key_file])]
     if not private.is_dir():
         if output.exists() and (not output.is_dir() or any(not path.name.startswith(".") for path in output.iterdir())):
             raise UserError(f"{output} is not empty and holds no build; choose an empty or new --output")
@@ -164,14 +168,20 @@ def run(options: Options) -> card.Card:
             raise UserError(f"--output {output} cannot be made ({error.strerror}); choose another one") from error
     private.chmod(0o700)
     with _only_build(private, output):
-        key, origin = pseudonyms.load_key(options.key_file, options.output)
-        build = _Build(options, output, private, key, commit.known(output, private), tables)
+        key = pseudonyms.load_key(options.key_file, options.output)
+        build = _Build(options, output, private, key.secret, commit.known(output, private), tables)
         _check_settings(build)
-        _log.info(f"{len(found):,} files; {origin}")
-        made = _run_stages(build, found)
+        _log.info(f"{len(found):,} files; {key.origin}")
+        try:
+            made = _run_stages(build, found)
+        except commit.NothingLeftError:
+            if key.made is not None:  # nothing depends on it
+                key.made.unlink()
+            raise
         shutil.rmtree(archives.folder(output), ignore_errors=True)
-    _print_summary(made, output, time.monotonic() - began)
-    return made
+    for line in summary.lines(made, output, time.monotonic() - began):
+        _log.info(line)
+    return Result(made, summary.unusable_inputs(options.input, output))
 
 
 def _run_stages(build: _Build, found: Sequence[str | object_stores.Object]) -> card.Card:
@@ -194,14 +204,13 @@ def _run_stages(build: _Build, found: Sequence[str | object_stores.Object]) -> c
         holdout = holdout._replace(files=count)
     request = commit.Request(
         build.output, build.private, options.name, options.shown_on_card, options.examples, known, entries, named,
-        frozenset(held_out), holdout,
+        frozenset(held_out), holdout, options.input,
     )  # fmt: skip
     if known.additions and not entries:
         _log.info(f"nothing new: all {len(found):,} files are in the manifest of {build.output} already")
-        if _clear_unfinished(build):
+        made = json.loads((build.output / shards.CARD).read_text(encoding="utf-8"))
+        if _clear_unfinished(build) or not card.is_current(made):
             made = commit.publish(request, known.shards, {}, {}, known.additions)
-        else:
-            made = json.loads((build.output / shards.CARD).read_text(encoding="utf-8"))
     else:
         if not plan.shards and not known.additions:
             raise commit.nothing_left(build.output, commit.file_rows(request, {}, {}))
@@ -250,20 +259,6 @@ def _differences(before: Settings, now: Settings) -> str:
     return "; ".join(f"{_flag(name)} was {text(old[name])} and is {text(new[name])}" for name in changed)
 
 
-def _print_summary(made: card.Card, output: Path, seconds: float) -> None:
-    counts = made["files"]
-    _log.info(
-        f"{made['slices']:,} slices of {made['patients']:,} patients in {len(made['shards'])} shards, "
-        f"{made['bytes'] / 1e6:,.1f} MB, in {seconds:.0f} s; files: "
-        + ", ".join(f"{counts[fate]:,} {fate}" for fate in card.FATES if counts[fate]) + f"; see {output / shards.MANIFEST}"
-    )  # fmt: skip
-    reasons = [(n, fate, reason) for fate, found in made["reasons"].items() for reason, n in found.items()]
-    for count, fate, reason in sorted(reasons, reverse=True)[:REASONS_SHOWN]:
-        _log.info(f"  {count:6,} x {fate}: {reason}")
-    if len(reasons) > REASONS_SHOWN:
-        _log.info(f"  and {len(reasons) - REASONS_SHOWN} rarer reasons, see {output / shards.CARD}")
-
-
 # ---- inventory
 
 
@@ -274,11 +269,12 @@ def _take_inventory(build: _Build, found: Sequence[str | object_stores.Object]) 
     sources: list[inventory.Source] = []
     packed: list[str] = []
     own: list[inventory.Entry] = []
-    named = _named_by_options(build)
     for one in found:
         path = inventory.path_of(one)
-        if reason := named.get(os.path.realpath(path)):
-            own += [inventory.Entry(path, fate="excluded", reason=reason)] * (path not in known.files)
+        if _is_one_of(path, options.labels):
+            own += [inventory.Entry(path, fate="excluded", reason=inventory.A_LABEL_TABLE)] * (path not in known.files)
+        elif options.holdout and _is_one_of(path, [options.holdout]):
+            own += [inventory.Entry(path, fate="excluded", reason=inventory.A_HOLDOUT_FILE)] * (path not in known.files)
         elif archives.is_archive(path):
             packed.append(path)
         else:
@@ -303,13 +299,12 @@ def _take_inventory(build: _Build, found: Sequence[str | object_stores.Object]) 
     ]
 
 
-def _named_by_options(build: _Build) -> dict[str, str]:
-    """What the build uses otherwise and is no exam, with the reason: label tables, hold-out file and key."""
-    options = build.options
-    key = options.key_file or pseudonyms.key_beside(options.output)
-    files = [(path, A_LABEL_TABLE) for path in options.labels]
-    files += [(options.holdout, A_HOLDOUT_FILE)] * (options.holdout is not None) + [(key, A_KEY)]
-    return {os.path.realpath(path): reason for path, reason in files if path is not None}
+def _is_one_of(path: str, names: Sequence[str]) -> bool:
+    """Whether a file of the inputs is one of those that other options name."""
+    return any(
+        os.path.basename(path) == os.path.basename(name) and os.path.realpath(path) == os.path.realpath(name)
+        for name in names
+    )
 
 
 def _is_new(source: inventory.Source, known: commit.Known) -> bool:

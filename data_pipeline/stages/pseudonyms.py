@@ -9,6 +9,7 @@ import hmac
 import os
 import secrets
 from pathlib import Path
+from typing import NamedTuple
 
 from curia_common.errors import UserError
 
@@ -18,8 +19,16 @@ MINIMUM_KEY_BYTES = 16
 _MAKE_A_KEY = "make one with: openssl rand -hex 32"
 
 
-def load_key(key_file: str | None, output: str) -> tuple[bytes, str]:
-    """The key, and a sentence on where it came from.
+class Key(NamedTuple):
+    """The secret, a sentence on where it came from, and the file that was made for it just now, if one was."""
+
+    secret: bytes
+    origin: str
+    made: Path | None = None
+
+
+def load_key(key_file: str | None, output: str) -> Key:
+    """The key.
 
     In this order: `key_file`; the variable CURIA_KEY; the file `<output>.key` beside the dataset folder, which is made with
     a random key where it does not exist. The key is never written into the dataset.
@@ -35,21 +44,22 @@ def load_key(key_file: str | None, output: str) -> tuple[bytes, str]:
             raise UserError(
                 f"the key {key_file} lies inside the dataset {output}; keep it elsewhere, it must not travel with the data"
             )
-        return _sound(path.read_bytes(), key_file), f"key from {key_file}"
+        return Key(_sound(path.read_bytes(), key_file), f"key from {key_file}")
     if KEY_VARIABLE in os.environ:
         name = f"the variable {KEY_VARIABLE}"
-        return _sound(os.environ[KEY_VARIABLE].encode(), name), f"key from {name}"
+        return Key(_sound(os.environ[KEY_VARIABLE].encode(), name), f"key from {name}")
     path = key_beside(output)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as file:
             file.write(secrets.token_hex(32) + "\n")
-        return (
+        return Key(
             _sound(path.read_bytes(), str(path)),
             f"new key in {path}: keep it, pseudonyms and splits depend on it, and keep it apart from the data",
+            path,
         )
-    return _sound(path.read_bytes(), str(path)), f"key from {path}"
+    return Key(_sound(path.read_bytes(), str(path)), f"key from {path}")
 
 
 def key_beside(output: str) -> Path:

@@ -128,7 +128,7 @@ def held_out(folder: Path, path: str, key_file: str | None) -> HeldOut:
         raise UserError(
             "--holdout needs the key of the dataset: patients are pseudonyms under it; name it with --key-file"
         )
-    key, _ = pseudonyms.load_key(key_file, str(folder))
+    key = pseudonyms.load_key(key_file, str(folder)).secret
     plan = assignment.read(commit.folder_of(folder / commit.BUILD_FOLDER, 0))
     if plan is not None and plan.settings.key != pseudonyms.digest(key, "key", ""):
         raise UserError(f"the key is not the one that {folder} was built with, so nobody would be found with it")

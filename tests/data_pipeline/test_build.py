@@ -340,12 +340,52 @@ def test_unusable_inputs_are_one_line(tmp_path: Path, run_build, manifest) -> No
     assert result.code == ExitCode.DATA
     assert result.error == (
         "error: none of the 3 files is a usable slice: 3 x not a medical image (no DICOM, NIfTI, NRRD, MetaImage, PNG, "
-        f"JPEG or TIFF file); {output / 'manifest.parquet'} has the reason of each file"
+        f"JPEG or TIFF file) (nothing to do; if it is an image, give it the suffix of its format); {output / 'manifest.parquet'} has the reason of each file"
     )
     assert {row["fate"] for row in manifest(output).values()} == {"excluded"}
+    # Nothing depends on a key of its own, so none is left behind; one that existed stays.
+    assert run_build("--input", tmp_path / "empty", "--output", output, key=False).code == ExitCode.DATA
+    assert not (tmp_path / "out.key").exists()
+    (tmp_path / "out.key").write_text("a key that was here before")
+    assert run_build("--input", tmp_path / "empty", "--output", output, key=False).code == ExitCode.DATA
+    assert (tmp_path / "out.key").read_text() == "a key that was here before"
     # With a better input the same output can be used.
     pictures(tmp_path / "empty", 2)
     assert run_build("--input", tmp_path / "empty", "--output", output).code == 0
+
+
+def test_card_of_an_older_version_is_made_anew(tmp_path: Path, run_build) -> None:
+    pictures(tmp_path / "in", 2)
+    words = ("--input", tmp_path / "in", "--output", tmp_path / "out")
+    assert run_build(*words).code == 0
+    card, index = tmp_path / "out" / shards.CARD, tmp_path / "out" / shards.INDEX
+    made = json.loads(card.read_text())
+    card.write_text(json.dumps({name: made[name] for name in ("slices", "files", "shards", "near_duplicates")}))
+    table = pq.read_table(index)
+    pq.write_table(table.drop_columns(["kind", "patient_from"]), index)  # which older versions do not have
+    result = run_build(*words)
+    assert result.code == 0, result.err
+    again = json.loads(card.read_text())
+    assert again | {"patients_from": made["patients_from"]} == made and again["patients_from"] == {}
+    assert (
+        pq.read_table(index).drop_columns(["kind", "patient_from"]).equals(table.drop_columns(["kind", "patient_from"]))
+    )
+
+
+def test_unusable_input_beside_a_usable_one_is_a_data_error(tmp_path: Path, run_build, run_verify) -> None:
+    pictures(tmp_path / "good", 2)
+    for name in ("notes", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "notes" / "a.pdf").write_bytes(b"%PDF-1.7")
+    words = ("--input", tmp_path / "good", tmp_path / "notes", tmp_path / "empty", "--output", tmp_path / "out")
+    for _ in range(2):  # the second finds nothing new and says the same
+        result = run_build(*words, "--json", tmp_path / "card.json")
+        assert result.code == ExitCode.DATA
+        assert f"nothing usable came of {tmp_path / 'notes'} (1 files: 1 x not a medical image" in result.error
+        assert f"{tmp_path / 'empty'} (0 files: no file); the dataset in {tmp_path / 'out'} is complete" in result.error
+        assert json.loads((tmp_path / "card.json").read_text())["slices"] == 2
+    assert run_verify(tmp_path / "out").code == 0
+    assert run_build("--input", tmp_path / "good", "--output", tmp_path / "out").code == 0
 
 
 def test_inputs_without_slices_are_one_line(tmp_path: Path, run_build) -> None:
@@ -473,8 +513,9 @@ def test_unfinished_build_of_other_inputs_is_replaced(tmp_path: Path, run_build,
 
 def test_output_inside_input_is_not_read(tmp_path: Path, run_build, manifest) -> None:
     pictures(tmp_path, 2)
-    for _ in range(2):
-        assert run_build("--input", tmp_path, "--output", tmp_path / "out").code == 0
+    for _ in range(2):  # the key that the first makes beside its output is no input of the second
+        assert run_build("--input", tmp_path, "--output", tmp_path / "out", key=False).code == 0
+    assert (tmp_path / "out.key").exists()
     assert sorted(manifest(tmp_path / "out")) == [str(tmp_path / "0.png"), str(tmp_path / "1.png")]
 
 

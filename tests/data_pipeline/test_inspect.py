@@ -27,6 +27,35 @@ def test_counts_of_a_dataset(dataset: Path, run_inspect) -> None:
         and "  flags        none" in lines
     )
     assert any(line.startswith("  body_part    head 80, ") for line in lines)
+    assert not any("count as one each" in line for line in lines)  # DICOM with PatientID
+
+
+def test_units_evidence_is_counted_by_series(dataset: Path, tmp_path: Path, run_inspect) -> None:
+    index = index_of(dataset)
+    series = sorted(index["series"].unique().to_pylist())
+    evidence = {
+        name: "proved" if name in series[:20] else None if name in series[20:25] else "guessed" for name in series
+    }
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    without = index.drop_columns([name for name in ("units_evidence",) if name in index.column_names])
+    pq.write_table(without, copy / shards.INDEX)
+    assert "  units from   declared 32 series" in run_inspect(copy).out.splitlines()
+    column = pa.array([evidence[name] for name in index["series"].to_pylist()], pa.string())
+    pq.write_table(without.append_column("units_evidence", column), copy / shards.INDEX)
+    assert "  units from   proved 20 series, declared 5 series, guessed 7 series" in run_inspect(copy).out.splitlines()
+
+
+def test_unknown_patients_are_named(dataset: Path, tmp_path: Path, run_inspect) -> None:
+    index = index_of(dataset)
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    one = index["patient"].to_pylist()[0]
+    column = pa.array(["study" if patient == one else "id" for patient in index["patient"].to_pylist()])
+    place = index.column_names.index("patient_from")
+    pq.write_table(index.set_column(place, "patient_from", column), copy / shards.INDEX)
+    assert (
+        "  patients     1 are files, series or studies that name none and count as one each"
+        in run_inspect(copy).out.splitlines()
+    )
 
 
 def test_series_is_found_by_beginning_of_its_name(dataset: Path, run_inspect) -> None:

@@ -84,3 +84,25 @@ def test_validation_selects_only_with_every_class() -> None:
     assert labels.selection_on_validation(np.array(["a", "b"]), np.array(["b", "a", "c"]))
     assert not labels.selection_on_validation(np.array(["a", "b"]), np.array(["b"]))
     assert not labels.selection_on_validation(np.array(["a"]), np.array(["a"]))
+
+
+@pytest.mark.parametrize(
+    ("patient_from", "groups"),
+    [
+        (["id"] * 8, "patients"),
+        (["file"] * 8, "files (patients unknown)"),
+        (["file"] * 4 + ["study"] * 4, "studies and files (patients unknown)"),
+        (["id", "table"] * 3 + ["file"] * 2, "patients and files (some patients unknown)"),
+        ([None] * 8, "patients"),  # slices of an older version of the dataset
+    ],
+)
+def test_task_says_whether_patients_are_known(patient_from: list, groups: str) -> None:
+    index = an_index().append_column("patient_from", pa.array(patient_from, pa.string()))
+    assert labels.task(index, "lesion").groups == groups
+    assert labels.task(an_index(), "lesion").groups == "patients"
+
+
+def test_patients_of_unlabelled_slices_do_not_count() -> None:
+    index = an_index(lesion=("yes", "no", "yes", "no", "yes", None, "yes", "no"))
+    index = index.append_column("patient_from", pa.array(["id"] * 5 + ["file"] + ["id"] * 2))
+    assert labels.task(index, "lesion").groups == "patients"

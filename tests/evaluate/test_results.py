@@ -33,6 +33,20 @@ def test_rows_omit_fields_that_do_not_apply() -> None:
     assert "selection" not in majority
 
 
+def test_rows_name_what_intervals_are_over() -> None:
+    unknown = make_score(patients=80, groups="files (patients unknown)")
+    assert results.rows([unknown])[0]["interval"] == "95 % percentile bootstrap over files (patients unknown)"
+    assert unknown.study.count_groups(80) == "80 files (patients unknown)"
+    known = SCORES[0]
+    assert results.rows([known])[0]["interval"] == "95 % percentile bootstrap over patients"
+    assert [known.study.count_groups(n) for n in (1, 12)] == ["1 patient", "12 patients"]
+
+
+def test_rows_of_older_versions_are_over_patients() -> None:
+    row = {name: value for name, value in results.rows(SCORES[:1])[0].items() if name != "groups"}
+    assert results.Score.from_row(row) == SCORES[0]
+
+
 def test_texts_have_sign_for_differences_and_words_for_undefined() -> None:
     texts = [f"{score.value_text} {score.interval_text}" for score in SCORES[:3]]
     assert texts == ["0.700 [0.600, 0.800]", "undefined [no interval]", "+0.100 [-0.100, +0.200]"]

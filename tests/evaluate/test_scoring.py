@@ -119,6 +119,17 @@ def test_settings_come_from_folds_without_validation() -> None:
     assert {score.fit.selection for score in scores if score.fit} == {"5-fold over patients"}
 
 
+def test_intervals_and_folds_are_over_files_where_patients_are_unknown() -> None:
+    task, features = a_study()
+    nothing = labels.Labelled(*(part[:0] for part in vars(task.splits["validation"]).values()))
+    unknown = "files (patients unknown)"
+    alone = labels.Task("kind", task.classes, (), {**task.splits, "validation": nothing}, unknown)
+    del features["validation"]
+    scores, _ = scoring.score(alone, features, heads=["ridge"])
+    assert {score.fit.selection for score in scores if score.fit} == {f"5-fold over {unknown}"}
+    assert {row["interval"] for row in results.rows(scores)} == {f"95 % percentile bootstrap over {unknown}"}
+
+
 def test_class_of_test_split_alone_counts_as_wrong() -> None:
     task, features = a_study()
     test = task.splits["test"]

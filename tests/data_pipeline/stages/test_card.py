@@ -13,7 +13,7 @@ from PIL import Image
 
 from curia_common import __version__
 from data_pipeline.format import shards
-from data_pipeline.stages import card
+from data_pipeline.stages import card, card_examples, card_page
 from tests import browser
 
 
@@ -36,19 +36,31 @@ def rows_under(page: ElementTree.Element, caption: str) -> dict[str, str]:
     raise AssertionError(f"no table {caption}")
 
 
+def rows_of(page: ElementTree.Element, heading: str) -> list[list[ElementTree.Element]]:
+    """The rows of the first table under a heading, without its head."""
+    body = list(page)[1]
+    parts = list(body)
+    start = next(n for n, part in enumerate(parts) if part.tag.endswith("h2") and words(part) == heading)
+    rows = [list(row) for row in parts[start + 1].iter("{http://www.w3.org/1999/xhtml}tr")]
+    return rows[1:]
+
+
 # ---- counts
 
 
 def test_page_shows_counts_of_the_dataset(dataset: Path) -> None:
     page, index = page_of(dataset), pq.read_table(dataset / shards.INDEX)
-    assert rows_under(page, "Modality") == {"CT": "80", "MR": "80"}
+    kinds = [[words(cell) for cell in row] for row in rows_of(page, "What the values mean")]
+    assert [row[:2] + row[3:] for row in kinds] == [
+        ["CT", "Hounsfield units", "80", "16", "none"], ["MR", "units of its own", "80", "16", "none"],
+    ]  # fmt: skip
     assert rows_under(page, "Body part") == {"head": "80", "abdomen": "40", "chest": "40"}
-    for caption, column in (("Plane", "plane"), ("Vendor", "manufacturer")):
-        counts = {row["values"]: f"{row['counts']:,}" for row in index[column].value_counts().to_pylist()}
-        assert rows_under(page, caption) == counts
-    assert rows_under(page, "Longer side, px") == {"0 to 64": "160"}
-    spacing = rows_under(page, "Spacing between slices, mm")
-    assert sum(int(n) for n in spacing.values()) == 160
+    # A property with one value is a sentence.
+    (plane,), (vendor,) = (set(index[column].to_pylist()) for column in ("plane", "manufacturer"))
+    assert f"Of all slices: plane: {plane}; vendor: {vendor};" in words(page)
+    assert "longer side, px: 0 to 64" in words(page)
+    (between,) = json.loads((dataset / shards.CARD).read_text())["spacing_mm"]["between slices"]
+    assert f"spacing between slices, mm: {between}" in words(page)
     text = words(page)
     assert f"{len(index):,}" in text and "160 input files: 160 kept" in text
     assert "8 patients" not in text  # figures stand under their names
@@ -93,7 +105,7 @@ def rows(*given: tuple[str, str, str, str], **changes: Any) -> pa.Table:
     columns = {name: [row[n] for row in given] for n, name in enumerate(("modality", "plane", "body_part", "series"))}
     constant = {
         "split": "train", "units": "HU", "manufacturer": "ge", "patient": "p", "near_duplicate_of": "", "spacing_rows": 0.7,
-        "spacing_columns": 0.7, "spacing_slices": 1.0, "height": 40, "width": 50, "shard": "x", "slot": 0,
+        "spacing_columns": 0.7, "spacing_slices": 1.0, "height": 40, "width": 50, "shard": "x", "slot": 0, "flags": 0,
     }  # fmt: skip
     columns |= {name: [value] * len(given) for name, value in constant.items()} | {"record": list(range(len(given)))}
     return pa.table(columns | changes)
@@ -144,21 +156,121 @@ def test_no_example_can_show_a_face(part: str, plane: str) -> None:
     assert chosen(24, ("MR", plane, part, "a"), ("MR", "axial", part, "b")) == [1]
 
 
-def test_examples_are_pictures_in_reading_windows(dataset: Path) -> None:
+def test_examples_are_of_different_patients_and_scanners_first() -> None:
+    given = [("CT", "axial", "chest", series) for series in "abcde"]
+    counts = card.Counts(3)
+    counts.add(rows(*given, patient=list("ppqqr"), manufacturer=["ge", "ge", "ge", "siemens", "ge"]))
+    shown = [(given[one.record][3], one.manufacturer) for one in counts.examples()]
+    # One series of each patient; of patient q the one of another scanner.
+    assert shown == [("a", "ge"), ("d", "siemens"), ("e", "ge")]
+
+
+def test_pictures_are_shown_unless_faces_are_dropped() -> None:
+    table = rows(("OT", "unknown", "", "a"), ("MR", "sagittal", "", "b"), kind=["image", "volume"])
+    for pictures, wanted in ((True, [0]), (False, [])):
+        counts = card.Counts(24, pictures=pictures)
+        counts.add(table)
+        assert [one.record for one in counts.examples()] == wanted
+
+
+def test_choice_of_examples_is_bounded_and_independent_of_parts() -> None:
+    given = [("CT", "axial", "chest", f"{n:03d}") for n in range(300)]
+    table = rows(
+        *given, patient=[f"{n % 7}" for n in range(300)], manufacturer=[["ge", "philips"][n == 299] for n in range(300)]
+    )
+    whole, parts = card.Counts(4), card.Counts(4)
+    whole.add(table)
+    for start in range(0, 300, 7):
+        parts.add(table.slice(start, 7))
+    assert whole.examples() == parts.examples()
+    assert {one.manufacturer for one in whole.examples()} == {"ge", "philips"}
+    assert max(len(group) for group in parts.choice._groups.values()) <= 3 * 4
+
+
+def test_examples_are_large_and_described_in_words(dataset: Path) -> None:
     figures = list(page_of(dataset).iter("{http://www.w3.org/1999/xhtml}figure"))
-    captions = [words(figure) for figure in figures if figure.find("{http://www.w3.org/1999/xhtml}img") is not None]
+    captions = [words(figure) for figure in figures if list(figure.iter("{http://www.w3.org/1999/xhtml}img"))]
     assert 4 <= len(captions) <= 24
-    assert any("CT axial abdomen, soft tissue 40/400 HU" in caption for caption in captions)
-    assert any("p0.5 to p99.5" in caption for caption in captions)
+    assert any(
+        caption == "CT, abdomen, axial plane. Soft tissue window: black \u2212160, white 240 HU."
+        for caption in captions
+    )
+    assert any(caption.startswith("MR, head, axial plane. Black to white: all but") for caption in captions)
     counts = card.Counts(3)
     counts.add(pq.read_table(dataset / shards.INDEX))
-    for data, _ in card.examples(dataset, counts.examples()):
+    for data, _ in card_examples.pictures(dataset, counts.examples()):
         picture = Image.open(io.BytesIO(data))
-        assert picture.size == (card.TILE, card.TILE) and np.asarray(picture).std() > 10
+        assert picture.size == (card_examples.SIDE, card_examples.SIDE) and np.asarray(picture).std() > 10
+
+
+# ---- labels, patients, units
+
+
+def test_labels_are_counted_by_class_and_split() -> None:
+    counts = card.Counts(0)
+    given = [("CT", "axial", "chest", f"{n}") for n in range(6)]
+    splits = ["train", "train", "test", "train", "test", "validation"]
+    counts.add(
+        rows(
+            *given,
+            split=splits,
+            label_grade=[2, 10, 2, None, 10, 10],
+            label_side=["left", None, None, None, "right", None],
+        )
+    )
+    counts.add(rows(*given[:1], split=["train"], label_grade=[2], label_side=[None]))
+    found = {name: label.to_json() for name, label in counts.labels.items()}
+    assert found == {
+        "grade": {
+            "slices": {"train": 3, "validation": 1, "test": 2},
+            "range": [2.0, 10.0],
+            "classes": {"2": {"test": 1, "train": 2}, "10": {"test": 1, "train": 1, "validation": 1}},
+        },
+        "side": {"slices": {"train": 1, "test": 1}, "classes": {"left": {"train": 1}, "right": {"test": 1}}},
+    }
+    assert list(found["grade"]["classes"]) == ["2", "10"]  # by size, not by the alphabet
+
+
+def test_label_with_many_values_is_a_range() -> None:
+    label = card.LabelCount()
+    for start in (0, 700):
+        label.add(["train"] * 700, pa.chunked_array([[n / 2 for n in range(start, start + 700)]]))
+    assert label.to_json() == {"slices": {"train": 1400}, "range": [0.0, 699.5]}
+
+
+def test_units_evidence_is_counted_by_series() -> None:
+    counts = card.Counts(0)
+    given = [("CT", "axial", "", series) for series in "aabbcd"]
+    evidence = ["proved"] * 2 + ["guessed"] * 2 + [None] + ["proved"]
+    counts.add(rows(*given, units_evidence=evidence, flags=[0, 0, 16, 16, 0, 0]))
+    (kind,) = counts.kinds()
+    assert kind == {
+        "modality": "CT", "units": "HU", "slices": 6, "series": 4, "modality_inferred": 2,
+        "series_by_units_evidence": {"proved": 2, "declared": 1, "guessed": 1},
+    }  # fmt: skip
+
+
+def test_unknown_patients_are_counted_apart() -> None:
+    counts = card.Counts(0)
+    counts.add(
+        rows(
+            *[("OT", "unknown", "", series) for series in "abc"],
+            patient=list("pqr"),
+            patient_from=["file", "file", "id"],
+        )
+    )
+    assert {name: len(found) for name, found in counts.patients_from.items()} == {"file": 2, "id": 1}
+
+
+def test_many_inputs_of_a_folder_are_named_by_the_folder() -> None:
+    assert card.sources(["exams/", "b.zip", "s3://bucket/x"]) == ["exams/", "b.zip", "s3://bucket/x"]
+    assert card.sources([f"exams/{name}" for name in ("Doe", "Roe", "Poe", "Low")]) == ["4 inputs in exams"]
 
 
 def test_card_names_the_version_of_the_software(dataset: Path) -> None:
-    assert json.loads((dataset / shards.CARD).read_text())["version"] == __version__
+    found = json.loads((dataset / shards.CARD).read_text())
+    assert found["version"] == __version__ and found["built"] == "2026-01-01"
+    assert f"Built on 2026-01-01 by Curia JAX {__version__} from {found['sources'][0]}." in words(page_of(dataset))
 
 
 def test_examples_can_be_left_out(tmp_path: Path, write_series, run_build) -> None:
@@ -191,12 +303,18 @@ def test_page_escapes_markup() -> None:
         "slices_by": {name: {"": 1} for name in card.COUNTED} | {"split": {"train": 1}},
         "patients_by_split": {"train": 1, "validation": 0, "test": 0}, "spacing_mm": {}, "longer_side_px": {"0 to 64": 1},
         "intensity": {}, "files": dict.fromkeys(card.FATES, 0), "reasons": {fate: {} for fate in card.FATES},
+        "built": "2026-01-01", "version": "1", "sources": ["<s>"], "patients_from": {"file": 1}, "labels": {"<u>": {"slices": {"train": 1}, "classes": {"<q>": {"train": 1}}}},
+        "kinds": [{"modality": "", "units": "HU", "slices": 1, "series": 1, "modality_inferred": 0, "series_by_units_evidence": {}}],
         "slices_left_out": {"<i>": 1}, "near_duplicates": {"series": 0, "of another patient": 0, "in another split": 0},
         "settings": {"size": None}, "shards": [{"file": "x", "split": "train", "slices": 1, "bytes": 5, "sha256": "0" * 64}],
     }  # fmt: skip
-    page = ElementTree.fromstring(card.page(made, []).removeprefix("<!DOCTYPE html>\n"))
+    page = ElementTree.fromstring(card_page.page(made, []).removeprefix("<!DOCTYPE html>\n"))
     assert "<b>x</b>" in words(page) and "c & d" in words(page) and "as acquired" in words(page)
-    assert rows_under(page, "Modality") == {"unknown": "1"}
+    assert all(text in words(page) for text in ("<s>", "<i>")) and rows_under(page, "<u>") == {
+        "class": "train",
+        "<q>": "1",
+    }
+    assert "1 files name none and count as one patient each" in words(page)
 
 
 def test_reasons_are_listed_by_fate_and_number(tmp_path: Path, write_series, run_build) -> None:
@@ -205,7 +323,7 @@ def test_reasons_are_listed_by_fate_and_number(tmp_path: Path, write_series, run
         (tmp_path / "in" / f"{n}.pdf").write_bytes(b"%PDF")
     assert run_build("--input", tmp_path / "in", "--output", tmp_path / "out").code == 0
     text = words(page_of(tmp_path / "out"))
-    assert re.search(r"kept fewer than 5 slices 3 excluded not a medical image .*? 2 ", text)
+    assert re.search(r"kept fewer than 5 slices 3 excluded not a medical image .*? nothing to do.*? 2 ", text)
     assert "5 input files: 3 kept, 2 excluded." in text
 
 

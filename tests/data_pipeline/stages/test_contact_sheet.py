@@ -45,7 +45,7 @@ def test_view_of_other_units_is_between_percentiles() -> None:
 
 def test_tile_has_true_proportions_and_grey_values_of_the_window() -> None:
     # Twice as far between rows as between columns: 40 x 60 px are 80 x 60 mm.
-    view = contact_sheet.View(-160.0, 240.0, "")
+    view = contact_sheet.View(-160.0, 240.0, "", "")
     pixels = contact_sheet.tile(example(BODY, spacing=(2.0, 1.0, 5.0)), view, 80)
     assert pixels.shape == (80, 80)
     assert not pixels[:, :10].any() and not pixels[:, -10:].any()  # nothing beside the slice

@@ -283,3 +283,8 @@ def test_drop_faces_excludes_faces_and_unnamed_body_parts(tmp_path: Path, write_
     assert [entry.reason for entry in entries] == [*parts.values(), MAY_BE]
     assert {entry.reason for entry in inspect(*paths)} == {""}
     assert dicom_header.FACES <= dicom_header.BODY_PARTS
+
+
+def test_containing_folders_include_archives_and_buckets() -> None:
+    assert set(inventory.containing("/a/b.zip!/c/d.dcm")) >= {"/a", "/a/b.zip", "/a/b.zip!/c", "/a/b.zip!/c/d.dcm"}
+    assert set(inventory.containing("s3://bucket/x/d.dcm")) >= {"s3://bucket", "s3://bucket/x", "s3://bucket/x/d.dcm"}

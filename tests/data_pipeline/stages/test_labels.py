@@ -144,13 +144,6 @@ def test_rows_by_file_folder_series_study_or_patient(tmp_path: Path, exams, text
     assert grades(apply(tmp_path, exams, text)) == wanted
 
 
-def test_folder_rows_reach_members_of_archives() -> None:
-    from data_pipeline.stages.labels import _folders
-
-    assert set(_folders("/a/b.zip!/c/d.dcm")) >= {"/a", "/a/b.zip", "/a/b.zip!/c"}
-    assert set(_folders("s3://bucket/x/d.dcm")) >= {"s3://bucket", "s3://bucket/x"}
-
-
 def test_ids_of_the_table_are_not_stored(tmp_path: Path, exams) -> None:
     found = apply(tmp_path, exams, "study,grade\n2.25.21,2\n").entries
     assert "2.25.21" not in repr([(e.labels, e.patient, e.series, e.study, e.series_uid, e.split) for e in found])

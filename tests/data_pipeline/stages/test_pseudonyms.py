@@ -17,11 +17,13 @@ def no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_key_file_precedes_variable_precedes_default_file(tmp_path, monkeypatch) -> None:
     output = tmp_path / "out"
-    made, origin = pseudonyms.load_key(None, str(output))
+    made, origin, file = pseudonyms.load_key(None, str(output))
+    assert file is not None and file.read_bytes().strip() == made
     assert "new key in" in origin and str(tmp_path / "out.key") in origin
     assert len(made) == 64
     assert stat.S_IMODE((tmp_path / "out.key").stat().st_mode) == 0o600
-    again, origin = pseudonyms.load_key(None, f"{output}/")
+    again, origin, file = pseudonyms.load_key(None, f"{output}/")
+    assert file is None
     assert again == made and "new" not in origin
     monkeypatch.setenv(pseudonyms.KEY_VARIABLE, "of the variable, long enough")
     assert pseudonyms.load_key(None, str(output))[0] == b"of the variable, long enough"
