@@ -33,7 +33,7 @@ import pyarrow as pa
 
 from curia_common.errors import StorageError, UserError
 from data_pipeline.format import files
-from data_pipeline.sources import object_stores
+from data_pipeline.sources import deflate, object_stores
 from data_pipeline.sources.base import Heartbeat, ReadError
 from data_pipeline.sources.retry import TRANSIENT, retry_transient
 
@@ -43,7 +43,7 @@ UNREAD = (".7z", ".rar", ".lzh", ".arj", ".cab", ".iso")
 
 MEMBERS = 2_000_000  # a public archive of 900,000 slices in one zip exists
 MEMBER_BYTES = 8 << 30
-RATIO, RATIO_BYTES = 200, 1 << 30  # what unpacks to more than both this many bytes and times its size is no image
+RATIO, RATIO_BYTES = 200, 1 << 30  # what unpacks to more than both this many bytes and times its size is not an image
 PIECE = 1 << 16  # bytes read at a time, because a header is shorter
 NAME_BYTES = 1 << 20  # of an extended tar header; PATH_MAX is 4,096
 LONGEST_NAME = 4096
@@ -92,6 +92,13 @@ class Listing(NamedTuple):
 def folder(output: str | Path) -> str:
     """Folder of copies and single members of archives during a build: private, because they hold names."""
     return os.path.join(output, ".build", "unpacked")
+
+
+def unpacked_name(path: str) -> str:
+    """The path without the .gz of a single file that was compressed on its own (a.dcm.gz); NIfTI's own form (.nii.gz) keeps it."""
+    low = path.lower()
+    own = low.endswith((".nii.gz", ".img.gz", *COMPRESSED))
+    return path[: -len(".gz")] if low.endswith(".gz") and not own else path
 
 
 def is_archive(path: str) -> bool:
@@ -187,10 +194,10 @@ def _zip_members(archive: object_stores.Object, heartbeat: Heartbeat) -> Iterato
     end = 0
     for info in sorted(infos, key=lambda info: info.header_offset):
         if info.header_offset < end:
-            raise ReadError("a bomb: members of the archive share their bytes")
+            raise ReadError("damaged zip archive: members share their bytes")
         end = info.header_offset + info.compress_size
-    if bomb := _bomb(archive.size, sum(info.file_size for info in infos)):
-        raise ReadError(bomb)
+    if problem := _too_large(archive.size, sum(info.file_size for info in infos)):
+        raise ReadError(problem)
     for info in infos:
         kind = stat.S_IFMT(info.external_attr >> 16)
         if info.is_dir() or info.filename.endswith("\\"):
@@ -269,7 +276,7 @@ def _tar_members(
                 problem = _CUT
             members.append(Member(*archive, copy, name, data, size, size, STORED, NO_CHECKSUM, problem))
             if len(members) > MEMBERS:
-                raise ReadError(f"more than {MEMBERS:,} members; an archive may have as many: unpack it")
+                raise ReadError(f"more than {MEMBERS:,} members; an archive may have {MEMBERS:,}: unpack it")
         own = {}
         offset += _padded(size) if regular else 0
     return members, "cut off: the end of the archive is missing" if offset > end else ""
@@ -293,9 +300,11 @@ def _pax(text: bytes) -> dict[str, str]:
     return found
 
 
-def _bomb(packed: int, size: int) -> str:
+def _too_large(packed: int, size: int) -> str:
     """The reason not to unpack `packed` bytes to `size`, or ""."""
-    return f"a bomb: {packed:,} bytes become {size:,}" if size > max(RATIO_BYTES, RATIO * packed) else ""
+    if size <= max(RATIO_BYTES, RATIO * packed):
+        return ""
+    return f"unpacks to too much: {packed:,} bytes become {size:,}; an image becomes at most {RATIO} times as large"
 
 
 def _sanitized(members: Sequence[Member]) -> list[Member]:
@@ -318,7 +327,7 @@ def _sanitized(members: Sequence[Member]) -> list[Member]:
         if not problem and member.size > MEMBER_BYTES:
             problem = f"{member.size:,} bytes; a member of an archive may have {MEMBER_BYTES:,}"
         # Of two members with one name the later replaces the earlier, as in tar itself.
-        result[name] = member._replace(name=name, problem=problem or _bomb(member.packed, member.size))
+        result[name] = member._replace(name=name, problem=problem or _too_large(member.packed, member.size))
     return [result[name] for name in sorted(result)]
 
 
@@ -355,11 +364,10 @@ def _unpack(archive: object_stores.Object, folder: str, limit: int, heartbeat: H
             if not piece:
                 break
             if not file.tell() and not _starts_a_tar(piece):
-                problem = "damaged archive: what it holds is no tar"
+                problem = "damaged archive: it holds no tar archive"
                 break
             file.write(piece)
-            if _bomb(archive.size, file.tell()):
-                problem = f"a bomb: {archive.size:,} bytes become more than {file.tell():,}"
+            if problem := _too_large(archive.size, file.tell()):
                 file.truncate(0)
                 break
             if file.tell() // _CHECK_BYTES != (file.tell() - len(piece)) // _CHECK_BYTES:
@@ -387,7 +395,7 @@ def _starts_a_tar(piece: bytes) -> bool:
 def _check_used(folder: str, limit: int) -> None:
     used = 0
     for copy in Path(folder).glob("*.tar"):
-        with contextlib.suppress(FileNotFoundError):  # another worker deletes what is no tar
+        with contextlib.suppress(FileNotFoundError):  # another worker deletes what is not a tar
             used += copy.stat().st_size
     if used > limit:
         raise UserError(
@@ -411,11 +419,11 @@ def _open_zstd(file: io.BufferedIOBase) -> pa.CompressedInputStream:
 
 
 class _Stream(object_stores.Seekable):
-    """A member's bytes; deflated ones are inflated up to the position that is read, and kept."""
+    """Bytes that come in pieces, which are kept up to the position that is read."""
 
-    def __init__(self, member: Member, folder: str, heartbeat: Heartbeat) -> None:
-        super().__init__(member.size)
-        self._pieces = _pieces(member, folder, heartbeat, object_stores.HEADER_BYTES)
+    def __init__(self, pieces: Iterator[bytes], size: int) -> None:
+        super().__init__(size)
+        self._pieces = pieces
         self._data = bytearray()
 
     def readinto(self, buffer: Any, /) -> int:
@@ -431,21 +439,33 @@ class _Stream(object_stores.Seekable):
 def stream(
     source: object_stores.Object, member: Member | None, folder: str, heartbeat: Heartbeat
 ) -> Iterator[io.BufferedIOBase]:
-    """An input as a binary file.
+    """An input as a binary file, unpacked if it is a single compressed one.
 
     Args:
       member: where it is in an archive; None for a file of a folder or an object of a bucket.
       folder: of unpacked copies.
 
     Reading raises:
-      ReadError: the member is damaged.
+      ReadError: the member or the compressed file is damaged.
       DataError: what is in a bucket changed since it was listed.
     """
     if member is None:
-        with _open(source, heartbeat, source.path) as file:
-            yield file
+        opened = _open(source, heartbeat, source.path)
     else:
-        yield io.BufferedReader(_Stream(member, folder, heartbeat), PIECE)
+        pieces = _pieces(member, folder, heartbeat, object_stores.HEADER_BYTES)
+        opened = io.BufferedReader(_Stream(pieces, member.size), PIECE)
+    with opened as file:
+        if unpacked_name(source.path) == source.path or not _is_gzipped(file):
+            yield file
+        else:
+            inflated = deflate.inflated(file, "gzip file", PIECE)
+            yield io.BufferedReader(_Stream(inflated, MEMBER_BYTES), PIECE)
+
+
+def _is_gzipped(file: io.BufferedIOBase) -> bool:
+    start = file.read(len(deflate.GZIP))
+    file.seek(0)
+    return start == deflate.GZIP
 
 
 @contextlib.contextmanager
@@ -454,36 +474,63 @@ def materialize(
 ) -> Iterator[str]:
     """A path of an input on a local disk, as readers written in C demand.
 
-    A member or an object is copied there for as long as the context lasts, to a private folder within `scratch`, under a plain
-    form of its name.
+    A member, an object or a single compressed file is copied or unpacked there for as long as the context lasts, to a private
+    folder within `scratch`, under a plain form of its name.
 
     Args:
       member, folder: as in stream.
 
     Raises:
-      ReadError: the member is damaged.
+      ReadError: the member or the compressed file is damaged.
       StorageError: the scratch disk is full.
       DataError: what is in a bucket changed since it was listed.
     """
-    if member is None and not object_stores.is_address(source.path):
-        yield source.path
-        return
+    with contextlib.ExitStack() as stack:
+        path = source.path
+        if member is not None:
+            path = stack.enter_context(_written(_pieces(member, folder, heartbeat), scratch, path))
+        elif object_stores.is_address(path):
+            path = stack.enter_context(_written(_whole(source, heartbeat), scratch, path))
+        if (name := unpacked_name(path)) != path:
+            file = stack.enter_context(open(path, "rb"))
+            pieces = deflate.inflated(file, "gzip file") if _is_gzipped(file) else iter(lambda: file.read(PIECE), b"")
+            path = stack.enter_context(_written(_bounded(pieces, os.path.getsize(path)), scratch, name))
+        yield path
+
+
+@contextlib.contextmanager
+def _written(pieces: Iterator[bytes], scratch: str, name: str) -> Iterator[str]:
+    """A file with these bytes; readers go by the ending of its name, and label maps are recognized by name and folder."""
     failed = f"cannot write to the scratch folder {scratch} ({{}}); free some space there and rerun the same command"
+    *_, inner, name = ("", *(re.sub(r"[^A-Za-z0-9._-]", "_", part)[-80:] for part in name.split("/")))
     try:
         os.makedirs(scratch, mode=0o700, exist_ok=True)
         place = tempfile.TemporaryDirectory(prefix="m", dir=scratch, ignore_cleanup_errors=True)
+        parent = os.path.join(place.name, inner.lstrip(".") or "file")
+        os.mkdir(parent, 0o700)
     except OSError as error:
         raise StorageError(failed.format(error.strerror)) from error
     with place:
-        # Readers go by the ending, and label maps are recognized by their names.
-        target = os.path.join(place.name, re.sub(r"[^A-Za-z0-9._-]", "_", os.path.basename(source.path))[-80:])
+        target = os.path.join(parent, name)
         with open(target, "wb", buffering=0) as file:
-            for piece in _whole(source, heartbeat) if member is None else _pieces(member, folder, heartbeat):
+            for piece in pieces:
                 try:
                     file.write(piece)
                 except OSError as error:
                     raise StorageError(failed.format(error.strerror)) from error
         yield target
+
+
+def _bounded(pieces: Iterator[bytes], packed: int) -> Iterator[bytes]:
+    """The pieces of a file of `packed` bytes, as long as it may unpack to as many."""
+    size = 0
+    for piece in pieces:
+        size += len(piece)
+        if problem := _too_large(packed, size):
+            raise ReadError(problem)
+        if size > MEMBER_BYTES:
+            raise ReadError(f"more than {MEMBER_BYTES:,} bytes; a compressed file may unpack to as many")
+        yield piece
 
 
 def is_unchanged(source: object_stores.Object, member: Member | None) -> bool:
@@ -542,7 +589,7 @@ def _pieces(member: Member, folder: str, heartbeat: Heartbeat, first: int | None
             checksum = zlib.crc32(piece, checksum)
             yield piece
     if member.checksum not in (NO_CHECKSUM, checksum):
-        raise ReadError("damaged in its archive: its checksum is another")
+        raise ReadError("damaged in its archive: its checksum is wrong")
 
 
 def _skip_zip_header(file: io.BufferedIOBase) -> None:

@@ -17,7 +17,7 @@ from nibabel.freesurfer.mghformat import MGHHeader
 from nibabel.nifti1 import Nifti1Header, Nifti1PairHeader
 from nibabel.nifti2 import Nifti2Header, Nifti2PairHeader
 
-from data_pipeline.sources import voxels
+from data_pipeline.sources import deflate, voxels
 from data_pipeline.sources.base import ReadError
 from data_pipeline.sources.silence import guarded
 
@@ -71,11 +71,11 @@ def open_nifti(
 def _first_bytes(file: BinaryIO) -> bytes:
     start = file.read(1 << 16)
     file.seek(0)
-    if start.startswith(voxels.GZIP):
+    if start.startswith(deflate.GZIP):
         try:
             start = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16).decompress(start, HEADER_BYTES)
         except zlib.error as error:
-            raise ReadError(voxels.WRONG_STREAM) from error
+            raise ReadError(deflate.WRONG_STREAM.format(what="volume")) from error
     return start[:HEADER_BYTES]
 
 
@@ -105,7 +105,7 @@ def _layout(header: Nifti1Header) -> voxels.Layout:
 def _affine(header: Nifti1Header) -> Affine:
     """The sform; the qform where there is none or it is singular; else voxel sizes alone, as nibabel and SPM lay them out."""
     sform, stated = header.get_sform(coded=True)
-    if stated and np.isfinite(sform).all() and np.linalg.matrix_rank(sform[:3, :3], tol=1e-6) == 3:
+    if stated and not voxels.is_singular(np.asarray(sform, np.float64)):
         return np.asarray(sform, np.float64)
     qform, stated_too = header.get_qform(coded=True)
     if stated_too:
@@ -128,9 +128,13 @@ def _stored(
     file: BinaryIO, path: str, layout: voxels.Layout, scratch: str | None, stack: contextlib.ExitStack
 ) -> voxels.Array | voxels.File:
     voxels.check_size(layout.size, path)
-    packed = file.read(len(voxels.GZIP)) == voxels.GZIP
+    packed = file.read(len(deflate.GZIP)) == deflate.GZIP
     file.seek(0)
-    return voxels.unpacked(voxels.inflated(file), layout, scratch, stack) if packed else voxels.stored_in(file, layout)
+    return (
+        voxels.unpacked(deflate.inflated(file, "volume"), layout, scratch, stack)
+        if packed
+        else voxels.stored_in(file, layout)
+    )
 
 
 def _open_mgh(

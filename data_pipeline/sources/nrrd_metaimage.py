@@ -11,7 +11,7 @@ import numpy as np
 import SimpleITK
 from jaxtyping import Float64
 
-from data_pipeline.sources import voxels
+from data_pipeline.sources import deflate, voxels
 from data_pipeline.sources.base import ReadError
 from data_pipeline.sources.silence import silenced
 
@@ -28,6 +28,10 @@ _TYPES = {
 }
 # A field of a header; pairs with := are remarks.
 _FIELD = re.compile(rb"^([A-Za-z][A-Za-z ]*?)\s*[:=](?!=)[ \t]*([^\r\n]*?)\s*$", re.MULTILINE)
+# What is read here; MetaImage's only compression is zlib's, which inflated reads like gzip's.
+_ENCODINGS = {
+    b"raw": None, b"gzip": deflate.inflated, b"gz": deflate.inflated, b"bzip2": deflate.bunzipped, b"bz2": deflate.bunzipped,
+}  # fmt: skip
 # Names of units in NRRD and MetaImage, which leave the text free, in mm.
 _UNITS_MM = {
     name: size
@@ -170,7 +174,7 @@ def _open_raw(
     path: str, data: str, fields: dict[bytes, bytes], begin: int, size: tuple[int, int, int], dtype: np.dtype,
     scratch: str | None, stack: contextlib.ExitStack,
 ) -> voxels.Array | voxels.File | None:  # fmt: skip
-    """Values that are stored raw or deflated; None in unusual forms: text, bzip2, skipped lines.
+    """Values that are stored raw or compressed; None in unusual forms: text, skipped lines.
 
     Args:
       fields, begin: of the header of `path`, and where it ends.
@@ -178,28 +182,34 @@ def _open_raw(
     """
     try:
         if b"sizes" in fields:  # NRRD
-            packed = {b"raw": False, b"gzip": True, b"gz": True}.get(fields.get(b"encoding", b""))
+            encoding = fields.get(b"encoding", b"")
             big, sizes = fields.get(b"endian") == b"big", fields[b"sizes"]
             lines, skip = int(fields.get(b"lineskip", b"0")), int(fields.get(b"byteskip", b"0"))
         else:
             plain = fields.get(b"binarydata") == b"true" and fields.get(b"headersize", b"0") == b"0"
-            packed = fields.get(b"compresseddata") == b"true" if plain else None
+            encoding = (b"gzip" if fields.get(b"compresseddata") == b"true" else b"raw") if plain else b""
             big = b"true" in (fields.get(b"binarydatabyteordermsb"), fields.get(b"elementbyteordermsb"))
             sizes, lines, skip = fields.get(b"dimsize", b""), 0, 0
     except ValueError as error:
         raise ReadError("damaged volume: a number of skipped lines or bytes is not a number") from error
     # The size of a "long" differs between programs.
     long = fields.get(b"elementtype") in (b"met_long", b"met_ulong")
-    if packed is None or long or lines or sizes.split() != [b"%d" % n for n in size] or (data == path and not begin):
+    if (
+        encoding not in _ENCODINGS
+        or long
+        or lines
+        or sizes.split() != [b"%d" % n for n in size]
+        or (data == path and not begin)
+    ):
         return None
     dtype = dtype.newbyteorder(">" if big else "<")
     start = begin if data == path else 0
     file = stack.enter_context(open(data, "rb"))
-    if packed:
+    if (unpack := _ENCODINGS[encoding]) is not None:
         if skip < 0:
             return None
         file.seek(start)
-        return voxels.unpacked(voxels.inflated(file), voxels.Layout(skip, size, dtype), scratch, stack)
+        return voxels.unpacked(unpack(file, "volume"), voxels.Layout(skip, size, dtype), scratch, stack)
     layout = voxels.Layout(start + skip, size, dtype)
     if skip < 0:  # the values are the last bytes
         layout = layout._replace(offset=os.path.getsize(data) - layout.size)

@@ -153,7 +153,7 @@ def open_volume(path: str, scratch: str | None = None) -> Iterator[Volume]:
     the left and front or head up, sagittal ones with the face to the left.
 
     A volume of more than voxels.IN_MEMORY_BYTES is read in pieces. A compressed one is unpacked to `scratch` for that, as a file
-    without a name. Unusual forms of NRRD and MetaImage are read whole: text, bzip2, skipped bytes.
+    without a name. Unusual forms of NRRD and MetaImage are read whole: text, skipped lines.
 
     Raises:
       ReadError: damaged, or not of two or three dimensions.
@@ -201,7 +201,7 @@ def _volume(
 
 
 def _check(affine: np.ndarray, shape: tuple[int, int, int]) -> None:
-    if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3], tol=1e-6) < 3:
+    if voxels.is_singular(affine):
         raise ReadError("its affine is singular: where the voxels lie is unknown")
     if np.abs(affine).max() > FARTHEST_MM:
         raise ReadError(f"its affine has a value beyond {FARTHEST_MM:,.0f} mm: where the voxels lie is unknown")

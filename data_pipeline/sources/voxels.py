@@ -5,12 +5,11 @@ import dataclasses
 import math
 import os
 import tempfile
-import zlib
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from jaxtyping import Int64, Shaped
+from jaxtyping import Float64, Int64, Shaped
 from nibabel.volumeutils import apply_read_scaling
 
 from curia_common.errors import StorageError
@@ -23,7 +22,6 @@ BLOCK_BYTES = 1 << 28  # of planes across the order in which they are stored: ea
 TAIL_BYTES = 1 << 26  # after the values in a compressed file
 MAXIMUM_RATIO = 1100  # deflate, which all formats of volumes use, packs 1,032 bytes into one at best
 CUT_OFF = "damaged volume: it is cut off"
-WRONG_STREAM = "damaged volume: its compressed data does not unpack to what its checksum says"
 
 # A single wrong voxel must not set the scale of all others. 999 of 1,000 voxels lie between the quantiles; where the range is more
 # than WIDE times as wide, values that are further away than FAR times their distance are clipped.
@@ -114,6 +112,12 @@ def check_size(size: int, path: str) -> None:
         raise ReadError(f"damaged volume: its header states {size:,} bytes, which the file cannot hold")
 
 
+def is_singular(affine: Float64[np.ndarray, "4 4"]) -> bool:
+    """Whether an affine maps voxels to less than a volume, or is not finite."""
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    return not np.isfinite(affine).all() or bool(abs(np.linalg.det(affine[:3, :3])) <= 1e-6 * spacing.prod())
+
+
 def stored_in(file: BinaryIO, layout: Layout) -> Array | File:
     """The values of an uncompressed file."""
     if layout.size > IN_MEMORY_BYTES:
@@ -159,38 +163,6 @@ def unpacked(pieces: Iterator[bytes], layout: Layout, scratch: str | None, stack
     if file is not None:
         return File(file, 0, layout.shape, layout.dtype)
     return Array(memory.view(layout.dtype).reshape(layout.shape, order="F"))
-
-
-def inflated(source: BinaryIO) -> Iterator[bytes]:
-    """What a gzip or zlib stream holds, in pieces; at its end zlib compares the checksum, CRC-32 or Adler-32.
-
-    Raises:
-      ReadError: it is damaged or cut off.
-    """
-    inflate, gzip = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32), None
-    packed = b""
-    while True:
-        packed = packed or source.read(SLAB_BYTES)
-        ended = not packed
-        gzip = packed.startswith(GZIP) if gzip is None else gzip
-        try:
-            piece = inflate.decompress(packed, SLAB_BYTES)
-        except zlib.error as error:
-            raise ReadError(WRONG_STREAM) from error
-        if piece:
-            yield piece
-        elif ended and not inflate.eof:
-            raise ReadError(CUT_OFF)
-        packed = inflate.unconsumed_tail
-        if inflate.eof:
-            packed = inflate.unused_data
-            packed += source.read(len(GZIP) - len(packed)) if len(packed) < len(GZIP) else b""
-            if not (gzip and packed.startswith(GZIP)):
-                return
-            inflate = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)  # gzip streams may follow each other
-
-
-GZIP = b"\x1f\x8b"
 
 
 # ---- what they are

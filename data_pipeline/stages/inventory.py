@@ -13,7 +13,7 @@ from typing import Literal
 from pydicom.uid import MediaStorageDirectoryStorage
 
 from curia_common.errors import DataError, StorageError, UserError, fault_location
-from data_pipeline.sources import archives, dicom_header, object_stores
+from data_pipeline.sources import archives, dicom_header, nifti, object_stores, volumes
 from data_pipeline.sources.base import Heartbeat, ReadError
 from data_pipeline.sources.dicom_header import FrameGeometry
 from data_pipeline.sources.object_stores import Object, absolute
@@ -21,7 +21,8 @@ from data_pipeline.sources.retry import TRANSIENT, retry_transient
 from data_pipeline.stages import exclusion, pseudonyms
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
-VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
+# Of files with the values that a header beside them describes, and of those headers.
+DATA_SUFFIXES, DATA_HEADERS = (".raw", ".zraw", ".img", ".img.gz", ".raw.gz"), (".hdr", ".mhd", ".nhdr")
 FILES_PER_TASK = 64
 
 # Columns of the label table: whole numbers, decimal numbers or text, None for an empty cell.
@@ -359,19 +360,35 @@ def _inspect(source: Source, path: str, options: Options, heartbeat: Heartbeat) 
 
 def _classify(entry: Entry, options: Options, heartbeat: Heartbeat) -> Entry:
     """The entry with kind, series, patient and facts from its name or header."""
-    name = entry.path.lower()
-    if name.endswith(VOLUME_SUFFIXES):
-        entry = _without_header(entry, "volume", options.modality, options)
-        return entry if options.keep_faces else entry.with_fate("excluded", MAY_BE_A_FACE)
+    name = archives.unpacked_name(entry.path).lower()
+    place = Object(entry.path, entry.size, entry.modified_ns)
+    if name.endswith(volumes.SUFFIXES) and not name.endswith(".hdr"):
+        return _volume(entry, options)
     if name.endswith(IMAGE_SUFFIXES):
         return _without_header(entry, "image", "OT" if options.modality == "auto" else options.modality, options)
     if name.endswith(archives.UNREAD):
         raise ReadError("an archive of a kind that is not read: unpack it")
-    place = Object(entry.path, entry.size, entry.modified_ns)
     with archives.stream(place, entry.member, options.unpacked, heartbeat) as file:
-        if dicom_header.is_dicom(file):
+        start = file.read(132)
+        file.seek(0)
+        if name.endswith(".hdr") and nifti.is_header(start):
+            return _volume(entry, options)
+        # Raw values can begin like DICOM without its mark, so beside a header only the mark counts.
+        is_data = name.endswith(DATA_SUFFIXES) and (name.endswith(".raw") or _has_header_beside(entry.path))
+        if dicom_header.is_dicom(file) and not (is_data and start[128:] != b"DICM"):
             return _with_header(entry, dicom_header.read_header(file), options)
-    return entry.with_fate("excluded", NO_IMAGE)
+    return entry.with_fate("excluded", DATA_OF_A_HEADER if is_data else NO_IMAGE)
+
+
+def _volume(entry: Entry, options: Options) -> Entry:
+    entry = _without_header(entry, "volume", options.modality, options)
+    return entry if options.keep_faces else entry.with_fate("excluded", MAY_BE_A_FACE)
+
+
+def _has_header_beside(path: str) -> bool:
+    """Whether a header of the same name lies beside a file of values; only looked up on disks."""
+    stem = re.sub(r"(\.gz)?$", "", path, flags=re.IGNORECASE).rpartition(".")[0]
+    return any(os.path.isfile(stem + ending) for ending in DATA_HEADERS)
 
 
 LOSSY = "lossy compression"
@@ -380,6 +397,7 @@ MAY_BE_A_FACE = "may show a face: its body part is not named"
 # Files of the inputs that are named by other options.
 OWN_FILES = A_LABEL_TABLE, A_HOLDOUT_FILE = "the label table of --labels", "the list of --holdout"
 NO_IMAGE = "not a medical image (no DICOM, NIfTI, NRRD, MetaImage, PNG, JPEG or TIFF file)"
+DATA_OF_A_HEADER = "values without a header; the .hdr, .mhd or .nhdr file beside it is read instead"
 
 
 def _with_header(entry: Entry, header: dicom_header.Header, options: Options) -> Entry:

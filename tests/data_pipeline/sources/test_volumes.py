@@ -95,7 +95,7 @@ def test_nrrd_and_metaimage_read_in_pieces_equal_read_whole(
         assert isinstance(again._stored, voxels.File)
         np.testing.assert_array_equal(list(again.slices()), wanted)
         assert (again.plane, again.spacing, again.survey.low) == (volume.plane, volume.spacing, volume.survey.low)
-        monkeypatch.setattr(voxels, "SLAB_BYTES", 1)  # less than the head of a packed stream
+        monkeypatch.setattr(voxels, "SLAB_BYTES", 1)
         with volumes.open_volume(str(path), str(tmp_path)) as again:
             assert again.survey.high == volume.survey.high
     data = max(tmp_path.iterdir(), key=lambda one: one.stat().st_size)
@@ -428,10 +428,8 @@ def test_zero_bytes_and_singular_affine_raise_read_error(tmp_path: Path) -> None
     ):
         data[280:328] = affine[:3].astype("<f4").tobytes()
         (tmp_path / "a.nii").write_bytes(data)
-        try:
+        with pytest.raises(ReadError, match="its affine is singular|correct the spacing or its unit"):
             read(tmp_path / "a.nii")
-        except ReadError as error:
-            assert "its affine is singular" in str(error)
     data[280:328] = np.diag([1, 1, 1e7, 1])[:3].astype("<f4").tobytes()
     (tmp_path / "a.nii").write_bytes(data)
     with pytest.raises(ReadError, match="its affine has a value beyond 1,000,000 mm"):

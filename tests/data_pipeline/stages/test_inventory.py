@@ -1,7 +1,9 @@
+import gzip
 import json
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -211,6 +213,45 @@ def test_fates_and_reasons_of_files(tmp_path: Path, write_dicom) -> None:
         ("", ""), ("excluded", "lossy compression"),
     ]  # fmt: skip
     assert inspect(good, skip={str(good): "it hangs"})[0].reason == "it hangs"
+
+
+def test_values_beside_a_header_are_not_files_of_their_own(tmp_path: Path, write_dicom) -> None:
+    like_dicom = b"\x08\x00\x05\x00" + bytes(2000)  # as the first of 16-bit values can be
+    for name in ("v.hdr", "v.img", "w.mhd", "w.raw", "alone.raw", "x.nhdr", "x.img", "other.hdr"):
+        (tmp_path / name).write_bytes(like_dicom)
+    (tmp_path / "v.hdr").write_bytes(struct.pack(">i", 348) + bytes(344))
+    (tmp_path / "other.hdr").write_text("ENVI")
+    dicom = write_dicom(tmp_path / "slice.img")
+    names = ["v.hdr", "v.img", "w.mhd", "w.raw", "alone.raw", "x.nhdr", "x.img", "other.hdr"]
+    found = {name: inspect(tmp_path / name)[0] for name in names}
+    data = ("", "excluded", inventory.DATA_OF_A_HEADER)
+    assert {name: (one.kind, one.fate, one.reason) for name, one in found.items()} == {
+        "v.hdr": ("volume", "", ""), "v.img": data, "w.mhd": ("volume", "", ""), "w.raw": data, "alone.raw": data,
+        "x.nhdr": ("volume", "", ""), "x.img": data, "other.hdr": ("", "excluded", inventory.NO_IMAGE),
+    }  # fmt: skip
+    assert inspect(dicom)[0].kind == "dicom"  # a name that DICOM files have too
+
+
+def test_single_compressed_files_are_what_they_hold(tmp_path: Path, write_dicom) -> None:
+    whole = write_dicom(tmp_path / "a.dcm").read_bytes()
+    contents = {
+        "a.dcm.gz": gzip.compress(whole), "b.IMA.GZ": gzip.compress(whole), "plain.dcm.gz": whole, "p.png.gz": b"x", "v.nrrd.gz": b"x",
+        "v.mgz": b"x", "notes.txt.gz": gzip.compress(b"notes"), "cut.dcm.gz": gzip.compress(whole)[:150],
+    }  # fmt: skip
+    for name, data in contents.items():
+        (tmp_path / name).write_bytes(data)
+    found = {name: inspect(tmp_path / name)[0] for name in contents}
+    kinds = {
+        "a.dcm.gz": "dicom",
+        "b.IMA.GZ": "dicom",
+        "plain.dcm.gz": "dicom",
+        "p.png.gz": "image",
+        "v.nrrd.gz": "volume",
+        "v.mgz": "volume",
+    }
+    assert {name: one.kind for name, one in found.items() if one.kind} == kinds
+    assert (found["notes.txt.gz"].fate, found["notes.txt.gz"].reason) == ("excluded", inventory.NO_IMAGE)
+    assert (found["cut.dcm.gz"].fate, found["cut.dcm.gz"].reason) == ("quarantined", "damaged gzip file: it is cut off")
 
 
 def test_unexpected_error_quarantines_its_file_without_header_values(tmp_path: Path, write_dicom, monkeypatch) -> None:
