@@ -20,17 +20,22 @@ import json
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
-from curia_common import logs
+from curia_common import logs, signals
 from curia_common.errors import UserError, fault_location
 from curia_common.exit_codes import MEANINGS, ExitCode
 
 _stop_requested = False  # since `run` began; for `check_stop`
+_running = False  # inside `run`
+_end = threading.Lock()
+_own_process = False  # see `owns_process`
+_last_words: list[Callable[[int, str | None], None]] = []  # see `on_end`
 
 ALWAYS = (ExitCode.DONE, ExitCode.FAULT, ExitCode.USAGE)
 STOPPABLE = (ExitCode.RESTART, ExitCode.INTERRUPTED)
@@ -79,7 +84,7 @@ def add_json(to: argparse.ArgumentParser, what: str) -> None:
 
 def run(
     parser: argparse.ArgumentParser, action: Callable[[Any], int | None], argv: Sequence[str] | None, *,
-    stopped: str = "stopped; rerun the same command to resume", quote_faults: bool = True,
+    stopped: str = "stopped; rerun the same command to resume", quote_faults: bool = True, saves: bool = False,
 ) -> int:  # fmt: skip
     """Parses the arguments, runs the command, and turns what happens into one line and an exit code.
 
@@ -88,67 +93,124 @@ def run(
       argv: the words after the command; None takes the process's own.
       stopped: said when Ctrl-C or SIGTERM ended it.
       quote_faults: False says only type and line of an unforeseen error, because its text may quote header values.
+      saves: the command saves its work when it is told to stop, and says so to `signals.receiving`. Until it does, a signal
+        ends it at once with 75.
     """
+    global _last_words, _stop_requested, _running, _own_process
+    own_process = argv is None
+    _last_words, _stop_requested, _running, _own_process = [], False, True, own_process
+    with contextlib.ExitStack() as signalled:
+        if saves:
+            received = signalled.enter_context(signals.receiving(threaded=own_process))
+            if own_process:
+                received.on_stop = lambda: leave(ExitCode.RESTART, "stopped before there was anything to save")
+        else:
+            signalled.enter_context(_interrupting(restore=not own_process))
+        if own_process:  # else a program called it, whose streams and search path are its own
+            sys.stderr = logs.Unbreakable(sys.stderr)
+            ignore_working_directory()
+        code, line = _outcome(parser, action, argv, stopped, quote_faults)
+        if own_process:
+            signals.ignore_stops()  # the exit code is decided; Python's own end would be killed by a signal and lose it
+        claim_end()
+        if line is not None:
+            logs.say(line)
+        for finish in reversed(_last_words):
+            finish(code, line)
+        _running = False
+        return code
+
+
+def _outcome(
+    parser: argparse.ArgumentParser, action: Callable[[Any], int | None], argv: Sequence[str] | None, stopped: str,
+    quote_faults: bool,
+) -> tuple[ExitCode | int, str | None]:  # fmt: skip
+    """Exit code and last line of a command."""
     try:
-        args = parser.parse_args(argv)
-    except SystemExit as error:  # argparse has printed what is wrong
-        return int(error.code or 0)
-    if argv is None:  # else a program called it, whose search path is its own
-        ignore_working_directory()
-    logs.configure()
-    try:
-        with _signals():
-            check_json(getattr(args, "json", None))
-            return int(action(args) or ExitCode.DONE)
+        try:
+            args = parser.parse_args(argv)
+        except SystemExit as error:  # argparse has printed what is wrong
+            return int(error.code or 0), None
+        logs.configure()
+        check_json(getattr(args, "json", None))
+        code = action(args) or ExitCode.DONE
+        return int(code), None
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.exit_code, f"error: {error}"
     except KeyboardInterrupt:
-        print(stopped, file=sys.stderr)
-        return ExitCode.RESTART
+        return ExitCode.RESTART, stopped
     except OSError as error:
         if error.errno is None:
             return _fault(error, quote_faults)
         where = f": {error.filename}" if error.filename else ""
-        print(f"error: {error.strerror or error}{where}; fix that and rerun the same command", file=sys.stderr)
-        return ExitCode.RESTART
+        return ExitCode.RESTART, f"error: {error.strerror or error}{where}; fix that and rerun the same command"
     except Exception as error:  # noqa: BLE001 - the last handler of the command
         return _fault(error, quote_faults)
 
 
-def _fault(error: Exception, quote: bool) -> int:
+def _fault(error: Exception, quote: bool) -> tuple[ExitCode, str]:
+    """The traceback goes to the log file; where the command has none, to standard error."""
+    where = ""
     if quote:
-        traceback.print_exception(error)
-    print(f"error: unforeseen fault ({fault_location(error)}); please report it", file=sys.stderr)
-    return ExitCode.FAULT
+        text = "".join(traceback.format_exception(error))
+        if logs.LogFile.current is None:
+            print(text, end="", file=sys.stderr)
+        else:
+            logs.LogFile.current.write(text)
+            where = f"; its traceback is in {logs.LogFile.current.path}"
+    return ExitCode.FAULT, f"error: unforeseen fault ({fault_location(error)}){where}; please report it"
+
+
+def owns_process() -> bool:
+    """Whether the command that is running is the whole process, and not called by a program."""
+    return _own_process
+
+
+def on_end(finish: Callable[[int, str | None], None]) -> None:
+    """`finish` gets the exit code and the last line of the command that is running, after the line is printed; the latest
+    added comes first. It runs also where `leave` ends the process, and may end it."""
+    _last_words.append(finish)
+
+
+def claim_end() -> None:
+    """Before the last line of a process: of several threads that have one, the first says it, and the others wait for the end."""
+    if _own_process:
+        _end.acquire()
+
+
+def leave(code: int, line: str) -> NoReturn:
+    """Ends the process at once from any thread, whatever the main thread is doing."""
+    claim_end()
+    logs.say(line)
+    for finish in reversed(_last_words):
+        finish(code, line)
+    os._exit(code)
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """The first SIGINT or SIGTERM raises KeyboardInterrupt; a second SIGINT ends the process at once with 130."""
-    global _stop_requested
-    _stop_requested = False
+def _interrupting(*, restore: bool) -> Iterator[None]:
+    """The first SIGINT, SIGTERM or SIGHUP raises KeyboardInterrupt; a second SIGINT ends the process at once with 130."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         global _stop_requested
         if _stop_requested:
             if number == signal.SIGINT:
-                print("interrupted again: stopped at once", file=sys.stderr)
-                sys.stderr.flush()
+                logs.say("interrupted again: stopped at once")
                 os._exit(ExitCode.INTERRUPTED)
             return  # a second SIGTERM must not disturb the clean-up of the first
         _stop_requested = True
         raise KeyboardInterrupt
 
+    numbers = [n for n in signals.STOPPING if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
     try:
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, stop) for number in numbers}
     except ValueError:  # not the main thread: a test or a notebook; whoever owns the signals keeps them
         yield
         return
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in before.items() if restore else ():
             signal.signal(number, handler)
 
 
@@ -159,6 +221,15 @@ def check_stop() -> None:
     """
     if _stop_requested:
         raise KeyboardInterrupt
+
+
+def commit() -> None:
+    """Comes before the step that publishes a result: where a signal has asked to stop, it does not happen (KeyboardInterrupt);
+    a signal that comes later is too late to stop the command, and ignored."""
+    if _running:
+        with contextlib.suppress(ValueError):  # not the main thread
+            signals.ignore_stops()
+    check_stop()
 
 
 def ignore_working_directory() -> None:
@@ -198,6 +269,7 @@ def check_json(file: str | None, option: str = "--json") -> None:
 def write_json(file: str | None, content: Any) -> None:
     """Writes the result of a command where --json asked for it."""
     if file is not None:
+        commit()
         Path(file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

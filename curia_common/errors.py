@@ -38,6 +38,12 @@ class StorageError(UserError):
     exit_code = ExitCode.RESTART
 
 
+class RestartError(UserError):
+    """The run cannot go on now, but can later: another host is lost, or the work directory is in use. Rerunning resumes."""
+
+    exit_code = ExitCode.RESTART
+
+
 class RemoteFault(Exception):
     """An unexpected error in another process; its text is the `fault_location` there."""
 

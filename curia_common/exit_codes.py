@@ -15,7 +15,9 @@ class ExitCode(enum.IntEnum):
     DIVERGED = 64  # a loss or norm is not finite
     DATA = 65  # the input data, the dataset or the checkpoint is damaged, incomplete or not the one expected
     DOES_NOT_FIT = 66  # preflight: the run does not fit the accelerators
-    RESTART = 75  # stopped by a signal or by failing storage; what is finished is saved: rerun the command
+    RESTART = (
+        75  # stopped by a signal, failing storage, a lost or stuck host; what is finished is saved: rerun the command
+    )
     INTERRUPTED = 130  # a second Ctrl-C: stopped at once, nothing saved for it
 
 
@@ -26,6 +28,6 @@ MEANINGS = {
     ExitCode.DIVERGED: "training diverged: a loss or norm is not finite",
     ExitCode.DATA: "input data, dataset or checkpoint is damaged, incomplete or not the expected one",
     ExitCode.DOES_NOT_FIT: "the run does not fit the accelerators",
-    ExitCode.RESTART: "stopped by a signal or failing storage, finished work is saved; rerun the command to resume",
+    ExitCode.RESTART: "stopped by a signal, failing storage or a lost host, finished work is saved; rerun the command to resume",
     ExitCode.INTERRUPTED: "second Ctrl-C: stopped at once",
 }

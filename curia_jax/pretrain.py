@@ -52,7 +52,7 @@ def pretrain(args: argparse.Namespace) -> int:
     if not args.workdir:
         raise UserError("the following arguments are required: --workdir")
 
-    from curia_jax import run
+    from curia_jax import hosts, run
     from curia_jax.objectives import mae
 
     this = run.prepare(config, args.workdir)
@@ -60,14 +60,14 @@ def pretrain(args: argparse.Namespace) -> int:
         config, this.mesh, canvas=this.canvas, warmup_steps=this.warmup_steps, total_steps=this.schedule.total_steps
     )
     outcome = run.train(this, objective, run.batches(this))
-    if run.is_first_host():
+    if hosts.is_first():
         place = {"step": outcome.step, "examples_seen": outcome.examples_seen}
         cli.write_json(args.json, {"finished": outcome.finished, "workdir": args.workdir, **outcome.metrics, **place})
     return outcome.exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(parser(), pretrain, argv)
+    return cli.run(parser(), pretrain, argv, saves=True)
 
 
 if __name__ == "__main__":

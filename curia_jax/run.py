@@ -19,13 +19,15 @@ from typing import Any
 
 import jax
 import ml_collections
+from etils import epath
 from jax.sharding import Mesh
 
-from curia_common import logs
-from curia_common.errors import DataError, UserError
+import curia_common
+from curia_common import cli, logs
+from curia_common.errors import DataError, RestartError, UserError
 from curia_common.exit_codes import ExitCode
 from curia_common.progress import Progress
-from curia_jax import checkpoint, data, saving, sharding, telemetry, training
+from curia_jax import checkpoint, data, hosts, lease, saving, sharding, telemetry, training, watchdog
 from curia_jax import config as configs
 from curia_jax.objectives import base
 from curia_jax.settings import Data, Devices, Settings
@@ -34,7 +36,8 @@ from data_pipeline.format.shards import SliceSource
 logger = logs.get_logger(__name__)
 CONFIG = "config.json"
 # What a run may have left that was killed before it wrote its config.
-OWN_FILES = {checkpoint.FOLDER, telemetry.METRICS, telemetry.EVENTS, telemetry.BOARD, "logs", "lock.json"}
+OWN_FILES = {checkpoint.FOLDER, telemetry.METRICS, telemetry.EVENTS, telemetry.BOARD, logs.FOLDER, lease.FILE}
+NO_WATCHDOG_SECONDS = 86_400  # that a host waits for another one where the watchdog is off
 
 
 class Interrupted(UserError):
@@ -53,6 +56,7 @@ class Run:
       dataset_start: examples that were seen before training on this dataset began; its examples count from there.
       warmup_steps, save_every, log_every: steps.
       keep_every: checkpoints at multiples of so many steps stay for good; None for none.
+      saved_steps: steps of which the work directory had checkpoints.
       changes: fields of the config that differ from the checkpoint's: dotted name -> (then, now).
     """
 
@@ -69,6 +73,7 @@ class Run:
     save_every: int
     log_every: int
     keep_every: int | None
+    saved_steps: tuple[int, ...]
     changes: Mapping[str, tuple[Any, Any]]
 
     def meta(self, examples_seen: int) -> checkpoint.Meta:
@@ -112,6 +117,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
             "no shards given; name the folder that data_pipeline.build wrote with --config.data.shards=FOLDER"
         )
     _check_workdir(workdir)
+    saved_steps = _saved_steps(workdir)
     step, meta = checkpoint.latest(workdir) or (0, None)
     if meta is None:
         _check_new(workdir)
@@ -147,8 +153,13 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
         save_every=save_every,
         log_every=steps(settings.log_every),
         keep_every=keep_every,
+        saved_steps=saved_steps,
         changes=configs.changes(configs.from_checkpoint(meta.config), plain) if meta else {},
     )
+
+
+def _saved_steps(workdir: str) -> tuple[int, ...]:
+    return tuple(checkpoint.finished_steps(epath.Path(workdir).expanduser().absolute() / checkpoint.FOLDER))
 
 
 def use_devices(devices: Devices) -> None:
@@ -161,22 +172,11 @@ def use_devices(devices: Devices) -> None:
         jax.config.update("jax_platforms", devices.platform)
     if devices.cpu_count:
         jax.config.update("jax_num_cpu_devices", devices.cpu_count)
-    # Cloud TPUs find the other hosts by themselves; elsewhere these variables name them.
-    address, count, number = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
     if devices.multihost:
-        try:
-            jax.distributed.initialize(
-                coordinator_address=os.environ.get(address),
-                num_processes=int(os.environ[count]) if count in os.environ else None,
-                process_id=int(os.environ[number]) if number in os.environ else None,
-            )
-        except (RuntimeError, ValueError) as error:
-            raise UserError(
-                f"devices.multihost: {error}; set {address}, {count}, {number} on every host, or --config.devices.multihost=false"
-            ) from error
-    elif os.environ.get(count, "1") != "1":
+        hosts.connect(devices)
+    elif os.environ.get(hosts.COUNT, "1") != "1":
         raise UserError(
-            f"{count} is {os.environ[count]} but devices.multihost is False, so that each host would train alone in the same "
+            f"{hosts.COUNT} is {os.environ[hosts.COUNT]} but devices.multihost is False, so that each host would train alone in the same "
             "work directory; set --config.devices.multihost=true"
         )
     try:
@@ -189,13 +189,8 @@ def use_devices(devices: Devices) -> None:
         jax.config.update("jax_enable_compilation_cache", False)
     elif devices.compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(devices.compilation_cache))
-    if not is_first_host():
+    if not hosts.is_first():
         logs.configure(logging.WARNING)
-
-
-def is_first_host() -> bool:
-    """Whether this process is the one that writes logs and results."""
-    return jax.process_index() == 0
 
 
 def _check_workdir(workdir: str) -> None:
@@ -277,7 +272,7 @@ def batches(run: Run) -> Iterator[base.Batch]:
     on_host = data.training_batches(
         run.source, batch_size=wanted.batch_size, canvas=run.canvas, seed=wanted.seed,
         examples_seen=run.schedule.examples_seen - run.dataset_start,
-        process_index=jax.process_index(), process_count=jax.process_count(),
+        process_index=hosts.number(), process_count=hosts.count(),
         threads=wanted.data.threads, prefetch=wanted.data.prefetch, workers=wanted.data.workers,
     )  # fmt: skip
     split = sharding.batch_sharding(run.mesh)
@@ -300,16 +295,39 @@ def train(run: Run, objective: base.Objective, batches: Iterator[base.Batch]) ->
         f"{len(run.source):,} slices, canvas {run.canvas[0]}x{run.canvas[1]}; {objective.parameters / 1e6:.2f} M parameters; "
         f"{run.mesh.size} x {kind} as {dict(run.mesh.shape)}; {schedule.total_steps:,} steps of {schedule.batch_size}"
     )
+    patience = run.settings.devices.watchdog_seconds or NO_WATCHDOG_SECONDS
     if schedule.start_step >= schedule.total_steps:
         saving.check_fits(run.workdir, objective.abstract_state)
         logger.info(
             f"nothing to do: {run.workdir} has reached step {schedule.start_step:,} of {schedule.total_steps:,}; a longer "
             "--config.duration continues from there"
         )
+        hosts.meet_at_the_end(patience)
         return Outcome(True, schedule.start_step, schedule.examples_seen, telemetry.last_metrics(run.workdir))
 
-    with contextlib.ExitStack() as closing:
+    heartbeat = run.settings.devices.heartbeat_seconds
+    with contextlib.ExitStack() as closing, hosts.leaving_at_once(closing, heartbeat):
+        # ---- alone in the work directory, and together with the other hosts
+        hosts.check_agreement(
+            {
+                "version": f"{curia_common.__version__} with jax {jax.__version__}",
+                "config": hosts.digest(json.dumps(run.config, sort_keys=True)),
+                "dataset": run.dataset.fingerprint, "checkpoint": f"step {schedule.start_step}",
+            },
+            patience,
+        )  # fmt: skip
+        if hosts.is_first():
+            closing.enter_context(lease.holding(run.workdir))
+            if _saved_steps(run.workdir) != run.saved_steps:
+                raise RestartError(f"another run has just saved in {run.workdir}; rerun the same command")
+        hosts.barrier("work directory", patience)
+        log_file = logs.LogFile(run.workdir, hosts.number(), take_descriptor=cli.owns_process())
+        if not cli.owns_process():  # else it is open until the process has ended
+            closing.callback(log_file.close)
+        dog = closing.enter_context(watchdog.Watchdog(run.settings.devices.watchdog_seconds, log_file))
+
         # ---- state
+        dog.beat("restoring")
         checkpointer = saving.Checkpointer(
             run.workdir,
             keep=run.settings.keep,
@@ -327,6 +345,7 @@ def train(run: Run, objective: base.Objective, batches: Iterator[base.Batch]) ->
             state = objective.initial_state(run.settings.seed)
 
         # ---- compile
+        dog.beat("compiling")
         began = time.perf_counter()
         train_step = objective.compile()
         text = f"compiled in {time.perf_counter() - began:.1f} s"
@@ -341,7 +360,7 @@ def train(run: Run, objective: base.Objective, batches: Iterator[base.Batch]) ->
             batch_size=schedule.batch_size, flops_per_example=objective.flops_per_example, peak=peak
         )
         log = None
-        if is_first_host():
+        if hosts.is_first():
             log = telemetry.Log(run.workdir, start_step=schedule.start_step)
             closing.callback(log.close)
             text = json.dumps(run.config, indent=2) + "\n"
@@ -349,7 +368,7 @@ def train(run: Run, objective: base.Objective, batches: Iterator[base.Batch]) ->
             log.event(
                 "resumed" if schedule.start_step else "started", step=schedule.start_step,
                 examples_seen=schedule.examples_seen, total_steps=schedule.total_steps, slices=len(run.source),
-                parameters=objective.parameters, mesh=dict(run.mesh.shape), hosts=jax.process_count(), device=kind,
+                parameters=objective.parameters, mesh=dict(run.mesh.shape), hosts=hosts.count(), device=kind,
                 jax=jax.__version__, train_flops_per_image=objective.flops_per_example, peak_flops=peak,
                 peak_source=peak_source, **({"changes": dict(run.changes)} if run.changes else {}),
             )  # fmt: skip
@@ -358,6 +377,7 @@ def train(run: Run, objective: base.Objective, batches: Iterator[base.Batch]) ->
         )
 
         def measure(report: training.Report) -> None:
+            dog.beat(f"taking step {report.step + 1:,}")
             meter.finished(input_wait=report.input_wait, save_wait=report.hook_wait)
 
         def show(report: training.Report) -> None:
@@ -371,6 +391,7 @@ def train(run: Run, objective: base.Objective, batches: Iterator[base.Batch]) ->
             progress.update(float(report.step), text)
 
         # ---- loop
+        dog.beat("taking the first step")
         saver = training.Saver(checkpointer, schedule, run.meta, log, patience=60 * run.settings.save_patience)
         hooks = [*saver.hooks(run.save_every), training.Hook(measure), training.Hook(show, every=run.log_every)]
         try:
@@ -384,6 +405,8 @@ def train(run: Run, objective: base.Objective, batches: Iterator[base.Batch]) ->
         seen = schedule.examples_at(step)
         if log is not None:
             log.event("finished" if finished else "preempted", step=step, examples_seen=seen)
+        dog.beat("waiting for the other hosts to end")
+        hosts.meet_at_the_end(patience)
 
     if finished:
         folder = f"{run.workdir}/{checkpoint.FOLDER}"

@@ -132,13 +132,21 @@ class Data(_Section):
 
 @dataclasses.dataclass(frozen=True)
 class Devices(_Section):
-    """Platform and hosts (run.use_devices). `cpu_count` simulates so many devices on a CPU; 0 does not."""
+    """Platform and hosts (run.use_devices).
+
+    Attributes:
+      cpu_count: simulates so many devices on a CPU; 0 does not.
+      heartbeat_seconds: silence after which a host counts as lost.
+      watchdog_seconds: without progress after which a process ends; 0 never.
+    """
 
     section = "devices"
     platform: str = _field("a platform such as cpu, or auto", lambda v: isinstance(v, str) and v != "")
     cpu_count: int = _field("a whole number of at least 0", _whole)
     multihost: bool = _field("True or False", lambda v: isinstance(v, bool))
     compilation_cache: str = _field("a folder", lambda v: isinstance(v, str))
+    heartbeat_seconds: int = _field("a whole number of at least 10", lambda v: _whole(v, 10), 60)
+    watchdog_seconds: Number = _field("a number of at least 0", lambda v: _number(v) and v >= 0, 1800)
 
 
 @dataclasses.dataclass(frozen=True)

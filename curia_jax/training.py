@@ -8,23 +8,19 @@ The checkpoint of step n has seen the batches 0 … n - 1 and no other, and the 
 reads the metrics of the step before.
 """
 
-import contextlib
 import dataclasses
 import math
-import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import FrameType
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from curia_common import logs
+from curia_common import logs, signals
 from curia_common.errors import DivergedError, StorageError
-from curia_jax import checkpoint, saving, telemetry
+from curia_jax import checkpoint, hosts, saving, telemetry
 
 logger = logs.get_logger(__name__)
 RETRY_SECONDS = 60  # after a save that failed
@@ -128,7 +124,8 @@ def fit(
             if last or step % hook.every == 0 or step == start + 1:
                 hook.fn(done)
 
-    with Stop().listening() as stop, jax.transfer_guard("disallow"):
+    with signals.receiving() as received, jax.transfer_guard("disallow"):
+        stop = Stop(received)
         for step in range(start, total + 1):
             last = stop.agreed(step) or step == total
             due = [hook for hook in state_hooks if last or (step > start and (step % hook.every == 0 or hook.wanted()))]
@@ -161,36 +158,26 @@ def fit(
 
 
 class Stop:
-    """Remembers SIGTERM and SIGINT until the loop reaches its next step. A second SIGINT raises KeyboardInterrupt.
+    """Whether the hosts have agreed to stop, after one of them was asked to.
 
-    With several hosts SIGTERM belongs to JAX's preemption service, which tells the other hosts; a handler of our own would
-    replace the service's. SIGINT is passed on to it.
+    With several hosts JAX's preemption service finds a step that none of them has passed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, received: signals.Received) -> None:
         self._requested = False
-        self._single_host = jax.process_count() == 1
+        received.on_stop = self.request
+        if received.stop_requested:
+            self.request()
 
-    @contextlib.contextmanager
-    def listening(self) -> Iterator["Stop"]:
-        def request(number: int, frame: FrameType | None) -> None:
-            if self._requested and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self._requested = True
-            if not self._single_host:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        numbers = (signal.SIGINT, signal.SIGTERM) if self._single_host else (signal.SIGINT,)
-        previous = {number: signal.signal(number, request) for number in numbers}
-        try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+    def request(self) -> None:
+        """A signal asks this host to stop."""
+        self._requested = True
+        if hosts.count() > 1:
+            hosts.request_stop()
 
     def agreed(self, step: int) -> bool:
         """True on every host in the same step, as soon as one host was told to stop."""
-        return self._requested if self._single_host else multihost_utils.reached_preemption_sync_point(step)
+        return self._requested if hosts.count() == 1 else multihost_utils.reached_preemption_sync_point(step)
 
 
 class Saver:

@@ -157,7 +157,7 @@ def test_run_finishes_and_leaves_its_files(alone: Path, tiny_shards: Path) -> No
     assert re.search(r"training: 12 steps in [\d.]+ s, ", result["err"])
     assert f"finished at step 12 after 192 examples; checkpoints are in {workdir}/checkpoints" in result["err"]
     assert {p.name for p in workdir.iterdir()} == {
-        "config.json", "checkpoints", "metrics.jsonl", "events.jsonl", "tensorboard",
+        "config.json", "checkpoints", "metrics.jsonl", "events.jsonl", "tensorboard", "logs",
     }  # fmt: skip
     assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [4, 8, 12]
     assert json.loads((workdir / "config.json").read_text())["data"]["shards"] == str(tiny_shards)

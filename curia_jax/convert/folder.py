@@ -108,7 +108,7 @@ def publish(output: Path) -> Iterator[Path]:
         new.mkdir()
         yield new
         check_replaceable(output)  # it may have been written to meanwhile
-        cli.check_stop()
+        cli.commit()
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
             if output.exists():

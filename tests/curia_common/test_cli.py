@@ -127,6 +127,31 @@ def test_stop_signal_cleans_up_and_exits_75(number: signal.Signals) -> None:
     assert (process.returncode, out, err) == (75, "cleaning\n", "stopped; rerun the same command to resume\n")
 
 
+@pytest.mark.parametrize("published", [False, True])
+def test_commit_publishes_all_or_nothing_however_the_stop_was_swallowed(published: bool, tmp_path: Path) -> None:
+    """A callback or destructor swallows KeyboardInterrupt; a signal after the commit is too late."""
+    program = f"""
+import os, signal, sys
+from curia_common import cli
+
+class Swallows:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+
+def action(args):
+    if {not published}:
+        Swallows()
+    cli.commit()
+    os.kill(os.getpid(), signal.SIGINT)
+    open({str(tmp_path / "result")!r}, "w").close()
+
+sys.exit(cli.run(cli.parser("publisher", "", examples="publisher"), action, None, stopped="stopped; nothing was written"))
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (found.returncode, (tmp_path / "result").exists()) == ((0, True) if published else (75, False)), found.stderr
+    assert found.stderr.endswith("" if published else "stopped; nothing was written\n")
+
+
 def test_second_ctrl_c_exits_130_at_once_but_a_second_sigterm_waits() -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW.format(clean_up=60)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

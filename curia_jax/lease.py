@@ -1,0 +1,163 @@
+"""One run at a time in a work directory.
+
+`lock.json` is made where there is none, renewed while the run lives and removed at its end. A file that is not renewed belongs
+to a run that has ended. Each change is conditional on the version that was read, which file systems and buckets guarantee, so
+that of two runs one wins.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tensorstore as ts
+
+from curia_common import cli, logs
+from curia_common.errors import RestartError
+from curia_common.exit_codes import ExitCode
+
+FILE = "lock.json"
+LEASE_SECONDS = 60.0  # without a renewal; an owner on this machine that has died is known at once
+RENEW_SECONDS = 10.0
+
+logger = logs.get_logger(__name__)
+
+
+@contextlib.contextmanager
+def holding(workdir: str) -> Iterator[None]:
+    """Holds the lock of a work directory inside the block.
+
+    Raises:
+      RestartError: another run holds it; names its host and process.
+    """
+    lock = _Lock(workdir)
+    lock.acquire()
+    ended = threading.Event()
+    renewing = threading.Thread(target=lock.keep, args=(ended,), name="lease", daemon=True)
+    renewing.start()
+    cli.on_end(lambda code, line: lock.release())
+    try:
+        yield
+    finally:
+        ended.set()
+        lock.release()
+
+
+def owner(workdir: str) -> str | None:
+    """Host and process that hold the lock, as messages call them; None where nobody does."""
+    found = _Lock(workdir).read()
+    return describe(found.value) if found.state == "value" and not _ended(found.value) else None
+
+
+class _Lock:
+    def __init__(self, workdir: str) -> None:
+        self._workdir = workdir
+        self._store = ts.KvStore.open({"driver": "file", "path": f"{Path(workdir).absolute()}/"}).result()
+        self._me = {"host": socket.gethostname(), "boot": _boot(), "process": os.getpid(), "began": time.time()}
+        self._version: bytes | None = None  # of the file as this process wrote it
+        self._using = threading.Lock()
+
+    def read(self) -> Any:
+        return self._store.read(FILE).result()
+
+    def acquire(self) -> None:
+        found, since = self.read(), time.monotonic()
+        if found.state == "value" and not _ended(found.value):
+            logger.info(
+                f"waiting up to {LEASE_SECONDS:g} s for {describe(found.value)}, which held {self._workdir} last"
+            )
+        while True:
+            free = found.state == "missing" or _ended(found.value) or time.monotonic() - since > LEASE_SECONDS
+            if free and self._write(found.stamp.generation):
+                return
+            time.sleep(min(1.0, LEASE_SECONDS / 10))
+            now = self.read()
+            if now.stamp.generation == found.stamp.generation:
+                continue
+            if now.state == "value" and found.state == "value":
+                raise RestartError(
+                    f"{self._workdir} is in use by {describe(now.value)}; stop that run, or choose another --workdir"
+                )
+            found, since = now, time.monotonic()
+
+    def keep(self, ended: threading.Event) -> None:
+        """Renews the lock until the event. Ends the process where another run has taken it."""
+        while not ended.wait(RENEW_SECONDS):
+            try:
+                with self._using:
+                    if self._version is None or self._write(self._version):
+                        continue
+                    found = self.read()
+                    if found.state == "value" and _facts(found.value).items() >= self._me.items():
+                        self._version = found.stamp.generation  # an earlier renewal was written although it failed
+                        continue
+            except Exception as error:  # noqa: BLE001 - storage that fails for a while must not end a run
+                logger.warning(f"the lock of {self._workdir} was not renewed ({type(error).__name__}); trying again")
+                continue
+            whose = describe(found.value) if found.state == "value" else "nobody: it was deleted"
+            cli.leave(
+                ExitCode.RESTART,
+                f"error: the lock of {self._workdir} now belongs to {whose}; this run ends, so that two do not write there",
+            )
+
+    def release(self) -> None:
+        with self._using, contextlib.suppress(Exception):  # it runs out by itself
+            if self._version is not None:
+                self._store.write(FILE, None, if_equal=self._version).result()
+            self._version = None
+
+    def _write(self, version: bytes) -> bool:
+        """Writes the lock over this version of it; False where it is another by now."""
+        content = json.dumps({**self._me, "renewed": time.time()}).encode()
+        written = self._store.write(FILE, content, if_equal=version).result().generation
+        if not written:
+            return False
+        self._version = written
+        return True
+
+
+def describe(content: bytes) -> str:
+    """Whose lock this is, as messages call them."""
+    facts = _facts(content)
+    when = datetime.datetime.fromtimestamp(facts.get("renewed", 0)).astimezone().strftime("%-d %B %H:%M:%S %Z")
+    return f"process {facts.get('process')} on {facts.get('host')} (alive on {when})"
+
+
+def _facts(content: bytes) -> dict[str, Any]:
+    """What the lock says; nothing where it is damaged, which has to wait until the lease runs out."""
+    try:
+        facts = json.loads(content)
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _ended(content: bytes) -> bool:
+    """Whether the lock is of a process of this machine that no longer exists."""
+    facts = _facts(content)
+    if (facts.get("host"), facts.get("boot")) != (socket.gethostname(), _boot()):
+        return False
+    process = facts.get("process")
+    if process == os.getpid():
+        return True  # of an earlier container with the same name, where this was the first process too
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, TypeError, ValueError):
+        return False
+    return False
+
+
+def _boot() -> str:
+    """Identifies this start of this machine, as far as the system says."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
