@@ -30,7 +30,8 @@ MISSING = {
     "keep_every": "", "keep_best": "", "save_patience": 60.0, "model.activation": "gelu", "model.attention": "xla", "model.width": None, "model.depth": None,
     "model.heads": None, "model.mlp_width": None, "data.additions": None, "data.on_change": "refuse",
     "augment.reading_window_probability": 0.0, "augment.intensity_jitter": 0.0, "augment.crop_scale": (1.0, 1.0),
-    "augment.crop_ratio": (1.0, 1.0), "augment.flip": False,
+    "augment.crop_ratio": (1.0, 1.0), "augment.flip": False, "devices.heartbeat_seconds": 60,
+    "devices.watchdog_seconds": 1800,
 }  # fmt: skip
 
 
