@@ -18,6 +18,7 @@ import contextlib
 import importlib.abc
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -35,6 +36,7 @@ _stop_requested = False  # since `run` began; for `check_stop`
 _running = False  # inside `run`
 _end = threading.Lock()
 _own_process = False  # see `owns_process`
+_command = ""
 _last_words: list[Callable[[int, str | None], None]] = []  # see `on_end`
 
 ALWAYS = (ExitCode.DONE, ExitCode.FAULT, ExitCode.USAGE)
@@ -96,9 +98,10 @@ def run(
       saves: the command saves its work when it is told to stop, and says so to `signals.receiving`. Until it does, a signal
         ends it at once with 75.
     """
-    global _last_words, _stop_requested, _running, _own_process
+    global _command, _last_words, _stop_requested, _running, _own_process
     own_process = argv is None
     _last_words, _stop_requested, _running, _own_process = [], False, True, own_process
+    _command = f"{parser.prog} {shlex.join(sys.argv[1:] if argv is None else argv)}"
     with contextlib.ExitStack() as signalled:
         if saves:
             received = signalled.enter_context(signals.receiving(threaded=own_process))
@@ -159,6 +162,11 @@ def _fault(error: Exception, quote: bool) -> tuple[ExitCode, str]:
             logs.LogFile.current.write(text)
             where = f"; its traceback is in {logs.LogFile.current.path}"
     return ExitCode.FAULT, f"error: unforeseen fault ({fault_location(error)}){where}; please report it"
+
+
+def command() -> str:
+    """The command that is running, as one would type it."""
+    return _command
 
 
 def owns_process() -> bool:

@@ -9,6 +9,9 @@ import io
 import logging
 import os
 import sys
+import threading
+import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +81,12 @@ def configure(level: int = logging.INFO) -> None:
 
 
 def say(text: str) -> None:
-    """Prints a line on standard error, whole and at once, from any thread; also to the log file where there is one."""
+    """Prints the last line of a process on standard error, whole and at once, from any thread; also to the log file."""
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
     if LogFile.current is not None:
-        LogFile.current.write(text)
+        LogFile.current.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')},000 ERROR {ROOT}: {text}")
 
 
 class LogFile:
@@ -116,6 +119,7 @@ class LogFile:
                 os.fdopen(os.dup(real), "w", buffering=1, encoding="utf-8", errors="backslashreplace")
             )
             os.dup2(self.stream.fileno(), 2)
+            threading.excepthook = self._thread_failed
         LogFile.current = self
 
     def write(self, text: str) -> None:
@@ -124,6 +128,10 @@ class LogFile:
             self.stream.write(f"{text}\n")
             self.stream.flush()
 
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        text = "".join(traceback.format_exception(failure.exc_type, failure.exc_value, failure.exc_traceback))
+        self.write(f"a thread of a library ended:\n{text}")
+
     def close(self) -> None:
         for logger in self._loggers:
             logger.removeHandler(self._handler)
@@ -131,6 +139,7 @@ class LogFile:
             sys.stderr, real = self._before
             os.dup2(real, 2)
             os.close(real)
+            threading.excepthook = threading.__excepthook__
         LogFile.current = None
         with contextlib.suppress(OSError):
             self.stream.close()

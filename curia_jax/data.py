@@ -15,6 +15,7 @@ from absl import flags
 from jax.sharding import Sharding
 from jaxtyping import Bool, Float32, Int32, Int64, UInt16
 
+from curia_common import processes
 from curia_common.errors import UserError
 from curia_jax.augment import Batch
 from curia_jax.buffers import BufferPool, SharedBuffer, SharedBufferPool, SharedBufferReader
@@ -197,6 +198,7 @@ class _LoadBatch:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """In a worker process."""
+        processes.die_with_parent()
         self.__dict__.update(state)
         self._pool = (SharedBufferPool if SharedBufferPool.supported() else BufferPool)(self._shape)
 

@@ -23,11 +23,23 @@ from etils import epath
 from jax.sharding import Mesh
 
 import curia_common
-from curia_common import cli, logs
+from curia_common import cli, logs, processes, signals
 from curia_common.errors import DataError, RestartError, UserError
 from curia_common.exit_codes import ExitCode
 from curia_common.progress import Progress
-from curia_jax import checkpoint, data, hosts, lease, saving, sharding, telemetry, training, watchdog
+from curia_jax import (
+    checkpoint,
+    data,
+    goodput,
+    hosts,
+    lease,
+    profiling,
+    saving,
+    sharding,
+    telemetry,
+    training,
+    watchdog,
+)
 from curia_jax import config as configs
 from curia_jax.objectives import base
 from curia_jax.settings import Data, Devices, Settings
@@ -36,7 +48,15 @@ from data_pipeline.format.shards import SliceSource
 logger = logs.get_logger(__name__)
 CONFIG = "config.json"
 # What a run may have left that was killed before it wrote its config.
-OWN_FILES = {checkpoint.FOLDER, telemetry.METRICS, telemetry.EVENTS, telemetry.BOARD, logs.FOLDER, lease.FILE}
+OWN_FILES = {
+    checkpoint.FOLDER,
+    goodput.LEDGER,
+    telemetry.METRICS,
+    telemetry.EVENTS,
+    telemetry.BOARD,
+    logs.FOLDER,
+    lease.FILE,
+}
 NO_WATCHDOG_SECONDS = 86_400  # that a host waits for another one where the watchdog is off
 
 
@@ -56,6 +76,7 @@ class Run:
       dataset_start: examples that were seen before training on this dataset began; its examples count from there.
       warmup_steps, save_every, log_every: steps.
       keep_every: checkpoints at multiples of so many steps stay for good; None for none.
+      began: when this start did, seconds since 1970.
       saved_steps: steps of which the work directory had checkpoints.
       changes: fields of the config that differ from the checkpoint's: dotted name -> (then, now).
     """
@@ -74,6 +95,7 @@ class Run:
     log_every: int
     keep_every: int | None
     saved_steps: tuple[int, ...]
+    began: float
     changes: Mapping[str, tuple[Any, Any]]
 
     def meta(self, examples_seen: int) -> checkpoint.Meta:
@@ -110,6 +132,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
       UserError: a setting is wrong, or does not fit the devices or the dataset.
       DataError: the dataset is not the one of the checkpoint.
     """
+    began = time.time()
     settings = Settings.of(config)
     use_devices(settings.devices)
     if not settings.data.shards:
@@ -154,6 +177,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
         log_every=steps(settings.log_every),
         keep_every=keep_every,
         saved_steps=saved_steps,
+        began=began,
         changes=configs.changes(configs.from_checkpoint(meta.config), plain) if meta else {},
     )
 
@@ -269,6 +293,7 @@ def _open_dataset(wanted: Data, meta: checkpoint.Meta | None) -> tuple[SliceSour
 def batches(run: Run) -> Iterator[base.Batch]:
     """Global batches on the devices, from the example after the checkpoint's on."""
     wanted = run.settings
+    processes.name_semaphores(f"{Path(run.workdir).absolute()} {hosts.number()}")
     on_host = data.training_batches(
         run.source, batch_size=wanted.batch_size, canvas=run.canvas, seed=wanted.seed,
         examples_seen=run.schedule.examples_seen - run.dataset_start,
@@ -346,8 +371,11 @@ def train(run: Run, objective: base.Objective, batches: Iterator[base.Batch]) ->
 
         # ---- compile
         dog.beat("compiling")
+        ledger = goodput.Ledger(run.workdir, schedule.start_step, run.began, writes=hosts.is_first())
+        closing.callback(ledger.close)
         began = time.perf_counter()
-        train_step = objective.compile()
+        with ledger.spending("compiling"):
+            train_step = objective.compile()
         text = f"compiled in {time.perf_counter() - began:.1f} s"
         if (memory := train_step.memory_analysis()) is not None:
             text += f"; per device {memory.argument_size_in_bytes / 2**20:,.0f} MiB arguments, "
@@ -370,7 +398,7 @@ def train(run: Run, objective: base.Objective, batches: Iterator[base.Batch]) ->
                 examples_seen=schedule.examples_seen, total_steps=schedule.total_steps, slices=len(run.source),
                 parameters=objective.parameters, mesh=dict(run.mesh.shape), hosts=hosts.count(), device=kind,
                 jax=jax.__version__, train_flops_per_image=objective.flops_per_example, peak_flops=peak,
-                peak_source=peak_source, **({"changes": dict(run.changes)} if run.changes else {}),
+                peak_source=peak_source, command=cli.command(), **({"changes": dict(run.changes)} if run.changes else {}),
             )  # fmt: skip
         progress = closing.enter_context(
             Progress("training", schedule.total_steps, "steps", done=schedule.start_step, enabled=log is not None)
@@ -379,12 +407,14 @@ def train(run: Run, objective: base.Objective, batches: Iterator[base.Batch]) ->
         def measure(report: training.Report) -> None:
             dog.beat(f"taking step {report.step + 1:,}")
             meter.finished(input_wait=report.input_wait, save_wait=report.hook_wait)
+            ledger.waited(report.input_wait, report.hook_wait)
 
         def show(report: training.Report) -> None:
             rates = meter.read()
             if log is not None:
                 seen = schedule.examples_at(report.step)
-                log.metrics(report.step, {"examples_seen": seen, **report.metrics, **rates})
+                spent = ledger.write(report.step)
+                log.metrics(report.step, {"examples_seen": seen, **report.metrics, **rates, "goodput": spent.goodput})
             text = objective.progress_format.format(**report.metrics)
             if rates:
                 text += f"  {rates['images_per_second']:,.0f} images/s  MFU {rates['mfu']:.1%}"
@@ -392,8 +422,14 @@ def train(run: Run, objective: base.Objective, batches: Iterator[base.Batch]) ->
 
         # ---- loop
         dog.beat("taking the first step")
+        ledger.training()
         saver = training.Saver(checkpointer, schedule, run.meta, log, patience=60 * run.settings.save_patience)
-        hooks = [*saver.hooks(run.save_every), training.Hook(measure), training.Hook(show, every=run.log_every)]
+        received = closing.enter_context(signals.receiving())
+        profiler = closing.enter_context(profiling.Profiler(run.workdir, received))
+        hooks = [
+            *saver.hooks(run.save_every), training.Hook(measure), training.Hook(show, every=run.log_every),
+            training.Hook(profiler.follow),
+        ]  # fmt: skip
         try:
             with base.memory_errors():
                 state, finished = training.fit(state, train_step, batches, schedule, hooks)
@@ -405,6 +441,7 @@ def train(run: Run, objective: base.Objective, batches: Iterator[base.Batch]) ->
         seen = schedule.examples_at(step)
         if log is not None:
             log.event("finished" if finished else "preempted", step=step, examples_seen=seen)
+        logger.info(ledger.write(step).text())
         dog.beat("waiting for the other hosts to end")
         hosts.meet_at_the_end(patience)
 

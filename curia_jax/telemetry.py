@@ -1,15 +1,19 @@
 """Clocks, throughput, MFU and the files that a run writes."""
 
-import json
+import contextlib
 import operator
-import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from curia_common import logs
+from curia_jax import journal
+
+logger = logs.get_logger(__name__)
 
 # Dense bf16 FLOP/s per chip as their makers publish them: cloud.google.com/tpu/docs/system-architecture-tpu-vm, and the
 # H100 SXM, H200 and A100 data sheets (without sparsity).
@@ -117,83 +121,74 @@ class _Span(NamedTuple):
 
 
 METRICS, EVENTS, BOARD = "metrics.jsonl", "events.jsonl", "tensorboard"
-Line = dict[str, Any]  # of a file of JSON lines
 
 
 class Log:
     """`metrics.jsonl`, `events.jsonl` and TensorBoard events of a work directory. Only one host of a run has one.
 
     A run that resumes from step n drops the lines after step n that its killed predecessor wrote, and tells TensorBoard to do
-    so.
+    so. No failure to write ends a run.
 
     Args:
       start_step: step of the checkpoint that the run resumes from; 0 for a new run.
     """
 
     def __init__(self, workdir: str, *, start_step: int) -> None:
-        # Imported here because a host that writes nothing does not need it.
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] - generated
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
         self._folder = Path(workdir)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._metrics = self._open(METRICS, lambda line: line["step"] <= start_step)
-        self._events = self._open(EVENTS, lambda line: True)
-        self._board = EventFileWriter(str(self._folder / BOARD))
-        if start_step:
-            restart = SessionLog(status=SessionLog.START)
-            self._board.add_event(Event(wall_time=time.time(), step=start_step + 1, session_log=restart))
-
-    def _open(self, name: str, keep: Callable[[Line], bool]) -> TextIO:
-        """Opens a file of JSON lines for appending, after dropping a torn last line and those that `keep` rejects."""
-        path = self._folder / name
-        kept = [line for line in _json_lines(path) if keep(line)] if path.exists() else []
-        beside = path.with_suffix(".tmp")
-        beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(beside, path)
-        return path.open("a", encoding="utf-8")
+        self._metrics = journal.Writer(self._folder / METRICS, lambda line: line["step"] <= start_step, ("step",))
+        self._events = journal.Writer(self._folder / EVENTS, lambda line: True)
+        self._board: Any = None
+        self._board_fails = False
+        self._start_step = start_step
 
     def metrics(self, step: int, values: Mapping[str, int | float]) -> None:
         """Appends one line to `metrics.jsonl` and one point per value to TensorBoard."""
-        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue] - generated
-        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue] - generated
-
         now = time.time()
-        self._metrics.write(json.dumps({"step": step, **values, "time": round(now, 3)}) + "\n")
-        self._metrics.flush()
-        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
-        self._board.add_event(Event(wall_time=now, step=step, summary=summary))
+        self._metrics.write({"step": step, **values, "time": round(now, 3)})
+        self._show(step, values, now)
+
+    def _show(self, step: int, values: Mapping[str, int | float], now: float) -> None:
+        # Imported here because a host that writes nothing does not need it.
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] - generated
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue] - generated
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        try:
+            if self._board is None or not (self._folder / BOARD).is_dir():  # not opened yet, or deleted meanwhile
+                self._board = EventFileWriter(str(self._folder / BOARD))
+                if self._start_step:
+                    restart = SessionLog(status=SessionLog.START)
+                    self._board.add_event(Event(wall_time=now, step=self._start_step + 1, session_log=restart))
+                    self._start_step = 0
+            summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+            self._board.add_event(Event(wall_time=now, step=step, summary=summary))
+            self._board_fails = False
+        except Exception as error:  # noqa: BLE001 - its writer passes on whatever its thread met
+            self._board = None
+            if not self._board_fails:
+                logger.warning(
+                    f"cannot write {self._folder / BOARD} ({type(error).__name__}); the run goes on, and tries again"
+                )
+            self._board_fails = True
 
     def event(self, name: str, **fields: Any) -> None:
         """Appends one line to `events.jsonl`: started, resumed, saved, save-failed, preempted, non-finite, finished."""
-        self._events.write(json.dumps({"event": name, **fields, "time": round(time.time(), 3)}) + "\n")
-        self._events.flush()
+        self._events.write({"event": name, **fields, "time": round(time.time(), 3)})
 
     def close(self) -> None:
         self._metrics.close()
         self._events.close()
-        self._board.close()
+        with contextlib.suppress(Exception):  # of its last points
+            if self._board is not None:
+                self._board.close()
 
 
-def last_metrics(workdir: str) -> Line:
-    """The last whole line of `metrics.jsonl`; empty where there is none."""
-    path = Path(workdir) / METRICS
-    lines = _json_lines(path) if path.exists() else []
+def last_metrics(workdir: str) -> journal.Line:
+    """The last readable line of `metrics.jsonl`; empty where there is none."""
+    lines = journal.read(Path(workdir) / METRICS, ("step",)).lines
     return lines[-1] if lines else {}
 
 
-def events(workdir: str) -> list[Line]:
+def events(workdir: str) -> list[journal.Line]:
     """The lines of `events.jsonl`; empty where there is none."""
-    path = Path(workdir) / EVENTS
-    return _json_lines(path) if path.exists() else []
-
-
-def _json_lines(path: Path) -> list[Line]:
-    """The lines of a file up to a torn one, which a killed run may leave at the end."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+    return journal.read(Path(workdir) / EVENTS).lines

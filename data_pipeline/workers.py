@@ -10,13 +10,12 @@ import multiprocessing
 import os
 import resource
 import signal
-import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
+from curia_common import processes
 from curia_common.errors import RemoteFault, UserError, fault_location
 from curia_common.exit_codes import ExitCode
 from data_pipeline.sources.base import Heartbeat
@@ -63,12 +62,6 @@ class _Failure(NamedTuple):
     exit_code: ExitCode | None
 
 
-def _die_with(parent: BaseProcess) -> None:
-    # A worker that outlives a killed build could publish a shard under the next one.
-    wait([parent.sentinel])
-    os._exit(1)
-
-
 def _serve(function: Work, pipe: Connection, memory: int | None) -> None:
     # Decoders in C print to standard error, header values among it. What matters goes through the pipe.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -76,7 +69,7 @@ def _serve(function: Work, pipe: Connection, memory: int | None) -> None:
         # Heap and anonymous mappings. Systems without this limit raise or ignore it.
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
-    threading.Thread(target=_die_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    processes.die_with_parent()  # a worker that outlives a killed build could publish a shard under the next one
 
     def heartbeat(item: str | None) -> None:
         pipe.send(_Beat(item))

@@ -78,6 +78,8 @@ WRONG = [
         2,
         "missing",
     ),
+    ("curia_jax.doctor", "--workdir={tmp}/missing", 2, "missing"),
+    ("curia_jax.doctor", "--workdir={tmp}/text", 2, "text"),
     ("curia_jax.demo", "--data={tmp}/missing --output={tmp}/demo", 2, "missing"),
 ]
 

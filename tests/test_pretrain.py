@@ -25,7 +25,7 @@ from data_pipeline.format.shards import SliceSource
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "--config=tests/configs/tiny.py"
 ONE_DEVICE = ["--config.devices.cpu_count=1", "--config.mesh.data=1", "--config.mesh.fsdp=1"]
-CLOCK_METRICS = {"time", "images_per_second", "mfu", "data_stall_fraction", "save_stall_fraction"}
+CLOCK_METRICS = {"time", "goodput", "images_per_second", "mfu", "data_stall_fraction", "save_stall_fraction"}
 
 # The command itself, which also writes the slice numbers of each batch of this host to RECORD, and gets SIGTERM while batch
 # number STOP_AT (from 1) is pulled.
@@ -158,6 +158,7 @@ def test_run_finishes_and_leaves_its_files(alone: Path, tiny_shards: Path) -> No
     assert f"finished at step 12 after 192 examples; checkpoints are in {workdir}/checkpoints" in result["err"]
     assert {p.name for p in workdir.iterdir()} == {
         "config.json", "checkpoints", "metrics.jsonl", "events.jsonl", "tensorboard", "logs",
+        "goodput.jsonl",
     }  # fmt: skip
     assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [4, 8, 12]
     assert json.loads((workdir / "config.json").read_text())["data"]["shards"] == str(tiny_shards)

@@ -1,6 +1,7 @@
 """What a run reports: rates without start-up, FLOPs, and files that survive a kill."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -174,6 +175,30 @@ def test_log_of_resumed_run_drops_repeated_and_torn_lines(tmp_path: Path) -> Non
         ("saved", 4), ("resumed", 4),
     ]  # fmt: skip
     assert {p.name for p in tmp_path.iterdir()} == {"metrics.jsonl", "events.jsonl", "tensorboard"}
+
+
+def test_log_keeps_what_comes_after_damaged_lines(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 1.0}\ngarbage\n{"loss": 2.0}\n{"step": 3, "loss": 3.0}\n'
+    )
+    log = telemetry.Log(str(tmp_path), start_step=3)
+    log.metrics(4, {"loss": 4.0})
+    log.close()
+    assert [line["loss"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1.0, 3.0, 4.0]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
+def test_deleted_tensorboard_folder_does_not_end_logging(tmp_path: Path) -> None:
+    log = telemetry.Log(str(tmp_path), start_step=0)
+    log.metrics(1, {"loss": 0.5})
+    shutil.rmtree(tmp_path / "tensorboard")
+    for step in range(2, 50):
+        log.metrics(step, {"loss": 0.5})
+    log.close()
+    assert read_lines(tmp_path / "metrics.jsonl")[-1]["step"] == 49
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert board.Scalars("loss")[-1].step == 49
 
 
 def test_log_of_restarted_run_drops_all_lines(tmp_path: Path) -> None:

@@ -1,14 +1,19 @@
 """What a run logged: lines of metrics.jsonl and events.jsonl, as records."""
 
 import dataclasses
-import json
 import math
 import statistics
+import types
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from curia_common import logs
 from curia_common.errors import DataError, UserError
+from curia_jax import journal
+
+logger = logs.get_logger(__name__)
 
 Line = Mapping[str, Any]  # of a JSON lines file
 Record = TypeVar("Record")
@@ -25,11 +30,11 @@ class Metrics:
 
     step: int
     examples_seen: int
-    loss: float
-    baseline_loss: float
-    time: float
-    images_per_second: float | None = None
-    mfu: float | None = None
+    loss: int | float
+    baseline_loss: int | float
+    time: int | float
+    images_per_second: int | float | None = None
+    mfu: int | float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Event:
     event: str
     step: int
     examples_seen: int
-    time: float
+    time: int | float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +65,7 @@ class Setup:
     parameters: int
     device: str
     mesh: Mapping[str, int]
-    peak_flops: float
+    peak_flops: int | float
     peak_source: str
 
 
@@ -95,36 +100,52 @@ class RunLog:
 
 
 def read(workdir: str | Path) -> RunLog:
-    """The log of a work directory.
+    """The log of a work directory. Lines that are torn or damaged are left out, with a warning.
 
     Raises:
       UserError: there is none, or the run has not taken a step.
-      DataError: it is damaged.
+      DataError: no line says what was run.
     """
-    metrics, events = (_lines(Path(workdir) / f"{name}.jsonl") for name in ("metrics", "events"))
-    try:
-        started = next(line for line in events if line["event"] == "started")
-        return RunLog(
-            tuple(_record(Metrics, line) for line in metrics),
-            tuple(_record(Event, line) for line in events),
-            _record(Setup, started),
-        )
-    except (KeyError, TypeError, StopIteration) as error:
-        raise DataError(f"the log in {workdir} is damaged: a line lacks a field ({error})") from error
+    metrics, _ = _records(Path(workdir) / "metrics.jsonl", Metrics)
+    events, lines = _records(Path(workdir) / "events.jsonl", Event)
+    setups = [
+        setup for line in lines if line.get("event") in ("started", "resumed") and (setup := _record(Setup, line))
+    ]
+    if not setups:
+        raise DataError(f"{workdir}/events.jsonl is damaged: no line says how the run was started; copy it again")
+    return RunLog(metrics, events, setups[0])
 
 
-def _record(kind: type[Record], line: Line) -> Record:
-    fields = dataclasses.fields(kind)  # pyright: ignore[reportArgumentType] - only dataclasses are passed
-    return kind(**{field.name: line[field.name] for field in fields if field.name in line})
-
-
-def _lines(path: Path) -> list[Line]:
+def _records(path: Path, kind: type[Record]) -> tuple[tuple[Record, ...], list[journal.Line]]:
+    """The lines of a file that make records, as records and as they are."""
     if not path.is_file():
         raise UserError(f"no {path.name} in {path.parent}; --run takes the work directory of curia_jax.pretrain")
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    except ValueError as error:
-        raise DataError(f"{path} is damaged: {error}") from error
-    if not lines:
-        raise UserError(f"{path} is empty: the run has not taken a step yet")
-    return lines
+    found = journal.read(path)
+    both = [(record, line) for line in found.lines if (record := _record(kind, line)) is not None]
+    if left_out := found.unreadable + len(found.lines) - len(both):
+        logger.warning(f"{path}: {left_out} damaged lines are left out")
+    if not both:
+        raise UserError(f"{path} has no readable line: the run has not taken a step yet")
+    return tuple(record for record, _ in both), [line for _, line in both]
+
+
+def _record(kind: type[Record], line: Line) -> Record | None:
+    """The line as a record; None where a field is missing or of another type."""
+    values = {}
+    for field in dataclasses.fields(kind):  # pyright: ignore[reportArgumentType] - only dataclasses are passed
+        value = line.get(field.name, field.default)
+        if value is dataclasses.MISSING or not _fits(value, field.type):
+            return None
+        values[field.name] = value
+    return kind(**values)
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Whether a value of JSON is of the type of a field."""
+    if isinstance(wanted, types.UnionType):
+        return any(_fits(value, one) for one in wanted.__args__)
+    if wanted in (int, float):
+        return isinstance(value, int | wanted) and not isinstance(value, bool)
+    if typing.get_origin(wanted) is Mapping:
+        return isinstance(value, Mapping) and all(_fits(one, typing.get_args(wanted)[1]) for one in value.values())
+    return isinstance(value, wanted)

@@ -1,0 +1,93 @@
+"""Profiles of a running job, asked for from outside: a file `profile.request` in the work directory, or SIGUSR2 to any host.
+
+Every host traces the next steps, as many as the file says (5 by default), to `<workdir>/profiles/step-<n>/host-<n>/`, which
+TensorBoard and xprof show. The run goes on.
+"""
+
+import contextlib
+import threading
+from pathlib import Path
+
+import jax
+
+from curia_common import logs, signals
+from curia_jax import hosts, training
+
+REQUEST, FOLDER = "profile.request", "profiles"
+STEPS, MOST_STEPS = 5, 1000
+POLL_SECONDS = 1.0
+_KEY = "curia/profile"
+
+logger = logs.get_logger(__name__)
+
+
+class Profiler:
+    """Looks for requests from its start to the end of the block; `follow` is its hook of every step."""
+
+    def __init__(self, workdir: str, received: signals.Received) -> None:
+        self._workdir = Path(workdir)
+        self._wanted = 0  # steps to trace
+        self._until: int | None = None  # step after which the trace that is running ends
+        self._done = threading.Event()
+        self._asked = 0  # requests of this run so far
+        received.on_request = self._request
+        self._thread = threading.Thread(target=self._poll, name="profiler", daemon=True)
+
+    def __enter__(self) -> "Profiler":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._done.set()
+        self._thread.join()
+        if self._until is not None:
+            self._stop()
+
+    def follow(self, report: training.Report) -> None:
+        """Starts and ends traces. A trace that fails is a warning."""
+        if self._until is not None:
+            if report.step >= self._until:
+                self._stop()
+        elif self._wanted:
+            steps, self._wanted = self._wanted, 0
+            folder = self._workdir / FOLDER / f"step-{report.step + 1}" / f"host-{hosts.number()}"
+            try:
+                jax.profiler.start_trace(str(folder))
+            except Exception as error:  # noqa: BLE001 - a profile must not end a run
+                logger.warning(f"cannot profile ({type(error).__name__}: {str(error).splitlines()[0]})")
+                return
+            self._until = report.step + steps
+            logger.info(f"profiling {steps} steps from step {report.step + 1:,} on, to {folder.parent}")
+
+    def _stop(self) -> None:
+        self._until = None
+        try:
+            jax.profiler.stop_trace()
+        except Exception as error:  # noqa: BLE001
+            logger.warning(f"the profile was not written ({type(error).__name__}: {str(error).splitlines()[0]})")
+        else:
+            logger.info("profile written")
+
+    def _request(self) -> None:
+        """SIGUSR2: the same as the file."""
+        with contextlib.suppress(OSError):
+            (self._workdir / REQUEST).touch()
+
+    def _poll(self) -> None:
+        while not self._done.wait(POLL_SECONDS):
+            if hosts.is_first():
+                if steps := self._take_request():
+                    hosts.tell(f"{_KEY}/{self._asked}", str(steps))
+                    self._asked, self._wanted = self._asked + 1, steps
+            elif (steps := hosts.told(f"{_KEY}/{self._asked}")) is not None:
+                self._asked, self._wanted = self._asked + 1, int(steps)
+
+    def _take_request(self) -> int:
+        """Steps that a request file asks for, which it removes; 0 where there is none."""
+        path = self._workdir / REQUEST
+        try:
+            text = path.read_text(encoding="utf-8", errors="replace").strip()
+            path.unlink()
+        except OSError:
+            return 0
+        return min(int(text), MOST_STEPS) if text.isdecimal() and int(text) else STEPS
