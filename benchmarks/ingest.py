@@ -260,8 +260,7 @@ def stages(data: Path, place: Path) -> None:
     def statistics_and_rules() -> None:
         for (one, slope, intercept, _), count in zip(slices, counts, strict=True):
             found = np.flatnonzero(count)
-            values = found.astype(np.float32) * slope + intercept
-            exclusion.exclude_pixels(one.shape, values, count[found], hu=True)
+            exclusion.exclude_pixels(one, found, count[found], (slope, intercept))
             slice_statistics(one, slope, intercept, count)
 
     parts: dict[str, Callable[[], object]] = {

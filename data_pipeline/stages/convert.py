@@ -505,9 +505,8 @@ def _read_file(
 def _exclude(item: Slice, histogram: Int[np.ndarray, " levels"], units: str) -> str | None:
     """The rule that leaves a slice out, or None."""
     stored = np.flatnonzero(histogram)
-    hu = units == "HU"
-    values = stored.astype(np.float32) * item.slope + item.intercept if hu else stored
-    return exclusion.exclude_pixels(item.pixels.shape, values, histogram[stored], hu=hu)
+    to_hu = (item.slope, item.intercept) if units == "HU" else None
+    return exclusion.exclude_pixels(item.pixels, stored, histogram[stored], to_hu)
 
 
 def _reduce(item: Slice, size: int | None) -> Slice:

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Integer, Shaped, UInt16
 from pydicom.uid import (
     CTImageStorage,
     EnhancedCTImageStorage,
@@ -16,13 +16,14 @@ from pydicom.uid import (
 
 from data_pipeline.sources import geometry, wording
 from data_pipeline.sources.dicom_header import Header
+from data_pipeline.stages import pages
 
 # DICOM PS3.4 B.5: CT and MR, and their enhanced and legacy-converted multi-frame forms.
 MULTIFRAME_CLASSES = frozenset({
     EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage, EnhancedMRImageStorage, LegacyConvertedEnhancedMRImageStorage,
 })  # fmt: skip
 IMAGE_CLASSES = MULTIFRAME_CLASSES | {CTImageStorage, MRImageStorage}
-LOCALIZER, PROJECTION = "localizer or screen", "projection or reformat"
+LOCALIZER, PROJECTION, PAGE = "localizer or screen", "projection or reformat", "a page of text"
 
 
 def _types(header: Header, names: Callable[[Iterable[str]], bool]) -> bool:
@@ -92,21 +93,24 @@ def exclude_layout(
 
 
 def exclude_pixels(
-    shape: tuple[int, int], values: Shaped[np.ndarray, " values"], counts: Shaped[np.ndarray, " values"], *, hu: bool
-) -> str | None:
+    pixels: UInt16[np.ndarray, "rows columns"], stored: Integer[np.ndarray, " values"], counts: Integer[np.ndarray, " values"],
+    to_hu: tuple[float, float] | None,
+) -> str | None:  # fmt: skip
     """Name of the first pixel rule that excludes a slice, or None.
 
     Args:
-      shape: of the slice, px.
-      values, counts: its distinct values, in order, and how many pixels have them; HU where `hu` is true.
+      stored, counts: the distinct values of `pixels`, in order, and how many pixels have them.
+      to_hu: slope and intercept to HU; None where values are no HU.
     """
-    if min(shape) < MINIMUM_SIDE:
+    if min(pixels.shape) < MINIMUM_SIDE:
         return f"smaller than {MINIMUM_SIDE} px"
-    if values[0] == values[-1]:
+    if stored[0] == stored[-1]:
         return "constant"
-    if hu and int(counts[values < AIR_HU].sum()) / (shape[0] * shape[1]) > AIR_SHARE:
-        return "all air"
-    return None
+    if to_hu is not None:
+        slope, intercept = to_hu
+        if int(counts[stored.astype(np.float32) * slope + intercept < AIR_HU].sum()) / pixels.size > AIR_SHARE:
+            return "all air"
+    return PAGE if pages.is_page(pixels, stored, counts) else None
 
 
 def exclude_series(

@@ -406,10 +406,10 @@ def test_multiframe_file_is_kept_whole_or_not_at_all(converted, tmp_path: Path) 
     nibabel.Nifti1Image(values, np.diag([1, 1, 4, 1])).to_filename(tmp_path / "v.nii")
     rule = convert.exclusion.exclude_pixels
 
-    def fail(shape, distinct, counts, *, hu):
-        if abs(float(distinct @ counts) / counts.sum() - float(values[..., 1].mean())) < 1e-3:
+    def fail(pixels, stored, counts, to_hu):
+        if abs(float(pixels.mean()) * to_hu[0] + to_hu[1] - float(values[..., 1].mean())) < 1e-3:
             raise ReadError("damaged")
-        return rule(shape, distinct, counts, hu=hu)
+        return rule(pixels, stored, counts, to_hu)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convert.exclusion, "exclude_pixels", fail)

@@ -11,6 +11,7 @@ from pydicom.uid import (
 
 from data_pipeline.sources.dicom_header import FrameGeometry, Header
 from data_pipeline.stages import exclusion
+from tests.data_pipeline.text_pages import page_of_text
 
 CT = Header(
     sop_class=CTImageStorage, sop_uid="1", series_uid="2", study_uid="3", patient_id="P", modality="CT",
@@ -105,7 +106,7 @@ def test_layout_rules(modality: str, orientations: list, named: bool, excluded: 
 
 
 def body(low: float, high: float) -> np.ndarray:
-    return np.linspace(low, high, 64 * 64).reshape(64, 64).astype(np.float32)
+    return np.linspace(low, high, 64 * 64).reshape(64, 64)
 
 
 @pytest.mark.parametrize(
@@ -113,14 +114,24 @@ def body(low: float, high: float) -> np.ndarray:
     [
         (body(-1000, 800), True, None),
         (body(30, 254), True, None),  # one slice may lie in bone; see series rules
-        (np.where(np.eye(64) > 0, 40.0, -1000.0), True, "all air"),
+        (np.where(np.eye(64) > 0, 40, -1000), True, "all air"),
         (body(0, 254), False, None),
         (body(5, 5), False, "constant"),
         (body(-1000, 800)[:31], True, "smaller than 32 px"),
     ],
 )
-def test_pixel_rules(values: np.ndarray, hu: bool, rule: str | None) -> None:
-    assert exclusion.exclude_pixels(values.shape, *np.unique(values, return_counts=True), hu=hu) == rule
+@pytest.mark.parametrize("slope", [1.0, 0.5])
+def test_pixel_rules(values: np.ndarray, hu: bool, slope: float, rule: str | None) -> None:
+    pixels = np.rint((values + 1024) / slope).astype(np.uint16)
+    found = exclusion.exclude_pixels(pixels, *np.unique(pixels, return_counts=True), (slope, -1024.0) if hu else None)
+    assert found == rule
+
+
+def test_page_of_text_is_excluded() -> None:
+    pixels = page_of_text(128, 12).astype(np.uint16) * 8
+    for to_hu in (None, (1.0, -1024.0)):
+        found = exclusion.exclude_pixels(pixels, *np.unique(pixels, return_counts=True), to_hu)
+        assert found == "a page of text"
 
 
 @pytest.mark.parametrize(
