@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import UInt
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data_pipeline.sources.base import ImageFacts, ReadError, ReadRequest, Slice, SourceFile
 from data_pipeline.sources.silence import guarded
@@ -13,6 +13,7 @@ from data_pipeline.sources.stored_values import stored_sha256
 
 # JPEG stores grey pictures in three channels with rounding errors of this size.
 GREY_TOLERANCE = 12
+_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # TIFF 6.0, PhotometricInterpretation
 MAXIMUM_PIXELS = 1 << 26  # 8,192 x 8,192; a slice has a twentieth
 
 
@@ -43,21 +44,33 @@ def open_picture(request: ReadRequest) -> Iterator[SourceFile]:
 
 
 def read_picture(path: str) -> UInt[np.ndarray, "rows columns"]:
-    """Grey values, 8 or 16 bit.
+    """Grey values, 8 or 16 bit, turned as the file says (EXIF, TIFF), and bright where they are high (TIFF's WhiteIsZero).
 
     Raises:
-      ReadError: it is no picture, is cut off, has several pages, or has colours.
+      ReadError: it is not a picture, is cut off, has several pages, or has colours.
     """
-    with guarded("the picture cannot be read ({kind})"), _any_size(), Image.open(path) as image:
+    # As a file: of a path, Pillow 12.3 maps uncompressed TIFFs into memory, with rows and columns swapped if they are to be turned.
+    with (
+        open(path, "rb") as file,
+        guarded("the picture cannot be read ({kind})"),
+        _any_size(),
+        Image.open(file) as image,
+    ):
         if image.width * image.height > MAXIMUM_PIXELS:
             raise ReadError(f"{image.width:,} x {image.height:,} px; a picture may have {MAXIMUM_PIXELS:,}")
         pages = getattr(image, "n_frames", 1)
+        negative = _is_negative(image)
+        image.load()
+        if image.format != "TIFF":  # which Pillow turns while it loads it
+            image = ImageOps.exif_transpose(image)
         if image.mode in ("P", "LA", "RGBA", "1", "CMYK", "YCbCr"):
             values = np.asarray(image.convert("RGB" if image.mode != "1" else "L"))
         else:
             values = np.asarray(image)
+    if negative:
+        values = np.iinfo(values.dtype).max - values
     if pages != 1:
-        raise ReadError(f"{pages} pages; a picture holds one slice")
+        raise ReadError(f"{pages} pages; a picture holds one slice: save each page as a file")
     if values.ndim == 3:
         spread = values.max(axis=2).astype(np.int32) - values.min(axis=2)
         if np.percentile(spread, 99) > GREY_TOLERANCE:
@@ -68,6 +81,12 @@ def read_picture(path: str) -> UInt[np.ndarray, "rows columns"]:
     if values.dtype.newbyteorder("=") not in (np.uint8, np.uint16):
         raise ReadError(f"pixels are {values.dtype}; wanted are 8 or 16 bit grey values")
     return values.astype(values.dtype.newbyteorder("="))
+
+
+def _is_negative(image: Image.Image) -> bool:
+    """Whether low values are meant to be seen bright and Pillow leaves that as it is: it inverts TIFFs of up to 8 bits alone."""
+    tags = getattr(image, "tag_v2", {})
+    return tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO and image.mode.startswith("I;16")
 
 
 @contextlib.contextmanager

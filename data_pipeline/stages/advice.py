@@ -18,7 +18,7 @@ _ADVICE: tuple[tuple[str, str], ...] = tuple(
             "not a CT or MR image object", "neither CT nor MR", "no pixel data", "colour image", "several frames in a single-frame",
             "localizer", "projection", "burned-in", "a CT that is not axial", "an index of DICOM files", "smaller than", "constant",
             "the same ", "the label table", "the list of --holdout", "a link in an archive", "its name leads out",
-            "a bomb", "complex or colour values", r"[\d,]+ pages",
+            "unpacks to too much", "values without a header", "complex or colour values", r"[\d,]+ pages",
         ),
         "nothing to do; if it is an image, give it the suffix of its format": ("not a medical image",),
         "nothing to do: it is a segmentation": ("label map", "mask or probability map"),

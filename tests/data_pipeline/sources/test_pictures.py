@@ -45,6 +45,40 @@ def test_grey_with_alpha_palette_or_one_bit_is_grey(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_picture(str(tmp_path / "1.png")), np.where(BYTES > 127, 255, 0))
 
 
+# Where the first row and column of what is stored are to be seen (TIFF 6.0, Orientation).
+SHOWN = {
+    1: lambda v: v, 2: np.fliplr, 3: lambda v: np.rot90(v, 2), 4: np.flipud, 5: np.transpose, 6: lambda v: np.rot90(v, -1),
+    7: lambda v: np.rot90(v, 2).T, 8: np.rot90,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("orientation", SHOWN)
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_picture_is_turned_as_its_orientation_says(tmp_path: Path, orientation: int, suffix: str) -> None:
+    smooth = (np.add.outer(3 * np.arange(40), np.arange(64)) + 10).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(smooth).save(tmp_path / f"a.{suffix}", exif=exif)
+    found = read_picture(str(tmp_path / f"a.{suffix}")).astype(int)
+    wanted = SHOWN[orientation](smooth)
+    assert found.shape == wanted.shape and np.abs(found - wanted).max() <= (4 if suffix == "jpg" else 0)
+
+
+@pytest.mark.parametrize("values", [BYTES, WORDS])
+def test_white_is_zero_tiff_is_inverted(tmp_path: Path, values: np.ndarray) -> None:
+    path = tmp_path / "a.tif"
+    Image.fromarray(values).save(path)
+    data = bytearray(path.read_bytes())
+    (start,) = struct.unpack_from("<I", data, 4)
+    (count,) = struct.unpack_from("<H", data, start)
+    entries = [start + 2 + 12 * n for n in range(count)]
+    (photometric,) = [at for at in entries if struct.unpack_from("<H", data, at)[0] == 262]
+    assert struct.unpack_from("<H", data, photometric + 8) == (1,)
+    struct.pack_into("<H", data, photometric + 8, 0)
+    path.write_bytes(data)
+    np.testing.assert_array_equal(read_picture(str(path)), np.iinfo(values.dtype).max - values)
+
+
 def test_unusable_picture_raises_read_error_with_reason(tmp_path: Path) -> None:
     def refused(name: str) -> str:
         with pytest.raises(ReadError) as caught:
@@ -55,7 +89,7 @@ def test_unusable_picture_raises_read_error_with_reason(tmp_path: Path) -> None:
     Image.fromarray(colour).save(tmp_path / "colour.png")
     assert refused("colour.png") == "colour image"
     Image.fromarray(BYTES).save(tmp_path / "pages.tif", save_all=True, append_images=[Image.fromarray(BYTES)] * 2)
-    assert refused("pages.tif") == "3 pages; a picture holds one slice"
+    assert refused("pages.tif") == "3 pages; a picture holds one slice: save each page as a file"
     Image.fromarray(RANDOM.random((40, 40)).astype(np.float32)).save(tmp_path / "float.tif")
     assert "float32" in refused("float.tif")
     Image.fromarray(WORDS).save(tmp_path / "whole.png")
