@@ -67,6 +67,11 @@ def is_projection_type(values: Iterable[str]) -> bool:
     return _names(values, _PROJECTION_TYPES, _PROJECTION_VALUES)
 
 
+def is_mosaic_type(values: Iterable[str]) -> bool:
+    """Whether the values of an ImageType name a mosaic: slices side by side in one matrix."""
+    return _names(values, ("MOSAIC",), ())
+
+
 def calls_localizer(description: bytes) -> bool:
     """Whether a series description is one of a localizer or of a page."""
     return _CALLED_LOCALIZER.search(description.lower()) is not None

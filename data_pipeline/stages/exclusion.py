@@ -39,6 +39,11 @@ HEADER_RULES: tuple[tuple[str, Callable[[Header], bool]], ...] = (
     ("burned-in annotation", lambda h: h.burned_in),
     (LOCALIZER, lambda h: h.called_localizer or _types(h, wording.is_localizer_type)),
     (PROJECTION, lambda h: _types(h, wording.is_projection_type)),
+    # Enhanced objects of newer Siemens scanners keep the word and have frames.
+    (
+        "a mosaic of slices whose places are unknown",
+        lambda h: h.sop_class not in MULTIFRAME_CLASSES and wording.is_mosaic_type(h.image_type),
+    ),
     ("several frames in a single-frame object", lambda h: h.frames > 1 and h.sop_class not in MULTIFRAME_CLASSES),
     ("neither CT nor MR", lambda h: h.modality not in ("CT", "MR")),
     # CT is reconstructed across the table. Other planes are localizer radiographs or reformats of other series.

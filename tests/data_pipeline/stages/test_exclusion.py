@@ -5,6 +5,7 @@ import pytest
 from pydicom.uid import (
     CTImageStorage,
     EnhancedCTImageStorage,
+    EnhancedMRImageStorage,
     MRImageStorage,
     SecondaryCaptureImageStorage,
 )
@@ -56,6 +57,11 @@ CORONAL = FrameGeometry((1.0, 0.0, 0.0, 0.0, 0.0, -1.0), None, None, 1.0, 0.0)
             "projection or reformat",
         ),
         ({"sop_class": EnhancedCTImageStorage, "frames": 2, "frame_types": frozenset({("ORIGINAL", "PRIMARY", "VOLUME", "NONE")})}, None),
+        (
+            {"sop_class": MRImageStorage, "modality": "MR", "image_type": ("ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC")},
+            "a mosaic of slices whose places are unknown",
+        ),
+        ({"sop_class": EnhancedMRImageStorage, "modality": "MR", "image_type": ("ORIGINAL", "PRIMARY", "FMRI", "MOSAIC"), "frames": 9}, None),
         ({"called_localizer": True}, "localizer or screen"),
         ({"maybe_localizer": True}, None),  # the plan decides, which knows all slices of the series
         ({"image_type": (), "geometry": (CORONAL,)}, "a CT that is not axial and does not say what it is"),
