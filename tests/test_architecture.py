@@ -84,7 +84,7 @@ def test_nothing_imports_a_command() -> None:
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=module_of)
-def test_commands_import_nothing_heavy_before_the_working_directory_is_dropped(path: Path) -> None:
+def test_commands_import_nothing_heavy_at_their_top(path: Path) -> None:
     module = module_of(path) + (".__main__" if path.name == "__main__.py" else "")
     heavy = "numpy", "jax", "pydicom", "SimpleITK", "gdcm", "scipy", "PIL", "pyarrow", "rich", "tensorflow_datasets"
     program = f"import sys, {module}\nprint(*[name for name in {heavy} if name in sys.modules])"

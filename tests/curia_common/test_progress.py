@@ -39,7 +39,7 @@ def test_progress_counts_any_unit_in_any_portion(clock, capsys, stage, total, un
     assert capsys.readouterr().err.splitlines()[0] == line
 
 
-def test_progress_of_a_resumed_run_takes_rate_and_time_left_from_where_it_resumed(clock, capsys) -> None:
+def test_resumed_progress_measures_its_rate_from_where_it_resumed(clock, capsys) -> None:
     with progress.Progress("train", 1000, "steps", done=900) as counter:
         clock[0] = 10.0
         counter.update(950, "loss 0.5")
@@ -76,5 +76,5 @@ def test_progress_draws_a_bar_on_a_terminal(monkeypatch) -> None:
     ("seconds", "text"),
     [(0.4, "0 s"), (59, "59 s"), (90, "1.5 min"), (3600, "60 min"), (9000, "2.5 h"), (400_000, "4.6 days")],
 )
-def test_format_seconds(seconds: float, text: str) -> None:
+def test_seconds_are_written_in_the_unit_that_suits_them(seconds: float, text: str) -> None:
     assert progress.format_seconds(seconds) == text

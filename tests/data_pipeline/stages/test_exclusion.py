@@ -73,7 +73,7 @@ CORONAL = FrameGeometry((1.0, 0.0, 0.0, 0.0, 0.0, -1.0), None, None, 1.0, 0.0)
         ({"modality": "PT"}, "neither CT nor MR"),
     ],
 )  # fmt: skip
-def test_header_rules(change: dict, rule: str | None) -> None:
+def test_header_is_excluded_by_the_rule_it_breaks(change: dict, rule: str | None) -> None:
     assert exclusion.exclude_header(dataclasses.replace(CT, **change)) == rule
 
 
@@ -127,7 +127,7 @@ def body(low: float, high: float) -> np.ndarray:
     ],
 )
 @pytest.mark.parametrize("slope", [1.0, 0.5])
-def test_pixel_rules(values: np.ndarray, hu: bool, slope: float, rule: str | None) -> None:
+def test_slice_is_excluded_by_the_rule_its_pixels_break(values: np.ndarray, hu: bool, slope: float, rule: str | None) -> None:
     pixels = np.rint((values + 1024) / slope).astype(np.uint16)
     found = exclusion.exclude_pixels(pixels, *np.unique(pixels, return_counts=True), (slope, -1024.0) if hu else None)
     assert found == rule
@@ -151,5 +151,7 @@ def test_page_of_text_is_excluded() -> None:
         (np.concatenate([np.arange(-1030, -970), np.arange(0, 80)]), "MR", exclusion.HU_IN_MR),
     ],
 )  # fmt: skip
-def test_series_rules(values: np.ndarray, modality: str, rule: str | None) -> None:
+def test_series_is_excluded_where_values_contradict_modality(
+    values: np.ndarray, modality: str, rule: str | None
+) -> None:
     assert exclusion.exclude_series(values.astype(np.float64), np.ones(len(values), np.int64), modality) == rule

@@ -14,7 +14,7 @@ def network(text: str, slices: int = 1, **mesh: int) -> Network:
     return Network(topology, coordinates, {"replica": 1, "data": 1, "fsdp": 1} | mesh)
 
 
-def test_all_reduce_moves_twice_the_bytes_of_all_gather_over_both_torus_dimensions():
+def test_all_reduce_moves_twice_the_bytes_of_all_gather():
     everyone = (tuple(range(256)),)
     of = network("v5e:16x16", data=256)
     size = 10**9

@@ -64,7 +64,7 @@ def test_part_states_its_lower_bounds():
     assert part.bound_seconds == pytest.approx(2 * (1 + 0.5 + 1) * 1e-3)
 
 
-def test_pallas_kernel_without_stated_flops_gets_those_of_the_traced_program():
+def test_pallas_kernel_without_stated_flops_takes_the_traced_ones():
     shapes = ((16, 257), (16, 1)), ((16, 257),)
     kernels = tuple(accounting.UncostedOp("tpu_custom_call", "x", 8, None, 2, shapes=one) for one in shapes)
     found = estimate(account(uncosted=kernels), pallas_flops={shapes[0]: 3 * 197 * 10**9, shapes[1]: 197 * 10**9})
