@@ -1,5 +1,6 @@
 """The benchmark on real slices: its label table and its result table, without running it."""
 
+import csv
 import importlib.util
 import json
 from collections import Counter, defaultdict
@@ -47,7 +48,8 @@ def test_published_test_splits_are_complete(rows, benchmark_script, real_data) -
         for label in ("tumor", "covid")
     }
     for label, folder, column in (("tumor", "mr_brain_tumor", "split"), ("covid", "ct_covid", "official_split")):
-        published = benchmark_script._read(real_data / "labelled" / folder / "labels.csv")
+        with (real_data / "labelled" / folder / "labels.csv").open(encoding="utf-8", newline="") as file:
+            published = list(csv.DictReader(file))
         wanted = {real_data / "labelled" / folder / line["file"] for line in published if line[column] == "test"}
         assert tests[label] == wanted
 

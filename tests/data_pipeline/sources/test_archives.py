@@ -185,18 +185,15 @@ def test_resumed_build_reuses_unpacked_copies_of_unchanged_archives(
     (copy,) = (tmp_path / "out" / ".build" / "unpacked").glob("*.tar")
     for private in (copy, copy.with_name(f"{copy.name}.json")):
         assert private.stat().st_mode & 0o077 == 0
-    unpacked = []
-    decompressed = archives._decompressed
-    monkeypatch.setattr(
-        archives, "_decompressed", lambda one, heartbeat: unpacked.append(one.path) or decompressed(one, heartbeat)
-    )
+    unpack, unpacked = gzip.open, []
+    monkeypatch.setattr(gzip, "open", lambda *given: unpacked.append(1) or unpack(*given))
     listing(path, folder=copy.parent)
-    assert unpacked == []
+    assert len(unpacked) == 0
     pack(path, files | {"CT/5.dcm": b"x"})
     listing(path, folder=copy.parent)
-    assert unpacked == [str(path)]
+    assert len(unpacked) == 1
     assert run_build(*words).code == 0
-    assert unpacked == [str(path)] and slices(tmp_path / "out") == wanted
+    assert len(unpacked) == 1 and slices(tmp_path / "out") == wanted
     assert not copy.exists()
 
 

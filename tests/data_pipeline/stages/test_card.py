@@ -111,12 +111,24 @@ def rows(*given: tuple[str, str, str, str], **changes: Any) -> pa.Table:
     return pa.table(columns | changes)
 
 
-def test_unknown_spacing_is_named_unknown() -> None:
+def test_spacings_are_counted_in_order_and_unknown_ones_last() -> None:
     counts = card.Counts(0)
-    counts.add(rows(*[("CT", "axial", "", "a")] * 5, spacing_slices=[0.0, 0.7, 0.75, 0.76, 40.0]))
-    assert card._in_order(counts.spacing["between slices"], card.SPACING_EDGES) == {
-        "0.5 to 0.75": 2, "0.75 to 1": 1, "over 10": 1, "unknown": 1,
-    }  # fmt: skip
+    counts.add(rows(*[("CT", "axial", "", "a")] * 5, spacing_slices=[0.0, 40.0, 0.7, 0.76, 0.75]))
+    made = card.make(
+        name="x",
+        settings={},
+        codec="",
+        counts=counts,
+        shard_rows=[],
+        files={},
+        intensity={},
+        left_out={},
+        holdout=None,
+        additions=1,
+    )
+    assert list(made["spacing_mm"]["between slices"].items()) == [
+        ("0.5 to 0.75", 2), ("0.75 to 1", 1), ("over 10", 1), ("unknown", 1),
+    ]  # fmt: skip
 
 
 def test_counts_do_not_depend_on_parts_of_the_index() -> None:
