@@ -78,6 +78,12 @@ def _inline(function: workers.Work, tasks: list[Any], **unused: Any) -> Iterator
         yield workers.Done(number, result)
 
 
+@pytest.fixture
+def inline_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The work of the worker processes is done in this one, which spares seconds of starting them."""
+    monkeypatch.setattr(workers, "run", _inline)
+
+
 @pytest.fixture(scope="session")
 def run_build(key_file: Path) -> Callable[..., Result]:
     """Builds in this process, with the tests' key unless another one is named. Without `processes`, the work of the worker

@@ -127,7 +127,9 @@ def body(low: float, high: float) -> np.ndarray:
     ],
 )
 @pytest.mark.parametrize("slope", [1.0, 0.5])
-def test_slice_is_excluded_by_the_rule_its_pixels_break(values: np.ndarray, hu: bool, slope: float, rule: str | None) -> None:
+def test_slice_is_excluded_by_the_rule_its_pixels_break(
+    values: np.ndarray, hu: bool, slope: float, rule: str | None
+) -> None:
     pixels = np.rint((values + 1024) / slope).astype(np.uint16)
     found = exclusion.exclude_pixels(pixels, *np.unique(pixels, return_counts=True), (slope, -1024.0) if hu else None)
     assert found == rule
