@@ -49,6 +49,7 @@ class ReadRequest:
       scratch: folder on a local disk for temporary files.
       frames: of a DICOM file, the frames to read in spatial order: number within the file, and mm along the normal.
       flags: bits of format.records that the inventory and the plan know (IRREGULAR, LOSSY).
+      digest: how stored values become digests; see stored_values.DIGESTS.
     """
 
     path: str
@@ -56,6 +57,7 @@ class ReadRequest:
     scratch: str
     frames: tuple[tuple[int, float], ...] = ()
     flags: int = 0
+    digest: Literal["smallest", "int64"] = "smallest"
 
 
 @dataclasses.dataclass(frozen=True)

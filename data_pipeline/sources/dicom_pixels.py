@@ -122,7 +122,7 @@ class DicomFile:
     def slices(self) -> Iterator[Slice]:
         image, hu = self._image, self.facts.units == "HU"
         wanted = {frame: (rank, position) for rank, (frame, position) in enumerate(self._request.frames)}
-        digest = Digest()
+        digest = Digest(self._request.digest)
         for number, values in enumerate(image.stored()):
             own = digest.add(values, also_alone=image.frames > 1)
             if number not in wanted:

@@ -30,7 +30,7 @@ class PictureFile:
 
     def slices(self) -> Iterator[Slice]:
         values = read_picture(self._request.path)
-        self.stored_sha256 = stored_sha256(values)
+        self.stored_sha256 = stored_sha256(values, self._request.digest)
         yield Slice(
             rank=0, pixels=values.astype(np.uint16), slope=1.0, intercept=0.0, position=0.0, flags=self._request.flags,
             source=self.stored_sha256, spacing=(0.0, 0.0),

@@ -1,6 +1,7 @@
 """Stored values: their digests, and how they become 16-bit pixels without loss."""
 
 import hashlib
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Shaped, UInt16
@@ -12,25 +13,75 @@ AIR_HU = -1024
 LEVELS = 1 << 16
 
 
-class Digest:
-    """SHA-256 over stored values as little-endian int64, frame after frame, each in C order; hex() gives its first 16 digits."""
+# How stored values become the bytes of a digest; frames come first, each in C order, little-endian.
+DigestKind = Literal["smallest", "int64"]
+DIGESTS: dict[DigestKind, str] = {
+    "smallest": "SHA-256 of the stored values in the smallest of uint16, int16, int32 and int64, in this order, that holds all of the file",
+    "int64": "SHA-256 of the stored values as int64",  # datasets begun with version 0.2.0 or before
+}
+_WIDTHS = (2, 4, 8)
 
-    def __init__(self) -> None:
-        self._all = hashlib.sha256()
+
+class Digest:
+    """The digest of a file's stored values, a frame at a time; hex() gives its first 16 digits.
+
+    The smallest type is known only after the last frame, so that wide values are hashed in each width that may turn out to be
+    it. Values that were decoded as 16 bits cost one hash: as long as they fit, uint16 and int16 have the same bytes.
+    """
+
+    def __init__(self, kind: DigestKind = "smallest") -> None:
+        self._kind: DigestKind = kind
+        self._hashes = {width: hashlib.sha256() for width in _WIDTHS}
+        self._fed: int | None = None  # the greatest width that has all frames
+        self._low, self._high = 0, 0
 
     def add(self, frame: Shaped[np.ndarray, "..."], *, also_alone: bool = False) -> str:
-        """Adds a frame; returns the digest of this frame alone, or "" unless `also_alone`."""
-        wide = np.ascontiguousarray(frame, dtype="<i8").data  # a frame at a time: int64 takes four times the memory
-        self._all.update(wide)
-        return hashlib.sha256(wide).hexdigest()[:16] if also_alone else ""
+        """Adds a frame of whole numbers; returns the digest of this frame alone, or "" unless `also_alone`."""
+        low, high = int(frame.min()), int(frame.max())
+        self._low, self._high = min(low, self._low), max(high, self._high)
+        if self._kind == "int64":
+            needed = widest = 8
+        else:
+            needed, widest = _width(self._low, self._high), max(2, frame.dtype.itemsize)
+        self._fed = widest if self._fed is None else min(widest, self._fed)
+        for width in _WIDTHS:
+            if needed <= width <= self._fed:
+                self._hashes[width].update(_bytes(frame, width))
+        if not also_alone:
+            return ""
+        width = 8 if self._kind == "int64" else _width(low, high)
+        return hashlib.sha256(_bytes(frame, width)).hexdigest()[:16]
 
     def hex(self) -> str:
-        return self._all.hexdigest()[:16]
+        """The digest of all frames.
+
+        Raises:
+          ReadError: a frame was decoded to fewer bits than others need.
+        """
+        width = 8 if self._kind == "int64" else _width(self._low, self._high)
+        if self._fed is not None and width > self._fed:
+            raise ReadError(f"its frames have values of {8 * self._fed} and of {8 * width} bits")
+        return self._hashes[width].hexdigest()[:16]
 
 
-def stored_sha256(stored: Shaped[np.ndarray, "..."]) -> str:
+def _width(low: int, high: int) -> int:
+    """Bytes of the smallest type that holds these values and 0."""
+    if high < 1 << 15 and low >= -1 << 15 or high < 1 << 16 and low >= 0:
+        return 2
+    return 4 if high < 1 << 31 and low >= -1 << 31 else 8
+
+
+def _bytes(frame: Shaped[np.ndarray, "..."], width: int) -> memoryview:
+    if frame.dtype.kind == "f":
+        frame = frame.astype(np.int64)
+    # What fits into 16 bits has the same bytes in both signs.
+    name = "<u2" if width == 2 and frame.dtype.kind == "u" else f"<i{width}"
+    return np.ascontiguousarray(frame, dtype=name).data
+
+
+def stored_sha256(stored: Shaped[np.ndarray, "..."], kind: DigestKind = "smallest") -> str:
     """Digest of one frame, or of several with the frames first."""
-    digest = Digest()
+    digest = Digest(kind)
     for frame in stored if stored.ndim == 3 else [stored]:
         digest.add(frame)
     return digest.hex()

@@ -54,11 +54,11 @@ class VolumeFile:
             modality=modality, units="HU" if modality == "CT" else "arbitrary", body_part="", manufacturer="unknown",
             plane=volume.plane, spacing=volume.spacing[2], directions=DIRECTIONS[volume.plane],
         )  # fmt: skip
-        self._volume = volume
+        self._volume, self._digest = volume, request.digest
         self._flags = request.flags | (records.MODALITY_INFERRED if inferred else 0)
 
     def slices(self) -> Iterator[Slice]:
-        volume, digest, is_hu = self._volume, Digest(), self.facts.units == "HU"
+        volume, digest, is_hu = self._volume, Digest(self._digest), self.facts.units == "HU"
         if volume.excluded:
             if volume.survey.integers:
                 for plane in volume.slices():
@@ -88,7 +88,7 @@ class VolumeFile:
             yield Slice(
                 rank=number, pixels=pixels, slope=pixel_slope, intercept=pixel_intercept,
                 position=number * volume.spacing[2], flags=self._flags | clipped,
-                source=source if as_is else stored_sha256(steps), spacing=volume.spacing[:2],
+                source=source if as_is else stored_sha256(steps, self._digest), spacing=volume.spacing[:2],
             )  # fmt: skip
         self.stored_sha256 = digest.hex() if integers else ""
 

@@ -21,6 +21,7 @@ from data_pipeline.format.shards import MOST_SHARDS
 from data_pipeline.sources import geometry
 from data_pipeline.sources.archives import Member
 from data_pipeline.sources.dicom_header import FrameGeometry
+from data_pipeline.sources.stored_values import DigestKind
 from data_pipeline.stages import exclusion, pseudonyms, reformat
 from data_pipeline.stages.inventory import Entry, Labels
 
@@ -43,6 +44,7 @@ class Conversion:
       slices_per_record: neighbours of a series stored together.
       planes: planes into which regular series are reformatted too.
       drop_faces, drop_lossy: leave out series that may show a face, and slices that were compressed with loss.
+      digest: how stored values become digests; all additions to a dataset have one.
     """
 
     name: str
@@ -52,12 +54,14 @@ class Conversion:
     planes: tuple[str, ...] = ()
     drop_faces: bool = False
     drop_lossy: bool = False
+    digest: DigestKind = "smallest"
 
     @classmethod
     def from_json(cls, value: Json) -> "Conversion":
         """Plans of older versions lack the later fields."""
         found: Json = {field.name: value[field.name] for field in dataclasses.fields(cls) if field.name in value}
         found["planes"] = tuple(value.get("planes", ()))
+        found.setdefault("digest", "int64")
         return cls(**found)
 
 

@@ -391,7 +391,7 @@ def _reformat(
             stack.add(spool.pixels(each))
         for cut in stack.planes(wanted):
             item = Slice(
-                cut.number, cut.pixels, *one.scale, cut.position, flags, stored_sha256(cut.pixels),
+                cut.number, cut.pixels, *one.scale, cut.position, flags, stored_sha256(cut.pixels, context.conversion.digest),
                 (stack.spacing, stack.spacing),
             )  # fmt: skip
             item = _reduce(item, context.conversion.size)
@@ -464,7 +464,7 @@ def _read_file(
     flags = records.IRREGULAR if set(series.problems) - {geometry.FEW} else 0
     flags |= records.LOSSY if file.lossy else 0
     spool = context.spool
-    request = ReadRequest(path, series.modality, str(spool.folder), file.frames, flags)
+    request = ReadRequest(path, series.modality, str(spool.folder), file.frames, flags, context.conversion.digest)
     tally = Tally()
     same = SAME_PIXELS if file.spare is None else REPEATED_INSTANCE
     found: list[tuple[int, str | None, EncodedSlice | None]] = []

@@ -17,6 +17,7 @@ from curia_common.errors import DataError, UserError
 from data_pipeline import beam, workers
 from data_pipeline.format import files, shards
 from data_pipeline.sources import archives, dicom_pixels, object_stores
+from data_pipeline.sources.stored_values import DIGESTS
 from data_pipeline.stages import assignment, card, commit, convert, inventory, pseudonyms, reformat, summary
 from data_pipeline.stages.assignment import Conversion, Plan, Settings, StoredPlan
 from data_pipeline.stages.labels import Columns, LabelTables
@@ -133,6 +134,17 @@ class _Build:
     known: commit.Known
     tables: LabelTables | None
 
+    @property
+    def conversion(self) -> Conversion:
+        """What the options say, with the digests that the dataset has already."""
+        before = self.known.settings
+        wanted = self.options.conversion
+        return wanted if before is None else dataclasses.replace(wanted, digest=before.conversion.digest)
+
+    @property
+    def shown_on_card(self) -> dict[str, str | int | float | bool | None]:
+        return self.options.shown_on_card | {"stored_sha256": DIGESTS[self.conversion.digest]}
+
 
 class Result(NamedTuple):
     """The dataset card, and the inputs of which nothing could be used."""
@@ -195,7 +207,7 @@ def _run_stages(build: _Build, found: Sequence[str | object_stores.Object]) -> c
     _check_held_out(build, held_out)
     plan, entries = assignment.make(entries, assignment.Options(
         key=build.key, validation=options.validation, test=options.test, shard_bytes=options.shard_mb * 1_000_000,
-        held_out=frozenset(held_out), conversion=options.conversion, first=known.first_numbers(),
+        held_out=frozenset(held_out), conversion=build.conversion, first=known.first_numbers(),
         splits=known.splits,
         continued=known.slices_of(build.output, {entry.series for entry in entries if not entry.fate}),
     ))  # fmt: skip
@@ -203,7 +215,7 @@ def _run_stages(build: _Build, found: Sequence[str | object_stores.Object]) -> c
         count = sum(one.reason == assignment.HELD_OUT for one in (*entries, *known.files.values()))
         holdout = holdout._replace(files=count)
     request = commit.Request(
-        build.output, build.private, options.name, options.shown_on_card, options.examples, known, entries, named,
+        build.output, build.private, options.name, build.shown_on_card, options.examples, known, entries, named,
         frozenset(held_out), holdout, options.input,
     )  # fmt: skip
     if known.additions and not entries:
@@ -234,7 +246,7 @@ def _only_build(private: Path, output: Path) -> Iterator[None]:
 
 def _check_settings(build: _Build) -> None:
     before, output, options = build.known.settings, build.output, build.options
-    now = assignment.settings(build.key, options.validation, options.test, options.conversion)
+    now = assignment.settings(build.key, options.validation, options.test, build.conversion)
     if before is None or before == now:
         return
     if before.format != now.format:

@@ -1,5 +1,7 @@
 """Exams that come later, and slices that come twice."""
 
+import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -16,7 +18,7 @@ import tensorflow_datasets as tfds
 from curia_common.exit_codes import ExitCode
 from data_pipeline.format import records, shards
 from data_pipeline.sources import geometry
-from data_pipeline.stages import assignment, commit, convert
+from data_pipeline.stages import assignment, commit, convert, pipeline
 from tests.data_pipeline.packing import pack
 
 SPLITS = ("--validation", 0.3, "--test", 0.2)
@@ -465,6 +467,39 @@ def test_series_sent_twice_gives_the_slices_of_one_copy(
     assert Counter((row["fate"], row["reason"]) for row in manifest(tmp_path / "out_twice").values()) == {
         ("kept", ""): 20, ("duplicate", convert.REPEATED_INSTANCE): 20,
     }  # fmt: skip
+
+
+# ---- digests
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_additions_keep_the_digests_of_their_dataset(
+    tmp_path: Path, run_build, run_verify, write_series, older: bool, monkeypatch
+) -> None:
+    output, words = tmp_path / "out", ("--output", tmp_path / "out", *ALL_TRAIN)
+    first = write_patient(write_series, tmp_path / "a", 1)
+    with monkeypatch.context() as patch:
+        if older:
+            now = pipeline.Options.conversion.fget
+            patch.setattr(
+                pipeline.Options, "conversion", property(lambda self: dataclasses.replace(now(self), digest="int64"))
+            )
+        assert run_build("--input", tmp_path / "a", *words).code == 0
+    if older:  # as version 0.2.0 wrote it
+        plan = output / ".build" / "addition-00000" / assignment.PLAN
+        value = json.loads(plan.read_text())
+        del value["settings"]["digest"], value["conversion"]["digest"]
+        plan.write_text(json.dumps(value))
+    write_patient(write_series, tmp_path / "b", 2)
+    shutil.copy(first[0], tmp_path / "b" / "again.dcm")
+    assert run_build("--input", tmp_path / "b", *words).code == 0
+    rows = index_of(output)
+    wide = "<i8" if older else "<u2"
+    found = {hashlib.sha256(one.astype(wide).tobytes()).hexdigest()[:16] for one in slices_of(output)["train"]}
+    assert len(rows) == 10 and {row["source"] for row in rows} == found  # the copy is recognised
+    text = json.loads((output / shards.CARD).read_text())["settings"]["stored_sha256"]
+    assert ("as int64" in text) == older and ("smallest" in text) == (not older)
+    check(output, run_verify)
 
 
 # ---- duplicates by pixels

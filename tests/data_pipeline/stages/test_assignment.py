@@ -73,7 +73,7 @@ def test_plan_hash_is_that_of_earlier_versions() -> None:
     ))  # fmt: skip
     entries.append(entry(9, 9, kind="dicom", facts=facts))
     assert (
-        make(entries, conversion=conversion).hash == "620d107ff1a0217d6b1161f2b2c493dabd877ed292f0e624cc8341785bf6884c"
+        make(entries, conversion=conversion).hash == "a90e9828349672143b7908efa75d096c710552131ad16ef35d4066e9db0a4deb"
     )
 
 
