@@ -159,7 +159,11 @@ def dataset(index: pa.Table, manifest: pa.Table) -> str:
         kinds = Counter(columns["modality"][i] for i in own)
         modalities = ", ".join(f"{name} {number:,}" for name, number in sorted(kinds.items()))
         rows.append(page.row(page.cell(split), page.cell(modalities), *(page.number(f"{n:,}") for n in numbers)))
-    splits = page.table("Split by patient.", ["split", "slices by modality"], ["patients", "series", "slices"], rows)
+    groups = labels.groups(index)
+    by = "patient" if groups == "patients" else groups
+    splits = page.table(
+        f"Split by {by}.", ["split", "slices by modality"], [groups.split(" (")[0], "series", "slices"], rows
+    )
 
     fates = Counter(zip(manifest.column("fate").to_pylist(), manifest.column("reason").to_pylist(), strict=True))
     order = sorted(fates.items(), key=lambda item: (item[0][0] != "kept", item[0][0], -item[1]))

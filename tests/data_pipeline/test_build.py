@@ -227,12 +227,12 @@ def test_rows_of_patients_in_two_tables_label_and_split_dicom(tmp_path: Path, ru
         write_series(
             tmp_path / "in" / f"{n}",
             2,
-            PatientID=f"P{n}",
-            StudyInstanceUID=f"2.25.{n + 1}",
+            PatientID=f"QX-77-{n}",
+            StudyInstanceUID=f"2.25.987654{n + 1}",
             SeriesInstanceUID=f"2.25.{n + 1}0",
         )
-    (tmp_path / "in" / "grades.csv").write_text("patient;grade\nP0;1.0\nP1;NaN\nP7;2\n")
-    (tmp_path / "in" / "splits.csv").write_text("study,split\n2.25.1,train\n2.25.3,test\n")
+    (tmp_path / "in" / "grades.csv").write_text("patient;grade\nQX-77-0;1.0\nQX-77-1;NaN\nQX-77-9;2\n")
+    (tmp_path / "in" / "splits.csv").write_text("study,split\n2.25.9876541,train\n2.25.9876543,test\n")
     result = run_build(
         "--input", tmp_path / "in", "--output", tmp_path / "out", "--labels", tmp_path / "in" / "grades.csv",
         tmp_path / "in" / "splits.csv", "--label-columns", "grade", "--split-column", "split", "--validation", 0, "--test", 0,
@@ -243,6 +243,16 @@ def test_rows_of_patients_in_two_tables_label_and_split_dicom(tmp_path: Path, ru
     rows = Counter(zip(*(index[name].to_pylist() for name in ("label_grade", "split", "patient_from")), strict=True))
     assert rows == {(1, "train", "id"): 2, (None, "train", "id"): 2, (None, "test", "id"): 2}
     assert index.column("label_grade").type == "int64"
+    for path in (tmp_path / "out").rglob(
+        "*"
+    ):  # the ids of the tables are stored nowhere, not in the private folder either
+        if path.is_file():
+            text = (
+                str(pq.read_table(path).to_pylist())
+                if path.suffix == ".parquet"
+                else path.read_bytes().decode("latin-1")
+            )
+            assert not any(name in text for name in ("QX-77-", "2.25.987654")), path.name
 
 
 def test_label_table_with_patient_in_two_splits_is_rejected(tmp_path: Path, run_build, write_series) -> None:

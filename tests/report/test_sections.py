@@ -56,6 +56,19 @@ def test_headline_is_the_probe_that_was_best_on_validation() -> None:
     assert text.count("AUROC") == 1
 
 
+def test_unknown_patients_are_not_called_patients() -> None:
+    unknown = index(("train", "CT", "p1", "s1"), ("test", "CT", "p2", "s2")).append_column(
+        "patient_from", pa.array(["file"] * 2)
+    )
+    assert plain(sections.key_figures(LOG, [], unknown, None)).startswith("2 slices of 2 files (patients unknown)")
+    manifest = pa.table({"fate": ["kept"], "reason": [""]})
+    text = plain(sections.dataset(unknown, manifest))
+    assert "Split by files (patients unknown)." in text and "slices by modality files series slices" in text
+    score = make_score(groups="files (patients unknown)", patients=80)
+    text = plain(sections.scores(None, [score], {}))
+    assert "bootstrap over files (patients unknown)" in text and "slices of 80 files (patients unknown)." in text
+
+
 def test_figures_are_those_of_the_last_line_and_the_index() -> None:
     rows = [("train", "CT", "p1", "s1"), ("train", "CT", "p1", "s2"), ("test", "MR", "p2", "s3")]
     story = Timeline(None, 4, stages={"build": Stage("", True, 7000.0, "build")})
