@@ -144,7 +144,7 @@ def _open_mgh(
         if start[:4] != b"\0\0\0\1" or len(start) < 284:
             raise ReadError("damaged volume: not an MGH header")
         header = MGHHeader(start[:284])
-        dtype = header.get_data_dtype()
+        dtype = np.dtype(str(header.get_data_dtype()))
         layout = voxels.Layout(
             int(header.get_data_offset()), voxels.check_shape(tuple(map(int, header.get_data_shape())), dtype), dtype
         )

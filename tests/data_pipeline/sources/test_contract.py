@@ -105,6 +105,11 @@ def write_nifti(path: Path, **unused) -> Sample:
     return Sample("volume", ReadRequest(str(path), "auto", str(path.parent)), as_viewed(VOLUME.astype(np.float64)))
 
 
+def write_mgh(path: Path, **unused) -> Sample:
+    nibabel.MGHImage(VOLUME, np.diag([1, 1, 3, 1])).to_filename(path)
+    return Sample("volume", ReadRequest(str(path), "auto", str(path.parent)), as_viewed(VOLUME.astype(np.float64)))
+
+
 def write_nifti_float(path: Path, **unused) -> Sample:
     nibabel.Nifti1Image(FRACTIONS, np.diag([1, 1, 3, 1])).to_filename(path)
     return Sample("volume", ReadRequest(str(path), "MR", str(path.parent)), as_viewed(FRACTIONS), exact=False)
@@ -127,7 +132,7 @@ def write_picture(path: Path, **unused) -> Sample:
 
 SAMPLES: dict[str, Callable[..., Sample]] = {
     "ct.dcm": write_dicom_ct, "mr.dcm": write_dicom_mr, "frames.dcm": write_dicom_frames, "rle.dcm": write_dicom_compressed, "deflated.dcm": write_dicom_compressed,
-    "j2k.dcm": write_dicom_compressed, "v.nii": write_nifti, "v.nii.gz": write_nifti, "float.nii.gz": write_nifti_float,
+    "j2k.dcm": write_dicom_compressed, "v.nii": write_nifti, "v.nii.gz": write_nifti, "float.nii.gz": write_nifti_float, "v.mgz": write_mgh,
     "v.nrrd": write_itk, "v.mha": write_itk, "p.png": write_picture, "p.tif": write_picture,
 }  # fmt: skip
 

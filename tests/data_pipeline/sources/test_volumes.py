@@ -340,6 +340,25 @@ def test_single_outlier_does_not_cost_the_resolution_of_others(tmp_path: Path, k
     assert (real(found)[~rest] > 3000) == (outlier > 0)  # it stays an extreme
 
 
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.uint16, np.int32, np.uint32, np.int64, np.uint64, np.float64])
+def test_whole_numbers_of_every_type_are_kept(tmp_path: Path, kind: type) -> None:
+    top = min(np.iinfo(kind).max if kind != np.float64 else 60_000, 60_000)
+    values = np.random.default_rng(3).integers(0, top, (40, 44, 3)).astype(kind)
+    nibabel.Nifti1Image(values, np.diag([*SPACING, 1.0]), dtype=kind).to_filename(tmp_path / "v.nii")
+    facts, found = slices(str(tmp_path / "v.nii"))
+    assert facts.modality == "MR"
+    np.testing.assert_array_equal(real(found), axial(values.astype(np.float64)))
+
+
+def test_nan_outside_the_field_of_view_changes_nothing(tmp_path: Path) -> None:
+    values = np.where(CORNERS, np.nan, ct() + 0.25).astype(np.float32)
+    values[32, 0, 0] = 1e6  # the first finite value that is seen
+    facts, found = slices(write_nifti(tmp_path / "v.nii", "RAS", values))
+    assert facts.modality == "CT"
+    sound = np.isfinite(axial(values)) & (axial(values) < 1e6)
+    assert np.abs(real(found) - axial(values))[sound].max() <= 0.25
+
+
 def test_metal_and_steep_contrast_are_not_outliers(tmp_path: Path) -> None:
     values = (ct() + 0.25).astype(np.float32)
     values[20:26, 20:26, :] = 20_000  # 0.9 % of the voxels
