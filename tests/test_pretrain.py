@@ -344,16 +344,11 @@ def here(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., dict[str,
          "set --config.mesh.replica=1 --config.mesh.data=8 --config.mesh.fsdp=1"),
         (["--config.duration=5 hours"], "cannot read the duration '5 hours': write '500 steps', '94000 examples' or '800 epochs'"),
         (["--config.duration=3 examples"], "duration '3 examples' is less than one step of 16 examples"),
-        (["--config.keep=0"], "keep is 0; it has to be a whole number of at least 1; set --config.keep"),
         (["--config.batch_size=0"], "batch_size is 0; it has to be a whole number of at least 1; set --config.batch_size"),
-        (["--config.seed=-1"], "seed is -1; it has to be a whole number of at least 0; set --config.seed"),
         (["--config.model.channels=3"], "config.model: channels is 3, but CT and MR slices have 1; "
          "set --config.model.channels=1"),
         (["--config.optimizer.clip_norm=-1.0"], "optimizer.clip_norm is -1.0; it has to be a number above 0, or None; "
          "set --config.optimizer.clip_norm"),
-        (["--config.augment.crop_scale=(0.5,2.0)"], "augment.crop_scale is (0.5, 2.0); it has to be two numbers above 0 and up to 1, "
-         "the lower first; set --config.augment.crop_scale"),
-        (["--config.data.threads=0"], "data.threads is 0; it has to be a whole number of at least 1; set --config.data.threads"),
         (["--config.data.canvas=(16,16)"], "slices of up to 32x32 px do not fit the canvas 16x16; "
          "set --config.data.canvas=(32,32) or build the shards with --size=16"),
         (["--workdir=gs://bucket/run"], "--workdir=gs://bucket/run is an address, not a folder; mount the bucket (Cloud Storage: "

@@ -16,7 +16,7 @@ Targets = Int[np.ndarray, " n"]
 Metric = Callable[[Targets, Scores, Weights], Float[np.ndarray, " d"]]
 
 # Numbers in an array of weights at a time; 4 million float64 are 32 MB.
-_CHUNK = 4_000_000
+CHUNK = 4_000_000
 
 
 def accuracy(targets: Targets, scores: Scores, weights: Weights) -> Float[np.ndarray, " d"]:
@@ -142,7 +142,7 @@ class Bootstrap:
     def _values(self, metric: Metric, targets: Targets, scores: Scores) -> Float[np.ndarray, " draws_and_one"]:
         """The metric on all cases, then in every draw."""
         counts = np.concatenate([np.ones_like(self.counts[:1]), self.counts])
-        rows = max(1, _CHUNK // len(targets))
+        rows = max(1, CHUNK // len(targets))
         return np.concatenate(
             [
                 metric(targets, scores, counts[start : start + rows][:, self.patient].astype(np.float64))

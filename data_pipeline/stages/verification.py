@@ -133,14 +133,17 @@ def held_out(folder: Path, path: str, key_file: str | None) -> HeldOut:
     if plan is not None and plan.settings.key != pseudonyms.digest(key, "key", ""):
         raise UserError(f"the key is not the one that {folder} was built with, so nobody would be found with it")
     lines = inventory.read_holdout(path)
-    patients = {pseudonyms.digest(key, "patient", line) for _, line in lines}
+    patients, places = set(), set()
     for number, line in lines:
+        # What looks like a place may be a patient ID with a slash.
+        (places if inventory.is_place(line) else patients).add(pseudonyms.digest(key, "patient", line))
         if inventory.is_place(line):
             found = _patients_in(line, key)
             if not found:
                 raise UserError(f"line {number} of {path} names a place in which no file has a patient")
             patients |= found
     index = pq.read_table(folder / shards.INDEX, columns=["patient"])["patient"].value_counts().to_pylist()
+    patients |= places & {row["values"] for row in index}
     inside = {row["values"]: row["counts"] for row in index if row["values"] in patients}
     return HeldOut(len(lines), len(patients), len(inside), sum(inside.values()))
 

@@ -27,6 +27,11 @@ def rows(benchmark_script, real_data) -> list[dict]:
     return benchmark_script.label_table(real_data)
 
 
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def test_every_row_is_another_file(rows) -> None:
     files = [Path(row["file"]) for row in rows]
     assert all(path.is_file() for path in files)
@@ -48,8 +53,7 @@ def test_published_test_splits_are_complete(rows, benchmark_script, real_data) -
         for label in ("tumor", "covid")
     }
     for label, folder, column in (("tumor", "mr_brain_tumor", "split"), ("covid", "ct_covid", "official_split")):
-        with (real_data / "labelled" / folder / "labels.csv").open(encoding="utf-8", newline="") as file:
-            published = list(csv.DictReader(file))
+        published = read(real_data / "labelled" / folder / "labels.csv")
         wanted = {real_data / "labelled" / folder / line["file"] for line in published if line[column] == "test"}
         assert tests[label] == wanted
 
@@ -68,7 +72,7 @@ def test_files_outside_the_table_are_held_out(rows, benchmark_script, real_data)
     assert unused and not used & set(unused)
     assert {path.suffix for path in unused} <= {".jpg", ".png", ".gz", ".nii"}
     assert any("us_images" in str(path) for path in unused)
-    published = benchmark_script._read(real_data / "labelled" / "ct_covid" / "labels.csv")
+    published = read(real_data / "labelled" / "ct_covid" / "labels.csv")
     covid = {real_data / "labelled" / "ct_covid" / line["file"] for line in published}
     assert covid - used == covid & set(unused)
 

@@ -45,7 +45,7 @@ def exists(process: int) -> bool:
 
 
 @pytest.mark.skipif(not processes.SHARED_MEMORY.is_dir(), reason="semaphores have no files here")
-def test_killed_reader_leaves_no_process_and_the_next_start_removes_its_semaphores(tmp_path: Path) -> None:
+def test_semaphores_of_a_killed_reader_go_at_the_next_start(tmp_path: Path) -> None:
     (tmp_path / "reader.py").write_text(READER)
     command = [sys.executable, str(tmp_path / "reader.py"), str(tmp_path / "run")]
     before = set(processes.SHARED_MEMORY.glob("sem.curia-*"))

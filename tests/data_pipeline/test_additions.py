@@ -326,25 +326,6 @@ def test_holdout_takes_archives_and_places_in_them(
     assert result.code == ExitCode.DATA and "slices are of 1 patients of" in result.out
 
 
-def test_verify_checks_holdout_with_the_key(tmp_path: Path, exams: Path, run_build, run_verify, key_file: Path) -> None:
-    (tmp_path / "holdout.txt").write_text(f"P4\n{exams / 'p5'}\n")
-    words = ("--input", exams, "--output", tmp_path / "out", *SPLITS)
-    assert run_build(*words, "--holdout", tmp_path / "holdout.txt").code == 0
-    more = ("--holdout", tmp_path / "holdout.txt", "--key-file", key_file)
-    result = run_verify(tmp_path / "out", *more)
-    assert result.code == 0 and "held out: 2 lines of" in result.err and "in the index: 0" in result.err
-    (tmp_path / "holdout.txt").write_text(f"P4\n{exams / 'p5'}\nP6\n{exams / 'p7'}\n")
-    result = run_verify(tmp_path / "out", *more, "--json", tmp_path / "report.json")
-    assert result.code == ExitCode.DATA and f"10 slices are of 2 patients of {tmp_path / 'holdout.txt'}" in result.out
-    assert json.loads((tmp_path / "report.json").read_text())["held_out"]["patients_found"] == 2
-    # Another key would find nobody and prove nothing.
-    (tmp_path / "other.key").write_text("another key that everybody may know")
-    result = run_verify(tmp_path / "out", "--holdout", tmp_path / "holdout.txt", "--key-file", tmp_path / "other.key")
-    assert result.code == 2 and "is not the one that" in result.error
-    result = run_verify(tmp_path / "out", "--holdout", tmp_path / "holdout.txt")
-    assert result.code == 2 and "name it with --key-file" in result.error and not (tmp_path / "out.key").exists()
-
-
 # ---- instances by UID and by pixels
 
 

@@ -164,5 +164,5 @@ def test_chunked_evaluation_equals_whole(monkeypatch):
     targets, scores, patients = cases(9, n=200, classes=3)
     bootstrap = Bootstrap.over(patients, draws=100)
     whole = bootstrap.estimate(metrics.auroc, targets, scores)
-    monkeypatch.setattr(metrics, "_CHUNK", 1)
+    monkeypatch.setattr(metrics, "CHUNK", 1)
     assert bootstrap.estimate(metrics.auroc, targets, scores) == whole

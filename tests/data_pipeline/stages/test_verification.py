@@ -11,8 +11,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from curia_common.errors import UserError
 from data_pipeline.format import codec, shards
-from data_pipeline.stages import verification
+from data_pipeline.stages import pseudonyms, verification
 
 
 @pytest.fixture
@@ -162,3 +163,38 @@ def test_damaged_tables_are_problems(copy: Path, inline_workers: None, name: str
     assert any(
         name in line and "cannot be read" in line.replace("cannot read", "cannot be read") for line in problems(copy)
     )
+
+
+# ---- hold-outs
+
+
+def test_held_out_patients_in_the_index_are_counted(study: Path, dataset: Path, tmp_path: Path, key_file: Path) -> None:
+    """By patient ID and by folder; a patient who is not in the dataset is named, but not found."""
+    (tmp_path / "holdout.txt").write_text(f"PHANTOM-0001\n\n{study / 'dicom' / 'PHANTOM-0002'}\nPHANTOM-9999\n")
+    found = verification.held_out(dataset, str(tmp_path / "holdout.txt"), str(key_file))
+    assert found == verification.HeldOut(lines=3, patients=3, patients_found=2, slices_found=40)
+
+
+def test_held_out_patient_in_the_index_is_a_problem(
+    dataset: Path, tmp_path: Path, key_file: Path, inline_workers: None
+) -> None:
+    holdout = tmp_path / "holdout.txt"
+    for names, wanted in (
+        ("PHANTOM-9999\n", ()),
+        ("PHANTOM-9999\nPHANTOM-0003\n", (f"20 slices are of 1 patients of {holdout}",)),
+    ):
+        holdout.write_text(names)
+        report = verification.verify(dataset, holdout=str(holdout), key_file=str(key_file))
+        assert report.problems == wanted and report.sound == (not wanted)
+        assert report.to_json()["held_out"]["patients_found"] == len(wanted)
+
+
+def test_other_or_missing_key_proves_nothing(dataset: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "holdout.txt").write_text("PHANTOM-0001\n")
+    (tmp_path / "other.key").write_text("another key that everybody may know")
+    monkeypatch.delenv(pseudonyms.KEY_VARIABLE, raising=False)
+    with pytest.raises(UserError, match="the key is not the one that .* was built with, so nobody would be found"):
+        verification.held_out(dataset, str(tmp_path / "holdout.txt"), str(tmp_path / "other.key"))
+    with pytest.raises(UserError, match="--holdout needs the key of the dataset: .*; name it with --key-file"):
+        verification.held_out(dataset, str(tmp_path / "holdout.txt"), None)
+    assert not dataset.with_name(f"{dataset.name}.key").exists()
