@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--modality", choices=("auto", "CT", "MR"), default="auto",
-        help="of files that do not name theirs (NIfTI, NRRD, MetaImage, pictures); auto infers it from the range of a volume's values",
+        help="of files that do not name theirs (NIfTI, NRRD, MetaImage, pictures); auto takes volumes for CT where air and tissue lie at their HU",
     )  # fmt: skip
     p.add_argument(
         "--size", type=int, metavar="PX", help="reduce slices whose longer side is larger (default: native size)"

@@ -260,7 +260,7 @@ def _translated_errors() -> Iterator[None]:
     except (exceptions.InvalidPathError, ValueError):
         raise OSError(
             errno.EINVAL,
-            "a name in it is no path (it has //, /./ or /../ in it); rename that object, or mount the bucket",
+            "a name in it is not a path (it has //, /./ or /../ in it); rename that object, or mount the bucket",
         ) from None
     except exceptions.BaseError as error:
         if "<Code>NoSuchBucket</Code>" in str(error):

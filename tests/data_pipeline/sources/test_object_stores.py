@@ -364,7 +364,7 @@ def test_beam_runner_reads_buckets(bucket: Bucket, folder: Path, from_folder, tm
         ("s3://", "an address is s3://bucket/folder"),
         ("s3://me:secret@bucket/x", "an address is s3://bucket/folder, without credentials in it"),
         ("az://container/x", "mount it (blobfuse2"),
-        (f"{TOP}/a//b", "is no path"),
+        (f"{TOP}/a//b", "is not a path"),
     ],
 )
 def test_address_without_objects_is_one_line(bucket: Bucket, tmp_path: Path, run_build, address, said) -> None:
@@ -377,7 +377,7 @@ def test_object_name_that_is_no_path_is_an_error(bucket: Bucket, tmp_path: Path,
     bucket.put("in/a.dcm", b"x")
     bucket.put("in//b.dcm", b"x")
     result = run_build("--input", f"{TOP}/in", "--output", tmp_path / "out")
-    assert result.code == 2 and "a name in it is no path (it has //, /./ or /../ in it)" in result.error
+    assert result.code == 2 and "a name in it is not a path (it has //, /./ or /../ in it)" in result.error
 
 
 @pytest.mark.parametrize(
