@@ -74,7 +74,7 @@ def many_shards(folder: Path, count: int) -> Path:
     target.mkdir()
     pixels = np.random.default_rng(0).integers(0, 4096, (32, 32)).astype(np.uint16)
     one = slice_statistics(pixels, 1.0, -1024.0)
-    whole = series_statistics(np.bincount(pixels.ravel()), 1.0, -1024.0)
+    whole = series_statistics({(1.0, -1024.0): np.bincount(pixels.ravel())})
     header = records.RecordHeader(
         "a", "b", "CT", "HU", "axial", "chest", "phantom", 1.0, -1024.0, whole.mean, whole.std, (1.0, 1.0, 1.0),
         whole.percentiles,

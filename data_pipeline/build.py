@@ -117,6 +117,11 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--drop-lossy", action="store_true", help="leave out slices with lossy compression")
     p.add_argument(
+        "--keep-maps",
+        action="store_true",
+        help="keep DICOM maps of a quantity (ADC, perfusion, iodine, phase, …) too, in arbitrary units (default: left out)",
+    )
+    p.add_argument(
         "--runner", choices=("local", "beam"), default="local",
         help="engine of the conversion: processes of this machine, or Apache Beam (see docs/ingest_scale.md; default: %(default)s)",
     )  # fmt: skip

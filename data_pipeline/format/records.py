@@ -30,7 +30,7 @@ SLICE_TEXT = ("source",)
 # Bits of `flags`.
 IRREGULAR = 1  # the series has gaps, repeated positions or a tilt: no reformatting
 LOSSY = 2  # the source was compressed with loss
-CLIPPED = 4  # values below -1024 HU (padding) were raised to it, or extreme voxels of a volume clipped
+CLIPPED = 4  # padding became air (in other units the lowest value), and what lay below -1024 HU too; or extreme voxels of a volume
 RESIZED = 8  # smaller than the source's matrix
 MODALITY_INFERRED = 16  # the source does not name its modality; the range of its values did
 REFORMATTED = 32  # cut out of a regular series in another plane, at isotropic spacing

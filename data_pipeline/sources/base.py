@@ -50,6 +50,7 @@ class ReadRequest:
       frames: of a DICOM file, the frames to read in spatial order: number within the file, and mm along the normal.
       flags: bits of format.records that the inventory and the plan know (IRREGULAR, LOSSY).
       digest: how stored values become digests; see stored_values.DIGESTS.
+      units: of real values; None where the modality says them.
     """
 
     path: str
@@ -58,6 +59,7 @@ class ReadRequest:
     frames: tuple[tuple[int, float], ...] = ()
     flags: int = 0
     digest: Literal["smallest", "int64"] = "smallest"
+    units: Units | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,9 @@ class Slice:
       flags: bits of format.records.
       source: first 16 hex digits of the SHA-256 of the stored source pixels.
       spacing: mm between rows and between columns; 0 where unknown.
+      rescale: slope and intercept of the source; None where it does not say in which units its values are.
+      below: HU below -1024, which are raised to it, and how many pixels had each; declared padding left out.
+      padded: pixels of declared padding.
     """
 
     rank: int
@@ -80,6 +85,9 @@ class Slice:
     flags: int
     source: str
     spacing: tuple[float, float]
+    rescale: tuple[float, float] | None = (1.0, 0.0)
+    below: tuple[tuple[float, int], ...] = ()
+    padded: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from io import BufferedIOBase
 from typing import Any, BinaryIO, NamedTuple, cast
 
+import numpy as np
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.filereader import read_partial
 from pydicom.tag import BaseTag, Tag
@@ -30,7 +31,7 @@ from pydicom.uid import (
     MRImageStorage,
 )
 
-from data_pipeline.sources import wording
+from data_pipeline.sources import quantities, wording
 from data_pipeline.sources.base import ReadError
 from data_pipeline.sources.geometry import FARTHEST_MM
 from data_pipeline.sources.silence import guarded
@@ -60,7 +61,7 @@ _HEADER_TAGS = [Tag(word) for word in (
     "BurnedInAnnotation", "BodyPartExamined", "Manufacturer", "PixelSpacing", "SliceThickness", "ImageOrientationPatient",
     "ImagePositionPatient", "RescaleSlope", "RescaleIntercept", "LossyImageCompression", "BitsAllocated", "BitsStored",
     "HighBit", "PixelRepresentation", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
-    "SeriesDescription",
+    "SeriesDescription", "RescaleType", "ModalityLUTSequence", "RealWorldValueMappingSequence", "ComplexImageComponent",
 )]  # fmt: skip
 
 # Defined terms of BodyPartExamined (DICOM PS3.16, tables L-1 and L-2), without spaces and underscores. Other
@@ -97,6 +98,7 @@ class FrameGeometry:
       position: centre of the first pixel, mm, patient coordinates (x to the left, y to the back, z up).
       spacing: between rows and between columns, mm.
       slope, intercept: real value = stored * slope + intercept.
+      declared: the header says so, and does not call the unit unspecified.
     """
 
     orientation: tuple[float, ...] | None
@@ -104,6 +106,7 @@ class FrameGeometry:
     spacing: tuple[float, ...] | None
     slope: float
     intercept: float
+    declared: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +116,8 @@ class Header:
     Attributes:
       frame_types: the different FrameTypes of a multi-frame object.
       called_localizer: the series description says so; maybe_localizer: it has a word that other series have too.
+      quantity: what the values measure, in the words of sources.quantities; "" for HU and the signal of MR.
+      modality_lut: stored values are indices of a table, the Modality LUT Sequence.
     """
 
     sop_class: str
@@ -137,6 +142,8 @@ class Header:
     lossy: bool
     has_pixels: bool
     geometry: tuple[FrameGeometry, ...]
+    quantity: str = ""
+    modality_lut: bool = False
 
 
 def is_dicom(file: BufferedIOBase) -> bool:
@@ -258,17 +265,24 @@ def frame_geometries(dataset: Dataset, frames: int) -> tuple[FrameGeometry, ...]
 
 _GEOMETRY_GROUPS = (
     "PlaneOrientationSequence", "PlanePositionSequence", "PixelMeasuresSequence", "PixelValueTransformationSequence",
+    "RealWorldValueMappingSequence",
 )  # fmt: skip
 
 
-def _frame_geometry(dataset: Dataset, frame: int) -> FrameGeometry:
-    # In a multi-frame object the frame's own item comes before the shared one, and that before the data set itself.
+def _places(dataset: Dataset, frame: int, groups: Sequence[str]) -> list[Dataset]:
+    """The data sets that describe a frame. In a multi-frame object the frame's own item comes before the shared one, and that
+    before the data set itself: the last counts."""
     places = [dataset]
     for name, index in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", frame)):
         sequence = dataset.get(name)
         if sequence and index < len(sequence):
-            groups = (sequence[index].get(group) for group in _GEOMETRY_GROUPS)
-            places += [group[0] for group in groups if group]
+            found = (sequence[index].get(group) for group in groups)
+            places += [group[0] for group in found if group]
+    return places
+
+
+def _frame_geometry(dataset: Dataset, frame: int) -> FrameGeometry:
+    places = _places(dataset, frame, _GEOMETRY_GROUPS)
 
     def find(name: str, count: int) -> tuple[float, ...] | None:
         for place in reversed(places):
@@ -277,7 +291,7 @@ def _frame_geometry(dataset: Dataset, frame: int) -> FrameGeometry:
                 return None if values is None or max(map(abs, values)) > FARTHEST_MM else values
         return None
 
-    def rescale(name: str, default: float) -> float:
+    def number(name: str) -> float | None:
         for place in reversed(places):
             if not _is_empty(place, name):
                 # A comma may also separate thousands here: -1,024.
@@ -285,18 +299,71 @@ def _frame_geometry(dataset: Dataset, frame: int) -> FrameGeometry:
                 if values is None:
                     raise ReadError(f"{name} is not a finite number: what the stored values mean is unknown")
                 return values[0]
-        return default
+        return None
 
-    slope = rescale("RescaleSlope", 1.0)
+    slope, intercept = number("RescaleSlope"), number("RescaleIntercept")
+    mapped = _mapping_to_hu(dataset, places)
+    if slope is None and intercept is None and mapped is not None:
+        slope, intercept = mapped
+    given = slope is not None or intercept is not None
+    slope, intercept = 1.0 if slope is None else slope, 0.0 if intercept is None else intercept
     if slope == 0:
         raise ReadError("RescaleSlope is 0: every pixel would have the same value")
+    if mapped is not None and not np.allclose((slope, intercept), mapped, rtol=1e-4, atol=1e-3):
+        raise ReadError(
+            "the rescale and the Real World Value Mapping of the header give different HU: correct the header"
+        )
     return FrameGeometry(
         orientation=find("ImageOrientationPatient", 6),
         position=find("ImagePositionPatient", 3),
         spacing=find("PixelSpacing", 2),
         slope=slope,
-        intercept=rescale("RescaleIntercept", 0.0),
+        intercept=intercept,
+        declared=given and _rescale_type(places) in ("", "HU"),
     )
+
+
+def _rescale_type(places: Sequence[Dataset]) -> str:
+    found = (text(place, "RescaleType").upper() for place in reversed(places))
+    return next(filter(None, found), "")
+
+
+def _mappings(dataset: Dataset, places: Sequence[Dataset]) -> list[Dataset]:
+    """Real World Value Mappings of a frame: items of a functional group, or of the data set itself."""
+    return [*(dataset.get("RealWorldValueMappingSequence") or ()), *places[1:]]
+
+
+def _unit_code(mapping: Dataset) -> str:
+    codes = mapping.get("MeasurementUnitsCodeSequence")
+    return text(codes[0], "CodeValue") if codes else ""
+
+
+def _mapping_to_hu(dataset: Dataset, places: Sequence[Dataset]) -> tuple[float, float] | None:
+    """Slope and intercept of the Real World Value Mapping to HU, where there is one."""
+    for mapping in _mappings(dataset, places):
+        if _unit_code(mapping).upper() == quantities.HOUNSFIELD:
+            try:
+                slope = _floats(mapping.get("RealWorldValueSlope"), 1)
+                intercept = _floats(mapping.get("RealWorldValueIntercept"), 1)
+            except (ValueError, TypeError, OverflowError) as error:
+                raise ReadError("malformed header: the Real World Value Mapping is not a number") from error
+            if slope and intercept:
+                return slope[0], intercept[0]
+    return None
+
+
+def _quantity(dataset: Dataset, frames: int, modality: str, image_type: Sequence[str]) -> str:
+    """What the values of the file's frames measure; see sources.quantities."""
+    groups = ("PixelValueTransformationSequence", "RealWorldValueMappingSequence", "MRImageFrameTypeSequence")
+    types: set[str] = set()
+    units: set[str] = set()
+    components: set[str] = set()
+    for frame in range(max(1, min(frames, len(dataset.get("PerFrameFunctionalGroupsSequence") or ())))):
+        places = _places(dataset, frame, groups)
+        types.add(_rescale_type(places))
+        units.update(map(_unit_code, _mappings(dataset, places)))
+        components.update(text(place, "ComplexImageComponent") for place in places)
+    return quantities.of(modality, image_type, types, units, components)
 
 
 def _header(dataset: Dataset) -> Header:
@@ -306,15 +373,17 @@ def _header(dataset: Dataset) -> Header:
     lossy = text(dataset, "LossyImageCompression")
     frames, rows, columns = frame_sizes(dataset)
     sop_class = MediaStorageDirectoryStorage if _is_dicomdir(dataset) else text(dataset, "SOPClassUID")
+    types, frame_types = _values(dataset, "ImageType"), _frame_types(dataset, frames)
+    modality = text(dataset, "Modality") or _MODALITIES.get(sop_class, "")
     return Header(
         sop_class=sop_class,
         sop_uid=text(dataset, "SOPInstanceUID"),
         series_uid=text(dataset, "SeriesInstanceUID"),
         study_uid=text(dataset, "StudyInstanceUID"),
         patient_id=text(dataset, "PatientID"),
-        modality=text(dataset, "Modality") or _MODALITIES.get(sop_class, ""),
-        image_type=_values(dataset, "ImageType"),
-        frame_types=_frame_types(dataset, frames),
+        modality=modality,
+        image_type=types,
+        frame_types=frame_types,
         rows=rows,
         columns=columns,
         frames=frames,
@@ -329,6 +398,8 @@ def _header(dataset: Dataset) -> Header:
         lossy=lossy == "01" if lossy in ("00", "01") else transfer_syntax(dataset) in LOSSY_SYNTAXES,
         has_pixels="BitsAllocated" in dataset and "Rows" in dataset,
         geometry=frame_geometries(dataset, frames),
+        quantity=_quantity(dataset, frames, modality, [*types, *(value for one in frame_types for value in one)]),
+        modality_lut=bool(dataset.get("ModalityLUTSequence")),
     )
 
 

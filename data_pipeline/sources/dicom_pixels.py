@@ -40,6 +40,7 @@ from pydicom.uid import (
 from pydicom.valuerep import EXPLICIT_VR_LENGTH_32
 
 from curia_common.errors import UserError
+from data_pipeline.format import records
 from data_pipeline.sources.base import NO_MEMORY, ImageFacts, ReadError, ReadRequest, Slice, SourceFile
 from data_pipeline.sources.dicom_header import (
     DOUBLE_PIXEL_DATA,
@@ -55,7 +56,7 @@ from data_pipeline.sources.dicom_header import (
     whole_number,
 )
 from data_pipeline.sources.silence import guarded, silenced
-from data_pipeline.sources.stored_values import Digest, to_uint16
+from data_pipeline.sources.stored_values import Digest, Padding, below_air, extract_bits, replace_padding, to_uint16
 
 # Which plugin decodes which transfer syntax: pinned, because lossy pixels depend on the decoder. The choice follows
 # measurements of speed and of agreement between decoders; SimpleITK comes second for all of them.
@@ -76,14 +77,18 @@ PLUGINS = {
 UNCOMPRESSED = frozenset({
     ImplicitVRLittleEndian, ExplicitVRLittleEndian, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian,
 })  # fmt: skip
+_WORDS = UNCOMPRESSED | {RLELossless}  # pixel data holds whole words, of which the decoders look at no bit
 IN_MEMORY_BYTES = 1 << 24  # larger files are read frame by frame
 LONGEST_TAIL = 1 << 16  # bytes after the pixels; GDCM takes seconds for a megabyte of zeros
 
 _PIXEL_TAGS = [Tag(word) for word in (
     "Rows", "Columns", "NumberOfFrames", "PhotometricInterpretation", "SamplesPerPixel", "PlanarConfiguration", "BitsAllocated",
     "BitsStored", "HighBit", "PixelRepresentation", "ExtendedOffsetTable", "ExtendedOffsetTableLengths", "PixelSpacing",
-    "RescaleSlope", "RescaleIntercept", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+    "RescaleSlope", "RescaleIntercept", "RescaleType", "RealWorldValueMappingSequence", "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence", "PixelPaddingValue", "PixelPaddingRangeLimit",
 )]  # fmt: skip
+# Overlay Bit Position (60xx,0102): before 2004 overlays could lie in bits of the pixel data that are not used.
+_OVERLAY_BITS = [Tag(0x6000 + group, 0x0102) for group in range(0, 0x20, 2)]
 _UNDEFINED = 0xFFFFFFFF
 _ITEM = 0xE000FFFE  # as a little-endian number of four bytes
 _DELIMITER = struct.pack("<LL", 0xE0DDFFFE, 0)
@@ -115,7 +120,7 @@ class DicomFile:
     excluded = ""
 
     def __init__(self, request: ReadRequest, image: "Image") -> None:
-        self.facts = ImageFacts(request.modality, "HU" if request.modality == "CT" else "arbitrary")
+        self.facts = ImageFacts(request.modality, request.units or ("HU" if request.modality == "CT" else "arbitrary"))
         self.decoder = self.stored_sha256 = ""
         self._request, self._image = request, image
 
@@ -127,15 +132,26 @@ class DicomFile:
             own = digest.add(values, also_alone=image.frames > 1)
             if number not in wanted:
                 continue
+            padding = image.padding
             if image.photometric == "MONOCHROME1" and not hu:
                 # High values are meant to be seen dark. HU mean the same however they are shown.
-                values = (-1 if image.signed else (1 << image.bits_stored) - 1) - values.astype(np.int64)
+                mirror = -1 if image.signed else (1 << image.bits_stored) - 1
+                values = mirror - values.astype(np.int64)
+                padding = padding and Padding(mirror - padding.high, mirror - padding.low)
             place = image.geometry[number]
-            pixels, slope, intercept, clipped = to_uint16(values, place.slope, place.intercept, hu=hu)
+            image_values, padded = values, 0
+            if padding is not None:
+                image_values, padded = replace_padding(values, padding, place.slope, place.intercept, hu=hu)
+            pixels, slope, intercept, clipped = to_uint16(image_values, place.slope, place.intercept, hu=hu)
+            flags = self._request.flags | (clipped if image_values is values else records.CLIPPED)
             rank, position = wanted[number]
-            rows_mm, columns_mm = place.spacing or (0.0, 0.0)
-            flags = self._request.flags | clipped
-            yield Slice(rank, pixels, slope, intercept, position, flags, own or digest.hex(), (rows_mm, columns_mm))
+            yield Slice(
+                rank, pixels, slope, intercept, position, flags, own or digest.hex(),
+                (place.spacing[0], place.spacing[1]) if place.spacing else (0.0, 0.0),
+                rescale=(place.slope, place.intercept) if place.declared else None,
+                below=below_air(image_values, place.slope, place.intercept, padding) if hu and clipped else (),
+                padded=padded,
+            )  # fmt: skip
         self.stored_sha256, self.decoder = digest.hex(), image.decoder
 
 
@@ -156,6 +172,9 @@ class Image:
     Attributes:
       bits_stored: of a value.
       signed: values are two's complement.
+      high_bit: of a word of uncompressed pixel data, in which values can lie anywhere.
+      overlays: numbers of the bits that hold overlays.
+      padding: stored values that are no image; None where the header names none.
       geometry: one per frame; spacing and rescaling alone, positions are known from the header before.
       decoder: libraries that decoded the frames, set while they are read.
     """
@@ -165,6 +184,9 @@ class Image:
     photometric: str
     bits_stored: int
     signed: bool
+    high_bit: int
+    overlays: frozenset[int]
+    padding: Padding | None
     geometry: tuple[FrameGeometry, ...]
     decoder: str
     _dataset: FileDataset
@@ -212,6 +234,10 @@ class Image:
                 raise ReadError("colour image")
             if values.dtype.kind not in "iu":
                 raise ReadError(f"pixels are {values.dtype}, not integers")
+            if not second and self._dataset.file_meta.TransferSyntaxUID in _WORDS:
+                values = extract_bits(
+                    values, self.bits_stored, self.high_bit, signed=self.signed, overlays=self.overlays
+                )
             yield values
 
 
@@ -226,7 +252,7 @@ def open_image(path: str) -> Iterator[Image]:
         small = os.fstat(file.fileno()).st_size <= IN_MEMORY_BYTES
         # The parser asks for its position after every element, a system call for a file and none for memory.
         source = io.BytesIO(file.read()) if small else file
-        dataset, last = read_elements(source, _PIXEL_TAGS, stop=FLOAT_PIXEL_DATA)
+        dataset, last = read_elements(source, _PIXEL_TAGS + _OVERLAY_BITS, stop=FLOAT_PIXEL_DATA)
         with guarded("malformed header ({place})"):  # values are parsed on access
             # Of a deflated file pydicom keeps the inflated content, in a wrapper.
             inflated = dataset.buffer.parent if isinstance(dataset.buffer, DicomBytesIO) else None
@@ -269,12 +295,30 @@ def _image(path: str, dataset: FileDataset, source: BufferedIOBase, last: Elemen
         source = _ended_items(source, syntax)
     else:  # against the standard; the end of the items has to be the end of the source
         source = io.BytesIO(source.read(last.length))
+    bits = whole_number(dataset, "BitsStored", 16)
+    signed = whole_number(dataset, "PixelRepresentation", 0) == 1
     return Image(
         path=path, frames=frames, photometric=text(dataset, "PhotometricInterpretation"),
-        bits_stored=whole_number(dataset, "BitsStored", 16),
-        signed=whole_number(dataset, "PixelRepresentation", 0) == 1, geometry=frame_geometries(dataset, frames),
+        bits_stored=bits, signed=signed, high_bit=whole_number(dataset, "HighBit", bits - 1),
+        overlays=frozenset(int(dataset[tag].value or 0) for tag in _OVERLAY_BITS if tag in dataset),
+        padding=_padding(dataset, signed), geometry=frame_geometries(dataset, frames),
         decoder="", _dataset=dataset, _representation=last.representation or "OW", _source=source,
     )  # fmt: skip
+
+
+def _padding(dataset: FileDataset, signed: bool) -> Padding | None:
+    """Writers disagree on whether the two elements are signed where pixels are: 63536 is -2000 in 16 bits."""
+    if dataset.get("PixelPaddingValue") in (None, ""):
+        return None
+    bits = whole_number(dataset, "BitsAllocated", 16)
+
+    def wrapped(name: str, default: int) -> int:
+        value = whole_number(dataset, name, default) % (1 << bits)
+        return value - (1 << bits) if signed and value >= 1 << bits - 1 else value
+
+    value = wrapped("PixelPaddingValue", 0)
+    limit = wrapped("PixelPaddingRangeLimit", value)
+    return Padding(min(value, limit), max(value, limit))
 
 
 def _ended_items(source: BufferedIOBase, syntax: str) -> BufferedIOBase:
@@ -314,6 +358,8 @@ def _decode_with_pydicom(dataset: Dataset, representation: str, source: Buffered
     options = as_pixel_options(dataset, pixel_keyword="PixelData", pixel_vr=representation)
     if syntax in UNCOMPRESSED:
         options["view_only"] = True  # nobody writes to what was read, so it needs no copy
+    if syntax in _WORDS:
+        options["correct_unused_bits"] = False  # extract_bits does more
     for values, _ in get_decoder(syntax).iter_array(
         cast(BinaryIO, source), raw=True, decoding_plugin=plugin, **options
     ):

@@ -15,6 +15,7 @@ from jaxtyping import Int64, Shaped
 # "proved": air and tissue lie where HU have them. "refuted": no rescaled CT looks like this. "open": neither.
 Verdict = Literal["proved", "open", "refuted"]
 
+LOWEST, HIGHEST = -100_000, 100_000  # ends for `share`: everything below, everything above
 _LOWEST, _HIGHEST, _STEP = -2400, 2400, 10
 _BINS = (_HIGHEST - _LOWEST) // _STEP + 2  # with one for all that is lower, and one for all that is higher
 # Padding lies outside the circle that a scanner reconstructs. Vendors fill it with values that no tissue has: -3024, -2048, -2000,
@@ -100,7 +101,7 @@ def judge(one: Profile) -> Verdict:
 def contradicts(one: Profile) -> bool:
     """Whether even a single slice cannot be HU: much lies far below air, or air and tissue lie where a lost or repeated rescale
     moves them."""
-    if one.share(-1_000_000, FAR_BELOW_AIR) > FAR_BELOW_SHARE:
+    if one.share(LOWEST, FAR_BELOW_AIR) > FAR_BELOW_SHARE:
         return True
     return not _has(one, AIR, TISSUE) and any(_has(one, MOVED_AIR, MOVED_TISSUE, move) for move in INTERCEPTS)
 
@@ -120,7 +121,7 @@ def is_ct(values: Shaped[np.ndarray, " values"], counts: Shaped[np.ndarray, " va
         return verdict == "proved"
     return (
         -1200 <= one.low <= -900 and one.high > 300 and one.share(-200, 200) > 0.2
-        and (one.share(150, 1_000_000) > 2 * one.share(-1_000_000, -150) or one.share(-950, -500) > 0.1)
+        and (one.share(150, HIGHEST) > 2 * one.share(LOWEST, -150) or one.share(-950, -500) > 0.1)
     )  # fmt: skip
 
 

@@ -1,16 +1,27 @@
-"""Stored values: their digests, and how they become 16-bit pixels without loss."""
+"""Stored values: their bits, padding and digests, and how they become 16-bit pixels without loss."""
 
 import hashlib
-from typing import Literal
+import math
+from collections.abc import Collection
+from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Shaped, UInt16
+from jaxtyping import Integer, Shaped, UInt16
 
 from data_pipeline.format import records
 from data_pipeline.sources.base import ReadError
 
 AIR_HU = -1024
+HIGHEST_HU = 3071  # of 12 bits; metal saturates there
+CLOSE = 0.1  # of the range of an MR: padding so little below it is as good as background
 LEVELS = 1 << 16
+
+
+class Padding(NamedTuple):
+    """Stored values that are no image, from `low` to `high` (DICOM PS3.3 C.7.5.1.1.2)."""
+
+    low: int
+    high: int
 
 
 # How stored values become the bytes of a digest; frames come first, each in C order, little-endian.
@@ -87,12 +98,101 @@ def stored_sha256(stored: Shaped[np.ndarray, "..."], kind: DigestKind = "smalles
     return digest.hex()
 
 
+def extract_bits(
+    words: Integer[np.ndarray, "rows columns"], stored: int, high: int, *, signed: bool, overlays: Collection[int] = ()
+) -> Integer[np.ndarray, "rows columns"]:
+    """The stored values in words of uncompressed pixel data (DICOM PS3.5 8.1.1).
+
+    Args:
+      words: as they lie in the file, of 8, 16 or 32 bits.
+      stored, high: Bits Stored and High Bit.
+      signed: values are two's complement.
+      overlays: numbers of bits that hold overlays.
+
+    Raises:
+      ReadError: other bits than the stored ones are set, so that it is unknown which of them are the value.
+    """
+    allocated = words.dtype.itemsize * 8
+    if stored == allocated and high == allocated - 1:
+        return words
+    shift = high + 1 - stored
+    if stored < 1 or shift < 0 or high >= allocated:
+        raise ReadError(
+            f"BitsStored {stored} and HighBit {high} do not fit {allocated} allocated bits: what the pixels mean is unknown; correct the header"
+        )
+    bottom, top = (-(1 << stored - 1), (1 << stored - 1) - 1) if signed else (0, (1 << stored) - 1)
+    if shift == 0 and int(words.min()) >= bottom and int(words.max()) <= top:
+        return words
+    bits = words.view(words.dtype.str.replace("i", "u")).astype(np.uint32)
+    mask = (1 << stored) - 1
+    values = (bits >> shift & mask).astype(np.int64)
+    if signed:
+        values -= (values >> stored - 1) << stored
+    unused = (1 << allocated) - 1 & ~(mask << shift) & ~sum(1 << bit for bit in overlays)
+    rest = bits & unused
+    # Above a negative value the unused bits may repeat the sign.
+    if shift == 0 and signed:
+        rest = rest[(values >= 0) | (rest != unused)]
+    if rest.any():
+        raise ReadError(
+            f"pixels use bits outside the {stored} of BitsStored, where the header places no overlay; correct BitsStored and HighBit"
+        )
+    return values.astype(words.dtype)
+
+
+def replace_padding(
+    values: Integer[np.ndarray, "rows columns"], padding: Padding, slope: float, intercept: float, *, hu: bool
+) -> tuple[Integer[np.ndarray, "rows columns"], int]:
+    """Puts air, or in other units the lowest value of the image, where a slice is padded.
+
+    A padding value that the image may have too is believed only in regions that touch the border, where padding lies.
+
+    Args:
+      slope, intercept: real value = value * slope + intercept.
+
+    Returns:
+      The values, and how many pixels are padding.
+    """
+    ends = padding.low * slope + intercept, padding.high * slope + intercept
+    inside = (values >= padding.low) & (values <= padding.high)
+    count = int(np.count_nonzero(inside))
+    # to_uint16 raises what lies below air.
+    if not count or inside.all() or (hu and max(ends) <= AIR_HU):
+        return values, count
+    image = values[~inside]
+    lowest, highest = int(image.min()), int(image.max())
+    if not hu and 0 <= lowest - padding.high and lowest - padding.low <= (highest - lowest) * CLOSE:
+        return values, count
+    air = math.floor((AIR_HU - intercept) / slope) if hu else lowest
+    if min(ends) <= HIGHEST_HU if hu else lowest <= padding.high and padding.low <= highest:
+        from scipy import ndimage  # slow to import, and rarely needed
+
+        regions, _ = ndimage.label(inside)
+        border = np.concatenate([regions[0], regions[-1], regions[:, 0], regions[:, -1]])
+        inside = np.isin(regions, border[border > 0])
+        if not inside.any():
+            return values, 0
+    return np.where(inside, np.int64(air), values), int(np.count_nonzero(inside))
+
+
+def below_air(
+    values: Integer[np.ndarray, "rows columns"], slope: float, intercept: float, padding: Padding | None = None
+) -> tuple[tuple[float, int], ...]:
+    """HU below -1024, which `to_uint16` raises, and how many pixels have each; declared padding left out."""
+    unique, counts = np.unique(values[values * slope + intercept < AIR_HU], return_counts=True)
+    return tuple(
+        (value * slope + intercept, count)
+        for value, count in zip(unique.tolist(), counts.tolist(), strict=True)
+        if padding is None or not padding.low <= value <= padding.high
+    )
+
+
 def to_uint16(
     values: Shaped[np.ndarray, "rows columns"], slope: float, intercept: float, *, hu: bool, low: int | None = None
 ) -> tuple[UInt16[np.ndarray, "rows columns"], float, float, int]:
     """Stored whole numbers to 16 bit without loss.
 
-    Whole HU become HU + 1024; what lies below -1024 (padding) is raised to it. All else keeps its own steps, and the lowest value
+    Whole HU become HU + 1024. HU below -1024 (padding) are raised to it. All else keeps its own steps, and the lowest value
     becomes 0 if it is negative. The returned slope is above 0.
 
     Args:
@@ -125,6 +225,11 @@ def to_uint16(
             whole = np.maximum(whole, np.full_like(whole, -shift))  # five times faster than with a number
         slope, intercept = 1.0, float(AIR_HU)
     else:
+        if hu and (bottom := math.ceil((AIR_HU - intercept) / slope)) <= int(whole.max()):
+            # `bottom` is the lowest step that is not below -1024; all slices of a series start at it, if that fits.
+            if int(whole.min()) < bottom:
+                clipped, whole = records.CLIPPED, np.maximum(whole.astype(np.int64), bottom)
+            low = bottom if int(whole.max()) - bottom < LEVELS else int(whole.min())
         shift = -min(int(whole.min()) if low is None else low, 0)
         intercept = float(intercept - slope * shift)
     top = int(whole.max()) + shift

@@ -35,6 +35,13 @@ _ADVICE: tuple[tuple[str, str], ...] = tuple(
         "the header contradicts the pixels: correct its rescaling or modality, or leave the series out": (
             r"(the )?values are (no |not |HU)",
         ),
+        "if they are HU, export the series with RescaleSlope, RescaleIntercept and RescaleType HU": (
+            "nothing says that values are HU", "stored values are indices of a Modality LUT",
+        ),
+        NOTHING + ", unless maps are wanted": ("a map of",),
+        "the header contradicts itself or the pixels: correct it": (
+            "pixels use bits outside", "BitsStored", "the rescale and the Real World",
+        ),
         _AGAIN: ("empty file", "truncated", "cut off", "damaged"),
         f"{_AGAIN}; if it opens in a viewer, please report it, without the file": (
             "malformed", "the picture cannot be read", "the pixels cannot be decoded",

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -45,6 +45,7 @@ class Conversion:
       planes: planes into which regular series are reformatted too.
       drop_faces, drop_lossy: leave out series that may show a face, and slices that were compressed with loss.
       digest: how stored values become digests; all additions to a dataset have one.
+      keep_maps: keep maps of a quantity.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Conversion:
     drop_faces: bool = False
     drop_lossy: bool = False
     digest: DigestKind = "smallest"
+    keep_maps: bool = False
 
     @classmethod
     def from_json(cls, value: Json) -> "Conversion":
@@ -173,6 +175,7 @@ class PlannedSeries:
       bytes: of its input files.
       modality, body_part, manufacturer: as the headers say.
       files: in spatial order.
+      quantity: what a map measures; "" for HU and the signal of MR.
     """
 
     series: str
@@ -189,6 +192,7 @@ class PlannedSeries:
     manufacturer: str
     directions: Directions | None
     files: tuple[PlannedFile, ...]
+    quantity: str = ""
 
     def to_json(self) -> Json:
         """In the order of the fields that existing plans have, because their hash depends on it."""
@@ -200,6 +204,8 @@ class PlannedSeries:
         facts = {"modality": self.modality}
         if dicom:
             facts |= {"body_part": self.body_part, "manufacturer": self.manufacturer}
+        if self.quantity:
+            facts["quantity"] = self.quantity
         return value | {
             "problems": self.problems, "bytes": self.bytes, "facts": facts, "files": [file.to_json() for file in self.files],
         }  # fmt: skip
@@ -212,7 +218,7 @@ class PlannedSeries:
             **rest, problems=tuple(value["problems"]), modality=value["facts"]["modality"],
             body_part=value["facts"].get("body_part", ""), manufacturer=value["facts"].get("manufacturer", ""),
             directions=(tuple(along[0]), tuple(along[1]), tuple(along[2])) if along else None,
-            files=tuple(map(PlannedFile.from_json, value["files"])),
+            files=tuple(map(PlannedFile.from_json, value["files"])), quantity=value["facts"].get("quantity", ""),
         )  # fmt: skip
 
 
@@ -298,11 +304,47 @@ def make(entries: Sequence[Entry], options: Options) -> tuple[Plan, list[Entry]]
         series_by_split[split] += _plan_files(members, split) if layout is None else _plan_series(layout, split, start)
     shards = [shard for split in pseudonyms.SPLITS for shard in _fill_shards(split, series_by_split[split], options)]
     common = settings(options.key, options.validation, options.test, options.conversion)
-    head = {"format": FORMAT, "settings": common.to_json(), "conversion": dataclasses.asdict(options.conversion)}
+    head: Json = {"format": FORMAT, "settings": common.to_json(), "conversion": dataclasses.asdict(options.conversion)}
+    if not options.conversion.keep_maps:  # plans of earlier versions, which did not have it, keep their hash
+        del head["settings"]["keep_maps"], head["conversion"]["keep_maps"]
     digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
     for shard in shards:
         digest.update(shard.to_line())
     return Plan(digest.hexdigest(), common, tuple(shards)), entries
+
+
+def split_kinds(entries: Sequence[Entry], key: bytes) -> list[Entry]:
+    """The entries, with a pseudonym of its own for each kind of image that shares a series UID.
+
+    Some anonymisers write one UID into all series of a patient. A CT and an MR, a map and an image, or a head and a knee are not one
+    series. The first kind keeps the pseudonym of the UID; a body part that is not named joins the most frequent one.
+
+    Args:
+      key: for pseudonyms.
+    """
+    by_series: dict[str, list[int]] = defaultdict(list)
+    for number, entry in enumerate(entries):
+        if not entry.fate and entry.kind == "dicom":
+            by_series[entry.series].append(number)
+    found = list(entries)
+    for series, numbers in by_series.items():
+        counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+        for number in numbers:
+            facts = entries[number].facts
+            counts[facts.modality, facts.quantity][facts.body_part] += 1
+        common = {
+            kind: min((part for part in parts if part), key=lambda part: (-parts[part], part), default="")
+            for kind, parts in counts.items()
+        }
+        kinds = sorted((*kind, part or common[kind]) for kind, parts in counts.items() for part in parts)
+        for number in numbers if kinds[0] != kinds[-1] else ():
+            facts = entries[number].facts
+            part = facts.body_part or common[facts.modality, facts.quantity]
+            kind = facts.modality, facts.quantity, part
+            if kind != kinds[0]:
+                name = pseudonyms.digest(key, "series", "/".join((series, *kind)))
+                found[number] = dataclasses.replace(entries[number], series=name)
+    return found
 
 
 def _split_of(entry: Entry, options: Options) -> str:
@@ -382,6 +424,7 @@ def _plan_series(layout: _Layout, split: str, start: int) -> list[PlannedSeries]
     result = []
     one = layout.frames[0][0]
     size = sum(entry.size for group in layout.copies.values() for entry in group) // len(layout.parts)
+    body_parts = [entry.facts.body_part for entry, _ in layout.frames]
     first, spare = start, start + len(layout.frames)
     for number, part in enumerate(layout.parts):
         # In spatial order, but the frames of one file stay together, so that no file is decoded twice.
@@ -400,7 +443,8 @@ def _plan_series(layout: _Layout, split: str, start: int) -> list[PlannedSeries]
         orientation = layout.orientation(part)
         directions = reformat.directions(orientation) if orientation is not None else None
         spacing = part.spacing or one.facts.thickness
-        result.append(_planned(one, split, number, part.plane, spacing, problems, directions, planned, size))
+        made = _planned(one, split, number, part.plane, spacing, problems, directions, planned, size)
+        result.append(dataclasses.replace(made, body_part=next(filter(None, body_parts), "")))
     return result
 
 
@@ -411,7 +455,7 @@ def _planned(
     facts = one.facts
     return PlannedSeries(
         one.series, one.patient, split, one.kind, part, plane, spacing, problems, size, facts.modality, facts.body_part,
-        facts.manufacturer, directions, tuple(planned),
+        facts.manufacturer, directions, tuple(planned), facts.quantity,
     )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ from data_pipeline.stages import (
 )
 from data_pipeline.stages.assignment import Settings, StoredPlan
 from data_pipeline.stages.convert import FileOutcome, SeriesSummary, ShardReport
-from data_pipeline.stages.pack import PATH
+from data_pipeline.stages.pack import EVIDENCE, PATH
 
 BUILD_FOLDER = ".build"
 ADDITIONS = b"additions"  # in the metadata of shards.parquet: how many are finished
@@ -541,7 +541,11 @@ def _index_parts(
 
     for table in rows():
         columns = [
-            table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(len(table), field.type)
+            table[field.name].cast(field.type)
+            if field.name in table.column_names
+            else pa.repeat("declared", len(table))
+            if field.name == EVIDENCE
+            else pa.nulls(len(table), field.type)
             for field in schema
         ]
         part = pa.Table.from_arrays(columns, schema=schema)

@@ -22,14 +22,14 @@ from jaxtyping import Int
 from curia_common.errors import DataError, StorageError, UserError, fault_location
 from data_pipeline.format import codec, files, records, shards
 from data_pipeline.format.files import Json
-from data_pipeline.sources import archives, geometry, object_stores, readers
+from data_pipeline.sources import archives, geometry, hu, object_stores, readers
 from data_pipeline.sources.base import NO_MEMORY, Heartbeat, ImageFacts, ReadError, ReadRequest, Slice
 from data_pipeline.sources.retry import retry_transient
 from data_pipeline.sources.stored_values import stored_sha256
-from data_pipeline.stages import assignment, card, exclusion, near_duplicates, reformat
+from data_pipeline.stages import assignment, card, exclusion, near_duplicates, reformat, units
 from data_pipeline.stages.assignment import Conversion, PlannedFile, PlannedSeries, PlannedShard
 from data_pipeline.stages.inventory import Labels
-from data_pipeline.stages.pack import EncodedSlice, IndexRow, SeriesIdentity, Spool, Tally, intensities, pack
+from data_pipeline.stages.pack import EncodedSlice, IndexRow, SeriesIdentity, Spool, Tally, align, intensities, pack
 from data_pipeline.stages.statistics import slice_statistics
 
 SAME_PIXELS = "the same pixels as another slice of the series"
@@ -327,20 +327,20 @@ def _convert_series(series: PlannedSeries, context: _Context) -> _ConvertedSerie
         series = dataclasses.replace(series, problems=tuple(dict.fromkeys(problems)))
         slices = [one._replace(flags=one.flags | records.IRREGULAR) for one in slices]
         outcomes = {path: one.with_problems(series.problems) for path, one in outcomes.items()}
-    reason = _exclude_series(series, facts, tally)
-    if reason is not None:
-        tally.left_out[reason] += len(slices)
-        outcomes = {
-            path: dataclasses.replace(one, fate="excluded", reason=reason) if one.fate == "kept" else one
-            for path, one in outcomes.items()
-        }
+    judgement = _judge(series, facts, slices)
+    slices = _leave_out(slices, judgement.reasons, outcomes, tally, context.spool)
+    if not slices:
         return _ConvertedSeries(outcomes, tally, [])
+    slices, tally.histograms = align(slices, tally.histograms, context.spool)
+    if len(tally.histograms) > 1:
+        series = dataclasses.replace(series, problems=(*series.problems, units.SEVERAL_SCALES))
+        outcomes = {path: one.with_problems(series.problems) for path, one in outcomes.items()}
     identity = SeriesIdentity(
         series.series, series.patient, facts.modality, facts.units,
         series.plane if facts.plane is None else facts.plane,
         series.body_part if facts.body_part is None else facts.body_part,
         series.manufacturer if facts.manufacturer is None else facts.manufacturer,
-        series.spacing if facts.spacing is None else facts.spacing,
+        series.spacing if facts.spacing is None else facts.spacing, judgement.evidence,
     )  # fmt: skip
     shown = [context.spool.pixels(slices[number]) for number in near_duplicates.places(len(slices))]
     summary = SeriesSummary(
@@ -355,14 +355,36 @@ def _convert_series(series: PlannedSeries, context: _Context) -> _ConvertedSerie
     return _ConvertedSeries(outcomes, tally, slices, identity, summary)
 
 
-def _exclude_series(series: PlannedSeries, facts: ImageFacts, tally: Tally) -> str | None:
-    """The rule that leaves a whole series out, or None."""
-    if facts.modality not in ("CT", "MR") or series.modality == "auto" or series.kind == "image":
-        return None
-    stored = [np.flatnonzero(histogram) for histogram in tally.histograms.values()]
-    values = [one * slope + intercept for one, (slope, intercept) in zip(stored, tally.histograms, strict=True)]
-    counts = [histogram[one] for one, histogram in zip(stored, tally.histograms.values(), strict=True)]
-    return exclusion.exclude_series(np.concatenate(values), np.concatenate(counts), facts.modality)
+def _judge(series: PlannedSeries, facts: ImageFacts, slices: Sequence[EncodedSlice]) -> units.Judgement:
+    """How the units of a series are known, and which slices are not in them."""
+    inferred = bool(slices[0].flags & records.MODALITY_INFERRED)
+    known = [one.values for one in slices if one.values is not None]
+    if series.kind == "image" or series.quantity or len(known) < len(slices):
+        return units.Judgement("guessed" if inferred else "declared", [None] * len(slices))
+    if facts.units == "HU":
+        return units.judge_ct(known, inferred=inferred)
+    return units.judge_mr(known, inferred=inferred)
+
+
+def _leave_out(
+    slices: Sequence[EncodedSlice],
+    reasons: Sequence[str | None],
+    outcomes: dict[str, FileOutcome],
+    tally: Tally,
+    spool: Spool,
+) -> list[EncodedSlice]:
+    """The slices without a reason; `tally` forgets the others, and `outcomes` says so of files of which none is left."""
+    kept = [one for one, reason in zip(slices, reasons, strict=True) if reason is None]
+    paths = {one.path for one in kept}
+    for one, reason in zip(slices, reasons, strict=True):
+        if reason is not None:
+            tally.left_out[reason] += 1
+            tally.sources.discard(one.source)
+            if one.path not in paths:
+                outcomes[one.path] = dataclasses.replace(outcomes[one.path], fate="excluded", reason=reason)
+            if kept:
+                tally.discount(one.scale, np.bincount(spool.pixels(one).ravel()))
+    return kept
 
 
 def _reformat(
@@ -464,20 +486,23 @@ def _read_file(
     flags = records.IRREGULAR if set(series.problems) - {geometry.FEW} else 0
     flags |= records.LOSSY if file.lossy else 0
     spool = context.spool
-    request = ReadRequest(path, series.modality, str(spool.folder), file.frames, flags, context.conversion.digest)
+    unit = "arbitrary" if series.quantity else None
+    request = ReadRequest(path, series.modality, str(spool.folder), file.frames, flags, context.conversion.digest, unit)
     tally = Tally()
     same = SAME_PIXELS if file.spare is None else REPEATED_INSTANCE
     found: list[tuple[int, str | None, EncodedSlice | None]] = []
     with readers.open_source(series.kind, request) as source:
-        units = source.facts.units
+        facts = source.facts
         for item in source.slices():
             item = _reduce(item, context.conversion.size)
             # The only look at all pixels: rules, statistics and the card's histograms follow from how many have which value.
             histogram = np.bincount(item.pixels.ravel())
-            reason = _exclude(item, histogram, units) or (same if item.source in seen else None)
+            values = units.slice_values(item, histogram, lossy=file.lossy) if facts.modality in ("CT", "MR") else None
+            reason = _exclude(item, histogram, facts.units, values) or (same if item.source in seen else None)
             encoded = None
             if reason is None:
                 encoded = _encode(item, histogram, file.first + item.rank, file.labels, file.path, spool)
+                encoded = encoded._replace(values=values)
                 tally.count(encoded.scale, histogram)
             found.append((item.rank, reason, encoded))
     fate, last_reason = "excluded", source.excluded
@@ -502,11 +527,16 @@ def _read_file(
     return _ConvertedFile(outcome, kept, tally, source.facts)
 
 
-def _exclude(item: Slice, histogram: Int[np.ndarray, " levels"], units: str) -> str | None:
+def _exclude(
+    item: Slice, histogram: Int[np.ndarray, " levels"], unit: str, known: units.SliceValues | None = None
+) -> str | None:
     """The rule that leaves a slice out, or None."""
     stored = np.flatnonzero(histogram)
-    to_hu = (item.slope, item.intercept) if units == "HU" else None
-    return exclusion.exclude_pixels(item.pixels, stored, histogram[stored], to_hu)
+    to_hu = (item.slope, item.intercept) if unit == "HU" else None
+    reason = exclusion.exclude_pixels(item.pixels, stored, histogram[stored], to_hu)
+    if reason == exclusion.ALL_AIR and known is not None and hu.contradicts(known.profile):
+        return units.NO_HU  # an intercept that is applied twice leaves nothing above air
+    return reason
 
 
 def _reduce(item: Slice, size: int | None) -> Slice:
@@ -517,7 +547,11 @@ def _reduce(item: Slice, size: int | None) -> Slice:
     height, width = (max(1, round(n * size / max(rows, columns))) for n in (rows, columns))
     pixels = reformat.resize(item.pixels, (height, width))
     spacing = (item.spacing[0] * rows / height, item.spacing[1] * columns / width)
-    return dataclasses.replace(item, pixels=pixels, spacing=spacing, flags=item.flags | records.RESIZED)
+    share = height * width / (rows * columns)
+    return dataclasses.replace(
+        item, pixels=pixels, spacing=spacing, flags=item.flags | records.RESIZED, padded=round(item.padded * share),
+        below=tuple((value, round(count * share)) for value, count in item.below),
+    )  # fmt: skip
 
 
 def _encode(

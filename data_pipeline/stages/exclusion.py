@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-from jaxtyping import Integer, Shaped, UInt16
+from jaxtyping import Integer, UInt16
 from pydicom.uid import (
     CTImageStorage,
     EnhancedCTImageStorage,
@@ -46,6 +46,7 @@ HEADER_RULES: tuple[tuple[str, Callable[[Header], bool]], ...] = (
     ),
     ("several frames in a single-frame object", lambda h: h.frames > 1 and h.sop_class not in MULTIFRAME_CLASSES),
     ("neither CT nor MR", lambda h: h.modality not in ("CT", "MR")),
+    ("stored values are indices of a Modality LUT, which is not applied", lambda h: h.modality_lut),
     # CT is reconstructed across the table. Other planes are localizer radiographs or reformats of other series.
     (
         "a CT that is not axial and does not say what it is",
@@ -58,8 +59,7 @@ def _plane(header: Header) -> str:
     return geometry.plane_of(header.geometry[0].orientation) if header.geometry else "unknown"
 
 
-NO_HU = "values are no HU"
-HU_IN_MR = "values are HU though the modality is MR"
+ALL_AIR = "all air"
 MINIMUM_SIDE = 32  # px
 AIR_HU = -900.0
 AIR_SHARE = 0.98
@@ -114,28 +114,5 @@ def exclude_pixels(
     if to_hu is not None:
         slope, intercept = to_hu
         if int(counts[stored.astype(np.float32) * slope + intercept < AIR_HU].sum()) / pixels.size > AIR_SHARE:
-            return "all air"
+            return ALL_AIR
     return PAGE if pages.is_page(pixels, stored, counts) else None
-
-
-def exclude_series(
-    values: Shaped[np.ndarray, " values"], counts: Shaped[np.ndarray, " values"], modality: str
-) -> str | None:
-    """Name of the rule that excludes a whole series because its pixels contradict its modality, or None.
-
-    A single slice can lie entirely in bone or in air; a whole series cannot.
-
-    Args:
-      values, counts: the distinct real values of all its slices, rescaled as the header says, and how many pixels have them.
-    """
-    if modality == "CT":
-        # A CT has air or fat somewhere, and something denser than lung. MR or 8-bit pictures stored as CT have not.
-        low, high = float(values.min()), float(values.max())
-        return NO_HU if high < -500 or low >= 0 else None
-    if modality == "MR":
-        # Air and soft tissue each within a hundred HU of where CT has them. Phase images spread over the same range evenly.
-        total = float(counts.sum())
-        air = float(counts[(values >= -1050) & (values <= -950)].sum()) / total
-        tissue = float(counts[(values >= -150) & (values <= 150)].sum()) / total
-        return HU_IN_MR if air > 0.1 and tissue > 0.1 and float(values.min()) > -4096 else None
-    return None

@@ -43,6 +43,7 @@ class Options:
       modality: "auto", "CT" or "MR": of files that do not say.
       keep_lossy: keep slices that were compressed with loss.
       keep_faces: keep series that show a face, or may show one because their body part is not named.
+      keep_maps: keep maps of a quantity (ADC, iodine, phase, …), in arbitrary units.
       unpacked: folder of the copies of compressed archives.
     """
 
@@ -50,6 +51,7 @@ class Options:
     modality: str = "auto"
     keep_lossy: bool = True
     keep_faces: bool = True
+    keep_maps: bool = False
     unpacked: str = ""
 
 
@@ -67,6 +69,7 @@ class FileFacts:
       thickness: of a slice, mm.
       geometry: one per frame.
       maybe_localizer: the series description has a word that localizers share with other series.
+      quantity: what a map measures, see sources.quantities; "" for HU and the signal of MR.
     """
 
     modality: str
@@ -80,6 +83,7 @@ class FileFacts:
     thickness: float = 0.0
     geometry: tuple[FrameGeometry, ...] = ()
     maybe_localizer: bool = False
+    quantity: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -394,6 +398,7 @@ def _has_header_beside(path: str) -> bool:
 LOSSY = "lossy compression"
 A_FACE = "a body part with a face"
 MAY_BE_A_FACE = "may show a face: its body part is not named"
+A_MAP = "a map of {quantity}; --keep-maps keeps it"
 # Files of the inputs that are named by other options.
 OWN_FILES = A_LABEL_TABLE, A_HOLDOUT_FILE = "the label table of --labels", "the list of --holdout"
 NO_IMAGE = "not a medical image (no DICOM, NIfTI, NRRD, MetaImage, PNG, JPEG or TIFF file)"
@@ -420,6 +425,8 @@ def _with_header(entry: Entry, header: dicom_header.Header, options: Options) ->
         if header.sop_class == MediaStorageDirectoryStorage
         else exclusion.exclude_header(header)
     )
+    if rule is None and header.quantity and not options.keep_maps:
+        rule = A_MAP.format(quantity=header.quantity)
     if rule is None and header.lossy and not options.keep_lossy:
         rule = LOSSY
     if rule is None and not options.keep_faces:
@@ -429,7 +436,7 @@ def _with_header(entry: Entry, header: dicom_header.Header, options: Options) ->
     instance = pseudonyms.digest(options.key, "instance", header.sop_uid or entry.path)
     facts = FileFacts(
         header.modality, instance, header.rows, header.columns, header.frames, header.body_part, header.manufacturer,
-        header.lossy, header.thickness, header.geometry, header.maybe_localizer,
+        header.lossy, header.thickness, header.geometry, header.maybe_localizer, header.quantity,
     )  # fmt: skip
     return dataclasses.replace(entry, facts=facts)
 

@@ -15,12 +15,15 @@ from jaxtyping import Int, UInt16
 from curia_common.errors import StorageError
 from data_pipeline.format import codec, records
 from data_pipeline.sources.base import SCRATCH_FULL
+from data_pipeline.sources.stored_values import LEVELS
 from data_pipeline.stages import card
 from data_pipeline.stages.inventory import Labels
 from data_pipeline.stages.statistics import SliceStatistics, series_statistics
+from data_pipeline.stages.units import Evidence, SliceValues
 
 SPOOL_BYTES = 128_000_000
 PATH = "_path"  # a column of the sidecars alone: paths stay out of index.parquet
+EVIDENCE = "units_evidence"  # a column of index.parquet alone; what was built before it existed counts as "declared"
 
 Scale = tuple[float, float]  # slope and intercept: real value = stored value * slope + intercept
 IndexRow = dict[str, str | int | float | bytes | None]
@@ -38,6 +41,7 @@ class EncodedSlice(NamedTuple):
       source: first 16 hex digits of the SHA-256 of the stored source pixels.
       spacing: mm between rows and columns.
       path: of the file it comes from; "" for a reformat.
+      values: what is known of its units; None for a reformat.
       plane, step: of a reformat, its plane and the mm between slices; else "" and 0, and the series says them.
     """
 
@@ -52,6 +56,7 @@ class EncodedSlice(NamedTuple):
     statistics: SliceStatistics
     labels: Labels
     path: str
+    values: SliceValues | None = None
     plane: str = ""
     step: float = 0.0
 
@@ -152,9 +157,15 @@ class PackedRecord(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SeriesIdentity(records.SeriesFacts):
-    """What every record of a series says of it. `spacing`: mm between slices."""
+    """What every record of a series says of it.
+
+    Attributes:
+      spacing: mm between slices.
+      units_evidence: how the units are known, in index.parquet alone.
+    """
 
     spacing: float
+    units_evidence: Evidence
 
 
 def pack(
@@ -162,15 +173,13 @@ def pack(
     per_record: int, spool: Spool,
 ) -> Iterator[PackedRecord]:  # fmt: skip
     """Records of up to `per_record` neighbours that share plane, size, scale and spacing."""
-    # Slices of one series rarely differ in scale; where they do, each scale has its own series statistics.
-    statistics = {scale: series_statistics(histogram, *scale) for scale, histogram in histograms.items()}
+    whole = series_statistics(histograms)
 
     def alike(one: EncodedSlice) -> tuple[str, tuple[int, int], Scale, tuple[float, float]]:
         return one.plane, one.shape, one.scale, one.spacing
 
     for (plane, shape, scale, spacing), group in itertools.groupby(slices, key=alike):
         members = list(group)
-        whole = statistics[scale]
         for start in range(0, len(members), per_record):
             part = members[start : start + per_record]
             header = records.RecordHeader(
@@ -180,7 +189,7 @@ def pack(
             )  # fmt: skip
             entries = [_entry(one) for one in part]
             rows = [
-                _index_row(slot, header, entry, one)
+                _index_row(slot, header, entry, one) | {EVIDENCE: series.units_evidence}
                 for slot, (entry, one) in enumerate(zip(entries, part, strict=True))
             ]
             data = records.serialize([spool.read(one.place) for one in part], header, entries)
@@ -198,13 +207,41 @@ def _index_row(slot: int, header: records.RecordHeader, entry: records.SliceEntr
     return row | {PATH: os.fsencode(one.path)}
 
 
+def align(
+    slices: Sequence[EncodedSlice], histograms: Mapping[Scale, Int[np.ndarray, "_"]], spool: Spool
+) -> tuple[list[EncodedSlice], dict[Scale, Int[np.ndarray, "_"]]]:
+    """Gives slices that differ by whole steps one scale.
+
+    Each slice of signed values starts at its own lowest one, which is known before that of the series. Nothing changes where
+    slopes differ, or where steps do not match or do not fit into 16 bits: real values stay exact.
+    """
+    scales = sorted(histograms, key=lambda scale: scale[1])
+    slope, lowest = scales[0]
+    steps = {scale: round((scale[1] - lowest) / slope) for scale in scales}
+    fits = all(
+        scale[0] == slope
+        and abs(lowest + steps[scale] * slope - scale[1]) < 1e-6 * slope
+        and steps[scale] + len(histograms[scale]) <= LEVELS
+        for scale in scales
+    )
+    if len(scales) == 1 or not fits:
+        return list(slices), dict(histograms)
+    joined = np.zeros(max(steps[scale] + len(histograms[scale]) for scale in scales), np.int64)
+    for scale in scales:
+        joined[steps[scale] : steps[scale] + len(histograms[scale])] += histograms[scale]
+    moved = []
+    for one in slices:
+        place = one.place
+        if steps[one.scale]:
+            place = spool.add(codec.encode(spool.pixels(one) + np.uint16(steps[one.scale])))
+        moved.append(one._replace(place=place, scale=(slope, lowest)))
+    return moved, {(slope, lowest): joined}
+
+
 def intensities(
     units: str, histograms: Mapping[Scale, Int[np.ndarray, " levels"]]
 ) -> tuple[str, Int[np.ndarray, " bins"]]:
     """The kind of the card's histogram ("HU" or "relative") and the pixels per bin; reformats are not counted."""
-    hu = units == "HU"
-    bins = [
-        card.intensities(histogram, *scale, series_statistics(histogram, *scale).percentiles, hu=hu)
-        for scale, histogram in histograms.items()
-    ]
+    hu, percentiles = units == "HU", series_statistics(histograms).percentiles
+    bins = [card.intensities(histogram, *scale, percentiles, hu=hu) for scale, histogram in histograms.items()]
     return "HU" if hu else "relative", np.sum(bins, axis=0)

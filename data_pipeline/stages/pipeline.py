@@ -56,6 +56,7 @@ class Options:
     examples: int = 24
     drop_faces: bool = False
     drop_lossy: bool = False
+    keep_maps: bool = False
     runner: str = "local"
     beam_options: str | None = None
     scratch: str | None = None
@@ -101,7 +102,7 @@ class Options:
     def conversion(self) -> Conversion:
         return Conversion(
             name=self.name, size=self.size, slices_per_record=self.slices_per_record, planes=self.planes,
-            drop_faces=self.drop_faces, drop_lossy=self.drop_lossy,
+            drop_faces=self.drop_faces, drop_lossy=self.drop_lossy, keep_maps=self.keep_maps,
         )  # fmt: skip
 
     @property
@@ -109,6 +110,7 @@ class Options:
         names = ("modality", "size", "slices_per_record", "validation", "test")
         return {name: getattr(self, name) for name in names} | {
             "planes": ", ".join(self.planes) or None, "drop_faces": self.drop_faces, "drop_lossy": self.drop_lossy,
+            "keep_maps": self.keep_maps,
         }  # fmt: skip
 
 
@@ -205,6 +207,7 @@ def _run_stages(build: _Build, found: Sequence[str | object_stores.Object]) -> c
     # Held-out patients stay out under the names that the label table gives them.
     held_out |= {entry.patient for entry, before in zip(entries, named, strict=True) if before in held_out}
     _check_held_out(build, held_out)
+    entries = assignment.split_kinds(entries, build.key)
     plan, entries = assignment.make(entries, assignment.Options(
         key=build.key, validation=options.validation, test=options.test, shard_bytes=options.shard_mb * 1_000_000,
         held_out=frozenset(held_out), conversion=build.conversion, first=known.first_numbers(),
@@ -297,7 +300,7 @@ def _take_inventory(build: _Build, found: Sequence[str | object_stores.Object]) 
     sources = [source for source in sources if _is_new(source, known)]
     wishes = inventory.Options(
         key=build.key, modality=options.modality, keep_lossy=not options.drop_lossy, keep_faces=not options.drop_faces,
-        unpacked=unpacked,
+        keep_maps=options.keep_maps, unpacked=unpacked,
     )  # fmt: skip
     size = inventory.FILES_PER_TASK
     tasks = [(sources[n : n + size], wishes) for n in range(0, len(sources), size)]

@@ -3,7 +3,7 @@
 Percentiles of a histogram are exact for integers and several times faster than sorting the pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -59,13 +59,26 @@ def slice_statistics(
     return SliceStatistics(low * slope + intercept, high * slope + intercept, mean * slope + intercept, std, box)
 
 
-def series_statistics(histogram: Int[np.ndarray, " levels"], slope: float, intercept: float) -> SeriesStatistics:
-    """Statistics of a series from the histogram of the stored values of all its slices."""
-    values = np.arange(len(histogram), dtype=np.float64)
-    total = histogram.sum()
-    mean = float((values * histogram).sum() / total)
-    variance = float((np.square(values - mean) * histogram).sum() / total)
-    low, middle, high = (v * slope + intercept for v in _percentiles(histogram, (0.005, 0.5, 0.995)))
+def series_statistics(histograms: Mapping[tuple[float, float], Int[np.ndarray, "_"]]) -> SeriesStatistics:
+    """Statistics of all slices of a series together.
+
+    Args:
+      histograms: by slope and intercept, how many pixels of the slices with that scale have the stored value 0, 1, 2, …
+    """
+    (slope, intercept), *others = histograms
+    if others:
+        values = np.concatenate([np.arange(len(one)) * scale[0] + scale[1] for scale, one in histograms.items()])
+        counts = np.concatenate(list(histograms.values()))
+        order = np.argsort(values, kind="stable")
+        values, counts, slope, intercept = values[order], counts[order], 1.0, 0.0
+    else:
+        counts = histograms[slope, intercept]
+        values = np.arange(len(counts), dtype=np.float64)
+    total = counts.sum()
+    mean = float((values * counts).sum() / total)
+    variance = float((np.square(values - mean) * counts).sum() / total)
+    places = [int(place) for place in _percentiles(counts, (0.005, 0.5, 0.995))]
+    low, middle, high = (float(values[place]) * slope + intercept for place in places)
     return SeriesStatistics((low, middle, high), mean * slope + intercept, variance**0.5 * slope)
 
 

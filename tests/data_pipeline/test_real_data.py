@@ -174,12 +174,43 @@ def test_tilted_head_is_flagged_and_kept(rows) -> None:
     [
         "ct_philips_phantom_brain5mm",
         "mr_ge_wrist",
-        "mr_prostatex_0000",
+        "mr_prostatex_0000/t2tsetra",
+        "mr_prostatex_0000/t2tsesag",
         "enhanced_multiframe/siemens_multiframe_anatomical_001",
     ],
 )
 def test_regular_volumes_have_no_problems(rows, folder: str) -> None:
     assert {(row["fate"], row["problems"]) for row in under(rows, f"dicom/{folder}")} == {("kept", "")}
+
+
+def test_maps_of_a_quantity_are_left_out_unless_asked_for(rows, real_data: Path, tmp_path: Path, run_build) -> None:
+    adc = real_data / "dicom" / "mr_prostatex_0000" / "ep2ddifftraDYNDISTADC"
+    assert Counter((row["fate"], row["reason"]) for row in under(rows, str(adc.relative_to(real_data)))) == {
+        ("excluded", "a map of diffusion; --keep-maps keeps it"): 19
+    }
+    perfusion = rows["dicom/enhanced_multiframe/pydicom_ect/eCT_Supplemental.dcm"]
+    assert (perfusion["fate"], perfusion["reason"]) == ("excluded", "a map of perfusion; --keep-maps keeps it")
+    result = run_build("--input", adc, "--output", tmp_path / "out", "--keep-maps", "--validation", 0, "--test", 0)
+    assert result.code == 0, result.err
+    index = pq.read_table(tmp_path / "out" / shards.INDEX).to_pylist()
+    assert Counter((row["modality"], row["units"], row["units_evidence"]) for row in index) == {
+        ("MR", "arbitrary", "declared"): 19
+    }
+
+
+def test_units_of_ct_are_proved_where_air_and_tissue_show(built, rows) -> None:
+    index = pq.read_table(built[0] / shards.INDEX).to_pylist()
+    evidence = {row["series"]: (row["modality"], row["units_evidence"]) for row in index}
+    for folder, expected in (
+        ("dicom/ct_ge_head_tilt18", ("CT", "proved")),
+        ("dicom/ct_philips_phantom_brain5mm", ("CT", "declared")),  # plastic
+        ("dicom/mr_ge_wrist", ("MR", "declared")),
+        ("nifti/ct_abdomen_totalseg", ("CT", "proved")),
+        ("nifti/ct_spine_tptbox", ("CT", "guessed")),  # a vertebra without air around
+        ("nifti/mr_abdomen_totalseg", ("MR", "guessed")),
+    ):
+        kept = {row["series"] for row in under(rows, folder) if row["fate"] == "kept"}
+        assert {evidence[series] for series in kept} == {expected}, folder
 
 
 def test_planes_of_a_study(built, rows) -> None:

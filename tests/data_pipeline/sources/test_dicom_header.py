@@ -7,6 +7,8 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom.datadict import tag_for_keyword
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence
 from pydicom.uid import JPEG2000, ExplicitVRLittleEndian, MRImageStorage
 
 from data_pipeline.sources import dicom_header
@@ -213,3 +215,61 @@ def test_is_dicom_goes_by_the_first_bytes(write_dicom, tmp_path: Path) -> None:
     for name, (data, expected) in samples.items():
         file = io.BytesIO(data)
         assert (name, dicom_header.is_dicom(file), file.tell()) == (name, expected, 0)
+
+
+# ---- what the values measure
+
+
+def code(value: str) -> Dataset:
+    item = Dataset()
+    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, "UCUM", "Alleine Mustermann"
+    return item
+
+
+def mapping(unit: str, slope: float, intercept: float) -> Sequence:
+    item = Dataset()
+    item.RealWorldValueSlope, item.RealWorldValueIntercept = slope, intercept
+    item.MeasurementUnitsCodeSequence = Sequence([code(unit)])
+    return Sequence([item])
+
+
+@pytest.mark.parametrize(
+    ("fields", "declared"),
+    [({}, True), ({"RescaleType": "HU"}, True), ({"RescaleType": "US"}, False), ({"RescaleType": "Mustermann"}, False),
+     ({"RescaleSlope": None, "RescaleIntercept": None}, False), ({"RescaleSlope": None}, True)],
+)  # fmt: skip
+def test_units_are_declared_by_a_rescale_of_known_type(
+    write_dicom, tmp_path: Path, fields: dict, declared: bool
+) -> None:
+    header = read_header(str(write_dicom(tmp_path / "a.dcm", **fields)))
+    assert [place.declared for place in header.geometry] == [declared]
+    assert "Mustermann" not in str(header)
+
+
+def test_quantity_comes_from_rescale_type_units_and_image_type(write_dicom, tmp_path: Path) -> None:
+    path = tmp_path / "a.dcm"
+    assert read_header(str(write_dicom(path))).quantity == ""
+    assert read_header(str(write_dicom(path, RescaleType="MGML"))).quantity == "concentration"
+    adc = write_dicom(path, Modality="MR", RealWorldValueMappingSequence=mapping("mm2/s", 1e-6, 0.0))
+    header = read_header(str(adc))
+    assert header.quantity == "diffusion" and "Mustermann" not in str(header)
+    assert read_header(str(write_dicom(path, Modality="MR", ComplexImageComponent="PHASE"))).quantity == "phase"
+    assert read_header(str(write_dicom(path, ModalityLUTSequence=Sequence([Dataset()])))).modality_lut
+
+
+def test_quantity_of_any_frame_counts(write_enhanced, tmp_path: Path) -> None:
+    path = write_enhanced(tmp_path / "e.dcm", FRAMES, [1.0, 2.0, 0.5])
+    data = pydicom.dcmread(path)
+    data.Modality = "CT"
+    data.PerFrameFunctionalGroupsSequence[2].PixelValueTransformationSequence[0].RescaleType = "Z_EFF"
+    data.save_as(path)
+    assert read_header(str(path)).quantity == "effective atomic number"
+
+
+def test_real_world_mapping_to_hu_stands_in_for_a_rescale(write_dicom, tmp_path: Path) -> None:
+    hu = mapping("[hnsf'U]", 2.0, -1000.0)
+    path = write_dicom(tmp_path / "a.dcm", RescaleSlope=None, RescaleIntercept=None, RealWorldValueMappingSequence=hu)
+    (place,) = read_header(str(path)).geometry
+    assert (place.slope, place.intercept, place.declared) == (2.0, -1000.0, True)
+    with pytest.raises(ReadError, match="give different HU"):
+        read_header(str(write_dicom(tmp_path / "b.dcm", RealWorldValueMappingSequence=hu)))

@@ -15,8 +15,9 @@ from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless
 
 from curia_common.errors import UserError
+from data_pipeline.format import records
 from data_pipeline.sources import dicom_header, dicom_pixels
-from data_pipeline.sources.base import ReadError
+from data_pipeline.sources.base import ReadError, ReadRequest
 from data_pipeline.sources.dicom_header import read_header
 from data_pipeline.sources.dicom_pixels import read_stored
 
@@ -77,9 +78,63 @@ def test_pydicom_and_simpleitk_give_the_same_stored_values(write_dicom, write_en
         with_simpleitk(path)
 
 
-def test_bits_above_bits_stored_are_masked(write_dicom, tmp_path: Path) -> None:
+def test_overlay_bits_are_masked_and_other_bits_refused(write_dicom, tmp_path: Path) -> None:
     path = write_dicom(tmp_path / "a.dcm", PIXELS | 0x8000, BitsStored=12, HighBit=11)
+    with pytest.raises(ReadError, match="bits outside the 12 of BitsStored"):
+        read_stored(str(path))
+    data = pydicom.dcmread(path)
+    data.add_new(0x60000102, "US", 15)
+    data.save_as(path)
     np.testing.assert_array_equal(read_stored(str(path))[0][0], PIXELS)
+
+
+def test_high_bit_at_the_top_of_the_word_shifts_the_values(write_dicom, tmp_path: Path) -> None:
+    path = write_dicom(tmp_path / "a.dcm", PIXELS << 4, BitsStored=12, HighBit=15)
+    np.testing.assert_array_equal(read_stored(str(path))[0][0], PIXELS)
+
+
+def slices_of(path: Path, **request) -> list:
+    wanted = ReadRequest(str(path), scratch=str(path.parent), frames=((0, 0.0),), **({"modality": "CT"} | request))
+    with dicom_pixels.open_dicom(wanted) as source:
+        return list(source.slices())
+
+
+@pytest.mark.parametrize(
+    ("signed", "value", "named"),
+    [(False, 65535, 65535), (False, 4095, 4095), (True, -2000, 63536), (True, -2000, -2000)],
+)
+def test_declared_padding_becomes_air(write_dicom, tmp_path: Path, signed: bool, value: int, named: int) -> None:
+    stored = PIXELS.astype(np.int32) % 2000
+    stored[:3] = value
+    # Some writers give the padding of signed pixels as an unsigned number.
+    path = write_dicom(tmp_path / "a.dcm", stored.astype("<i2" if signed else "<u2"), RescaleIntercept=-1024)
+    data = pydicom.dcmread(path)
+    data.add_new(0x00280120, "US" if named >= 0 else "SS", named)
+    data.save_as(path)
+    (one,) = slices_of(path)
+    expected = stored - 1024
+    expected[:3] = -1024
+    np.testing.assert_array_equal(one.pixels * one.slope + one.intercept, expected)
+    assert one.flags == records.CLIPPED and one.below == ()
+
+
+def test_padding_range_covers_all_its_values(write_dicom, tmp_path: Path) -> None:
+    stored = PIXELS % 2000
+    stored[:3] = 60_000 + np.arange(3)[:, None]
+    (one,) = slices_of(write_dicom(tmp_path / "a.dcm", stored, PixelPaddingValue=60_002, PixelPaddingRangeLimit=60_000))
+    assert (one.pixels[:3] == 0).all() and one.pixels.max() < 2000
+
+
+def test_values_below_air_are_reported_before_they_are_raised(write_dicom, tmp_path: Path) -> None:
+    stored = PIXELS.astype(np.int16) % 2000
+    stored[0, :5] = -976  # -2000 HU
+    (one,) = slices_of(write_dicom(tmp_path / "a.dcm", stored, RescaleIntercept=-1024))
+    assert one.below == ((-2000.0, 5),)
+    assert one.rescale == (1.0, -1024.0)
+    (one,) = slices_of(write_dicom(tmp_path / "a.dcm", stored, RescaleIntercept=-1024, RescaleType="US"))
+    assert one.rescale is None
+    (one,) = slices_of(write_dicom(tmp_path / "a.dcm", stored, RescaleIntercept=None, RescaleSlope=None))
+    assert one.rescale is None
 
 
 @pytest.mark.parametrize(

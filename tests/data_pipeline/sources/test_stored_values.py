@@ -5,7 +5,15 @@ import pytest
 
 from data_pipeline.format import records
 from data_pipeline.sources.base import ReadError
-from data_pipeline.sources.stored_values import Digest, stored_sha256, to_uint16
+from data_pipeline.sources.stored_values import (
+    Digest,
+    Padding,
+    below_air,
+    extract_bits,
+    replace_padding,
+    stored_sha256,
+    to_uint16,
+)
 
 PIXELS = np.random.default_rng(0).integers(0, 4096, (34, 38)).astype(np.uint16)
 
@@ -22,7 +30,9 @@ def test_to_uint16_equals_plain_arithmetic(kind: str, slope: float, intercept: f
     pixels, s, i, clipped = to_uint16(values, slope, intercept, hu=hu)
     real = values.astype(np.float64) * slope + intercept
     whole = float(slope).is_integer() and float(intercept).is_integer()
-    wanted = np.maximum(real, -1024) if hu and whole else real
+    # The lowest step at or above -1024 HU.
+    bottom = -1024 if whole else intercept + abs(slope) * np.ceil((-1024 - intercept) / abs(slope))
+    wanted = np.maximum(real, bottom) if hu and (whole or bottom <= real.max()) else real
     np.testing.assert_array_equal(pixels.astype(np.float64) * s + i, wanted)
     assert pixels.dtype == np.uint16 and s > 0
     assert clipped == (records.CLIPPED if (wanted != real).any() else 0)
@@ -75,3 +85,77 @@ def test_digest_takes_narrow_frames_after_wide_ones_that_fit() -> None:
     digest.add(np.full((2, 2), 65_536, np.int32))
     with pytest.raises(ReadError, match="values of 16 and of 32 bits"):
         digest.hex()
+
+
+# ---- bits
+
+
+@pytest.mark.parametrize(("stored", "high"), [(12, 11), (12, 15), (12, 13), (10, 15), (16, 15)])
+@pytest.mark.parametrize("signed", [False, True])
+def test_values_are_taken_from_the_bits_that_the_header_names(stored: int, high: int, signed: bool) -> None:
+    low = -(1 << stored - 1) if signed else 0
+    values = np.random.default_rng(2).integers(low, low + (1 << stored), (20, 30))
+    words = ((values % (1 << stored)) << (high + 1 - stored)).astype("<u2").view("<i2" if signed else "<u2")
+    np.testing.assert_array_equal(extract_bits(words, stored, high, signed=signed), values)
+
+
+def test_sign_repeated_in_unused_bits_is_no_contradiction() -> None:
+    values = np.array([[-2048, -1], [0, 2047]], "<i2")
+    np.testing.assert_array_equal(extract_bits(values, 12, 11, signed=True), values)
+    values[0, 0] = 0x0FFE  # some writers repeat it in some pixels alone
+    np.testing.assert_array_equal(extract_bits(values, 12, 11, signed=True), [[-2, -1], [0, 2047]])
+
+
+def test_overlay_in_unused_bits_is_masked_where_the_header_places_one() -> None:
+    words = (PIXELS % 4096) | np.where(PIXELS % 3 == 0, 0x4000, 0).astype(np.uint16)
+    np.testing.assert_array_equal(extract_bits(words, 12, 11, signed=False, overlays=[14]), PIXELS % 4096)
+    for overlays in ((), (13,)):
+        with pytest.raises(ReadError, match="bits outside the 12 of BitsStored"):
+            extract_bits(words, 12, 11, signed=False, overlays=overlays)
+
+
+def test_signed_values_beyond_bits_stored_raise_read_error() -> None:
+    with pytest.raises(ReadError, match="bits outside the 12 of BitsStored"):
+        extract_bits(np.array([[3000, 5000]], "<i2"), 12, 11, signed=True)  # 5000 has 13 bits
+    with pytest.raises(ReadError, match="BitsStored 12 and HighBit 16 do not fit 16 allocated bits"):
+        extract_bits(np.zeros((2, 2), "<u2"), 12, 16, signed=False)
+
+
+# ---- padding
+
+
+def padded(value: int) -> tuple[np.ndarray, np.ndarray]:
+    """Stored HU + 1024 from 0 to 3000 with padding outside a circle, and where that is."""
+    y, x = np.mgrid[:64, :64] - 31.5
+    outside = x**2 + y**2 > 31**2
+    values = np.random.default_rng(3).integers(0, 3000, (64, 64))
+    return np.where(outside, value, values), outside
+
+
+@pytest.mark.parametrize(("value", "kind"), [(65535, "<u2"), (4095, "<u2"), (2000, "<u2"), (-2000, "<i2")])
+def test_padding_of_a_ct_becomes_air(value: int, kind: str) -> None:
+    values, outside = padded(value)
+    values[30, 30] = max(value, 0) if value < 4096 else 1  # within the body this is tissue or metal
+    real = values - 1024
+    replaced, count = replace_padding(values.astype(kind), Padding(value, value), 1.0, -1024.0, hu=True)
+    pixels, slope, intercept, clipped = to_uint16(replaced, 1.0, -1024.0, hu=True)
+    np.testing.assert_array_equal(pixels * slope + intercept, np.where(outside, -1024, np.maximum(real, -1024)))
+    assert count == np.count_nonzero(outside) and clipped == (records.CLIPPED if value < 0 else 0)
+
+
+def test_padding_of_an_mr_becomes_the_lowest_value() -> None:
+    values, outside = padded(65535)
+    replaced, count = replace_padding(values, Padding(65535, 65535), 1.0, 0.0, hu=False)
+    lowest = values[~outside].min()
+    np.testing.assert_array_equal(replaced, np.where(outside, lowest, values))
+    assert count == np.count_nonzero(outside)
+    values[~outside] += 1
+    values[outside] = 0  # as good as background
+    replaced, count = replace_padding(values, Padding(0, 0), 1.0, 0.0, hu=False)
+    assert replaced is values and count == np.count_nonzero(outside)
+
+
+def test_values_below_air_are_counted_without_padding() -> None:
+    values = np.array([[0, 5, 5], [1024, 900, 7]], np.int32)
+    assert below_air(values, 1.0, -1030.0) == ((-1030.0, 1), (-1025.0, 2))
+    assert below_air(values, 1.0, -1030.0, Padding(0, 0)) == ((-1025.0, 2),)

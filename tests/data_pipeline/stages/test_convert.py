@@ -278,7 +278,7 @@ def test_frames_are_in_spatial_order(converted, tmp_path: Path, write_dicom) -> 
     assert found.report.files[str(path)].stored_sha256 == stored_sha256(frames)
     assert [row["source"] for row in found.index] == [stored_sha256(frame) for frame in frames[:0:-1]]
     # The one that is left out does not count for the series.
-    series = statistics.series_statistics(np.bincount(frames[1:].ravel()), 1.0, -1024.0)
+    series = statistics.series_statistics({(1.0, -1024.0): np.bincount(frames[1:].ravel())})
     assert found.index[0]["series_mean"] == pytest.approx(series.mean, rel=1e-6)
     assert sum(found.report.intensity["HU"]) == frames[1:].size
 

@@ -140,20 +140,3 @@ def test_page_of_text_is_excluded() -> None:
     for to_hu in (None, (1.0, -1024.0)):
         found = exclusion.exclude_pixels(pixels, *np.unique(pixels, return_counts=True), to_hu)
         assert found == "a page of text"
-
-
-@pytest.mark.parametrize(
-    ("values", "modality", "rule"),
-    [
-        (np.arange(-1000, 800), "CT", None),
-        (np.arange(0, 255), "CT", exclusion.NO_HU),  # MR stored as CT
-        (np.arange(-1024, -769), "CT", exclusion.NO_HU),  # 8-bit values with an intercept of -1024
-        (np.arange(0, 255), "MR", None),
-        (np.arange(-4096, 4095), "MR", None),  # phase
-        (np.concatenate([np.arange(-1030, -970), np.arange(0, 80)]), "MR", exclusion.HU_IN_MR),
-    ],
-)  # fmt: skip
-def test_series_is_excluded_where_values_contradict_modality(
-    values: np.ndarray, modality: str, rule: str | None
-) -> None:
-    assert exclusion.exclude_series(values.astype(np.float64), np.ones(len(values), np.int64), modality) == rule
