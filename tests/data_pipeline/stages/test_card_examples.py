@@ -51,7 +51,7 @@ def test_pictures_are_shown_unless_faces_are_dropped() -> None:
         assert [one.record for one in choice.examples()] == wanted
 
 
-def test_choice_does_not_depend_on_parts_and_its_memory_not_on_their_number() -> None:
+def test_choice_and_its_memory_do_not_depend_on_parts() -> None:
     given = [("CT", "axial", "chest", f"{n:03d}") for n in range(300)]
     table = rows(
         *given, patient=[f"{n % 7}" for n in range(300)], manufacturer=[["ge", "philips"][n == 299] for n in range(300)]
