@@ -96,6 +96,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.devices.multihost = True  # connect to the other hosts of the run
     config.devices.heartbeat_seconds = 60  # silence after which a host is lost and the others end; at least 10
     config.devices.watchdog_seconds = 1800  # without progress after which a host ends with its stacks; 0: never
+    # Costs a step, and memory for a second state.
+    config.devices.check_every = 0  # steps between checks for chips that compute wrongly; 0: never
     # JAX_COMPILATION_CACHE_DIR takes precedence; several simulated devices never use a cache.
     config.devices.compilation_cache = "~/.cache/curia_jax/compilations"  # folder of compiled programs; "": none
 

@@ -31,7 +31,7 @@ MISSING = {
     "model.heads": None, "model.mlp_width": None, "data.additions": None, "data.on_change": "refuse",
     "augment.reading_window_probability": 0.0, "augment.intensity_jitter": 0.0, "augment.crop_scale": (1.0, 1.0),
     "augment.crop_ratio": (1.0, 1.0), "augment.flip": False, "devices.heartbeat_seconds": 60,
-    "devices.watchdog_seconds": 1800,
+    "devices.watchdog_seconds": 1800, "devices.check_every": 0,
 }  # fmt: skip
 
 

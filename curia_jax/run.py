@@ -29,6 +29,7 @@ from curia_common.exit_codes import ExitCode
 from curia_common.progress import Progress
 from curia_jax import (
     checkpoint,
+    corruption,
     data,
     goodput,
     hosts,
@@ -421,6 +422,11 @@ def train(run: Run, objective: base.Objective, batches: Iterator[base.Batch]) ->
             progress.update(float(report.step), text)
 
         # ---- loop
+        take_step: corruption.Step = train_step
+        if every := run.settings.devices.check_every:
+            take_step = corruption.Check(
+                train_step, objective.abstract_state, run.mesh, start_step=schedule.start_step, every=every
+            )
         dog.beat("taking the first step")
         ledger.training()
         saver = training.Saver(checkpointer, schedule, run.meta, log, patience=60 * run.settings.save_patience)
@@ -432,7 +438,7 @@ def train(run: Run, objective: base.Objective, batches: Iterator[base.Batch]) ->
         ]  # fmt: skip
         try:
             with base.memory_errors():
-                state, finished = training.fit(state, train_step, batches, schedule, hooks)
+                state, finished = training.fit(state, take_step, batches, schedule, hooks)
         except KeyboardInterrupt:
             raise Interrupted(
                 "second Ctrl-C: stopped at once; the same command resumes from the newest checkpoint"

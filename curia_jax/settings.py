@@ -138,6 +138,7 @@ class Devices(_Section):
       cpu_count: simulates so many devices on a CPU; 0 does not.
       heartbeat_seconds: silence after which a host counts as lost.
       watchdog_seconds: without progress after which a process ends; 0 never.
+      check_every: steps between checks for chips that compute wrongly (corruption.py); 0 never.
     """
 
     section = "devices"
@@ -147,6 +148,7 @@ class Devices(_Section):
     compilation_cache: str = _field("a folder", lambda v: isinstance(v, str))
     heartbeat_seconds: int = _field("a whole number of at least 10", lambda v: _whole(v, 10), 60)
     watchdog_seconds: Number = _field("a number of at least 0", lambda v: _number(v) and v >= 0, 1800)
+    check_every: int = _field("a whole number of at least 0", _whole, 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -224,6 +224,12 @@ def test_keep_every_keeps_checkpoints_for_good(tiny_shards: Path, tmp_path: Path
     assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["4", "6"]
 
 
+def test_checked_steps_change_nothing(tiny_shards: Path, tmp_path: Path) -> None:
+    train(tmp_path / "run", tiny_shards)
+    train(tmp_path / "checked", tiny_shards, "--config.devices.check_every=2")
+    assert losses(tmp_path / "checked") == losses(tmp_path / "run")
+
+
 def test_second_ctrl_c_is_exit_code_130_and_saves_nothing(tiny_shards: Path, tmp_path: Path) -> None:
     with pytest.raises(run.Interrupted, match="the same command resumes from the newest checkpoint") as error:
         train(tmp_path / "run", tiny_shards, stop_at=2, signals=(signal.SIGINT, signal.SIGINT))

@@ -37,6 +37,14 @@ def action(args):
         dog = closing.enter_context(watchdog.Watchdog(watchdog_seconds, log))
         numbers = jax.device_put(jnp.arange(2.0), NamedSharding(mesh, P("hosts")))
         total = jax.jit(lambda x: x + x.sum(), out_shardings=NamedSharding(mesh, P("hosts")))
+        if fault == "flip":
+            from curia_jax import corruption
+            everywhere = NamedSharding(mesh, P())
+            bits = jax.device_put(jnp.uint32(1 + (2 if me == who else 0)), jax.local_devices()[0])
+            state = {"params": jax.make_array_from_single_device_arrays((), everywhere, [bits])}
+            abstract = {"params": jax.ShapeDtypeStruct((), jnp.uint32, sharding=everywhere)}
+            step = jax.jit(lambda state, batch: (state, {}), donate_argnums=0)
+            corruption.Check(step, abstract, mesh, start_step=0, every=1)(state, None)
         for step in range(10):
             dog.beat(f"taking step {step}")
             if step == 5 and me == who and fault:
