@@ -15,6 +15,7 @@ importing what lies in the working directory:
 
 import argparse
 import contextlib
+import faulthandler
 import importlib.abc
 import json
 import os
@@ -39,6 +40,7 @@ _own_process = False  # see `owns_process`
 _command = ""
 _last_words: list[Callable[[int, str | None], None]] = []  # see `on_end`
 
+LEAVE_SECONDS = 10.0
 ALWAYS = (ExitCode.DONE, ExitCode.FAULT, ExitCode.USAGE)
 STOPPABLE = (ExitCode.RESTART, ExitCode.INTERRUPTED)
 
@@ -106,6 +108,7 @@ def run(
         if saves:
             received = signalled.enter_context(signals.receiving(threaded=own_process))
             if own_process:
+                faulthandler.register(signal.SIGUSR1)  # which would end the process
                 received.on_stop = lambda: leave(ExitCode.RESTART, "stopped before there was anything to save")
         else:
             signalled.enter_context(_interrupting(restore=not own_process))
@@ -186,12 +189,23 @@ def claim_end() -> None:
         _end.acquire()
 
 
-def leave(code: int, line: str) -> NoReturn:
-    """Ends the process at once from any thread, whatever the main thread is doing."""
+def leave(code: int, line: str, first: Callable[[], None] = lambda: None) -> NoReturn:
+    """Ends the process from any thread, whatever the main thread is doing, and within LEAVE_SECONDS even where storage is stuck.
+
+    Args:
+      first: what to write before the line.
+    """
     claim_end()
-    logs.say(line)
-    for finish in reversed(_last_words):
-        finish(code, line)
+
+    def say_goodbye() -> None:
+        first()
+        logs.say(line)
+        for finish in reversed(_last_words):
+            finish(code, line)
+
+    thread = threading.Thread(target=say_goodbye, daemon=True)
+    thread.start()
+    thread.join(LEAVE_SECONDS)
     os._exit(code)
 
 

@@ -82,7 +82,7 @@ class Check:
     def _compare(self, wrong: np.ndarray, what: str) -> None:
         if not wrong.any():
             return
-        devices = [self._mesh.devices[tuple(index)] for index in np.argwhere(wrong.any(-1))]
+        devices: list[Any] = [self._mesh.devices[tuple(index)] for index in np.argwhere(wrong.any(-1))]
         who = ", ".join(f"device {device.id} of host {device.process_index}" for device in devices[:4])
         who += f" and {len(devices) - 4} more" if len(devices) > 4 else ""
         array = self._names[int(np.argwhere(wrong)[0][-1])]

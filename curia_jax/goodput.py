@@ -16,7 +16,7 @@ from curia_common.progress import format_seconds
 from curia_jax import journal
 
 LEDGER = "goodput.jsonl"
-PHASES = ("starting", "compiling", "input_wait", "saving", "steps")
+PHASES: tuple[str, ...] = ("starting", "compiling", "input_wait", "saving", "steps")
 _NUMBERS = ("start_step", "step", "began", "time")
 
 
@@ -83,7 +83,9 @@ class Ledger:
     """
 
     def __init__(self, workdir: str, start_step: int, began: int | float, *, writes: bool = True) -> None:
-        self._earlier = read(workdir)
+        self._earlier: list[Start] = []
+        with contextlib.suppress(OSError):  # which must not end a run
+            self._earlier = read(workdir)
         self._file = journal.Writer(Path(workdir) / LEDGER) if writes else None
         self._id, self._start_step, self._began = uuid.uuid4().hex[:12], start_step, float(began)
         self._seconds = dict.fromkeys(PHASES, 0.0)

@@ -75,11 +75,11 @@ def connect(devices: Devices) -> None:
     # JAX's preemption service replaces the handler of SIGTERM by one that starts the agreement on a last step. It is called by
     # `request_stop`; the signal itself stays with whoever had it.
     found = _handler_of(signal.SIGTERM)
-    if found == before:
+    if found is None or found == before:
         raise UserError(
             "JAX's preemption service is off, so hosts cannot stop together; unset JAX_ENABLE_PREEMPTION_SERVICE"
         )
-    _stop_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(found)
+    _stop_handler = ctypes.cast(found, _Handler)
     handler = signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGTERM, signal.SIG_DFL if handler is None else handler)
     cli.on_end(_leave)
@@ -239,11 +239,15 @@ def _end(key: str, value: str) -> End:
 def _follow(end: End) -> None:
     """Ends this process because another host has ended."""
     cli.claim_end()
-    if logs.LogFile.current is not None:
-        faulthandler.dump_traceback(logs.LogFile.current.stream)
-    if is_first():  # the others ask this process
-        _in_time(functools.partial(_wait_until_seen, count() - 2))
-    logs.say(f"error: {name()} ends because host {end.host} ended with exit code {end.code}: {end.text}")
+
+    def say_goodbye() -> None:
+        logs.say(f"error: {name()} ends because host {end.host} ended with exit code {end.code}: {end.text}")
+        if logs.LogFile.current is not None:
+            faulthandler.dump_traceback(logs.LogFile.current.stream)
+        if is_first():  # the others ask this process
+            _wait_until_seen(count() - 2)
+
+    _in_time(say_goodbye)
     os._exit(end.code if end.code in FINAL else ExitCode.RESTART)
 
 

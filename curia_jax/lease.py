@@ -25,6 +25,7 @@ from curia_common.exit_codes import ExitCode
 FILE = "lock.json"
 LEASE_SECONDS = 60.0  # without a renewal; an owner on this machine that has died is known at once
 RENEW_SECONDS = 10.0
+RELEASE_SECONDS = 3.0
 
 logger = logs.get_logger(__name__)
 
@@ -107,10 +108,13 @@ class _Lock:
             )
 
     def release(self) -> None:
-        with self._using, contextlib.suppress(Exception):  # it runs out by itself
-            if self._version is not None:
-                self._store.write(FILE, None, if_equal=self._version).result()
+        """Removes the lock, unless storage is stuck: it runs out by itself."""
+        if self._using.acquire(timeout=RELEASE_SECONDS):
+            with contextlib.suppress(Exception):
+                if self._version is not None:
+                    self._store.write(FILE, None, if_equal=self._version).result(timeout=RELEASE_SECONDS)
             self._version = None
+            self._using.release()
 
     def _write(self, version: bytes) -> bool:
         """Writes the lock over this version of it; False where it is another by now."""
@@ -147,10 +151,11 @@ def _ended(content: bytes) -> bool:
     if process == os.getpid():
         return True  # of an earlier container with the same name, where this was the first process too
     try:
-        os.kill(int(process), 0)
+        if isinstance(process, int):
+            os.kill(process, 0)
     except ProcessLookupError:
         return True
-    except (OSError, TypeError, ValueError):
+    except (OSError, OverflowError):
         return False
     return False
 

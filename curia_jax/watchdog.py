@@ -52,10 +52,13 @@ class Watchdog:
                 self._last += now - tick
             tick = now
             if now - self._last > self._seconds:
-                self._log.write(f"stacks of {hosts.name()} while {self._phase}:")
-                faulthandler.dump_traceback(self._log.stream)
                 cli.leave(
                     ExitCode.RESTART,
                     f"error: {hosts.name()} made no progress for {self._seconds:g} s while {self._phase}; the stacks of its threads "
                     f"are in {self._log.path}; rerun the same command, with a larger --config.devices.watchdog_seconds if it was only slow",
+                    self._dump,
                 )
+
+    def _dump(self) -> None:
+        self._log.write(f"stacks of {hosts.name()} while {self._phase}:")
+        faulthandler.dump_traceback(self._log.stream)

@@ -127,6 +127,28 @@ def test_stop_signal_cleans_up_and_exits_75(number: signal.Signals) -> None:
     assert (process.returncode, out, err) == (75, "cleaning\n", "stopped; rerun the same command to resume\n")
 
 
+LEAVES = """
+import sys, threading, time
+from curia_common import cli
+cli.LEAVE_SECONDS = 0.5
+
+def action(args):
+    cli.on_end(lambda code, line: print("told", code, line, flush=True))
+    threading.Thread(target=cli.leave, args=(75, "error: stuck", lambda: time.sleep({stuck}))).start()
+    threading.Event().wait()
+
+sys.exit(cli.run(cli.parser("leaves", "", examples="leaves"), action, None))
+"""
+
+
+@pytest.mark.parametrize("stuck", [0, 1000])
+def test_leave_ends_the_process_from_any_thread_even_where_storage_is_stuck(stuck: int) -> None:
+    program = [sys.executable, "-c", LEAVES.format(stuck=stuck)]
+    found = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 75
+    assert (found.stdout, found.stderr) == (("", "") if stuck else ("told 75 error: stuck\n", "error: stuck\n"))
+
+
 @pytest.mark.parametrize("published", [False, True])
 def test_commit_publishes_all_or_nothing_however_the_stop_was_swallowed(published: bool, tmp_path: Path) -> None:
     """A callback or destructor swallows KeyboardInterrupt; a signal after the commit is too late."""

@@ -104,6 +104,17 @@ def test_sigusr2_asks_for_something_and_ends_nothing() -> None:
     assert process.returncode == 75
 
 
+def test_sigusr1_shows_the_stacks_and_ends_nothing() -> None:
+    process = start()
+    wait_for(process, "working")
+    process.send_signal(signal.SIGUSR1)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "most recent call first" in err and " in action" in err
+
+
 def test_nohup_keeps_a_hang_up_ignored() -> None:
     process = start(before="import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n")
     wait_for(process, "working")
