@@ -208,7 +208,9 @@ def leaving_at_once(closing: contextlib.ExitStack, heartbeat: int | float) -> It
         if not (isinstance(error, jax.errors.JaxRuntimeError | ValueError) and _LOST.search(str(error))):
             raise
         # It fails in the middle of the collective before anybody has told why the other host is gone. That ends this process.
-        time.sleep(heartbeat + POLL_SECONDS)
+        time.sleep(heartbeat + FAREWELL_SECONDS)
+        if logs.LogFile.current is not None:
+            faulthandler.dump_traceback(logs.LogFile.current.stream)
         reason = str(error).splitlines()[0][:200]
         raise RestartError(f"{name()} lost another host ({reason}); rerun the same command") from error
 

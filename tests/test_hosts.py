@@ -39,11 +39,11 @@ def test_host_that_fails_ends_with_its_code_and_tells_the_others(
 
 
 def test_stuck_host_ends_all_with_75_and_every_hosts_stacks(tmp_path: Path) -> None:
-    ends = two_hosts.run(tmp_path, "stuck", watchdog_seconds=5)
+    ends = two_hosts.run(tmp_path, "stuck", watchdog_seconds=15)
     assert [end.code for end in ends] == [75, 75]
     for end in ends:
         assert re.search(
-            r"made no progress for 5 s while taking step 5; the stacks of its threads are in ", last_line(end)
+            r"made no progress for 15 s while taking step 5; the stacks of its threads are in ", last_line(end)
         )
         assert re.search(r'File "<string>", line \d+ in action', end.log), end.log  # where the main thread is
 
@@ -54,9 +54,9 @@ def test_lost_host_ends_the_other_with_75_and_its_stacks(fault: str, who: int, t
     """Host 0 is also JAX's coordinator."""
     end = two_hosts.run(tmp_path, fault, who)[1 - who]
     assert end.code == 75 and end.seconds < BOUND
-    assert last_line(end) == (
-        f"error: host {1 - who} of 2 lost another host: no answer for {HEARTBEAT} s, or its coordinator ended; rerun the same command"
-    )
+    # JAX ends the process when the heartbeats stop, unless the collective that failed has waited longer than that.
+    how = rf": no answer for {HEARTBEAT} s, or its coordinator ended| \(.*Gloo.*\)"
+    assert re.fullmatch(rf"error: host {1 - who} of 2 lost another host({how}); rerun the same command", last_line(end))
     assert re.search(r'File "<string>", line \d+ in action', end.log), end.log
 
 

@@ -34,9 +34,10 @@ def action(args):
             time.sleep(1000)
         hosts.barrier("work directory", 5 if fault == "late" else 60)
         log = logs.LogFile(folder, me, take_descriptor=True)
-        dog = closing.enter_context(watchdog.Watchdog(watchdog_seconds, log))
         numbers = jax.device_put(jnp.arange(2.0), NamedSharding(mesh, P("hosts")))
         total = jax.jit(lambda x: x + x.sum(), out_shardings=NamedSharding(mesh, P("hosts")))
+        jax.block_until_ready(total(numbers))
+        dog = closing.enter_context(watchdog.Watchdog(watchdog_seconds, log))
         if fault == "flip":
             from curia_jax import corruption
             everywhere = NamedSharding(mesh, P())

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import UInt64
 
+from curia_common import cli
 from curia_common.errors import DataError, UserError
 from data_pipeline.format import codec, files, records, shards
 from data_pipeline.format.files import Json
@@ -397,6 +398,7 @@ def publish(
     _tfds_metadata(aside, r.name, shard_rows)
     files.write_table(aside / shards.SHARDS, _shard_table(shard_rows, additions))
     moved = [path.name for path in aside.iterdir() if path.name != shards.SHARDS]
+    cli.commit()
     for name in (shards.INDEX, *sorted(set(moved) - {shards.INDEX}), shards.SHARDS):
         os.replace(aside / name, r.output / name)
     aside.rmdir()
