@@ -176,7 +176,7 @@ def replace_padding(
 
 
 def below_air(
-    values: Integer[np.ndarray, "rows columns"], slope: float, intercept: float, padding: Padding | None = None
+    values: Shaped[np.ndarray, "rows columns"], slope: float, intercept: float, padding: Padding | None = None
 ) -> tuple[tuple[float, int], ...]:
     """HU below -1024, which `to_uint16` raises, and how many pixels have each; declared padding left out."""
     unique, counts = np.unique(values[values * slope + intercept < AIR_HU], return_counts=True)

@@ -37,6 +37,30 @@ def inspect(paths: list[Path]) -> list[Entry]:
     return inventory.inspect(([str(p) for p in paths], inventory.Options(KEY)), {}, lambda item: None)
 
 
+def dicom(number: int, modality: str, body_part: str, quantity: str = "") -> Entry:
+    facts = FileFacts(modality, instance=str(number), body_part=body_part, quantity=quantity)
+    return entry(number, kind="dicom", series="one", facts=facts)
+
+
+def test_kinds_of_image_under_one_series_uid_become_several_series() -> None:
+    entries = [
+        dicom(0, "MR", "brain"), dicom(1, "CT", "chest"), dicom(2, "CT", ""), dicom(3, "CT", "abdomen"), dicom(4, "CT", "chest"),
+        dicom(5, "MR", "brain", "diffusion"), dicom(6, "MR", ""),
+    ]  # fmt: skip
+    found = [one.series for one in assignment.split_kinds(entries, KEY)]
+    mr, chest, _, abdomen, _, diffusion, _ = found
+    assert found == [mr, chest, chest, abdomen, chest, diffusion, mr]
+    assert len({mr, chest, abdomen, diffusion}) == 4 and "one" in found
+    # Neither the order of the files nor what is excluded matters.
+    backward = assignment.split_kinds([*reversed(entries), dicom(7, "PT", "heart").with_fate("excluded", "x")], KEY)
+    assert [one.series for one in backward[:7]] == found[::-1]
+
+
+def test_series_of_one_kind_keeps_its_pseudonym() -> None:
+    entries = [dicom(0, "CT", "chest"), dicom(1, "CT", ""), entry(2)]
+    assert assignment.split_kinds(entries, KEY) == entries
+
+
 def make(entries: list[Entry], **changes) -> Plan:
     return assignment.make(entries, options(**changes))[0]
 

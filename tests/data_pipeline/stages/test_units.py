@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -271,3 +272,24 @@ def test_build_names_series_with_a_slope_per_slice_and_joins_their_statistics(se
         np.testing.assert_allclose(row["real"], real[number], rtol=1e-6)
         assert row["series_mean"] == pytest.approx(real.mean(), rel=1e-6)
         assert row["plane"] == "axial"
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.random.default_rng(0).integers(-4096, 4095, (40, 40, 6)), ("excluded", units.NO_HU)),  # phase
+        (np.stack([picture(number) - 1024 for number in range(6)], axis=2), ("excluded", units.NO_HU)),
+        (np.stack([picture(number) for number in range(6)], axis=2), ("kept", "")),
+    ],
+    ids=["phase", "intercept twice", "hu"],
+)  # fmt: skip
+def test_build_checks_volumes_that_the_user_calls_ct(
+    built, tmp_path: Path, values: np.ndarray, expected: tuple
+) -> None:
+    (tmp_path / "in").mkdir()
+    nibabel.Nifti1Image(values.astype(np.int16), np.diag([1.0, 1.0, 3.0, 1.0])).to_filename(tmp_path / "in" / "x.nii")
+    series = np.stack([picture(number + 20) for number in range(6)], axis=2).astype(np.int16)
+    nibabel.Nifti1Image(series, np.diag([1.0, 1.0, 3.0, 1.0])).to_filename(tmp_path / "in" / "sound.nii")
+    rows, fates = built("--modality", "CT")
+    assert fates["x"] == expected and fates["sound"] == ("kept", "")
+    assert {row["units_evidence"] for row in rows} == {"proved"}
