@@ -9,11 +9,11 @@ import pytest
 
 from curia_common.errors import StorageError
 from data_pipeline.format import codec, records
-from data_pipeline.stages import pack, statistics
+from data_pipeline.stages import card, pack, statistics
 from data_pipeline.stages.pack import EncodedSlice, SeriesIdentity, Spool, Tally
 
 HU, STEEP = (1.0, -1024.0), (2.0, -50.0)
-IDENTITY = SeriesIdentity("5e", "9a", "CT", "HU", "axial", "chest", "ge", 2.5)
+IDENTITY = SeriesIdentity("5e", "9a", "CT", "HU", "axial", "chest", "ge", 2.5, "proved")
 
 
 def pixels(number: int, shape: tuple[int, int] = (4, 5)) -> np.ndarray:
@@ -131,14 +131,14 @@ def test_neighbours_that_differ_share_no_record(tmp_path: Path) -> None:
     assert [(header.slope, header.intercept) for header in headers[2:4]] == [HU, STEEP]
 
 
-def test_series_statistics_are_those_of_all_slices_of_a_scale(tmp_path: Path) -> None:
+def test_series_statistics_are_those_of_the_real_values_of_all_slices(tmp_path: Path) -> None:
     with Spool(tmp_path) as spool:
         scales = [HU, HU, STEEP]
         found = packed([encoded(spool, number, scale=scale) for number, scale in enumerate(scales)], 1, spool)
     real = [pixels(number).astype(np.float64) * slope + intercept for number, (slope, intercept) in enumerate(scales)]
-    for record, of in zip((one for one, _ in found), (real[:2], real[:2], real[2:]), strict=True):
-        assert record.header.series_mean == pytest.approx(np.mean(of), rel=1e-6)
-        assert record.header.series_std == pytest.approx(np.std(of), rel=1e-6)
+    for record, _ in found:
+        assert record.header.series_mean == pytest.approx(np.mean(real), rel=1e-6)
+        assert record.header.series_std == pytest.approx(np.std(real), rel=1e-6)
 
 
 def test_labels_and_path_are_in_the_row_and_not_in_the_record(tmp_path: Path) -> None:
@@ -146,10 +146,37 @@ def test_labels_and_path_are_in_the_row_and_not_in_the_record(tmp_path: Path) ->
         one = encoded(spool, 0, labels={"lesion": 1, "grade": None}, path="/in/M\udcfcller.dcm")
         ((_, (row,)),) = packed([one], 1, spool)
         (made,) = pack.pack(IDENTITY, [one], {HU: np.bincount(pixels(0).ravel())}, 1, spool)
-    assert (row["label_lesion"], row["label_grade"]) == (1, None)
+    assert (row["label_lesion"], row["label_grade"], row["units_evidence"]) == (1, None, "proved")
     assert row[pack.PATH] == os.fsencode("/in/M\udcfcller.dcm")  # a name that is no UTF-8
     assert b"ller.dcm" not in made.data and b"lesion" not in made.data
     assert (row["series"], row["height"], row["width"], row["position"]) == ("5e", 4, 5, 0.0)
+
+
+# ---- scales
+
+
+def test_slices_that_differ_by_whole_steps_get_one_scale(tmp_path: Path) -> None:
+    lower, higher = (2.0, -50.0), (2.0, -44.0)
+    with Spool(tmp_path) as spool:
+        slices = [encoded(spool, 0, scale=higher), encoded(spool, 1, scale=lower)]
+        histograms = {one.scale: np.bincount(spool.pixels(one).ravel()) for one in slices}
+        moved, joined = pack.align(slices, histograms, spool)
+        assert [one.scale for one in moved] == [lower, lower]
+        np.testing.assert_array_equal(spool.pixels(moved[0]), pixels(0) + 3)
+        np.testing.assert_array_equal(spool.pixels(moved[1]), pixels(1))
+    both = np.concatenate([pixels(0).ravel() + 3, pixels(1).ravel()])
+    assert {scale: histogram.tolist() for scale, histogram in joined.items()} == {lower: np.bincount(both).tolist()}
+
+
+@pytest.mark.parametrize(
+    "other", [(1.0, -44.0), (2.0, -45.0), (2.0, 200_000.0)], ids=["slope", "half a step", "too far"]
+)
+def test_slices_keep_scales_that_do_not_meet(tmp_path: Path, other: tuple[float, float]) -> None:
+    with Spool(tmp_path) as spool:
+        slices = [encoded(spool, 0, scale=(2.0, -50.0)), encoded(spool, 1, scale=other)]
+        histograms = {one.scale: np.bincount(spool.pixels(one).ravel()) for one in slices}
+        moved, kept = pack.align(slices, histograms, spool)
+    assert moved == slices and kept.keys() == histograms.keys()
 
 
 def test_intensities_of_a_series_are_in_hu_or_relative_to_its_percentiles() -> None:
@@ -157,6 +184,7 @@ def test_intensities_of_a_series_are_in_hu_or_relative_to_its_percentiles() -> N
     histogram[[1024, 1074]] = (3, 5)  # 0 and 50 HU
     kind, bins = pack.intensities("HU", {HU: histogram, (1.0, -1074.0): histogram})
     assert kind == "HU" and bins.sum() == 16
-    kind, bins = pack.intensities("arbitrary", {HU: histogram, STEEP: histogram})
-    assert kind == "relative" and bins.sum() == 16
-    assert np.count_nonzero(bins) == 2  # in either scale the lower value is 0 and the higher one 1
+    kind, bins = pack.intensities("arbitrary", {HU: histogram})
+    assert kind == "relative" and bins.sum() == 8
+    found = {round(float(card.EDGES["relative"][n]), 3): int(bins[n]) for n in np.flatnonzero(bins)}
+    assert found == {0.0: 3, 1.0: 5}
