@@ -119,7 +119,8 @@ def study(tmp_path_factory) -> Path:
     exams.mkdir()
     rng = np.random.default_rng(0)
     for name, air in {"CT one": -1000, "CT two": -1000, "MR one": 0}.items():
-        volume = np.where(np.hypot(*(np.mgrid[:40, :40] - 19.5)) < 14, 300, air)[:, :, None] + rng.normal(
+        tissue = 40 if air else 300
+        volume = np.where(np.hypot(*(np.mgrid[:40, :40] - 19.5)) < 14, tissue, air)[:, :, None] + rng.normal(
             0, 20, (40, 40, 3)
         )
         clipped = np.maximum(volume, air).astype(np.int16)
