@@ -99,8 +99,10 @@ def check_shape(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, int, int]
         shape = tuple(n for n in shape if n != 1)
     if len(shape) == 2:
         shape = (*shape, 1)
-    if len(shape) != 3 or 0 in shape:
+    if len(shape) != 3:
         raise ReadError(f"{len(shape)} dimensions; slices come from volumes of 2 or 3")
+    if min(shape) < 1:
+        raise ReadError("damaged volume: its header states a side of less than one voxel")
     if dtype.kind == "c" or dtype.names:
         raise ReadError("complex or colour values; slices have one number per voxel")
     return shape

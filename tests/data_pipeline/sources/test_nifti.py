@@ -12,10 +12,10 @@ from data_pipeline.sources.base import ReadError
 VALUES = np.random.default_rng(0).integers(-1000, 1000, (8, 9, 5)).astype(np.int16)
 SIZES = (0.8, 0.9, 2.5)
 # Places of fields in a NIfTI-1 header (nifti1.h).
-DIM, VOX_OFFSET, XYZT_UNITS, QFORM_CODE, SFORM_CODE, SROW_X, MAGIC = 40, 108, 123, 252, 254, 280, 344
+DIM, VOX_OFFSET, XYZT_UNITS, QFORM_CODE, SFORM_CODE, SROW_X = 40, 108, 123, 252, 254, 280
 
 
-def nifti(scale: float = 1.0, **fields: float) -> bytearray:
+def nifti(scale: float = 1.0) -> bytearray:
     return bytearray(nibabel.Nifti1Image(VALUES, np.diag([size * scale for size in SIZES] + [1.0])).to_bytes())
 
 
@@ -93,6 +93,13 @@ def test_sform_of_zeros_leaves_the_qform(tmp_path: Path) -> None:
     assert volume.spacing == pytest.approx(sound.spacing)
     data[QFORM_CODE : QFORM_CODE + 2] = bytes(2)
     assert "its affine is singular" in refused(tmp_path / "v.nii", data)
+
+
+@pytest.mark.parametrize("sides", [(-8, -9, 5), (8, 9, -5), (0, 9, 5)])
+def test_side_of_less_than_one_voxel_is_damage(tmp_path: Path, sides: tuple[int, int, int]) -> None:
+    data = nifti()
+    struct.pack_into("<4h", data, DIM, 3, *sides)
+    assert refused(tmp_path / "v.nii", data).startswith("damaged volume: its header ")
 
 
 # ---- compression
