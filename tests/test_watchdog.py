@@ -1,7 +1,7 @@
 """The watchdog on a clock that the test moves; a stuck run of two hosts is in test_hosts.py."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,7 +46,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, str]]]:
     """Exit code and line with which the process would end, once for each look after that."""
     found: list[tuple[int, str]] = []
-    monkeypatch.setattr(watchdog.cli, "leave", lambda code, line: found.append((code, line)))
+
+    def leave(code: int, line: str, dump: Callable[[], None]) -> None:
+        dump()
+        found.append((code, line))
+
+    monkeypatch.setattr(watchdog.cli, "leave", leave)
     yield found
     for thread in threading.enumerate():
         if thread.name == "watchdog":

@@ -64,10 +64,11 @@ def test_options_that_do_not_go_are_named_as_typed(options: dict[str, Any], mess
 def test_card_shows_the_options_that_change_slices(tmp_path: Path, build: Build) -> None:
     pictures(tmp_path / "in", 2)
     made = build(modality="MR", size=64, planes=("axial", "coronal"), drop_faces=False, validation=0.0)
-    assert made["settings"] == {
+    wanted = {
         "modality": "MR", "size": 64, "slices_per_record": 1, "validation": 0.0, "test": 0.05, "planes": "axial, coronal",
         "drop_faces": False, "drop_lossy": False,
     }  # fmt: skip
+    assert wanted.items() <= made["settings"].items()
 
 
 # ---- outputs that are in the way
