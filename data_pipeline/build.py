@@ -1,4 +1,4 @@
-"""Turns exams into slice shards: DICOM, NIfTI, NRRD, MetaImage, PNG, JPEG and TIFF files to a folder for training and TFDS.
+"""Turns exams into slice shards: DICOM, NIfTI, MGH, NRRD, MetaImage, PNG, JPEG and TIFF files to a folder for training.
 
 stages:
   inventory  every file and what it is; reads headers only
@@ -13,8 +13,11 @@ To add exams, build into the same output again, with the new inputs alone or tog
 shards, and existing shards stay as they are, byte for byte. Patients keep their split, files of the dataset are not taken
 twice, and until the addition is finished readers see the dataset as it was.
 
-Patients never share a split. DICOM names them; volumes and pictures are told apart by their BIDS subject (sub-01) or, where
-there is none, file by file: if several files show one patient, say so with --labels and --patient-column.
+Patients never share a split. DICOM names them, or else the study stands for one; volumes and pictures are told apart by their
+BIDS subject (sub-01) or, where there is none, file by file: if several files show one patient, say so with --labels and
+--patient-column.
+
+An input of which nothing can be used is exit code 65, after everything else is in the dataset.
 
 What leaves the inputs: pixels, a fixed list of technical facts and the labels you name. Identities become pseudonyms under
 a secret key that you keep; only manifest.parquet (paths, readable by you alone) leads back, so do not give it away.
