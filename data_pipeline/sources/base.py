@@ -49,6 +49,7 @@ class ReadRequest:
       scratch: folder on a local disk for temporary files.
       frames: of a DICOM file, the frames to read in spatial order: number within the file, and mm along the normal.
       flags: bits of format.records that the inventory and the plan know (IRREGULAR, LOSSY).
+      tiles: slices of a mosaic, which are the frames; else 0.
       digest: how stored values become digests; see stored_values.DIGESTS.
       units: of real values; None where the modality says them.
     """
@@ -60,6 +61,7 @@ class ReadRequest:
     flags: int = 0
     digest: Literal["smallest", "int64"] = "smallest"
     units: Units | None = None
+    tiles: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """DICOM headers: whitelisted fields, and nothing else.
 
-Nothing leaves this module but the fields of Header and FrameGeometry: no names, dates, free text or private tags.
+Nothing leaves this module but the fields of Header and FrameGeometry: no names, dates or free text, and of private tags only the
+number of slices of a Siemens mosaic and their direction.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ from pydicom.uid import (
     MRImageStorage,
 )
 
-from data_pipeline.sources import quantities, wording
+from data_pipeline.sources import mosaic, quantities, wording
 from data_pipeline.sources.base import ReadError
 from data_pipeline.sources.geometry import FARTHEST_MM
 from data_pipeline.sources.silence import guarded
@@ -63,6 +64,9 @@ _HEADER_TAGS = [Tag(word) for word in (
     "HighBit", "PixelRepresentation", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
     "SeriesDescription", "RescaleType", "ModalityLUTSequence", "RealWorldValueMappingSequence", "ComplexImageComponent",
 )]  # fmt: skip
+
+# Read of mosaics alone.
+_MOSAIC_TAGS = [Tag("SpacingBetweenSlices"), *mosaic.PRIVATE_TAGS]
 
 # Defined terms of BodyPartExamined (DICOM PS3.16, tables L-1 and L-2), without spaces and underscores. Other
 # texts, which can be names, are dropped.
@@ -115,6 +119,7 @@ class Header:
 
     Attributes:
       frame_types: the different FrameTypes of a multi-frame object.
+      tiles: slices of a Siemens mosaic, each of which counts as a frame of `rows` by `columns`; else 0.
       called_localizer: the series description says so; maybe_localizer: it has a word that other series have too.
       quantity: what the values measure, in the words of sources.quantities; "" for HU and the signal of MR.
       modality_lut: stored values are indices of a table, the Modality LUT Sequence.
@@ -144,6 +149,7 @@ class Header:
     geometry: tuple[FrameGeometry, ...]
     quantity: str = ""
     modality_lut: bool = False
+    tiles: int = 0
 
 
 def is_dicom(file: BufferedIOBase) -> bool:
@@ -164,10 +170,18 @@ def read_header(source: str | BufferedIOBase) -> Header:
     """
     with open(source, "rb") if isinstance(source, str) else contextlib.nullcontext(source) as file:
         dataset, _ = read_elements(file, _HEADER_TAGS, stop=FLOAT_PIXEL_DATA)
+        with guarded("malformed header ({place})"):
+            is_mosaic = (
+                wording.is_mosaic_type(_values(dataset, "ImageType")) and text(dataset, "SOPClassUID") == MRImageStorage
+            )
+        if is_mosaic:
+            file.seek(0)
+            dataset, _ = read_elements(file, [*_HEADER_TAGS, *_MOSAIC_TAGS], stop=FLOAT_PIXEL_DATA)
     with guarded("malformed header ({place})"):  # values are parsed on access
         if "SOPClassUID" not in dataset and "Rows" not in dataset and not _is_dicomdir(dataset):
             raise ReadError("not a DICOM image: it has neither a SOP class nor rows")
-        return _header(dataset)
+        header = _header(dataset)
+        return (is_mosaic and _split_mosaic(header, dataset)) or header
 
 
 def read_dicomdir(path: str) -> list[str]:
@@ -401,6 +415,23 @@ def _header(dataset: Dataset) -> Header:
         quantity=_quantity(dataset, frames, modality, [*types, *(value for one in frame_types for value in one)]),
         modality_lut=bool(dataset.get("ModalityLUTSequence")),
     )
+
+
+def _split_mosaic(header: Header, dataset: Dataset) -> Header | None:
+    """The header with one frame per slice of a mosaic; None where their places are unknown."""
+    layout = mosaic.layout(dataset)
+    whole = header.geometry[0]
+    if layout is None or header.frames != 1 or whole.spacing is None:
+        return None
+    step = (_numbers(dataset, "SpacingBetweenSlices", 1, decimal_comma=True) or (header.thickness,))[0]
+    matrix = (header.rows, header.columns)
+    places = mosaic.positions(layout, matrix, whole.spacing, step, whole.orientation, whole.position)
+    if places is None:
+        return None
+    return dataclasses.replace(
+        header, rows=header.rows // layout.side, columns=header.columns // layout.side, frames=layout.tiles, tiles=layout.tiles,
+        geometry=tuple(dataclasses.replace(whole, position=place) for place in places),
+    )  # fmt: skip
 
 
 def _is_dicomdir(dataset: Dataset) -> bool:

@@ -41,6 +41,7 @@ from pydicom.valuerep import EXPLICIT_VR_LENGTH_32
 
 from curia_common.errors import UserError
 from data_pipeline.format import records
+from data_pipeline.sources import mosaic
 from data_pipeline.sources.base import NO_MEMORY, ImageFacts, ReadError, ReadRequest, Slice, SourceFile
 from data_pipeline.sources.dicom_header import (
     DOUBLE_PIXEL_DATA,
@@ -56,7 +57,15 @@ from data_pipeline.sources.dicom_header import (
     whole_number,
 )
 from data_pipeline.sources.silence import guarded, silenced
-from data_pipeline.sources.stored_values import Digest, Padding, below_air, extract_bits, replace_padding, to_uint16
+from data_pipeline.sources.stored_values import (
+    Digest,
+    Padding,
+    below_air,
+    extract_bits,
+    replace_padding,
+    stored_sha256,
+    to_uint16,
+)
 
 # Which plugin decodes which transfer syntax: pinned, because lossy pixels depend on the decoder. The choice follows
 # measurements of speed and of agreement between decoders; SimpleITK comes second for all of them.
@@ -128,8 +137,7 @@ class DicomFile:
         image, hu = self._image, self.facts.units == "HU"
         wanted = {frame: (rank, position) for rank, (frame, position) in enumerate(self._request.frames)}
         digest = Digest(self._request.digest)
-        for number, values in enumerate(image.stored()):
-            own = digest.add(values, also_alone=image.frames > 1)
+        for number, (values, own) in enumerate(self._frames(digest)):
             if number not in wanted:
                 continue
             padding = image.padding
@@ -138,7 +146,7 @@ class DicomFile:
                 mirror = -1 if image.signed else (1 << image.bits_stored) - 1
                 values = mirror - values.astype(np.int64)
                 padding = padding and Padding(mirror - padding.high, mirror - padding.low)
-            place = image.geometry[number]
+            place = image.geometry[0 if self._request.tiles else number]
             image_values, padded = values, 0
             if padding is not None:
                 image_values, padded = replace_padding(values, padding, place.slope, place.intercept, hu=hu)
@@ -153,6 +161,16 @@ class DicomFile:
                 padded=padded,
             )  # fmt: skip
         self.stored_sha256, self.decoder = digest.hex(), image.decoder
+
+    def _frames(self, digest: Digest) -> Iterator[tuple["Frame", str]]:
+        """Frames, or slices of a mosaic, with their own digests; "" where the file has but one. All of the file goes into `digest`."""
+        for values in self._image.stored():
+            own = digest.add(values, also_alone=self._image.frames > 1)
+            if not self._request.tiles:
+                yield values, own
+                continue
+            for tile in mosaic.split(values, self._request.tiles):
+                yield tile, stored_sha256(tile, self._request.digest)
 
 
 @contextlib.contextmanager

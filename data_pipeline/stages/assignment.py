@@ -136,6 +136,7 @@ class PlannedFile(NamedTuple):
       member: where it lies in an archive.
       spare: of a further file with the UID and the place of the instance before it, the number of its first slice in case
         both are kept; None of all other files. Only the pixels tell a copy from another image.
+      tiles: slices of a mosaic, which are the frames; else 0.
     """
 
     path: str
@@ -147,12 +148,12 @@ class PlannedFile(NamedTuple):
     labels: Labels
     member: Member | None = None
     spare: int | None = None
+    tiles: int = 0
 
     def to_json(self) -> Json:
+        left_out = self._field_defaults  # plans of earlier versions lack them
         return {
-            name: value
-            for name, value in self._asdict().items()
-            if name not in ("member", "spare") or value is not None
+            name: value for name, value in self._asdict().items() if name not in left_out or value != left_out[name]
         }
 
     @classmethod
@@ -461,7 +462,15 @@ def _planned(
 
 def _planned_file(entry: Entry, first: int, frames: Sequence[tuple[int, float]] = ()) -> PlannedFile:
     return PlannedFile(
-        entry.path, entry.size, entry.modified_ns, first, tuple(frames), entry.facts.lossy, entry.labels, entry.member
+        entry.path,
+        entry.size,
+        entry.modified_ns,
+        first,
+        tuple(frames),
+        entry.facts.lossy,
+        entry.labels,
+        entry.member,
+        tiles=entry.facts.tiles,
     )
 
 

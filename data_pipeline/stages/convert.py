@@ -487,7 +487,8 @@ def _read_file(
     flags |= records.LOSSY if file.lossy else 0
     spool = context.spool
     unit = "arbitrary" if series.quantity else None
-    request = ReadRequest(path, series.modality, str(spool.folder), file.frames, flags, context.conversion.digest, unit)
+    digest = context.conversion.digest
+    request = ReadRequest(path, series.modality, str(spool.folder), file.frames, flags, digest, unit, file.tiles)
     tally = Tally()
     same = SAME_PIXELS if file.spare is None else REPEATED_INSTANCE
     found: list[tuple[int, str | None, EncodedSlice | None]] = []

@@ -42,9 +42,12 @@ HEADER_RULES: tuple[tuple[str, Callable[[Header], bool]], ...] = (
     # Enhanced objects of newer Siemens scanners keep the word and have frames.
     (
         "a mosaic of slices whose places are unknown",
-        lambda h: h.sop_class not in MULTIFRAME_CLASSES and wording.is_mosaic_type(h.image_type),
+        lambda h: h.sop_class not in MULTIFRAME_CLASSES and not h.tiles and wording.is_mosaic_type(h.image_type),
     ),
-    ("several frames in a single-frame object", lambda h: h.frames > 1 and h.sop_class not in MULTIFRAME_CLASSES),
+    (
+        "several frames in a single-frame object",
+        lambda h: h.frames > 1 and not h.tiles and h.sop_class not in MULTIFRAME_CLASSES,
+    ),
     ("neither CT nor MR", lambda h: h.modality not in ("CT", "MR")),
     ("stored values are indices of a Modality LUT, which is not applied", lambda h: h.modality_lut),
     # CT is reconstructed across the table. Other planes are localizer radiographs or reformats of other series.

@@ -70,6 +70,7 @@ class FileFacts:
       geometry: one per frame.
       maybe_localizer: the series description has a word that localizers share with other series.
       quantity: what a map measures, see sources.quantities; "" for HU and the signal of MR.
+      tiles: slices of a mosaic, which are the frames; else 0.
     """
 
     modality: str
@@ -84,6 +85,7 @@ class FileFacts:
     geometry: tuple[FrameGeometry, ...] = ()
     maybe_localizer: bool = False
     quantity: str = ""
+    tiles: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -436,7 +438,7 @@ def _with_header(entry: Entry, header: dicom_header.Header, options: Options) ->
     instance = pseudonyms.digest(options.key, "instance", header.sop_uid or entry.path)
     facts = FileFacts(
         header.modality, instance, header.rows, header.columns, header.frames, header.body_part, header.manufacturer,
-        header.lossy, header.thickness, header.geometry, header.maybe_localizer, header.quantity,
+        header.lossy, header.thickness, header.geometry, header.maybe_localizer, header.quantity, header.tiles,
     )  # fmt: skip
     return dataclasses.replace(entry, facts=facts)
 

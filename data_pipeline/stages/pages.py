@@ -50,7 +50,8 @@ def _in_lines(strokes: Bool[np.ndarray, "rows columns"]) -> bool:
     edges = np.diff(np.concatenate([[0], (profile >= EMPTY * full).astype(np.int8), [0]]))
     heights = np.flatnonzero(edges < 0) - np.flatnonzero(edges > 0)
     heights = heights[heights > 2]  # others are rules of a table
-    letters, _ = ndimage.label(strokes, np.ones((3, 3)))
+    letters = np.empty(strokes.shape, np.int32)
+    ndimage.label(strokes, np.ones((3, 3)), output=letters)
     count = int((np.bincount(letters.ravel())[1:] >= LETTER_SIZE).sum())
     tallest = max(8, TALLEST_LINE * len(strokes))
     return len(heights) >= LINES and count >= LETTERS * len(heights) and float(np.median(heights)) <= tallest
