@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import random
 import resource
 import shlex
 import shutil
@@ -19,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from curia_common.exit_codes import ExitCode
 from curia_jax.report import timeline
 
 CONFIG = "demo"
+FEATURES, HEADS = "mean+std", "ridge,logistic"  # of the patch tokens; probes
 LAYOUTS = ("vit_mae", "vit", "dinov2", "timm")
 RECORD = "demo.json"
 # The demo runs on the CPU, whatever there is. There glibc returns freed memory to the operating system and gets it zeroed
@@ -37,8 +39,19 @@ ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184",
 }
-SLICES = 16  # of each of the phantom's four series
-LESION = {"0": "no", "1": "yes"}
+# Longer side of the slices, px: that of the model's image. Reading larger ones would take longer than a training step.
+SIZE = 64
+# Many patients with few small slices: enough to learn from, and enough test patients for narrow intervals.
+PHANTOM = ("--series=abdomen_ct", f"--size={SIZE}", "--slices=5", "--varied")
+# Of the phantom's patients: those that are tested, and those of the others whose label the probes get.
+TEST_SHARE, LABELLED_SHARE = 1 / 4, 1 / 9
+TASK = "situs"
+ABOUT = (
+    "The task: half of the phantom's patients have situs inversus, the mirror image of the usual anatomy (situs solitus), with "
+    "the liver on the left. All lie turned and off centre, at different contrast phases, so that the organs' places relative to "
+    "each other tell, and hardly the brightness of a pixel. Most training patients have no label; the probes learn from the others."
+)
+CONTROL = "situs_shuffled"  # the same labels, dealt out again among the patients of a split
 EXAMPLES = """
 python -m curia_jax.demo
 python -m curia_jax.demo --data=/path/to/exams --output=mine
@@ -55,7 +68,7 @@ def parser() -> cli.Parser:
     )  # fmt: skip
     made.add_argument("--data", metavar="FOLDER", help="your own DICOM or NIfTI files, instead of the phantom")
     made.add_argument("--output", metavar="FOLDER", default="demo", help="folder of all results (%(default)s)")
-    made.add_argument("--patients", type=int, default=24, help="of the phantom (%(default)s)")
+    made.add_argument("--patients", type=int, default=360, help="of the phantom (%(default)s)")
     made.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of the build (%(default)s)")
     made.add_argument("--fresh", action="store_true", help="run every stage again")
     return made
@@ -154,10 +167,12 @@ class Demo:
     # ---- stages
 
     def _stages(self) -> list[Stage]:
-        phantom = Stage("phantom", "synthetic exams", self._phantom, (self.phantom,), f"{self.patients} {SLICES}")
+        phantom = Stage("phantom", "synthetic exams", self._phantom, (self.phantom,), f"{self.patients} {PHANTOM}")
         return [
             *([phantom] if self.data is None else []),
-            Stage("build", "exams to slice shards", self._build, (self.shards,), _fingerprint(self._exams())),
+            Stage(
+                "build", "exams to slice shards", self._build, (self.shards,), f"{SIZE} {_fingerprint(self._exams())}"
+            ),
             Stage("pretrain", "pretraining, interrupted half way", self._pretrain, (self.run_folder,), self.settings),
             Stage("resume", "pretraining, resumed", self._resume, (self.run_folder,)),
             Stage("convert", "weights for PyTorch", self._convert, (self.weights,), " ".join(LAYOUTS)),
@@ -177,9 +192,7 @@ class Demo:
     def _phantom(self) -> None:
         if self.phantom.exists():
             shutil.rmtree(self.phantom)  # half written by a demo that was stopped
-        self.command(
-            "data_pipeline.phantom", f"--output={self.phantom}", f"--patients={self.patients}", f"--slices={SLICES}"
-        )
+        self.command("data_pipeline.phantom", f"--output={self.phantom}", f"--patients={self.patients}", *PHANTOM)
 
     def _build(self) -> None:
         inputs, options = [_relative(self._exams())], []
@@ -187,13 +200,13 @@ class Demo:
             inputs = [str(self.phantom), *inputs]
             table = self.folder / "labels.csv"
             _write_labels(table, self.phantom / "labels.csv")
-            # Pseudonyms and splits follow from a secret key, which the build creates unless there is one. The phantom has no
-            # secrets, and with a fixed key the test split has the same patients in every demo.
+            # Pseudonyms, and the splits of the other files, follow from a secret key, which the build creates unless there is
+            # one. The phantom has no secrets, and with a fixed key every demo is the same.
             self.shards.with_suffix(".key").write_text("the phantom has no secrets\n", encoding="utf-8")
-            options = [f"--labels={table}", "--label-columns=lesion"]
+            options = [f"--labels={table}", "--label-columns", TASK, CONTROL, "--split-column=split"]
         self.command(
             "data_pipeline.build", "--input", *inputs, f"--output={self.shards}", *options,
-            "--validation=0.15", "--test=0.25", f"--workers={self.workers}",
+            f"--size={SIZE}", "--validation=0.15", "--test=0.25", f"--workers={self.workers}",
         )  # fmt: skip
 
     def _pretrain_words(self) -> list[str]:
@@ -254,7 +267,8 @@ class Demo:
             return
         self.command(
             "curia_jax.evaluate", f"--checkpoint={self.run_folder}", f"--shards={self.shards}",
-            f"--label={','.join(possible)}", f"--json={self.results}",
+            f"--label={','.join(possible)}", f"--features={FEATURES}", f"--heads={HEADS}",
+            f"--json={self.results}",
         )  # fmt: skip
 
     def _report(self) -> None:
@@ -262,6 +276,7 @@ class Demo:
         self.command(
             "curia_jax.report", f"--run={self.run_folder}", f"--shards={self.shards}", f"--results={self.results}",
             f"--weights={self.weights}", f"--timeline={self.folder / RECORD}", f"--output={self.report}",
+            *([f"--about={ABOUT}", f"--control={CONTROL}"] if self.data is None else []),
         )  # fmt: skip
 
     def _next_commands(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
@@ -402,11 +417,17 @@ class Demo:
 
     def _summary(self) -> None:
         from curia_jax.evaluate import results, table
+        from curia_jax.report import findings
 
         scores = [score for score in results.read(self.results) if score.metric == "auroc"]
         log.info("")
         if scores:
             table.show(scores)
+        for task, finding in findings.find(scores).items():
+            if task != CONTROL:
+                log.info(finding.sentence)
+        if self.data is None and (sentence := findings.control_sentence(scores, CONTROL)):
+            log.info(sentence)
         gigabytes = self.record.peak_bytes / 1e9
         log.info(
             _bold(
@@ -459,13 +480,30 @@ def _starts(events: Sequence[LogLine]) -> list[LogLine]:
 
 
 def _write_labels(table: Path, phantom: Path) -> None:
-    """The phantom's table with the values of the lesion in words."""
+    """The label table of the build: split and labels of the phantom's files."""
     with phantom.open(encoding="utf-8", newline="") as file:
-        rows = [(phantom.parent / row["file"], LESION[row["lesion"]]) for row in csv.DictReader(file)]
+        lines = list(csv.DictReader(file))
+    by_patient = divide({line["patient"]: line[TASK] for line in lines})
+    rows = [(phantom.parent / line["file"], *by_patient[line["patient"]]) for line in lines]
     with table.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["file", "lesion"])
-        writer.writerows((os.path.relpath(path, table.parent), lesion) for path, lesion in rows)
+        writer.writerow(["file", "split", TASK, CONTROL])
+        writer.writerows((os.path.relpath(path, table.parent), *cells) for path, *cells in rows)
+
+
+def divide(labels: Mapping[str, str]) -> dict[str, tuple[str, str, str]]:
+    """Split, label and shuffled label of patients, from their labels.
+
+    Patients differ at random, so that their order can decide the split. The last ones have no label: pretraining needs none.
+    """
+    patients, random_order = list(labels), random.Random(0)
+    tested = round(TEST_SHARE * len(patients))
+    labelled = round(LABELLED_SHARE * len(patients))
+    result = dict.fromkeys(patients, ("train", "", ""))
+    for split, part in (("test", patients[:tested]), ("train", patients[tested : tested + labelled])):
+        shuffled = random_order.sample(part, len(part))
+        result |= {one: (split, labels[one], labels[other]) for one, other in zip(part, shuffled, strict=True)}
+    return result
 
 
 def _fingerprint(folder: Path) -> str:

@@ -4,6 +4,10 @@ Organs are ellipsoids and tubes whose places and sizes vary between patients; ea
 T1- and T2-weighted head MR. CT values are HU with noise; MR values are arbitrary, with a bias field and Rician noise. Voxels
 are averages over a finer grid, so borders show partial volume. Half of the patients have a lesion in a region (lung nodule,
 liver metastasis, brain tumour). The same seed gives the same bytes.
+
+Patients lie straight and centred, with their organs on the usual side, unless they are `varied`: then they differ in how they
+lie, in contrast phase and noise, and half of them have situs inversus, the mirror image of the usual anatomy. Left and right
+can then be told by the organs' places relative to each other, and hardly by the brightness of a pixel.
 """
 
 import csv
@@ -41,11 +45,17 @@ MR = {
     "T1": {"outside": 0.0, "fat": 1.0, "muscle": 0.45, "bone": 0.1, "white matter": 0.75, "grey matter": 0.55, "ventricle": 0.15, "lesion": 0.4},
     "T2": {"outside": 0.0, "fat": 0.75, "muscle": 0.3, "bone": 0.05, "white matter": 0.4, "grey matter": 0.55, "ventricle": 1.0, "lesion": 0.85},
 }  # fmt: skip
+# HU before and at the peak of a contrast agent, for patients who are varied.
+ENHANCEMENT = {"heart": (40, 200), "aorta": (40, 250), "liver": (55, 120), "spleen": (45, 140), "kidney": (30, 190)}
+SITUS = ("solitus", "inversus")
+# Of patients who are varied: largest rotation, rad; shift, in half fields of view; reduction in size; factor of the noise.
+ROTATION, SHIFT, SHRINKAGE, NOISE = 0.5, 0.12, 0.2, 1.7
 LESION_NAMES = {"chest": "lung nodule", "abdomen": "liver metastasis", "head": "brain tumour"}
 # region, contrast, body part as DICOM spells it
 SERIES = (("chest", "CT", "CHEST"), ("abdomen", "CT", "ABDOMEN"), ("head", "T1", "HEAD"), ("head", "T2", "HEAD"))
 # Field of view across and along the body, mm.
 EXTENT = {"chest": (380.0, 260.0), "abdomen": (380.0, 260.0), "head": (230.0, 170.0)}
+SERIES_NAMES = tuple(f"{region}_{contrast}".lower() for region, contrast, _ in SERIES)
 CT_NOISE_HU = 18.0
 SUPERSAMPLING = 2  # per direction within the slice
 
@@ -62,6 +72,7 @@ class Volume:
       region: "chest", "abdomen" or "head".
       contrast: "CT", "T1" or "T2".
       lesion: whether there is one.
+      situs: of SITUS.
     """
 
     values: Float[np.ndarray, "slices rows columns"]
@@ -70,6 +81,31 @@ class Volume:
     region: str
     contrast: str
     lesion: bool
+    situs: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Position:
+    """How a patient lies in the field of view, and whether mirrored; shifts in half fields of view."""
+
+    rotation: float = 0.0
+    shift: tuple[float, float] = (0.0, 0.0)
+    shrinkage: float = 0.0
+    mirrored: bool = False
+
+    @classmethod
+    def varied(cls, r: np.random.Generator, mirrored: bool) -> "_Position":
+        x, y = r.uniform(-SHIFT, SHIFT, 2)
+        return cls(r.uniform(-ROTATION, ROTATION), (x, y), r.uniform(0, SHRINKAGE), mirrored)
+
+    def to_body(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Coordinates in the field of view to those of a patient who lies straight and centred."""
+        if self == _Position():
+            return x, y
+        x, y = (x - self.shift[0]) * (1 + self.shrinkage), (y - self.shift[1]) * (1 + self.shrinkage)
+        cos, sin = np.float32(np.cos(self.rotation)), np.float32(np.sin(self.rotation))
+        x, y = cos * x + sin * y, cos * y - sin * x
+        return (-x if self.mirrored else x), y
 
 
 def _generator(*words: int | str) -> np.random.Generator:
@@ -81,13 +117,14 @@ class _Canvas:
     """Paints shapes into a label map; coordinates are fractions of the half field of view: x to the left, y to the back,
     z up, all from -1 to 1."""
 
-    def __init__(self, shape: tuple[int, int, int], wobble: np.random.Generator) -> None:
+    def __init__(self, shape: tuple[int, int, int], wobble: np.random.Generator, position: _Position) -> None:
         axes = [(np.arange(n, dtype=np.float32) + 0.5) / n * 2 - 1 for n in shape]
         self.z, self.y, self.x = axes[0][:, None, None], axes[1][None, :, None], axes[2][None, None, :]
         # A smooth warp makes every outline a little irregular.
         a, b, c, d = wobble.uniform(0, 2 * np.pi, 4)
         self.x = self.x + 0.015 * np.sin(7 * self.y + a) + 0.01 * np.sin(5 * self.z + b)
         self.y = self.y + 0.015 * np.sin(6 * self.z + c) + 0.01 * np.sin(9 * self.y + d)
+        self.x, self.y = position.to_body(self.x, self.y)
         self.labels = np.zeros(shape, np.uint8)
 
     def ellipsoid(self, centre: Sequence[float], radii: Sequence[float]) -> np.ndarray:
@@ -240,6 +277,7 @@ def make(
     size: int = 128,
     slices: int = 24,
     lesion: bool | None = None,
+    varied: bool = False,
 ) -> Volume:
     """One series of one patient.
 
@@ -248,6 +286,7 @@ def make(
       region, contrast: one of SERIES.
       size: rows and columns.
       lesion: whether there is one; in half of the patients unless given.
+      varied: in how the patient lies, in contrast phase, noise and situs.
 
     Raises:
       UserError: an unknown region or contrast, or a size under 32.
@@ -260,26 +299,33 @@ def make(
     anatomy = _generator(seed, patient, region)
     if lesion is None:
         lesion = bool(anatomy.random() < 0.5)
-    canvas = _Canvas((slices, size * SUPERSAMPLING, size * SUPERSAMPLING), anatomy)
+    # All series of a patient have one situs; the patient lies anew, at another phase, for every region.
+    situs = SITUS[int(varied and _generator(seed, patient, "situs").random() < 0.5)]
+    variation = _generator(seed, patient, region, "variation")
+    position = _Position.varied(variation, mirrored=situs == "inversus") if varied else _Position()
+    enhancement = variation.random() if varied else None
+    factor = NOISE if varied else 1.0
+    canvas = _Canvas((slices, size * SUPERSAMPLING, size * SUPERSAMPLING), anatomy, position)
     organ = _REGIONS[region](canvas, anatomy)
     if lesion:
         _lesion(canvas, organ, anatomy)
 
     noise = _generator(seed, patient, region, contrast)
-    values = _ct(canvas.labels, noise, region) if contrast == "CT" else _mr(canvas.labels, noise, contrast)
+    values = _ct(canvas.labels, noise, region, enhancement) if contrast == "CT" else _mr(canvas.labels, noise, contrast)
     values = _average(values)
     if contrast == "CT":
-        values = values + noise.normal(0, CT_NOISE_HU, values.shape)
+        values = values + noise.normal(0, factor * CT_NOISE_HU, values.shape)
         values = np.maximum(ndimage.gaussian_filter(values, (0, 0.5, 0.5)), -1024)
     else:
         # Rician: the magnitude of a complex signal with noise in both parts.
-        sigma = noise.uniform(10, 22)
+        sigma = factor * noise.uniform(10, 22)
         values = np.hypot(values + noise.normal(0, sigma, values.shape), noise.normal(0, sigma, values.shape))
     fields = np.stack([_average((canvas.labels == number).astype(np.float32)) for number in range(len(LABELS))])
     across, along = EXTENT[region]
     return Volume(
         values=values.astype(np.float32), labels=fields.argmax(axis=0).astype(np.uint8),
         spacing=(along / slices, across / size, across / size), region=region, contrast=contrast, lesion=lesion,
+        situs=situs,
     )  # fmt: skip
 
 
@@ -296,10 +342,16 @@ def _average(fine: Float[np.ndarray, "slices fine_rows fine_columns"]) -> Float[
     return fine.reshape(slices, rows // n, n, columns // n, n).mean(axis=(2, 4))
 
 
-def _ct(labels: UInt8[np.ndarray, "s r c"], r: np.random.Generator, region: str) -> Float[np.ndarray, "s r c"]:
-    # Lesions differ little from their organ in the liver, and much in the lung.
-    lesion = {"chest": r.uniform(-20, 60), "abdomen": HU["liver"][0] - r.uniform(30, 60), "head": 45.0}[region]
+def _ct(
+    labels: UInt8[np.ndarray, "s r c"], r: np.random.Generator, region: str, enhancement: float | None
+) -> Float[np.ndarray, "s r c"]:
+    """`enhancement` goes from 0, before the contrast agent, to 1, at its peak; None is the portal-venous phase of HU."""
     means = np.array([HU[name][0] for name in LABELS], np.float32)
+    if enhancement is not None:
+        for name, (before, peak) in ENHANCEMENT.items():
+            means[LABELS[name]] = before + enhancement * (peak - before)
+    # Lesions differ little from their organ in the liver, and much in the lung.
+    lesion = {"chest": r.uniform(-20, 60), "abdomen": means[LABELS["liver"]] - r.uniform(30, 60), "head": 45.0}[region]
     means[LABELS["lesion"]] = lesion
     means[1:] += r.normal(0, 4, len(means) - 1)  # patients and scanners differ
     texture = np.array([HU[name][1] for name in LABELS], np.float32)
@@ -329,17 +381,21 @@ def write_study(
     seed: int = 0,
     size: int = 128,
     slices: int = 24,
+    series: Sequence[str] = SERIES_NAMES,
+    varied: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Writes all series of all patients with masks and labels.
+    """Writes the series of all patients with masks and labels.
 
     Args:
       folder: new or empty; gets dicom/<patient>/<series>/*.dcm, masks/<patient>_<series>.nii.gz (label maps) and labels.csv.
+      series: of SERIES_NAMES, of every patient.
+      varied: see `make`.
       progress: counts patients.
 
     Returns:
       Path of labels.csv: file (relative to the table), patient, region, contrast, lesion (1 where the slice shows one),
-      lesion_type.
+      lesion_type, situs (of SITUS).
 
     Raises:
       UserError: fewer than one patient or more than 9,999, a folder that cannot be created, or what `make` raises.
@@ -354,7 +410,9 @@ def write_study(
     rows = []
     for patient in range(patients):
         for number, (region, contrast, body_part) in enumerate(SERIES):
-            volume = make(seed, patient, region, contrast, size=size, slices=slices)
+            if SERIES_NAMES[number] not in series:
+                continue
+            volume = make(seed, patient, region, contrast, size=size, slices=slices, varied=varied)
             rows += _write_series(folder, volume, seed, patient, number, body_part)
         if progress is not None:
             progress.step()
@@ -394,7 +452,7 @@ def _write_series(
         rows.append({
             "file": file.relative_to(folder).as_posix(), "patient": name, "region": volume.region,
             "contrast": volume.contrast, "lesion": int(visible),
-            "lesion_type": LESION_NAMES[volume.region] if visible else "none",
+            "lesion_type": LESION_NAMES[volume.region] if visible else "none", "situs": volume.situs,
         })  # fmt: skip
     # DICOM's axes point left and back, NIfTI's right and front.
     affine = np.diag([-dx, -dy, dz, 1.0])

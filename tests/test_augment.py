@@ -17,7 +17,7 @@ SIZE = (16, 20)
 
 @pytest.fixture(scope="module")
 def settings():
-    return Augment.of(configs.load("demo").augment)
+    return Augment.of(configs.load("base").augment)
 
 
 def make_batch(count: int = 6, *, hu: bool, seed: int = 0) -> dict[str, jax.Array]:

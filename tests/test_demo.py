@@ -1,5 +1,7 @@
 """The demo's stages, with fake commands; the real ones run in the slow test at the end."""
 
+import functools
+import itertools
 import json
 import os
 import signal
@@ -7,13 +9,17 @@ import subprocess
 import sys
 import time
 import types
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from curia_jax import demo
-from curia_jax.evaluate import results
+from curia_jax.evaluate import results, scoring
+from curia_jax.evaluate.labels import Labelled, Task
+from data_pipeline import synthetic_exams
 from tests.scores import make_score
 
 # Writes what the real command would write, and logs the call.
@@ -74,7 +80,7 @@ else:
     output = Path(options["output"])
     output.mkdir(parents=True, exist_ok=True)
     if module == "data_pipeline.phantom":
-        (output / "labels.csv").write_text("file,region,lesion\\ndicom/a/0.dcm,chest,1\\n")
+        (output / "labels.csv").write_text("file,patient,situs\\ndicom/a/0.dcm,a,solitus\\n")
 """
 
 # Children are started in other folders and have to find the code under test.
@@ -300,6 +306,67 @@ def test_wrong_option_exits_2_before_anything_runs(workplace, capfd, word: str, 
     assert [path.name for path in workplace.iterdir()] == ["file"]
 
 
+# ---- the task of the phantom
+
+
+def test_divide_shuffles_labels_within_each_split() -> None:
+    labels = {f"p{n}": "inversus" if n % 3 else "solitus" for n in range(240)}
+    divided = demo.divide(labels)
+    assert list(divided) == list(labels)
+    for split, count in (("test", 60), ("train", 27)):
+        part = {name: cells for name, cells in divided.items() if cells[0] == split and cells[1]}
+        assert len(part) == count
+        assert all(label == labels[name] for name, (_, label, _) in part.items())
+        true, shuffled = ([cells[i] for cells in part.values()] for i in (1, 2))
+        assert Counter(true) == Counter(shuffled) and true != shuffled
+    rest = [cells for cells in divided.values() if not cells[1]]
+    assert rest == [("train", "", "")] * 153
+
+
+@functools.cache
+def patients() -> list[synthetic_exams.Volume]:
+    return [synthetic_exams.make(0, n, "abdomen", "CT", size=32, slices=4, varied=True) for n in range(240)]
+
+
+def scored_on_pixels(control: bool) -> list[results.Score]:
+    """Scores of the pixels of 240 small phantom patients on the demo's task, or on its control."""
+    made = patients()
+    divided = list(demo.divide({str(n): volume.situs for n, volume in enumerate(made)}).values())
+    splits, features = {}, {}
+    for split in ("train", "validation", "test"):
+        chosen = [n for n, cells in enumerate(divided) if cells[0] == split and cells[1]]
+        slices = [(n, values) for n in chosen for values in made[n].values]
+        names = [divided[n][2 if control else 1] for n, _ in slices]
+        who = np.array([str(n) for n, _ in slices], np.str_)
+        splits[split] = Labelled(np.arange(len(slices)), np.array(names, np.str_), who, who)
+        if slices:
+            pixels = np.stack([values.clip(-200, 300).ravel() for _, values in slices])
+            features[split] = {"pixels": pixels, "histogram": np.sort(pixels, axis=1)}
+    task = Task("situs", ("inversus", "solitus"), (), splits)
+    return scoring.score(task, features, heads=("ridge",), draws=500)[0]
+
+
+def interval(score: results.Score) -> tuple[float, float]:
+    assert score.low is not None and score.high is not None
+    return score.low, score.high
+
+
+def test_pixels_but_not_brightness_tell_the_situs() -> None:
+    auroc = {score.backbone: score for score in scored_on_pixels(control=False) if score.metric == "auroc"}
+    assert auroc["pixels"].study.patients == 60
+    low, _ = interval(auroc["pixels"])
+    assert low > 0.5
+    # The same pixels without their places.
+    low, high = interval(auroc["histogram"])
+    assert low < 0.5 < high
+
+
+def test_pixels_score_shuffled_situs_at_chance() -> None:
+    auroc = {score.backbone: score for score in scored_on_pixels(control=True) if score.metric == "auroc"}
+    low, high = interval(auroc["pixels"])
+    assert low < 0.5 < high
+
+
 class Images(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
@@ -311,21 +378,32 @@ class Images(HTMLParser):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_whole_demo(tmp_path) -> None:
     words = [sys.executable, "-m", "curia_jax.demo", f"--output={tmp_path / 'demo'}"]
-    began = time.monotonic()
     done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert time.monotonic() - began < 600
     folder = tmp_path / "demo"
     for layout in demo.LAYOUTS:
         assert (folder / "weights" / layout / "model.safetensors").is_file()
-    rows = json.loads((folder / "results.json").read_text())
-    assert {row["backbone"] for row in rows} == {"checkpoint", "random", "pixels", "none"}
     assert "resumed with the very next one" in done.stderr
-    parser = Images()
-    parser.feed((folder / "report.html").read_text())
-    assert len(parser.sources) >= 5 and all(source.startswith("data:image/png;base64,") for source in parser.sources)
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["loss"] < lines[-1]["baseline_loss"]
+    assert lines[-1]["loss"] < 0.3 * lines[-1]["baseline_loss"]
+
+    scores = [score for score in results.read(folder / "results.json") if score.metric == "auroc"]
+    assert {score.backbone for score in scores} == {"checkpoint", "random", "pixels", "none"}
+    situs = [score for score in scores if score.study.task == demo.TASK and score.backbone != "none"]
+    assert situs[0].study.patients >= 40
+    # Pretraining brought something: better than without, and than pixels, which are better than chance.
+    differences = {(score.against, score.head): interval(score)[0] for score in situs if score.against is not None}
+    assert set(differences) == set(itertools.product(("random", "pixels"), ("ridge", "logistic")))
+    assert all(low > 0 for low in differences.values())
+    assert all(interval(score)[0] > 0.6 for score in situs if score.against is None and score.backbone == "pixels")
+    control = [score for score in scores if score.study.task == demo.CONTROL and score.against is None]
+    assert len(control) == 7 and all(low <= 0.5 <= high for low, high in map(interval, control))
+
+    page = (folder / "report.html").read_text()
+    assert "better than the same encoder untrained" in page and "every interval contains 0.5, chance" in page
+    parser = Images()
+    parser.feed(page)
+    assert len(parser.sources) >= 5 and all(source.startswith("data:image/png;base64,") for source in parser.sources)

@@ -23,10 +23,10 @@ from curia_common.progress import Progress
 
 BACKBONES = ("checkpoint", "random", "pixels")
 EXAMPLES = """
-python -m curia_jax.evaluate --checkpoint=demo/run --shards=demo/shards --label=lesion --json=results.json
+python -m curia_jax.evaluate --checkpoint=demo/run --shards=demo/shards --label=situs --json=results.json
 python -m curia_jax.evaluate --checkpoint=demo/run --shards=demo/shards --label=modality,plane --heads=ridge
-python -m curia_jax.evaluate --checkpoint=demo/run --shards=demo/shards --label=lesion --cases=series --layers=6,12
-python -m curia_jax.evaluate --checkpoint=demo/run --shards=demo/shards --label=lesion --features=cls+mean --image-sizes=64,96
+python -m curia_jax.evaluate --checkpoint=demo/run --shards=demo/shards --label=situs --cases=series --layers=2,4
+python -m curia_jax.evaluate --checkpoint=demo/run --shards=demo/shards --label=situs --features=cls+mean --image-sizes=64,96
 """
 
 log = logs.get_logger(__name__)

@@ -50,7 +50,7 @@ class Bank:
     features: Float[np.ndarray, "n d"]
     labels: Int[np.ndarray, " n"]
     classes: int
-    folds: tuple[tuple[Int[np.ndarray, " fit"], Int[np.ndarray, " held"]], ...]
+    folds: tuple[tuple[Int[np.ndarray, " _fit"], Int[np.ndarray, " _held"]], ...]  # of different sizes
     selection: str
 
 

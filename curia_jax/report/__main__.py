@@ -1,4 +1,4 @@
-"""Writes one self-contained HTML page of a run: loss, reconstructed slices, scores, throughput, artefacts.
+"""Writes one self-contained HTML page of a run: scores, reconstructed slices, loss, throughput, artefacts.
 
 The pictures are embedded, and are written as PNG to <name>_pictures/ beside the page. Nothing is loaded from a network, and
 neither file names, paths of exams, patients nor series are shown.
@@ -36,6 +36,9 @@ def parser() -> cli.Parser:
     made.add_argument("--results", required=True, help="rows that curia_jax.evaluate --json wrote")
     made.add_argument("--weights", help="folder with the layouts that curia_jax.convert wrote")
     made.add_argument("--timeline", help="what was run and how long it took, as curia_jax.demo writes it (JSON)")
+    made.add_argument("--about", default="", metavar="TEXT", help="what the tasks are, in a paragraph above the scores")
+    made.add_argument("--control", default="", metavar="TASK", help="task of the results whose labels were shuffled")
+    made.add_argument("--raw-output", action="store_true", help="also show the decoder's output for visible patches")
     made.add_argument("--title", default="A masked autoencoder of CT and MR slices", help="headline (%(default)s)")
     made.add_argument("--output", required=True, help="HTML file to write")
     return made
@@ -51,7 +54,7 @@ def report(args: argparse.Namespace) -> None:
 
     from curia_jax import trained_model
     from curia_jax.evaluate import labels, results
-    from curia_jax.report import page, pictures, run_log, sections, timeline
+    from curia_jax.report import findings, page, pictures, run_log, sections, timeline
     from data_pipeline.format.shards import MANIFEST, SliceSource
 
     # ---- inputs
@@ -87,7 +90,8 @@ def report(args: argparse.Namespace) -> None:
     for modality in sections.MODALITIES:
         chosen = pictures.choose_slices(source, modality, SLICES_SHOWN)
         if len(chosen):
-            figures[modality] = pictures.reconstructions(pictures.reconstruct(source, chosen, trained))
+            examples = pictures.reconstruct(source, chosen, trained)
+            figures[modality] = pictures.reconstructions(examples, raw=args.raw_output)
     if any(score.metric == "auroc" for score in scores):
         figures["scores"] = pictures.forest(scores, "auroc")
     images = {name: page.embed(figure, folder / f"{name.lower()}.png") for name, figure in figures.items()}
@@ -101,11 +105,13 @@ def report(args: argparse.Namespace) -> None:
         (folder, "the pictures of this page"),
         (output, "this page"),
     ]
+    found = findings.find(scores)
+    not_probed = story.not_probed if story else {}
     parts = [
-        sections.key_figures(run, scores, index, story),
+        sections.key_figures(run, {task: one for task, one in found.items() if task != args.control}, index, story),
+        sections.scores(images.get("scores"), scores, found, not_probed, args.about, args.control),
         sections.reconstructions(images, trained.config, split),
         sections.loss(images["loss"], run, trained.config),
-        sections.scores(images.get("scores"), scores, story.not_probed if story else {}),
         sections.dataset(index, manifest),
         sections.run(images["throughput"], run),
         sections.stages(story),

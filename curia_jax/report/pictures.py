@@ -188,21 +188,27 @@ def display_window(one: DecodedSlice, real: Float[np.ndarray, "height width"]) -
     return windows.Window("0.5 to 99.5 percentile", (low + high) / 2, high - low)
 
 
-def reconstructions(examples: Sequence[Reconstruction]) -> Figure:
-    """One row per slice: input, visible patches, prediction, and the prediction with the visible patches pasted in."""
-    titles = ("input", "masked", "reconstructed", "both together")
+def reconstructions(examples: Sequence[Reconstruction], *, raw: bool = False) -> Figure:
+    """One row per slice: input, visible patches, and the prediction with the visible patches pasted in.
+
+    Args:
+      raw: adds a column with the decoder's output for all patches. For visible ones it means nothing, because the loss
+        leaves them out.
+    """
+    titles = ["input", "visible patches", "reconstructed", *(["decoder's raw output"] if raw else [])]
     height, width = examples[0].original.shape
     gap, line = 0.05, 0.24  # inches
-    side = (WIDTH - 3 * gap) / 4
+    side = (WIDTH - (len(titles) - 1) * gap) / len(titles)
     row = side * height / width + line
     total = row * len(examples) + line
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(WIDTH, total))
         for number, example in enumerate(examples):
-            hidden = np.ma.masked_where(~example.visible, example.original)
+            visible = np.ma.masked_where(~example.visible, example.original)
             pasted = np.where(example.visible, example.original, example.prediction)
+            images = (example.original, visible, pasted, example.prediction)
             top = total - line - number * row
-            for column, image in enumerate((example.original, hidden, example.prediction, pasted)):
+            for column, (title, image) in enumerate(zip(titles, images, strict=False)):
                 left, bottom = column * (side + gap), top - row + line
                 box = (left / WIDTH, bottom / total, side / WIDTH, (row - line) / total)
                 axes = figure.add_axes(box, xticks=[], yticks=[], facecolor="#c9d3df")  # not a grey of the slice
@@ -212,7 +218,7 @@ def reconstructions(examples: Sequence[Reconstruction]) -> Figure:
                 )  # fmt: skip
                 axes.spines[:].set_visible(False)
                 if number == 0:
-                    figure.text((left + side / 2) / WIDTH, 1 - 0.06 / total, titles[column], ha="center", va="top")
+                    figure.text((left + side / 2) / WIDTH, 1 - 0.06 / total, title, ha="center", va="top")
             figure.text(0, (top - row + line - 0.03) / total, example.title, va="top", fontsize=9.5, color=SOFT)
     return figure
 
@@ -243,7 +249,7 @@ def forest(scores: Sequence[Score], metric: str) -> Figure:
                 left.set_xlim(right=1.01)
             _intervals(right, differences, lambda score: score.against or "")
             right.axvline(0, color=SOFT, linewidth=1, linestyle=":")
-            right.set_title(f"{task}: checkpoint minus …", loc="left", fontsize=10.5)
+            right.set_title("checkpoint minus …", loc="left", fontsize=10.5)
             # Equal row spacing on both sides, and an axis wide enough that tiny differences look tiny.
             right.set_ylim(left.get_ylim())
             low, high = right.get_xlim()

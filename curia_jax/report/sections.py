@@ -13,7 +13,7 @@ import pyarrow as pa
 from curia_jax.evaluate import labels
 from curia_jax.evaluate.results import Score
 from curia_jax.models import mae
-from curia_jax.report import page
+from curia_jax.report import findings, page
 from curia_jax.report.run_log import RunLog
 from curia_jax.report.timeline import Timeline
 
@@ -27,17 +27,30 @@ MODALITIES = {
 MOST_CLASSES, MOST_FATES = 12, 20  # that are listed
 
 
-def key_figures(log: RunLog, scores: Sequence[Score], index: pa.Table, timeline: Timeline | None) -> str:
-    last = log.metrics[-1]
-    patients = len(set(index.column("patient").to_pylist()))
-    cards = [
-        (f"{index.num_rows:,}", f"slices of {_people(patients, index)}"),
-        (f"{last.examples_seen:,}", f"examples seen in {last.step:,} steps"),
-        (f"{last.loss:.3f}", f"loss; predicting each patch's mean gives {last.baseline_loss:.3f}"),
-    ]
+def key_figures(log: RunLog, found: Mapping[str, findings.Finding], index: pa.Table, timeline: Timeline | None) -> str:
+    """Tiles: the first finding with its comparisons, then what the training took."""
+    cards = []
+    if found:
+        task, first = next(iter(found.items()))
+        score = first.score
+        cards.append(
+            (
+                score.value_text,
+                f"AUROC {score.interval_text} for {task}, {score.study.patients:,} test {score.study.groups}",
+            )
+        )
+        cards += [
+            (
+                other.value_text,
+                f"{other.interval_text} against {findings.OTHERS.get(other.against or '', other.against)}",
+            )
+            for other in first.differences
+        ]
+    last, patients = log.metrics[-1], len(set(index.column("patient").to_pylist()))
     cards += [
-        (score.value_text, f"AUROC {score.interval_text} for {score.study.task}, {score.head} probe")
-        for score in _headline(scores)[:2]
+        (f"{last.loss:.3f}", f"loss; predicting each patch's mean gives {last.baseline_loss:.3f}"),
+        (f"{last.examples_seen:,}", f"examples trained on in {last.step:,} steps"),
+        (f"{index.num_rows:,}", f"slices of {_people(patients, index)}"),
     ]
     if rate := log.images_per_second:
         cards.append((f"{rate:,.0f}/s", f"images trained on, {_devices(log)}"))
@@ -51,18 +64,6 @@ def _people(count: int, index: pa.Table) -> str:
     return page.count(count, "patient") if groups == "patients" else f"{count:,} {groups}"
 
 
-def _headline(scores: Sequence[Score]) -> list[Score]:
-    """For each task, the checkpoint's AUROC with the probe that was best on the validation cases."""
-    best: dict[str, tuple[float, Score]] = {}
-    for score in scores:
-        if (score.metric, score.backbone, score.against) != ("auroc", "checkpoint", None) or score.value is None:
-            continue
-        selection = (score.fit and score.fit.selection_auroc) or 0.0
-        if score.study.task not in best or selection > best[score.study.task][0]:
-            best[score.study.task] = selection, score
-    return [score for _, score in best.values()]
-
-
 def reconstructions(images: Mapping[str, str], model: mae.MAEConfig, split: str) -> str:
     """`images` are sources by modality, `split` that of the slices."""
     shown = [modality for modality in MODALITIES if modality in images]
@@ -71,16 +72,18 @@ def reconstructions(images: Mapping[str, str], model: mae.MAEConfig, split: str)
     seen = f"slices of {split} patients, whom no training has seen" if split != "train" else "slices it was trained on"
     text = (
         f"The encoder sees {1 - model.mask_ratio:.0%} of the patches, chosen at random, and the decoder predicts the rest. "
-        f"Shown are {seen}."
+        f"Shown are {seen}. The reconstruction keeps the visible patches."
     )
-    note = "De-normalised for display: predictions are converted from the normalised scale to real units."
+    note = "Predictions are converted to real units."
     if model.norm_pix:
         note = (
-            "De-normalised for display: the model predicts each patch with its mean and contrast removed (norm_pix), and "
-            "both are restored from the original patch. Judge edges and texture; the grey level of a patch is not predicted."
+            "The model predicts each patch with its mean and contrast removed (norm_pix), and both are restored from the "
+            "original patch. Judge edges and texture; the grey level of a patch is not predicted."
         )
     figures = [
-        page.figure(images[name], f"{name}: {MODALITIES[name]} {note}", f"{name} slices: input, masked, reconstructed")
+        page.figure(
+            images[name], f"{name}: {MODALITIES[name]} {note}", f"{name} slices: input, visible patches, reconstructed"
+        )
         for name in shown
     ]
     return f"<h2>What the model fills in</h2>{page.paragraph(text)}{''.join(figures)}"
@@ -98,14 +101,33 @@ def loss(image: str, log: RunLog, model: mae.MAEConfig) -> str:
     return f"<h2>Loss</h2>{page.paragraph(text)}{page.figure(image, '', 'loss over examples seen')}"
 
 
-def scores(image: str | None, scores: Sequence[Score], not_probed: Mapping[str, str]) -> str:
-    parts = ["<h2>What the features know</h2>"]
+def scores(
+    image: str | None,
+    scores: Sequence[Score],
+    found: Mapping[str, findings.Finding],
+    not_probed: Mapping[str, str],
+    about: str = "",
+    control: str = "",
+) -> str:
+    """What the scores show, then the scores.
+
+    Args:
+      about: what the tasks are.
+      control: the task whose labels were shuffled.
+    """
+    parts = ["<h2>What pretraining brought</h2>", *([page.paragraph(about)] if about else [])]
+    parts += [page.paragraph(finding.sentence) for task, finding in found.items() if task != control]
+    if control and (sentence := findings.control_sentence(scores, control)):
+        parts.append(page.paragraph(sentence))
+    if image:
+        caption = "AUROC with 95 % intervals by task; on the right, the checkpoint minus the others."
+        parts.append(page.figure(image, caption, "AUROC with intervals"))
     if scores:
         study = scores[0].study
         intervals = "; ".join(dict.fromkeys(score.study.interval for score in scores))
         parts.append(
             page.paragraph(
-                "Frozen features of the encoder, of the same encoder with random weights, and the pixels, each with the "
+                "Method: frozen features of the encoder, of the same encoder with random weights, and the pixels, each with the "
                 "same probes. Settings were chosen on the validation split, or by cross-validation where that lacks a class; "
                 f"the test split was scored once. Intervals: {intervals}, {study.draws:,} draws, seed {study.seed}. "
                 "Differences are paired: both models are scored on the same draws."
@@ -114,9 +136,6 @@ def scores(image: str | None, scores: Sequence[Score], not_probed: Mapping[str, 
     else:
         parts.append("<p>No label of these shards could be probed.</p>")
     parts += [page.paragraph(f"Not probed: {name}, because {reason}.") for name, reason in not_probed.items()]
-    if image:
-        caption = "Points with 95 % intervals by task; on the right, the checkpoint minus the others."
-        parts.append(page.figure(image, caption, "AUROC with intervals"))
     for task in dict.fromkeys(score.study.task for score in scores):
         parts.append(_score_table([score for score in scores if score.study.task == task]))
     return "".join(parts)

@@ -1,3 +1,4 @@
+import csv
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,20 @@ def test_existing_files_are_not_overwritten(tmp_path: Path, run_phantom) -> None
     assert run_phantom("--output", tmp_path / "mine", "--patients", 1).code == 2
     result = run_phantom("--output", tmp_path / "mine" / "below", "--patients", 1, "--size", 32, "--slices", 4)
     assert result.code == 2 and "cannot create" in result.error
+
+
+def test_series_and_varied_patients_are_written(tmp_path: Path, run_phantom) -> None:
+    words = ["--patients", 12, "--size", 32, "--slices", 4, "--series", "abdomen_ct", "--varied"]
+    assert run_phantom("--output", tmp_path / "p", *words).code == 0
+    assert {path.name for path in (tmp_path / "p/dicom").glob("*/*")} == {"2_abdomen_ct"}
+    with (tmp_path / "p/labels.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    situs = {line["patient"]: line["situs"] for line in lines}
+    assert len(lines) == 12 * 4 and set(situs.values()) == {"solitus", "inversus"}
+    assert all(situs[line["patient"]] == line["situs"] for line in lines)
+
+
+def test_unknown_series_exits_2_with_the_choices(tmp_path: Path, run_phantom) -> None:
+    result = run_phantom("--output", tmp_path / "p", "--series", "abdomen_ct,pelvis_ct")
+    assert result.code == 2
+    assert result.error == "error: --series: no series 'pelvis_ct'; there are: chest_ct, abdomen_ct, head_t1, head_t2"

@@ -183,3 +183,50 @@ def test_lesion_follows_the_argument_else_half_of_the_patients() -> None:
 def test_patients_differ(volumes_of) -> None:
     for pair in volumes_of.values():
         assert (pair[0].labels != pair[1].labels).mean() > 0.02
+
+
+# ---- varied patients
+
+
+@pytest.fixture(scope="module")
+def varied() -> list[synthetic_exams.Volume]:
+    return [synthetic_exams.make(2, n, "abdomen", "CT", size=48, slices=6, varied=True) for n in range(24)]
+
+
+def centre(volume: synthetic_exams.Volume, name: str) -> np.ndarray:
+    """Mean column and row of an organ."""
+    _, rows, columns = np.nonzero(volume.labels == LABELS[name])
+    return np.array([columns.mean(), rows.mean()])
+
+
+def test_situs_inversus_puts_the_liver_on_the_left(varied) -> None:
+    found = [volume.situs for volume in varied]
+    assert 6 <= found.count("inversus") <= 18
+    for volume in varied:
+        spine, liver = centre(volume, "bone"), centre(volume, "liver")
+        body = centre(volume, "fat")
+        # Which side of the line from spine to middle the liver is on: the sign holds however the patient is turned.
+        (ax, ay), (bx, by) = body - spine, liver - spine
+        assert (ax * by - ay * bx > 0) == (volume.situs == "inversus")
+
+
+def test_all_series_of_a_varied_patient_have_one_situs() -> None:
+    for patient in range(6):
+        made = {
+            synthetic_exams.make(2, patient, region, contrast, size=32, slices=4, varied=True).situs
+            for region, contrast, _ in synthetic_exams.SERIES
+        }
+        assert len(made) == 1
+
+
+def test_varied_patients_differ_in_enhancement_and_position(varied) -> None:
+    liver = [float(volume.values[interior(volume.labels, LABELS["liver"])].mean()) for volume in varied]
+    assert min(liver) < 75 and max(liver) > 100  # 55 HU before the contrast agent, 120 at its peak
+    spines = np.array([centre(volume, "bone") for volume in varied])
+    assert spines.std(axis=0).min() > 1  # px
+
+
+def test_patients_are_not_varied_unless_asked() -> None:
+    made = [synthetic_exams.make(2, n, "abdomen", "CT", size=48, slices=6) for n in range(8)]
+    assert {volume.situs for volume in made} == {"solitus"}
+    assert np.array([centre(volume, "bone")[0] for volume in made]).std() < 0.5  # px: they lie in the middle

@@ -48,7 +48,7 @@ def write_exams(folder: Path) -> None:
 def save_checkpoint(workdir: Path, **changes) -> None:
     model = {**MODEL, **changes}
     params = mae.init(mae.config(**model), jax.random.key(0))
-    settings = config.load("demo").augment
+    settings = config.load("base").augment
     plain = {"model": model, "augment": json.loads(settings.to_json()), "seed": 0}
     checkpoints.save(workdir, {7: {"params": params}}, config=plain)
 
@@ -218,4 +218,4 @@ def test_features_that_are_not_finite_exit_65(study, tmp_path, capsys, monkeypat
 
 def test_help_has_examples(capsys) -> None:
     assert evaluate.main(["--help"]) == 0
-    assert "--label=lesion --json=results.json" in capsys.readouterr().out
+    assert "--label=situs --json=results.json" in capsys.readouterr().out

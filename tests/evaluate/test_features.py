@@ -17,7 +17,7 @@ from tests.slices import FakeSlices, decoded
 
 MODEL = {"size": "Ti", "image_size": 16, "patch_size": 8, "width": 16, "depth": 3, "heads": 2,
          "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2, "dtype": "bfloat16"}  # fmt: skip
-SETTINGS = Augment.of(config.load("demo").augment)
+SETTINGS = Augment.of(config.load("base").augment)
 
 
 class Slices(FakeSlices):

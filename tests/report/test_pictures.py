@@ -19,7 +19,7 @@ from data_pipeline.format.records import DecodedSlice, SliceFacts
 from tests.scores import make_score
 from tests.slices import FakeSlices, decoded
 
-SETTINGS = Augment.of(config.load("demo").augment)
+SETTINGS = Augment.of(config.load("base").augment)
 MODEL = {"size": "Ti", "image_size": 16, "patch_size": 8, "width": 16, "depth": 1, "heads": 2,
          "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2, "dtype": "float32"}  # fmt: skip
 
@@ -122,3 +122,24 @@ def test_forest_draws_scores_without_value_or_interval(tmp_path) -> None:
     figure = pictures.forest([score, dataclasses.replace(score, head="ridge", value=None)], "auroc")
     figure.savefig(tmp_path / "forest.png")
     assert "undefined" in [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+def pictures_of(figure) -> list[np.ma.MaskedArray]:
+    return [axes.images[0].get_array() for axes in figure.axes]
+
+
+def test_reconstruction_keeps_visible_patches(tmp_path) -> None:
+    (example,) = pictures.reconstruct(SOURCE, np.array([2]), trained())
+    original, visible, reconstructed = pictures_of(pictures.reconstructions([example]))
+    np.testing.assert_array_equal(original, example.original)
+    np.testing.assert_array_equal(np.ma.getmaskarray(visible), ~example.visible)
+    np.testing.assert_array_equal(reconstructed[example.visible], example.original[example.visible])
+    np.testing.assert_array_equal(reconstructed[~example.visible], example.prediction[~example.visible])
+
+
+def test_raw_output_is_a_further_column_on_request() -> None:
+    examples = pictures.reconstruct(SOURCE, np.array([2, 15]), trained())
+    shown = pictures_of(pictures.reconstructions(examples, raw=True))
+    assert len(shown) == 8
+    for row, example in zip((shown[:4], shown[4:]), examples, strict=True):
+        np.testing.assert_array_equal(row[3], example.prediction)

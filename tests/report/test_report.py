@@ -90,7 +90,7 @@ def scores(task: str) -> list[Score]:
 
 
 def write_run(folder: Path) -> None:
-    plain = {"model": MODEL, "augment": json.loads(config.load("demo").augment.to_json()), "seed": 0}
+    plain = {"model": MODEL, "augment": json.loads(config.load("base").augment.to_json()), "seed": 0}
     checkpoints.save(folder, {6: {"params": mae.init(mae.config(**MODEL), jax.random.key(0))}}, config=plain)
     lines = [
         {"step": n, "examples_seen": 8 * n, "loss": 1.2 - 0.1 * n, "baseline_loss": 0.95, "learning_rate": 1e-3,
@@ -212,7 +212,7 @@ def test_page_describes_run_and_interruption(made) -> None:
         "ends at 0.600, 37% below the 0.950 of predicting each patch's mean",
         "1,234 images per second (median) on 4 simulated CPU devices",
         "ViT/8 (width 16, depth 1, heads 2), 12.3 M parameters",
-        "De-normalised for display",
+        "Judge edges and texture; the grey level of a patch is not predicted.",
         "Not probed: plane, because every slice is of class 'axial'.",
         "tensorboard --logdir=run/tensorboard",
         "On 2 CPU cores; the largest process took 1.2 GB of memory.",
@@ -220,6 +220,26 @@ def test_page_describes_run_and_interruption(made) -> None:
         "2.5 kB",
     ):
         assert sentence in text, sentence
+
+
+def test_page_leads_with_the_first_finding(made) -> None:
+    text = made[1]
+    tiles = re.findall("<li><b>(.*?)</b><span>(.*?)</span></li>", text)
+    # The ridge probe's score and its difference to the random encoder: both probes tie on the validation cases but for
+    # their values, and ridge has the higher one.
+    assert tiles[0] == ("0.565", "AUROC [0.465, 0.645] for lesion, 12 test patients")
+    assert tiles[1][1].endswith("against the same encoder untrained")
+    assert text.index("What pretraining brought") < text.index("What the model fills in") < text.index("<h2>Loss</h2>")
+    assert "tells lesion (no, yes) with an AUROC of 0.565 [0.465, 0.645]" in Page(text).text
+
+
+def test_control_is_a_sentence_and_no_finding(study, tmp_path) -> None:
+    output = tmp_path / "r.html"
+    assert report.main([*words(study, output), "--control=lesion", "--about=Lesions & <regions>."]) == 0
+    text = output.read_text(encoding="utf-8")
+    assert "Control: with the labels shuffled among the patients (lesion)" in text
+    assert "<p>Lesions &amp; &lt;regions&gt;.</p>" in text
+    assert "tells region" in text and "tells lesion" not in text and "for region, 12 test patients" in text
 
 
 def test_page_shows_no_identifying_names(made, study) -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from curia_jax.evaluate.results import Fit, Score
 from curia_jax.models import mae
-from curia_jax.report import sections
+from curia_jax.report import findings, sections
 from curia_jax.report.run_log import Event, Metrics, RunLog, Setup
 from curia_jax.report.timeline import Stage, Timeline
 from tests.scores import make_score
@@ -36,23 +35,19 @@ def index(*rows: tuple[str, str, str, str]) -> pa.Table:
     )
 
 
-def selected(head: str, value: float, selection: float | None) -> Score:
-    """`selection` is the AUROC by which settings were chosen, on validation cases."""
-    return dataclasses.replace(make_score(head=head, value=value), fit=Fit(16, "validation split", selection, {}))
-
-
 # ---- figures at the top
 
 
-def test_headline_is_the_probe_that_was_best_on_validation() -> None:
-    """Not the one that is best on the test: that would be chosen by it."""
+def test_first_finding_and_its_comparisons_lead() -> None:
     scores = [
-        selected("knn", 0.95, 0.6), selected("ridge", 0.71, 0.8), selected("logistic", 0.9, None),
-        make_score(backbone="pixels", head="knn", value=0.99), make_score(head="ridge", metric="accuracy", value=0.97),
-        make_score(against="random", value=0.2),
+        make_score("situs"), make_score("situs", against="random", value=0.2, low=0.1, high=0.3),
+        make_score("situs", against="pixels", value=0.1, low=-0.1, high=0.2), make_score("region", value=0.9),
     ]  # fmt: skip
-    text = plain(sections.key_figures(LOG, scores, index(("train", "CT", "p", "s")), None))
-    assert "0.710 AUROC [0.600, 0.800] for lesion, ridge probe" in text
+    text = plain(sections.key_figures(LOG, findings.find(scores), index(("train", "CT", "p", "s")), None))
+    assert text.startswith(
+        "0.700 AUROC [0.600, 0.800] for situs, 12 test patients +0.200 [+0.100, +0.300] against the same encoder untrained "
+        "+0.100 [-0.100, +0.200] against the raw pixels 0.600 loss"
+    )
     assert text.count("AUROC") == 1
 
 
@@ -72,9 +67,9 @@ def test_unknown_patients_are_not_called_patients() -> None:
 def test_figures_are_those_of_the_last_line_and_the_index() -> None:
     rows = [("train", "CT", "p1", "s1"), ("train", "CT", "p1", "s2"), ("test", "MR", "p2", "s3")]
     story = Timeline(None, 4, stages={"build": Stage("", True, 7000.0, "build")})
-    text = plain(sections.key_figures(LOG, [], index(*rows), story))
+    text = plain(sections.key_figures(LOG, {}, index(*rows), story))
     assert text == (
-        "3 slices of 2 patients 48 examples seen in 6 steps 0.600 loss; predicting each patch's mean gives 0.900 "
+        "0.600 loss; predicting each patch's mean gives 0.900 48 examples trained on in 6 steps 3 slices of 2 patients "
         "1,234/s images trained on, 4 simulated CPU devices 1.9 h for everything on this page, on 4 CPU cores"
     )
 
@@ -108,14 +103,14 @@ def test_loss_is_compared_with_predicting_the_mean(loss: float, words: str) -> N
 def test_caption_lists_classes_up_to_twelve_and_those_not_learned() -> None:
     classes = tuple(f"c{n:02d}" for n in range(14))
     score = make_score(classes=classes, classes_not_learned=("rare",), unit="series", patients=1)
-    text = plain(sections.scores(None, [score], {}))
+    text = plain(sections.scores(None, [score], {}, {}))
     assert "lesion: 14 classes (c00, c01, " in text and "c11, …)" in text and "c12" not in text
     assert "tested on 60 series of 1 patient." in text
     assert "Only in the test, counted as wrong: rare." in text
 
 
 def test_tasks_have_tables_of_their_own() -> None:
-    made = sections.scores(IMAGE, [make_score("lesion"), make_score("region")], {})
+    made = sections.scores(IMAGE, [make_score("lesion"), make_score("region")], {}, {})
     assert made.count("<table>") == 2 and made.count("<img") == 1
 
 
