@@ -124,6 +124,11 @@ def run(
         for finish in reversed(_last_words):
             finish(code, line)
         _running = False
+        if own_process and line == stopped:
+            # Libraries that a signal left half way (XLA in a compilation, say) can crash in Python's own end, and lose the code.
+            with contextlib.suppress(OSError, ValueError):
+                sys.stdout.flush()
+            os._exit(code)
         return code
 
 

@@ -127,6 +127,23 @@ def test_stop_signal_cleans_up_and_exits_75(number: signal.Signals) -> None:
     assert (process.returncode, out, err) == (75, "cleaning\n", "stopped; rerun the same command to resume\n")
 
 
+def test_library_that_crashes_after_a_stop_does_not_replace_the_exit_code() -> None:
+    program = """
+import atexit, os, signal, sys
+from curia_common import cli
+
+def action(args):
+    atexit.register(os.abort)
+    print("result")
+    os.kill(os.getpid(), signal.SIGINT)
+
+sys.exit(cli.run(cli.parser("crashes", "", examples="crashes"), action, None))
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (75, "result\n")
+    assert found.stderr == "stopped; rerun the same command to resume\n"
+
+
 LEAVES = """
 import sys, threading, time
 from curia_common import cli
