@@ -328,12 +328,13 @@ def test_phase_and_field_maps_are_mr_without_loss(tmp_path: Path) -> None:
     np.testing.assert_allclose(real(found), axial(hertz), atol=0.5 * np.ptp(hertz) / 65535 * 1.01)
 
 
-@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int32])
-@pytest.mark.parametrize("outlier", [1e6, -1e5, 2e9, 3e38])
+@pytest.mark.parametrize(
+    ("kind", "outlier"),
+    [(kind, outlier) for kind in (np.float32, np.float64, np.int32) for outlier in (1e6, -1e5, 2e9)]
+    + [(np.float32, 3e38), (np.float64, 3e38)],
+)
 @pytest.mark.parametrize("modality", ["CT", "MR", "auto"])
 def test_single_outlier_does_not_cost_the_resolution_of_others(tmp_path: Path, kind, outlier: float, modality) -> None:
-    if kind == np.int32 and outlier > 2**31:
-        pytest.skip("does not fit")
     values = (ct() + (0 if kind == np.int32 else 0.25)).astype(kind)
     values[3, 3, 3] = outlier
     _, found = slices(write_nifti(tmp_path / "v.nii", "RAS", values), modality)
