@@ -105,7 +105,7 @@ def test_checkout_that_is_not_installed_loads_configs(tmp_path: Path) -> None:
         "from curia_jax import config; print(config.load('configs/demo.py').model.width, config.load('demo').batch_size)"
     )
     out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert out.stdout.split() == ["128", "32"], out.stderr
+    assert out.stdout.split() == ["64", "32"], out.stderr
 
 
 # ---- config files
@@ -220,8 +220,8 @@ def test_named_size_with_own_dimensions_is_refused() -> None:
 
 
 def test_dimensions_of_a_custom_model_can_be_changed() -> None:
-    config = configs.load("demo", ["--config.model.width=64"])
-    assert mae.config(**config.model).encoder.width == 64
+    config = configs.load("demo", ["--config.model.width=96"])
+    assert mae.config(**config.model).encoder.width == 96
 
 
 # ---- checkpoints of earlier versions

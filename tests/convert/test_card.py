@@ -156,7 +156,7 @@ def test_model_card_advertises_no_pipeline() -> None:
 
 def test_recipe_is_that_of_training(converted) -> None:
     wanted = {
-        "hu_window": [-1000.0, 1000.0], "percentiles_unless_hu": [0.5, 99.5], "percentile_method": "inverted_cdf",
+        "hu_window": [-200.0, 300.0], "percentiles_unless_hu": [0.5, 99.5], "percentile_method": "inverted_cdf",
         "scale_to": [0.0, 1.0], "size": [8, 32], "fit": "squash", "resample": "bicubic", "antialias": True,
         "image_mean": 0.3, "image_std": 0.25, "channels": 1,
     }  # fmt: skip

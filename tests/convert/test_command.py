@@ -51,7 +51,7 @@ def test_json_describes_the_written_folder(runs, converted) -> None:
         assert result["tensors"] == len(names)
         assert header["format"] == "pt" and header["curia_jax.step"] == "7" and header["curia_jax.layout"] == layout
         assert header["curia_jax.patch_order"] == "row, column, channel"
-        assert header["curia_jax.gelu"] == "exact (erf)" and header["curia_jax.hu_window"] == "[-1000.0, 1000.0]"
+        assert header["curia_jax.gelu"] == "exact (erf)" and header["curia_jax.hu_window"] == "[-200.0, 300.0]"
         own = json.loads(files["config.json"].read_text())["curia_jax"]
         assert (own["run"], own["step"], own["layout"]) == ("ward-seven", 7, layout)
         version = curia_common.__version__
