@@ -65,6 +65,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.workers = 16  # reading processes per host; 0 reads in the training process
     config.data.additions = placeholder(int)  # use the first build and this many additions of the dataset; None: all
     config.data.on_change = "refuse"  # or new_epoch: what resuming does where the dataset is not the checkpoint's
+    config.data.damaged_share = 0.001  # of the slices that may be damaged, others take their place; 0: none may be
+    config.data.check_shards = True  # compare every shard with its digest once per start, in the background
 
     config.augment = ml_collections.ConfigDict()
     config.augment.hu_window = (-1000.0, 1000.0)  # lower and upper edge, HU
@@ -83,6 +85,12 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.b2 = 0.95  # of AdamW
     config.optimizer.weight_decay = 0.05  # of weights and tokens; none for biases and norms
     config.optimizer.clip_norm = placeholder(float)  # largest norm of the gradients; None: any
+
+    # An update is not applied where the loss or the norm of the gradients is not finite, or too large.
+    config.guard = ml_collections.ConfigDict()
+    config.guard.factor = 10.0  # x the running mean of the norm, x the loss of the first step: more is too large
+    config.guard.patience = 20  # refused updates in a row, then back to the last good checkpoint with later examples
+    config.guard.rollbacks = 3  # how often in a run, then it ends with exit code 64
 
     config.mesh = ml_collections.ConfigDict()
     config.mesh.replica = 1  # TPU slices

@@ -333,8 +333,11 @@ def _step_of(folder: epath.Path, meta: Meta) -> int:
     return int(folder.name)
 
 
-def latest(workdir: str) -> tuple[int, Meta] | None:
+def latest(workdir: str, *, good: bool = False) -> tuple[int, Meta] | None:
     """Step of the newest whole checkpoint of a work directory, and what it says of itself; None where nothing was saved.
+
+    Args:
+      good: the newest whose last update was applied.
 
     Where several hosts call it together they share the work and find the same.
 
@@ -347,6 +350,8 @@ def latest(workdir: str) -> tuple[int, Meta] | None:
         # A file system may show a new folder to one host before the others.
         newest = int(multihost_utils.broadcast_one_to_all(np.int32(finished[-1] if finished else -1)))
         finished = [step for step in finished if step < newest] + ([newest] if newest >= 0 else [])
+    if good:
+        finished = [step for step in finished if not read_meta(folder / str(step)).metrics.get("refused_updates", 0)]
     if not finished:
         return None
     for step in _step_folders(folder):

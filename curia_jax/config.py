@@ -28,7 +28,8 @@ RENAMED = {"model.attention": {"kernel": "pallas"}}
 # What it means that a field is missing from a checkpoint: what runs did before the field existed.
 MISSING = {
     "keep_every": "", "keep_best": "", "save_patience": 60.0, "model.activation": "gelu", "model.attention": "xla", "model.width": None, "model.depth": None,
-    "model.heads": None, "model.mlp_width": None, "data.additions": None, "data.on_change": "refuse",
+    "model.heads": None, "model.mlp_width": None, "data.additions": None, "data.on_change": "refuse", "data.damaged_share": 0.0,
+    "data.check_shards": False,
     "augment.reading_window_probability": 0.0, "augment.intensity_jitter": 0.0, "augment.crop_scale": (1.0, 1.0),
     "augment.crop_ratio": (1.0, 1.0), "augment.flip": False, "devices.heartbeat_seconds": 60,
     "devices.watchdog_seconds": 1800, "devices.check_every": 0,
@@ -99,6 +100,11 @@ def changes(old: Mapping[str, Any] | ConfigDict, new: Mapping[str, Any] | Config
 
 
 def steps(duration: str, *, batch_size: int, examples: int, total: int | None = None) -> int:
+    """Turns a duration into optimizer steps, rounded; see `count`."""
+    return round(count(duration, batch_size=batch_size, examples=examples, total=total))
+
+
+def count(duration: str, *, batch_size: int, examples: int, total: int | None = None) -> float:
     """Turns a duration into optimizer steps.
 
     Args:
@@ -116,7 +122,7 @@ def steps(duration: str, *, batch_size: int, examples: int, total: int | None = 
     number = float(match[1])
     unit = match[2].rstrip("s")
     per_unit = {"step": 1.0, "example": 1 / batch_size, "epoch": examples / batch_size, "%": (total or 0) / 100}[unit]
-    return round(number * per_unit)
+    return number * per_unit
 
 
 # ---- config files

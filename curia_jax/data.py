@@ -5,6 +5,7 @@ number of hosts: epochs follow one another, each a new shuffle of all slices. Ba
 k*B … k*B + B - 1 after the start; host p of n reads the p-th of n equal parts of them and nothing else.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NotRequired, Protocol, TypedDict, cast, runtime_checkable
 
@@ -15,11 +16,14 @@ from absl import flags
 from jax.sharding import Sharding
 from jaxtyping import Bool, Float32, Int32, Int64, UInt16
 
-from curia_common import processes
-from curia_common.errors import UserError
+from curia_common import logs, processes
+from curia_common.errors import DataError, UserError
 from curia_jax.augment import Batch
 from curia_jax.buffers import BufferPool, SharedBuffer, SharedBufferPool, SharedBufferReader
 from data_pipeline.format.records import SliceFacts
+from data_pipeline.format.shards import SliceSource
+
+logger = logs.get_logger(__name__)
 
 
 @runtime_checkable
@@ -44,6 +48,8 @@ class HostBatch(TypedDict):
 
     Attributes:
       slice: slice numbers.
+      damaged: number of the slice that could not be read, where another one is in its place; -1 elsewhere. Only in
+        `training_batches`.
       valid: False for padding; only in `evaluation_batches`.
     """
 
@@ -55,6 +61,7 @@ class HostBatch(TypedDict):
     high: Float32[np.ndarray, " batch"]
     hu: Bool[np.ndarray, " batch"]
     slice: Int64[np.ndarray, " batch"]
+    damaged: NotRequired[Int64[np.ndarray, " batch"]]
     valid: NotRequired[Bool[np.ndarray, " batch"]]
 
 
@@ -97,6 +104,8 @@ def slice_numbers(first: int, count: int, *, slices: int, seed: int) -> Int64[np
     return np.concatenate(parts)
 
 
+# Slices that are tried in the place of a damaged one; their orders are those of epochs that no run reaches.
+_ATTEMPTS, _REPLACEMENTS = 16, 2**40
 _ROUNDS = 6  # even; from 8 bits on, no deviation from evenly random orders shows in 6,000 epochs
 
 
@@ -138,6 +147,7 @@ def training_batches(
     threads: int = 2,
     prefetch: int = 4,
     workers: int = 0,
+    replace_damaged: bool = False,
 ) -> Iterator[HostBatch]:
     """This host's part of every global batch from example number `examples_seen` on, without end.
 
@@ -147,16 +157,18 @@ def training_batches(
       canvas: height and width of the pixels in a batch.
       threads, prefetch: reading threads, and examples read ahead, per worker; at least one batch per thread is read ahead.
       workers: reading processes; 0 reads in this process.
+      replace_damaged: another slice takes the place of one that cannot be read; which one follows from its number and the seed.
 
     Raises:
       UserError: the batch does not divide over the hosts.
+      DataError: a slice cannot be read, and is not to be replaced or cannot be.
     """
     if batch_size % process_count:
         raise UserError(
             f"batch_size {batch_size} does not divide over {process_count} hosts; choose a multiple of {process_count}"
         )
     part = batch_size // process_count
-    load = _LoadBatch(source, seed, examples_seen + process_index * part, batch_size, part, canvas)
+    load = _LoadBatch(source, seed, examples_seen + process_index * part, batch_size, part, canvas, replace_damaged)
     # 2**32 batches are "without end": a Grain range needs a stop. One of Grain's elements is a whole batch, because Grain's
     # overhead per element would exceed the decoding of a small slice.
     dataset = grain.MapDataset.range(2**32).map(load)
@@ -177,11 +189,11 @@ class _LoadBatch:
     """Batch number -> this host's part of it. A class, because Grain pickles it for its worker processes."""
 
     def __init__(
-        self, source: Slices, seed: int, first: int, batch_size: int, part: int, canvas: tuple[int, int]
+        self, source: Slices, seed: int, first: int, batch_size: int, part: int, canvas: tuple[int, int], replace: bool
     ) -> None:
         self._source, self._seed = source, seed
         self._first, self._batch_size, self._part = first, batch_size, part
-        self._shape = (part, *canvas)
+        self._shape, self._replace = (part, *canvas), replace
         self._pool: BufferPool | SharedBufferPool = BufferPool(self._shape)
 
     def __call__(self, batch: int) -> HostBatch:
@@ -189,9 +201,36 @@ class _LoadBatch:
         first = self._first + batch * self._batch_size
         numbers = slice_numbers(first, self._part, slices=len(self._source), seed=self._seed)
         if isinstance(self._pool, BufferPool):
-            return _read(self._source, numbers, self._pool.take())
+            return self._filled(numbers, self._pool.take())
         pixels, buffer = self._pool.take()
-        return cast(HostBatch, _read(self._source, numbers, pixels) | {"pixels": buffer})
+        return cast(HostBatch, self._filled(numbers, pixels) | {"pixels": buffer})
+
+    def _filled(
+        self, numbers: Int64[np.ndarray, " batch"], pixels: UInt16[np.ndarray, "batch height width"]
+    ) -> HostBatch:
+        damaged = np.full(len(numbers), -1)
+        try:
+            return {**_read(self._source, numbers, pixels), "damaged": damaged}
+        except DataError:
+            if not self._replace:
+                raise
+        readable = numbers.copy()
+        for place, number in enumerate(numbers):
+            readable[place] = self._readable(number, pixels[place : place + 1])
+        return {**_read(self._source, readable, pixels), "damaged": np.where(readable != numbers, numbers, damaged)}
+
+    def _readable(self, number: np.int64, pixels: UInt16[np.ndarray, "1 height width"]) -> np.int64:
+        """The slice itself, or the first readable one of those that may take its place."""
+        tried = np.array([number])
+        for attempt in range(_ATTEMPTS):
+            try:
+                self._source.read_into(tried.tolist(), pixels)
+                return tried[0]
+            except DataError:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+            tried = _shuffled(np.array([number]), len(self._source), self._seed, _REPLACEMENTS + attempt)
+        raise AssertionError
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_pool": None}
@@ -243,3 +282,66 @@ def to_devices(batch: HostBatch, sharding: Sharding) -> Batch:
     """The device fields of every host's part as global arrays, split as `sharding` says. Does not block."""
     arrays = {name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in DEVICE_FIELDS}
     return cast(Batch, arrays)
+
+
+class Damage:
+    """Counts the slices of a source that could not be read.
+
+    Args:
+      share: of the slices, up to which a run goes on.
+    """
+
+    def __init__(self, source: SliceSource, share: int | float) -> None:
+        self._source, self._share = source, share
+        self._found: set[int] = set()
+
+    def note(self, batch: HostBatch) -> None:
+        """Names the damaged slices of a batch that are new.
+
+        Raises:
+          DataError: they are too many.
+        """
+        for number in sorted({*batch.get("damaged", np.empty(0, np.int64)).tolist()} - self._found - {-1}):
+            self._found.add(number)
+            place, count, slices = self._source.place(number), len(self._found), len(self._source)
+            if count > self._share * slices:
+                raise DataError(
+                    f"{place} is damaged; that makes {count:,} of {slices:,} slices, more than the share of "
+                    f"{self._share:g} that --config.data.damaged_share allows; copy the dataset again or allow more"
+                )
+            logger.warning(f"{place} is damaged: another slice is in its place ({count:,} of {slices:,} slices so far)")
+
+
+class ShardCheck:
+    """Compares all shards with their digests once, in the background.
+
+    Args:
+      first: number of the shard to begin with; another one at each start, so that a run which is often restarted gets to all.
+    """
+
+    def __init__(self, source: SliceSource, first: int) -> None:
+        self._source, self._first = source, first
+        self._problem: str | None = None
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, name="shard check", daemon=True).start()
+
+    def _run(self) -> None:
+        for problem in self._source.check_shards(self._first):
+            if problem is not None and self._problem is None:
+                self._problem = problem
+            if self._ended.is_set():
+                return
+        self._ended.set()
+
+    def wait(self) -> None:
+        """Returns when all shards are compared."""
+        self._ended.wait()
+
+    def close(self) -> None:
+        """Ends it after the shard that it is reading."""
+        self._ended.set()
+
+    def check(self) -> None:
+        """Raises DataError where a shard was found damaged."""
+        if self._problem is not None:
+            raise DataError(self._problem)

@@ -57,9 +57,10 @@ def pretrain(args: argparse.Namespace) -> int:
 
     this = run.prepare(config, args.workdir)
     objective = mae.make(
-        config, this.mesh, canvas=this.canvas, warmup_steps=this.warmup_steps, total_steps=this.schedule.total_steps
-    )
-    outcome = run.train(this, objective, run.batches(this))
+        config, this.mesh, canvas=this.canvas, warmup_steps=this.warmup_steps, total_steps=this.schedule.total_steps,
+        step_offset=this.step_offset,
+    )  # fmt: skip
+    outcome = run.train(this, objective, run.batches)
     if hosts.is_first():
         place = {"step": outcome.step, "examples_seen": outcome.examples_seen}
         cli.write_json(args.json, {"finished": outcome.finished, "workdir": args.workdir, **outcome.metrics, **place})

@@ -2,7 +2,7 @@
 
   this = run.prepare(config, workdir)
   objective = mae.make(config, this.mesh, …)
-  outcome = run.train(this, objective, run.batches(this))
+  outcome = run.train(this, objective, run.batches)
 
 The work directory holds everything a run leaves: config.json, checkpoints/, metrics.jsonl, events.jsonl and tensorboard/.
 """
@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 import curia_common
 from curia_common import cli, logs, processes, signals
-from curia_common.errors import DataError, RestartError, UserError
+from curia_common.errors import DataError, DivergedError, RestartError, UserError
 from curia_common.exit_codes import ExitCode
 from curia_common.progress import Progress
 from curia_jax import (
@@ -75,10 +75,14 @@ class Run:
       config: the whole config as plain JSON, which is saved with every checkpoint.
       canvas: height and width of the pixels in a batch.
       dataset_start: examples that were seen before training on this dataset began; its examples count from there.
-      warmup_steps, save_every, log_every: steps.
+      warmup_steps: of this batch size; from the run's beginning.
+      save_every, log_every: steps.
       keep_every: checkpoints at multiples of so many steps stay for good; None for none.
       began: when this start did, seconds since 1970.
       saved_steps: steps of which the work directory had checkpoints.
+      step_examples: what a step in `config.duration` stands for, whatever the batch size is now.
+      step_offset: see optimizer.make.
+      skipped: windows of the data stream that are not trained on.
       changes: fields of the config that differ from the checkpoint's: dotted name -> (then, now).
     """
 
@@ -91,17 +95,23 @@ class Run:
     schedule: training.Schedule
     dataset: checkpoint.Dataset
     dataset_start: int
-    warmup_steps: int
+    warmup_steps: int | float
+    step_offset: int | float
     save_every: int
     log_every: int
     keep_every: int | None
     saved_steps: tuple[int, ...]
     began: float
     changes: Mapping[str, tuple[Any, Any]]
+    step_examples: int
+    skipped: tuple[checkpoint.Window, ...] = ()
 
     def meta(self, examples_seen: int) -> checkpoint.Meta:
         """What is saved with the state that has seen so many examples."""
-        return checkpoint.Meta(self.config, examples_seen, self.dataset, self.dataset_start)
+        return checkpoint.Meta(
+            self.config, examples_seen, self.dataset, self.dataset_start,
+            step_examples=self.step_examples, skipped=self.skipped,
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,12 +160,22 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
     mesh = sharding.make_mesh(**mesh_sizes)
     canvas = data.canvas_size(source, settings.data.canvas)
 
-    total_steps = configs.steps(settings.duration, batch_size=settings.batch_size, examples=len(source))
+    # A duration in steps stands for the examples of the first start: another batch size changes neither the end of the run nor
+    # the schedule of its learning rate, which both follow the examples.
+    batch_size = settings.batch_size
+    step_examples = batch_size
+    seen = 0
+    if meta is not None:
+        step_examples, seen = meta.step_examples or int(meta.config.get("batch_size", batch_size)), meta.examples_seen
+    first_steps = configs.steps(settings.duration, batch_size=step_examples, examples=len(source))
+    whole_run = round(configs.count(settings.duration, batch_size=step_examples, examples=len(source)) * step_examples)
+    total_steps = step + max(0, round((whole_run - seen) / batch_size))
     if total_steps < 1:
-        raise UserError(f"duration {settings.duration!r} is less than one step of {settings.batch_size} examples")
+        raise UserError(f"duration {settings.duration!r} is less than one step of {batch_size} examples")
+    warmup = configs.steps(settings.warmup, batch_size=step_examples, examples=len(source), total=first_steps)
 
     def steps(duration: str) -> int:
-        found = configs.steps(duration, batch_size=settings.batch_size, examples=len(source), total=total_steps)
+        found = configs.steps(duration, batch_size=batch_size, examples=len(source), total=total_steps)
         return max(1, found)
 
     save_every = steps(settings.save_every)
@@ -170,21 +190,29 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
         source=source,
         canvas=canvas,
         mesh=mesh,
-        schedule=training.Schedule(step, total_steps, settings.batch_size, meta.examples_seen if meta else 0),
+        schedule=training.Schedule(step, total_steps, batch_size, seen),
         dataset=dataset,
         dataset_start=dataset_start,
-        warmup_steps=steps(settings.warmup),
+        warmup_steps=_quotient(max(1, warmup) * step_examples, batch_size),
+        step_offset=_quotient(seen - step * batch_size, batch_size),
         save_every=save_every,
         log_every=steps(settings.log_every),
         keep_every=keep_every,
         saved_steps=saved_steps,
         began=began,
         changes=configs.changes(configs.from_checkpoint(meta.config), plain) if meta else {},
+        step_examples=step_examples,
+        skipped=meta.skipped if meta else (),
     )
 
 
 def _saved_steps(workdir: str) -> tuple[int, ...]:
     return tuple(checkpoint.finished_steps(epath.Path(workdir).expanduser().absolute() / checkpoint.FOLDER))
+
+
+def _quotient(number: int, by: int) -> int | float:
+    """A whole number where it is one, so that an unchanged batch size gives the same program."""
+    return number // by if number % by == 0 else number / by
 
 
 def use_devices(devices: Devices) -> None:
@@ -276,7 +304,7 @@ def _open_dataset(wanted: Data, meta: checkpoint.Meta | None) -> tuple[SliceSour
     change = change or "the same number of slices with other contents"
     if wanted.on_change == "new_epoch":
         logger.info(f"the dataset changed ({change}); starting a new epoch on it")
-        return source, dataset, meta.examples_seen
+        return source, dataset, meta.position
     remedy = "the slices that it was trained on are no longer there"
     with contextlib.suppress(UserError):
         if SliceSource(wanted.shards, then.split, additions=then.additions).fingerprint == then.fingerprint:
@@ -297,22 +325,49 @@ def batches(run: Run) -> Iterator[base.Batch]:
     processes.name_semaphores(f"{Path(run.workdir).absolute()} {hosts.number()}")
     on_host = data.training_batches(
         run.source, batch_size=wanted.batch_size, canvas=run.canvas, seed=wanted.seed,
-        examples_seen=run.schedule.examples_seen - run.dataset_start,
+        examples_seen=run.meta(run.schedule.examples_seen).position - run.dataset_start,
         process_index=hosts.number(), process_count=hosts.count(),
         threads=wanted.data.threads, prefetch=wanted.data.prefetch, workers=wanted.data.workers,
+        replace_damaged=wanted.data.damaged_share > 0,
     )  # fmt: skip
-    split = sharding.batch_sharding(run.mesh)
+    split, damage = sharding.batch_sharding(run.mesh), data.Damage(run.source, wanted.data.damaged_share)
     for batch in on_host:
+        damage.note(batch)
         yield data.to_devices(batch, split)
 
 
-def train(run: Run, objective: base.Objective, batches: Iterator[base.Batch]) -> Outcome:
+def _rolled_back(run: Run, diverged: training.Diverged) -> Run:
+    """The run from its last good checkpoint on, without the examples since then.
+
+    Raises:
+      DivergedError: it went back as often as `guard.rollbacks` allows.
+    """
+    step, meta = checkpoint.latest(run.workdir, good=True) or (0, checkpoint.Meta(run.config, 0))
+    end = run.meta(run.schedule.examples_at(diverged.step)).position
+    # Windows of an earlier rollback to the same checkpoint are not in it yet.
+    start = run.skipped[-1].end if len(run.skipped) > len(meta.skipped) else meta.position
+    skipped = (*run.skipped, checkpoint.Window(start, end))
+    good = f"the last good checkpoint is step {step}" if step else "there is no checkpoint yet"
+    if len(skipped) > run.settings.guard.rollbacks:
+        raise DivergedError(
+            f"{diverged}; {good}, and the run went back {run.settings.guard.rollbacks} times. Try a lower "
+            "--config.optimizer.base_learning_rate or --config.optimizer.clip_norm=1.0"
+        )
+    logger.warning(f"{diverged}; going back: {good}; examples {start:,} to {end - 1:,} are skipped")
+    schedule = dataclasses.replace(run.schedule, start_step=step, examples_seen=meta.examples_seen)
+    return dataclasses.replace(run, schedule=schedule, skipped=skipped)
+
+
+def train(run: Run, objective: base.Objective, batches: Callable[[Run], Iterator[base.Batch]]) -> Outcome:
     """Restores or initialises the state, compiles the step, and trains until the end or until a signal asks to stop.
+
+    Args:
+      batches: gives the batches of a run; again where it goes back to an earlier checkpoint.
 
     Raises:
       UserError: the checkpoint does not fit the objective, or the compiler refuses an option.
       DoesNotFitError: memory is too small.
-      DivergedError: a metric is not finite.
+      DivergedError: the run has gone back to its last good checkpoint as often as it may.
       Interrupted: a second Ctrl-C; nothing is saved for it.
     """
     schedule = run.schedule
@@ -322,8 +377,9 @@ def train(run: Run, objective: base.Objective, batches: Iterator[base.Batch]) ->
         f"{run.mesh.size} x {kind} as {dict(run.mesh.shape)}; {schedule.total_steps:,} steps of {schedule.batch_size}"
     )
     patience = run.settings.devices.watchdog_seconds or NO_WATCHDOG_SECONDS
+    since = {"guard": base.new_guard()}
     if schedule.start_step >= schedule.total_steps:
-        saving.check_fits(run.workdir, objective.abstract_state)
+        saving.check_fits(run.workdir, objective.abstract_state, since=since)
         logger.info(
             f"nothing to do: {run.workdir} has reached step {schedule.start_step:,} of {schedule.total_steps:,}; a longer "
             "--config.duration continues from there"
@@ -352,7 +408,6 @@ def train(run: Run, objective: base.Objective, batches: Iterator[base.Batch]) ->
             closing.callback(log_file.close)
         dog = closing.enter_context(watchdog.Watchdog(run.settings.devices.watchdog_seconds, log_file))
 
-        # ---- state
         dog.beat("restoring")
         checkpointer = saving.Checkpointer(
             run.workdir,
@@ -361,14 +416,19 @@ def train(run: Run, objective: base.Objective, batches: Iterator[base.Batch]) ->
             keep_best=run.settings.keep_best or None,
         )
         closing.callback(checkpointer.close)
+
+        def restored() -> base.State:
+            if not schedule.start_step:
+                return objective.initial_state(run.settings.seed)
+            return checkpointer.restore(objective.abstract_state, step=schedule.start_step, since=since)
+
+        # ---- state
+        state = restored()
         if schedule.start_step:
-            state = checkpointer.restore(objective.abstract_state, step=schedule.start_step)
             logger.info(f"resuming from step {schedule.start_step:,} at example {schedule.examples_seen:,}")
             if run.changes:
                 changes = (f"{name} {then!r} -> {now!r}" for name, (then, now) in run.changes.items())
                 logger.info("changed since: " + ", ".join(changes))
-        else:
-            state = objective.initial_state(run.settings.seed)
 
         # ---- compile
         dog.beat("compiling")
@@ -421,6 +481,12 @@ def train(run: Run, objective: base.Objective, batches: Iterator[base.Batch]) ->
                 text += f"  {rates['images_per_second']:,.0f} images/s  MFU {rates['mfu']:.1%}"
             progress.update(float(report.step), text)
 
+        shards_checked = []
+        if run.settings.data.check_shards:
+            shard_check = data.ShardCheck(run.source, first=time.time_ns() % 99_991 + hosts.number())
+            closing.callback(shard_check.close)
+            shards_checked = [training.Hook(lambda report: shard_check.check())]
+
         # ---- loop
         take_step: corruption.Step = train_step
         if every := run.settings.devices.check_every:
@@ -429,20 +495,42 @@ def train(run: Run, objective: base.Objective, batches: Iterator[base.Batch]) ->
             )
         dog.beat("taking the first step")
         ledger.training()
-        saver = training.Saver(checkpointer, schedule, run.meta, log, patience=60 * run.settings.save_patience)
         received = closing.enter_context(signals.receiving())
         profiler = closing.enter_context(profiling.Profiler(run.workdir, received))
-        hooks = [
-            *saver.hooks(run.save_every), training.Hook(measure), training.Hook(show, every=run.log_every),
-            training.Hook(profiler.follow),
-        ]  # fmt: skip
-        try:
-            with base.memory_errors():
-                state, finished = training.fit(state, take_step, batches, schedule, hooks)
-        except KeyboardInterrupt:
-            raise Interrupted(
-                "second Ctrl-C: stopped at once; the same command resumes from the newest checkpoint"
-            ) from None
+        while True:
+            saver = training.Saver(
+                checkpointer, schedule, run.meta, log,
+                patience=60 * run.settings.save_patience, refusals=run.settings.guard.patience,
+            )  # fmt: skip
+            hooks = [
+                *saver.hooks(run.save_every), *shards_checked, training.Hook(measure),
+                training.Hook(show, every=run.log_every), training.Hook(profiler.follow),
+            ]  # fmt: skip
+            try:
+                with base.memory_errors():
+                    state, finished = training.fit(state, take_step, batches(run), schedule, hooks)
+                break
+            except training.Diverged as diverged:
+                dog.beat("going back to an earlier checkpoint")
+                checkpointer.wait()
+                before = run.skipped
+                run = _rolled_back(run, diverged)
+                schedule = run.schedule
+                ledger.close()  # what is repeated counts as lost between two starts
+                ledger = goodput.Ledger(run.workdir, schedule.start_step, time.time(), writes=hosts.is_first())
+                closing.callback(ledger.close)
+                ledger.training()
+                if log is not None:
+                    log.event(
+                        "rolled-back", step=diverged.step, reason=diverged.reason, to_step=schedule.start_step,
+                        skipped=list(run.skipped[len(before)]),
+                    )  # fmt: skip
+                    log.go_back(schedule.start_step)
+                state = restored()
+            except KeyboardInterrupt:
+                raise Interrupted(
+                    "second Ctrl-C: stopped at once; the same command resumes from the newest checkpoint"
+                ) from None
         step = int(jax.device_get(state["step"]))
         seen = schedule.examples_at(step)
         if log is not None:

@@ -112,6 +112,8 @@ class Data(_Section):
     Attributes:
       canvas: height and width of the pixels in a batch; None takes those of the largest slice.
       additions: train on the first build and this many additions to it; None takes all.
+      damaged_share: of the slices that may be damaged: others take their place. 0 ends the run at the first.
+      check_shards: compare the shards with their digests in the background.
       on_change: where the dataset is not the checkpoint's: refuse it, or start a new epoch on it.
     """
 
@@ -128,6 +130,8 @@ class Data(_Section):
     on_change: Literal["refuse", "new_epoch"] = _field(
         "refuse or new_epoch", lambda v: v in ("refuse", "new_epoch"), "refuse"
     )
+    damaged_share: Number = _field("a number from 0 to 1", lambda v: _number(v) and 0 <= v <= 1, 0)
+    check_shards: bool = _field("True or False", lambda v: isinstance(v, bool), True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +156,23 @@ class Devices(_Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class Guard(_Section):
+    """Which updates are not applied, and when a run goes back (objectives/base.py, run.py).
+
+    Attributes:
+      factor: gradients are refused with a norm above so many times its running mean, and all of them at a loss above so many
+        times that of the first step.
+      patience: updates refused in a row after which a run goes back to its last good checkpoint.
+      rollbacks: how often it does that before it gives up.
+    """
+
+    section = "guard"
+    factor: Number = _field("a number above 1", lambda v: _number(v) and v > 1, 10)
+    patience: int = _field("a whole number of at least 1", lambda v: _whole(v, 1), 20)
+    rollbacks: int = _field("a whole number of at least 0", _whole, 3)
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings(_Section):
     """What both stages need to know of a run's config.
 
@@ -169,6 +190,7 @@ class Settings(_Section):
     augment: Augment
     data: Data
     devices: Devices
+    guard: Guard
     seed: int = _field("a whole number of at least 0", _whole)
     batch_size: int = _field("a whole number of at least 1", lambda v: _whole(v, 1))
     duration: str = _field("a duration such as '800 epochs'", lambda v: isinstance(v, str))
@@ -191,5 +213,6 @@ class Settings(_Section):
         fields: dict[str, Any] = {name: config[name] for name in config}
         if isinstance(options := fields.get("compiler_options"), ml_collections.ConfigDict):
             fields["compiler_options"] = options.to_dict()
-        sections = {record.section: record.of(fields[record.section]) for record in (Optimizer, Augment, Data, Devices)}
+        records = (Optimizer, Augment, Data, Devices, Guard)
+        sections = {record.section: record.of(fields.get(record.section, {})) for record in records}
         return super().of({**fields, **sections})

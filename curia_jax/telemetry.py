@@ -139,7 +139,16 @@ class Log:
         self._events = journal.Writer(self._folder / EVENTS, lambda line: True)
         self._board: Any = None
         self._board_fails = False
-        self._start_step = start_step
+        self._dropped_after = start_step or None  # what TensorBoard has to be told yet
+
+    def go_back(self, step: int) -> None:
+        """Drops the lines of metrics after `step`, from which the run goes on, and tells TensorBoard to do so."""
+        self._metrics.close()
+        self._metrics = journal.Writer(self._folder / METRICS, lambda line: line["step"] <= step, ("step",))
+        with contextlib.suppress(Exception):  # as in `close`
+            if self._board is not None:
+                self._board.close()
+        self._board, self._dropped_after = None, step
 
     def metrics(self, step: int, values: Mapping[str, int | float]) -> None:
         """Appends one line to `metrics.jsonl` and one point per value to TensorBoard."""
@@ -156,10 +165,10 @@ class Log:
         try:
             if self._board is None or not (self._folder / BOARD).is_dir():  # not opened yet, or deleted meanwhile
                 self._board = EventFileWriter(str(self._folder / BOARD))
-                if self._start_step:
+                if self._dropped_after is not None:
                     restart = SessionLog(status=SessionLog.START)
-                    self._board.add_event(Event(wall_time=now, step=self._start_step + 1, session_log=restart))
-                    self._start_step = 0
+                    self._board.add_event(Event(wall_time=now, step=self._dropped_after + 1, session_log=restart))
+                    self._dropped_after = None
             summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
             self._board.add_event(Event(wall_time=now, step=step, summary=summary))
             self._board_fails = False
@@ -172,7 +181,7 @@ class Log:
             self._board_fails = True
 
     def event(self, name: str, **fields: Any) -> None:
-        """Appends one line to `events.jsonl`: started, resumed, saved, save-failed, preempted, non-finite, finished."""
+        """Appends one line to `events.jsonl`: started, resumed, saved, save-failed, update-refused, rolled-back, preempted, finished."""
         self._events.write({"event": name, **fields, "time": round(time.time(), 3)})
 
     def close(self) -> None:

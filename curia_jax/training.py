@@ -19,11 +19,12 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from curia_common import logs, signals
-from curia_common.errors import DivergedError, StorageError
+from curia_common.errors import StorageError
 from curia_jax import checkpoint, hosts, saving, telemetry
 
 logger = logs.get_logger(__name__)
 RETRY_SECONDS = 60  # after a save that failed
+REFUSED = "refused_updates"  # metric: updates refused in a row up to this step
 
 State = TypeVar("State")
 Batch = TypeVar("Batch")
@@ -180,6 +181,14 @@ class Stop:
         return self._requested if hosts.count() == 1 else multihost_utils.reached_preemption_sync_point(step)
 
 
+class Diverged(Exception):
+    """The state of a step is not one to go on from."""
+
+    def __init__(self, step: int, reason: str) -> None:
+        super().__init__(f"{reason} at step {step}")
+        self.step, self.reason = step, reason
+
+
 class Saver:
     """Saves the state, and checks that what is saved is finite.
 
@@ -190,6 +199,7 @@ class Saver:
       meta: examples seen -> what is saved with the state.
       log: None on all hosts but one.
       patience: seconds for which training goes on while saves fail.
+      refusals: updates refused in a row that mean divergence.
 
     Attributes:
       saved_step: newest checkpoint; None where there is none.
@@ -203,16 +213,18 @@ class Saver:
         log: telemetry.Log | None,
         *,
         patience: int | float = math.inf,
+        refusals: int | float = math.inf,
     ) -> None:
         self._checkpointer, self._schedule, self._meta, self._log = checkpointer, schedule, meta, log
-        self._patience, self._single_host = patience, jax.process_count() == 1
+        self._patience, self._refusals, self._single_host = patience, refusals, jax.process_count() == 1
         self._metrics: Mapping[str, float] = {}
         self._failing_since: float | None = None
-        self._retry_at = math.inf
+        self._retry_at, self._every = math.inf, 1
         self.saved_step = checkpointer.latest_step
 
     def hooks(self, every: int) -> list[Hook | StateHook]:
         """Checks every step, saves every `every`-th and the last one."""
+        self._every = every
         return [Hook(self._check), StateHook(self._save, every, finish=self._finish, wanted=self._retry_is_due)]
 
     def _retry_is_due(self) -> bool:
@@ -221,6 +233,8 @@ class Saver:
     def _save(self, step: int, state: PyTree) -> None:
         if step == self.saved_step:
             return  # resumed from it and stopped at once
+        if self._metrics.get(REFUSED, 0) and step % self._every == 0 and step < self._schedule.total_steps:
+            return  # not a state to go back to; where the run ends, it is saved
         self._retry_at = math.inf
         seen = self._schedule.examples_at(step)
         self._checkpointer.save(step, state, dataclasses.replace(self._meta(seen), metrics=self._metrics))
@@ -269,17 +283,26 @@ class Saver:
             )
 
     def _check(self, report: Report) -> None:
-        """Raises DivergedError where a metric is not finite, before the state that it belongs to is saved."""
+        """Looks at the metrics of a step before the state that it belongs to is saved.
+
+        Raises:
+          Diverged: training has to go back.
+        """
         self._note_ended()
         self._metrics = report.metrics
-        for name, value in report.metrics.items():
-            if math.isfinite(value):
-                continue
-            good = "there is no checkpoint yet"
-            if self.saved_step is not None:
-                good = f"the last good checkpoint is step {self.saved_step}"
-            if self._log is not None:
-                self._log.event("non-finite", step=report.step, quantity=name, last_good_step=self.saved_step)
-            raise DivergedError(
-                f"{name} is {value} at step {report.step}; {good}. Try a lower learning rate or --config.optimizer.clip_norm=1.0"
+        refused = report.metrics.get(REFUSED, 0)
+        if refused == 1:
+            logger.warning(f"step {report.step}: update refused, {self._described(report.metrics)}")
+        if self._log is not None and refused:
+            self._log.event("update-refused", step=report.step, in_a_row=int(refused))
+        if refused >= self._refusals:
+            raise Diverged(
+                report.step, f"{refused:.0f} updates in a row were refused, {self._described(report.metrics)}"
             )
+        for name, value in report.metrics.items():
+            if not math.isfinite(value) and not refused:
+                raise Diverged(report.step, f"{name} is {value}")
+
+    @staticmethod
+    def _described(metrics: Mapping[str, float]) -> str:
+        return ", ".join(f"{name} {metrics[name]:.3g}" for name in ("loss", "gradient_norm") if name in metrics)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curia_common.errors import UserError
+from curia_common.errors import DataError, UserError
 from curia_jax import data, sharding
 from data_pipeline.format.records import DecodedSlice, SliceFacts
 from tests.slices import FakeSlices, decoded_slice
@@ -110,6 +110,71 @@ def test_resume_with_other_hosts_or_batch_skips_and_repeats_nothing(hosts: int, 
     after = np.concatenate([sum((part[b] for part in parts), []) for b in range(steps)])
     np.testing.assert_array_equal(np.concatenate([before, after])[:88], uninterrupted[:88])
     assert set(collections.Counter(np.concatenate([before, after])[:72].tolist()).values()) == {3}
+
+
+class DamagedSlices(Slices):
+    """Slices of which some cannot be read."""
+
+    damaged = frozenset({3, 11, 12})
+
+    def __getitem__(self, number: int) -> DecodedSlice:
+        if number in self.damaged:
+            raise DataError(f"record {number} is damaged")
+        return super().__getitem__(number)
+
+    def place(self, number: int) -> str:
+        return f"record {number}"
+
+
+def read(source: Slices, batches: int, **settings) -> list[data.HostBatch]:
+    stream = data.training_batches(source, canvas=(5, 8), seed=3, **settings)
+    return [next(stream) for _ in range(batches)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_slices_are_replaced_and_the_order_of_the_rest_stays(workers: int) -> None:
+    whole = np.concatenate(numbers(Slices(24), 6, batch_size=8))
+    found = read(DamagedSlices(24), 6, batch_size=8, replace_damaged=True, workers=workers)
+    slices, damaged = (np.concatenate([batch[name] for batch in found]) for name in ("slice", "damaged"))
+    lost = np.isin(whole, list(DamagedSlices.damaged))
+    np.testing.assert_array_equal(slices[~lost], whole[~lost])
+    np.testing.assert_array_equal(damaged, np.where(lost, whole, -1))
+    assert lost.sum() == 6 and not np.isin(slices, list(DamagedSlices.damaged)).any()
+    for batch in found:
+        assert (batch["pixels"][:, 0, 0] == batch["slice"]).all() and (batch["low"] == batch["slice"]).all()
+
+
+def test_replacement_depends_on_neither_batch_nor_hosts() -> None:
+    def replaced(**settings) -> dict[int, int]:
+        batches = read(DamagedSlices(24), 24 // settings["batch_size"], replace_damaged=True, **settings)
+        pairs = [pair for b in batches for pair in zip(b["damaged"].tolist(), b["slice"].tolist(), strict=True)]
+        return {number: other for number, other in pairs if number >= 0}
+
+    alone = replaced(batch_size=8)
+    assert replaced(batch_size=4) == alone
+    hosts = [replaced(batch_size=8, process_index=p, process_count=2) for p in range(2)]
+    assert hosts[0] | hosts[1] == alone
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_slice_ends_reading_where_none_is_allowed(workers: int) -> None:
+    with pytest.raises(DataError, match="record (3|11|12) is damaged"):
+        read(DamagedSlices(24), 3, batch_size=8, workers=workers)
+
+
+def test_damage_is_counted_once_per_slice_and_limited(caplog: pytest.LogCaptureFixture) -> None:
+    source = DamagedSlices(24)
+    batches = read(source, 6, batch_size=8, replace_damaged=True)
+    allowed = data.Damage(source, 3 / 24)
+    for batch in batches:
+        allowed.note(batch)
+    assert len(caplog.messages) == 3
+    assert caplog.messages[-1].endswith("is damaged: another slice is in its place (3 of 24 slices so far)")
+    limited = data.Damage(source, 0.1)
+    with pytest.raises(DataError, match="that makes 3 of 24 slices, more than the share of 0.1 that") as error:
+        for batch in batches:
+            limited.note(batch)
+    assert error.value.exit_code == 65
 
 
 def test_batch_holds_slices_on_their_canvas() -> None:

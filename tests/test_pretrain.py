@@ -412,12 +412,12 @@ def test_divergence_is_exit_code_64_and_saves_nothing(tiny_shards: Path, alone: 
     result = run(alone, *words, "--config.optimizer.base_learning_rate=1e30")
     assert (result["code"], result["out"]) == (64, "")
     assert result["err"].splitlines()[-1] == (
-        "error: parameter_norm is inf at step 2; there is no checkpoint yet. "
-        "Try a lower learning rate or --config.optimizer.clip_norm=1.0"
+        "error: parameter_norm is inf at step 2; there is no checkpoint yet, and the run went back 3 times. Try a lower "
+        "--config.optimizer.base_learning_rate or --config.optimizer.clip_norm=1.0"
     )
     assert "Traceback" not in result["err"]
     assert not list((tmp_path / "run").glob("checkpoints/*"))
-    assert events(tmp_path / "run") == [("started", 0), ("non-finite", 2)]
+    assert events(tmp_path / "run") == [("started", 0), *[("rolled-back", 2)] * 3]
 
 
 def test_wrong_setting_ends_the_process_with_2(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from curia_common.errors import DivergedError, StorageError
+from curia_common.errors import StorageError
 from curia_jax import checkpoint, saving, telemetry, training
 from curia_jax.training import Hook, Report, StateHook
 
@@ -19,9 +19,9 @@ from curia_jax.training import Hook, Report, StateHook
 class FakeCheckpointer(saving.Checkpointer):
     """Records saves instead of saving."""
 
-    def __init__(self, notes: list[Any], latest: int | None = None) -> None:
+    def __init__(self, notes: list[Any], problems: dict[int, str], latest: int | None = None) -> None:
         self._notes, self._latest = notes, latest
-        self.problems: dict[int, str] = {}  # saves of these steps fail
+        self._problems = problems  # step -> why its save fails
         self._done: list[saving.Ended] = []
 
     @property
@@ -31,7 +31,7 @@ class FakeCheckpointer(saving.Checkpointer):
     def save(self, step: int, state: Any, meta: checkpoint.Meta) -> None:
         assert int(state["step"]) == step  # the state of step n has taken n steps
         self._notes.append(("save", step, meta.examples_seen))
-        self._done.append(saving.Ended(step, meta.examples_seen, self.problems.get(step)))
+        self._done.append(saving.Ended(step, meta.examples_seen, self._problems.get(step)))
 
     def ended(self) -> list[saving.Ended]:
         done, self._done = self._done, []
@@ -56,10 +56,11 @@ class Loop:
 
     def __init__(self, *, start_step: int = 0, bad: tuple[str, int, float] | None = None) -> None:
         self.notes: list[Any] = []
+        self.problems: dict[int, str] = {}
         self.reports: dict[int, Report] = {}
         self.start_step, self.bad = start_step, bad
-        self.log, self.patience = FakeLog(), float("inf")
-        self.checkpointer: saving.Checkpointer = FakeCheckpointer(self.notes, start_step or None)
+        self.log, self.patience, self.refusals = FakeLog(), float("inf"), float("inf")
+        self.checkpointer: saving.Checkpointer = FakeCheckpointer(self.notes, self.problems, start_step or None)
         self.on_pull: Callable[[int], None] = lambda number: None
         self.more_hooks: list[Hook | StateHook] = []
         self._advance = jax.jit(lambda state, batch: {"step": state["step"] + 1, "sum": state["sum"] + batch})
@@ -95,6 +96,7 @@ class Loop:
             lambda seen: checkpoint.Meta({"seed": 0}, seen),
             self.log,
             patience=self.patience,
+            refusals=self.refusals,
         )
         hooks = [*saver.hooks(save_every), Hook(self.report, every=log_every), *self.more_hooks]
         return training.fit(self.state, self.step, self.batches(), schedule, hooks)
@@ -186,7 +188,7 @@ def test_newest_checkpoints_stay_and_are_on_disk_at_the_end(tmp_path: Path) -> N
 
 def test_failed_save_is_an_event_and_training_goes_on() -> None:
     loop = Loop()
-    loop.checkpointer.problems = {4: "the disk is full"}  # type: ignore[attr-defined]
+    loop.problems[4] = "the disk is full"
     _, finished = loop.run(9, save_every=2)
     assert finished
     saves = [(name, fields["step"]) for name, fields in loop.log.events]
@@ -200,7 +202,7 @@ def test_failed_save_is_tried_again_after_a_minute(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
     loop = Loop()
     loop.on_pull = lambda batch: now.__setitem__(0, now[0] + 25.0)
-    loop.checkpointer.problems = {4: "the disk is full"}  # type: ignore[attr-defined]
+    loop.problems[4] = "the disk is full"
     loop.run(11, save_every=4)
     assert loop.noted("save") == [4, 7, 8, 11]  # 3 steps of 25 s later
 
@@ -211,7 +213,7 @@ def test_saves_that_fail_for_longer_than_the_patience_end_the_run_with_75(monkey
     loop = Loop()
     loop.patience = 100.0
     loop.on_pull = lambda batch: now.__setitem__(0, now[0] + 25.0)
-    loop.checkpointer.problems = dict.fromkeys(range(4, 100), "the disk is full")  # type: ignore[attr-defined]
+    loop.problems.update(dict.fromkeys(range(4, 100), "the disk is full"))
     with pytest.raises(
         StorageError, match="no save has succeeded for 2 minutes; the newest checkpoint is step 2"
     ) as error:
@@ -222,7 +224,7 @@ def test_saves_that_fail_for_longer_than_the_patience_end_the_run_with_75(monkey
 
 def test_last_save_that_fails_is_an_error() -> None:
     loop = Loop()
-    loop.checkpointer.problems = {4: "the disk is full"}  # type: ignore[attr-defined]
+    loop.problems[4] = "the disk is full"
     with pytest.raises(StorageError, match="the last state could not be saved; the newest checkpoint is step 2"):
         loop.run(4, save_every=2)
 
@@ -242,28 +244,38 @@ def test_hidden_transfer_in_the_step_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("quantity", ["loss", "gradient_norm"])
-def test_divergence_names_step_quantity_and_last_good_checkpoint(quantity: str, value: float) -> None:
+@pytest.mark.parametrize("quantity", ["loss", "parameter_norm"])
+def test_metric_that_is_not_finite_ends_the_loop_before_a_save(quantity: str, value: float) -> None:
     loop = Loop(bad=(quantity, 6, value))
-    with pytest.raises(DivergedError) as error:
+    with pytest.raises(training.Diverged) as error:
         loop.run(20, save_every=2)
-    assert str(error.value) == (
-        f"{quantity} is {value} at step 6; the last good checkpoint is step 4. "
-        "Try a lower learning rate or --config.optimizer.clip_norm=1.0"
-    )
+    assert (str(error.value), error.value.step) == (f"{quantity} is {value} at step 6", 6)
     assert loop.noted("save") == [2, 4]  # not 6, where a save was due
     assert loop.noted("report") == [1, 2, 3, 4, 5]
-    assert loop.log.events[-1] == ("non-finite", {"step": 6, "quantity": quantity, "last_good_step": 4})
 
 
-@pytest.mark.parametrize(
-    ("start", "good"), [(0, "there is no checkpoint yet"), (3, "the last good checkpoint is step 3")]
-)
-def test_last_step_is_checked_before_it_is_saved(start: int, good: str) -> None:
-    loop = Loop(start_step=start, bad=("loss", start + 2, float("nan")))
-    with pytest.raises(DivergedError, match=rf"loss is nan at step {start + 2}; {good}"):
-        loop.run(start + 2)
+def test_last_step_is_checked_before_it_is_saved() -> None:
+    loop = Loop(start_step=3, bad=("loss", 5, float("nan")))
+    with pytest.raises(training.Diverged, match="loss is nan at step 5"):
+        loop.run(5)
     assert loop.noted("save") == []
+
+
+def test_refused_update_is_no_divergence_and_not_a_state_to_go_back_to(caplog: pytest.LogCaptureFixture) -> None:
+    loop = Loop(bad=(training.REFUSED, 6, 1.0))
+    _, finished = loop.run(9, save_every=2)
+    assert finished and loop.noted("save") == [2, 4, 8, 9]
+    assert ("update-refused", {"step": 6, "in_a_row": 1}) in loop.log.events
+    assert caplog.messages == ["step 6: update refused, loss 0.5, gradient_norm 1"]
+
+
+def test_too_many_refused_updates_in_a_row_end_the_loop() -> None:
+    loop = Loop(bad=(training.REFUSED, 6, 3.0))
+    loop.refusals = 3
+    with pytest.raises(
+        training.Diverged, match=r"3 updates in a row were refused, loss 0.5, gradient_norm 1 at step 6"
+    ):
+        loop.run(9)
 
 
 # ---- signals

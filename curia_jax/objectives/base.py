@@ -14,11 +14,12 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Key, PyTree, Shaped
 
 from curia_common.errors import DoesNotFitError, UserError
 from curia_jax import data, sharding, xla_flags
 from curia_jax.augment import Batch
+from curia_jax.settings import Guard
 
 Params = PyTree[Shaped[Array, "..."]]
 Metrics = dict[str, Float[Array, ""]]
@@ -31,11 +32,63 @@ class State(TypedDict):
       step: optimizer steps taken, int32.
       params: nested dict of float32 arrays.
       opt_state: optax state; its moments are sharded like their parameters.
+      guard: what decides whether an update is applied. Checkpoints of versions before 0.3 have none.
     """
 
     step: jax.Array
     params: Params
     opt_state: optax.OptState
+    guard: "GuardState"
+
+
+class GuardState(TypedDict):
+    """Running statistics of the updates that were applied; scalars.
+
+    Attributes:
+      gradient_norm: running mean of the norm of all gradients.
+      first_loss: loss of the first of them.
+      applied: their number, int32.
+      refused: updates refused since the last of them, int32.
+    """
+
+    gradient_norm: jax.Array
+    first_loss: jax.Array
+    applied: jax.Array
+    refused: jax.Array
+
+
+def new_guard() -> GuardState:
+    """Before the first update."""
+    return {
+        "gradient_norm": jnp.zeros(()), "first_loss": jnp.zeros(()),
+        "applied": jnp.zeros((), jnp.int32), "refused": jnp.zeros((), jnp.int32),
+    }  # fmt: skip
+
+
+_MEAN_OVER = 100  # updates
+# A refused update raises the bound: what lasts, a change of the data say, is accepted after some steps.
+_RELENT = 1.1
+
+
+def judge(
+    guard: GuardState, loss: Float[Array, ""], gradient_norm: Float[Array, ""], factor: int | float
+) -> tuple[Bool[Array, ""], GuardState]:
+    """Whether to apply an update, and the statistics afterwards.
+
+    A loss or norm that is not finite is refused; so is a norm above `factor` times its running mean, and a loss above `factor`
+    times that of the first update, which an untrained model has.
+    """
+    finite, first = jnp.isfinite(loss) & jnp.isfinite(gradient_norm), guard["applied"] == 0
+    usual = (gradient_norm <= factor * guard["gradient_norm"]) & (loss <= factor * jnp.abs(guard["first_loss"]))
+    good = finite & (usual | first)
+    weight = 1 / jnp.minimum(guard["applied"] + 1, _MEAN_OVER)
+    mean = guard["gradient_norm"] + weight * (gradient_norm - guard["gradient_norm"])
+    return good, {
+        "gradient_norm": jnp.where(good, mean, guard["gradient_norm"] * jnp.where(finite, _RELENT, 1.0)),
+        "first_loss": jnp.where(good & first, loss, guard["first_loss"]),
+        "applied": guard["applied"] + good,
+        "refused": jnp.where(good, 0, guard["refused"] + 1),
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,6 +186,7 @@ def make(
     gradient_dtype: DTypeLike,
     flops_per_example: int | float,
     compiler_options: Mapping[str, str | int | float | bool | None] | None = None,
+    guard: Guard | None = None,
     progress_format: str = "loss {loss:.4f}",
 ) -> Objective:
     """Derives an objective from a model's init and its loss, shapes before arrays.
@@ -149,16 +203,23 @@ def make(
       gradient_dtype: type in which gradients are communicated between TPU slices.
       flops_per_example, progress_format: see Objective.
       compiler_options: `config.compiler_options`.
+      guard: None takes the defaults.
 
     Raises:
       UserError: the batch or a parameter does not divide over the mesh.
       ValueError: the rules do not fit the parameters.
     """
     sharding.check_batch(batch_size, mesh)
+    factor = (guard or Guard()).factor
 
     def new_state(key: jax.Array) -> State:
         params = init(key)
-        return {"step": jnp.zeros((), jnp.int32), "params": params, "opt_state": optimizer.init(params)}
+        return {
+            "step": jnp.zeros((), jnp.int32),
+            "params": params,
+            "opt_state": optimizer.init(params),
+            "guard": new_guard(),
+        }
 
     shapes = jax.eval_shape(new_state, jax.random.key(0))
     specs = sharding.parameter_specs(shapes["params"], rules)
@@ -169,23 +230,37 @@ def make(
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
         (value, further), gradients = value_and_grad(state["params"], *prepare(batch, key))
+        gradient_norm = optax.tree.norm(gradients)
+        good, guard = judge(state["guard"], value, gradient_norm, factor)
+
+        def unless_refused(new: PyTree, old: PyTree) -> PyTree:
+            # The schedule counts steps, whether or not their updates were applied.
+            if isinstance(new, optax.ScaleByScheduleState):
+                return new
+            return jnp.where(good, new, old)
+
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(gradients, state["opt_state"], state["params"])
-            params = optax.apply_updates(state["params"], updates)
+            params, opt_state = jax.tree.map(
+                unless_refused, (optax.apply_updates(state["params"], updates), opt_state), (state["params"], state["opt_state"]),
+                is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState),
+            )  # fmt: skip
         metrics = {
             "loss": value,
             **further,
             "learning_rate": learning_rate(state["step"]),
-            "gradient_norm": optax.global_norm(gradients),
-            "parameter_norm": optax.global_norm(params),
+            "gradient_norm": gradient_norm,
+            "parameter_norm": optax.tree.norm(params),
+            "refused_updates": guard["refused"].astype(jnp.float32),
         }
-        return {"step": state["step"] + 1, "params": params, "opt_state": opt_state}, metrics
+        return {"step": state["step"] + 1, "params": params, "opt_state": opt_state, "guard": guard}, metrics
 
     params = sharding.parameter_shardings(shapes["params"], mesh, rules)
     shardings = {
         "step": NamedSharding(mesh, P()),
         "params": params,
         "opt_state": sharding.optimizer_shardings(optimizer, shapes["params"], params, mesh),
+        "guard": jax.tree.map(lambda _: NamedSharding(mesh, P()), shapes["guard"]),
     }
     split = sharding.batch_sharding(mesh)
     per_example = {"pixels": canvas, "extent": (2,)}

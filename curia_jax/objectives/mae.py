@@ -32,13 +32,20 @@ class MAEObjective(base.Objective):
 
 
 def make(
-    config: ml_collections.ConfigDict, mesh: Mesh, *, canvas: tuple[int, int], warmup_steps: int, total_steps: int
+    config: ml_collections.ConfigDict,
+    mesh: Mesh,
+    *,
+    canvas: tuple[int, int],
+    warmup_steps: int | float,
+    total_steps: int | float,
+    step_offset: int | float = 0,
 ) -> MAEObjective:
     """The objective of a run's config on a mesh.
 
     Args:
       config: a run's config; all of it is checked.
       canvas: height and width of the pixels in a batch.
+      warmup_steps, total_steps, step_offset: of the learning rate, see optimizer.make.
 
     Raises:
       UserError: a setting is wrong, or image, patch, batch and mesh sizes do not fit together.
@@ -54,8 +61,9 @@ def make(
             f"config.model: channels is {model.encoder.channels}, but CT and MR slices have 1; set --config.model.channels=1"
         )
     transform, learning_rate = optimizer.make(
-        chosen.optimizer, batch_size=chosen.batch_size, warmup_steps=warmup_steps, total_steps=total_steps
-    )
+        chosen.optimizer, batch_size=chosen.batch_size, warmup_steps=warmup_steps, total_steps=total_steps,
+        step_offset=step_offset,
+    )  # fmt: skip
 
     def views_and_noise(
         batch: base.Batch, key: Key[Array, ""]
@@ -88,6 +96,7 @@ def make(
         # The backward pass has two matmuls for each of the forward pass.
         flops_per_example=3 * mae.flops(model),
         compiler_options=chosen.compiler_options,
+        guard=chosen.guard,
         progress_format="loss {loss:.4f} (mean predictor {baseline_loss:.4f})",
     )
     return MAEObjective(**vars(objective), model=model)

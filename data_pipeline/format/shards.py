@@ -17,9 +17,11 @@ shards keep their names and bytes. dataset_info.json says the same with the file
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import threading
+import time
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -38,11 +40,14 @@ from data_pipeline.format import codec, files, records
 # The codec compresses each slice, so the container neither groups nor compresses.
 WRITER_OPTIONS = "group_size:1,uncompressed"
 SHARDS, INDEX, MANIFEST = "shards.parquet", "index.parquet", "manifest.parquet"
-CARD, PAGE = "card.json", "index.html"
+CARD, PAGE, INFO = "card.json", "index.html", "dataset_info.json"
 FILE_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
+_CHECKED_TOGETHER = 4 << 20  # bytes
 MOST_SHARDS = 99_999  # per split; with more TFDS writes all numbers with six digits
 
 
+# Of a pixel, whatever its unit: activities of PET, the largest there are, stay below 1e10 Bq/ml.
+LARGEST_VALUE = 1e15
 REMEDY = "copy it again or build it again"
 
 
@@ -199,6 +204,7 @@ class SliceSource:
             if name not in splits:
                 raise UserError(f"no split '{name}' in {folder}; there are: {', '.join(splits)}")
         self._splits = split.split("+")
+        self._check_published(table)
         table = table.filter(pc.field("split").isin(self._splits)).sort_by("file")
         if additions is not None:
             table = table.filter(pc.field("addition") <= additions)
@@ -208,6 +214,7 @@ class SliceSource:
         identity = table.select(["file", "sha256", "records", "slices"]).to_pylist()
         self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self._files = table["file"].to_pylist()
+        self._sha256 = table["sha256"].to_pylist()
         for name, size in zip(self._files, table["bytes"].to_pylist(), strict=True):
             path = self.folder / name
             found = path.stat().st_size if path.is_file() else None
@@ -227,6 +234,24 @@ class SliceSource:
         self._open: dict[int, Any] = {}
         self._lock = threading.Lock()
         self._index: pa.Table | None = None
+
+    def _check_published(self, table: pa.Table) -> None:
+        """Raises DataError where shards.parquet lists fewer records of a split than dataset_info.json."""
+        path = self.folder / INFO
+        if not path.is_file():
+            return
+        try:
+            splits = json.loads(path.read_text(encoding="utf-8"))["splits"]
+            published = {one["name"]: sum(map(int, one["shardLengths"])) for one in splits}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is damaged; {REMEDY}") from error
+        for name in self._splits:
+            listed = sum(table.filter(pc.field("split") == name)["records"].to_pylist())
+            if listed < published.get(name, 0):
+                raise DataError(
+                    f"{self.folder / SHARDS} lists {listed} records of split '{name}', {INFO} {published[name]}: a shard was "
+                    f"dropped from the table; {REMEDY}"
+                )
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_open": {}, "_lock": None, "_index": None}
@@ -282,7 +307,16 @@ class SliceSource:
             nonlocal where
             for number in numbers:
                 data, slot, where = self._read(number)
-                one, known = records.training_slice(data, slot)
+                try:
+                    one, known = records.training_slice(data, slot)
+                except Exception as error:  # protobuf raises its own kinds
+                    raise DataError(f"{where} is damaged; {REMEDY}") from error
+                largest = abs(known.slope) * 0xFFFF + abs(known.intercept)
+                if not (largest <= LARGEST_VALUE and math.isfinite(known.low) and math.isfinite(known.high)):
+                    raise DataError(
+                        f"{where} has a slope of {known.slope:g}, an intercept of {known.intercept:g} and percentiles of "
+                        f"{known.low:g} and {known.high:g}, which are no measurements; {REMEDY}"
+                    )
                 facts.append(known)
                 yield one
 
@@ -290,25 +324,61 @@ class SliceSource:
             return codec.decode_into(encoded(), images), facts
         except (DataError, IndexError):
             raise
-        except Exception as error:  # protobuf and the codec each raise their own kinds
+        except Exception as error:  # the codec raises several kinds
             raise DataError(f"{where} is damaged; {REMEDY}") from error
 
     def read(self, number: int) -> tuple[bytes, int]:
         """The record that holds slice `number`, and the slice's slot in it; raises as `__getitem__`."""
         return self._read(number)[:2]
 
-    def _read(self, number: int) -> tuple[bytes, int, str]:
+    def place(self, number: int) -> str:
+        """Shard and record of slice `number`, for messages."""
+        _, shard, within = self._find(number)
+        return f"shard {self.folder / self._files[shard]}, record {within},"
+
+    def _find(self, number: int) -> tuple[int, int, int]:
+        """Record number of a slice, its shard, and the record's number in that."""
         if not 0 <= number < len(self):
             raise IndexError(f"slice {number} of {len(self)}")
         record = number if self._single else int(np.searchsorted(self._first_slice, number, side="right")) - 1
         shard = int(np.searchsorted(self._first_record, record, side="right")) - 1
-        reader, within = self._reader(shard), int(record - self._first_record[shard])
-        where = f"shard {self.folder / self._files[shard]}, record {within},"
+        return record, shard, int(record - self._first_record[shard])
+
+    def _read(self, number: int) -> tuple[bytes, int, str]:
+        record, shard, within = self._find(number)
+        reader, where = self._reader(shard), f"shard {self.folder / self._files[shard]}, record {within},"
         try:
             data = reader.read([within])[0]
         except Exception as error:  # array_record raises several kinds
             raise DataError(f"{where} is damaged; {REMEDY}") from error
         return data, 0 if self._single else int(number - self._first_slice[record]), where
+
+    def check_shards(self, first: int = 0, *, rest: int | float = 3) -> Iterator[str | None]:
+        """Compares every shard with its published digest, from number `first` on, while others read.
+
+        Args:
+          rest: pauses so many times as long as it reads, to leave disk and processor to training.
+
+        Yields:
+          For each shard, what is wrong with it, or None.
+        """
+        for offset in range(len(self._files)):
+            number = (first + offset) % len(self._files)
+            digest, path = hashlib.sha256(), self.folder / self._files[number]
+            try:
+                with path.open("rb", buffering=0) as file:
+                    while True:
+                        began = time.monotonic()
+                        block = file.read(_CHECKED_TOGETHER)
+                        if not block:
+                            break
+                        digest.update(block)
+                        time.sleep(rest * (time.monotonic() - began))
+            except OSError as error:
+                yield f"shard {path} cannot be read ({error.strerror}); {REMEDY}"
+                continue
+            same = digest.hexdigest() == self._sha256[number]
+            yield None if same else f"shard {path} has other bytes than were published; {REMEDY}"
 
     def _reader(self, shard: int) -> Any:
         reader = self._open.get(shard)

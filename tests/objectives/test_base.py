@@ -81,6 +81,7 @@ def test_step_descends_the_gradient_and_reports_its_metrics() -> None:
         wanted = {
             "loss": before @ gradient + (0.0 if number == 0 else -2 * RATE), "draw": draw, "learning_rate": 1 / (1 + number),
             "gradient_norm": np.sqrt(gradient @ gradient + 2), "parameter_norm": np.sqrt(weights @ weights + bias @ bias),
+            "refused_updates": 0,
         }  # fmt: skip
         state, metrics = step(state, batch_of(pixels))
         assert metrics.keys() == wanted.keys()
@@ -206,13 +207,13 @@ def train(workdir: Path, shards: Path, *words: str, stop_at: int = 0) -> run.Out
     )
     this = run.prepare(config, str(workdir))
 
-    def batches() -> Iterator[Any]:
+    def batches(this: run.Run) -> Iterator[Any]:
         for number, batch in enumerate(run.batches(this), start=1):
             if number == stop_at:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    return run.train(this, classifier(config, this), batches())
+    return run.train(this, classifier(config, this), batches)
 
 
 def metrics(workdir: Path) -> dict[int, dict[str, float]]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -128,6 +129,67 @@ def test_damaged_record_is_named(copy: Path) -> None:
         source[0]
     with pytest.raises(DataError, match=f"{first.name}, record 0, is damaged"):
         source.read_into([0], np.empty((1, *source.largest), np.uint16))
+
+
+@pytest.mark.parametrize(
+    "header", [{"slope": float("nan")}, {"slope": 3e38}, {"intercept": float("inf")}], ids=["nan", "large", "infinite"]
+)
+def test_record_whose_values_are_no_measurements_is_named(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch, header: dict[str, float]
+) -> None:
+    source = shards.SliceSource(dataset, "train")
+    read = shards.records.training_slice
+
+    def other(data: bytes, slot: int) -> tuple:
+        one, facts = read(data, slot)
+        return one, facts._replace(**header)
+
+    monkeypatch.setattr(shards.records, "training_slice", other)
+    with pytest.raises(
+        DataError, match=r"shard .*, record 0, has a slope of .* which are no measurements; copy it again"
+    ):
+        source.read_into([0], np.empty((1, *source.largest), np.uint16))
+
+
+def test_shard_that_is_truncated_while_it_is_read_is_named(copy: Path) -> None:
+    source = shards.SliceSource(copy, "train")
+    images = np.empty((1, *source.largest), np.uint16)
+    source.read_into([0], images)
+    shard = shard_of(copy)
+    with shard.open("r+b") as file:
+        file.truncate(10)
+    with pytest.raises(DataError, match=f"{shard.name}, record 0, is damaged"):
+        source.read_into([0], images)
+
+
+def test_check_of_the_shards_names_the_swapped_ones(copy: Path) -> None:
+    assert set(shards.SliceSource(copy, "train").check_shards(rest=0)) == {None}
+    table = pq.read_table(copy / shards.SHARDS)
+    first, second = sorted(copy.glob("*-train.array_record-*"))[:2]
+    one, other = first.read_bytes(), second.read_bytes()
+    size = max(len(one), len(other))  # of the same size, so that nothing but the bytes tells them apart
+    first.write_bytes(other.ljust(size, b"\0"))
+    second.write_bytes(one.ljust(size, b"\0"))
+    names = table["file"].to_pylist()
+    sizes = [
+        size if name in (first.name, second.name) else n
+        for name, n in zip(names, table["bytes"].to_pylist(), strict=True)
+    ]
+    pq.write_table(table.set_column(table.schema.get_field_index("bytes"), "bytes", [sizes]), copy / shards.SHARDS)
+    found = [problem for problem in shards.SliceSource(copy, "train").check_shards(1, rest=0) if problem]
+    assert sorted(found) == [
+        f"shard {path} has other bytes than were published; copy it again or build it again" for path in (first, second)
+    ]
+
+
+def test_shard_dropped_from_the_table_is_found(copy: Path) -> None:
+    table = pq.read_table(copy / shards.SHARDS)
+    name = shard_of(copy).name
+    pq.write_table(table.filter(pc.field("file") != name), copy / shards.SHARDS)
+    with pytest.raises(
+        DataError, match=r"lists \d+ records of split 'train', dataset_info.json \d+: a shard was dropped"
+    ):
+        shards.SliceSource(copy, "train")
 
 
 def test_largest_bounds_every_slice(dataset: Path) -> None:
