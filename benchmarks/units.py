@@ -14,10 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64
 
-from data_pipeline.sources import dicom_header, hu, readers
+from data_pipeline.sources import dicom_header, hu, readers, volumes
 from data_pipeline.sources.base import ReadError, ReadRequest
 from data_pipeline.stages import exclusion, units
-from data_pipeline.stages.inventory import VOLUME_SUFFIXES
 from data_pipeline.stages.units import SliceValues
 
 FOLDERS = ("dicom", "nifti", "registration", "labelled/ct_luad_contrast")
@@ -72,7 +71,7 @@ def read(folder: Path) -> list[Series]:
 
 def _requests(path: Path) -> Iterator[tuple[str, str, ReadRequest, bool]]:
     scratch = str(path.parent)
-    if path.name.endswith(VOLUME_SUFFIXES):
+    if path.name.endswith(volumes.SUFFIXES):
         yield "volume", str(path), ReadRequest(str(path), "CT" if "ct_" in str(path).lower() else "MR", scratch), False
         return
     with path.open("rb") as file:

@@ -167,7 +167,8 @@ def replace_padding(
     if min(ends) <= HIGHEST_HU if hu else lowest <= padding.high and padding.low <= highest:
         from scipy import ndimage  # slow to import, and rarely needed
 
-        regions, _ = ndimage.label(inside)
+        regions = np.zeros(inside.shape, np.int32)
+        ndimage.label(inside, output=regions)
         border = np.concatenate([regions[0], regions[-1], regions[:, 0], regions[:, -1]])
         inside = np.isin(regions, border[border > 0])
         if not inside.any():

@@ -14,7 +14,7 @@ from data_pipeline.format import records
 from data_pipeline.sources import hu, nifti, nrrd_metaimage, voxels
 from data_pipeline.sources.base import NO_MEMORY, ImageFacts, ReadError, ReadRequest, Slice, SourceFile
 from data_pipeline.sources.geometry import FARTHEST_MM, PLANES, Direction
-from data_pipeline.sources.stored_values import AIR_HU, LEVELS, Digest, below_air, stored_sha256, to_uint16
+from data_pipeline.sources.stored_values import AIR_HU, LEVELS, Digest, DigestKind, below_air, stored_sha256, to_uint16
 
 SUFFIXES = nifti.SUFFIXES + nrrd_metaimage.SUFFIXES
 SPACING_MM = (0.001, 200.0)  # of neighbouring voxels; what lies outside has another unit than its header states
@@ -54,7 +54,8 @@ class VolumeFile:
             modality=modality, units="HU" if modality == "CT" else "arbitrary", body_part="", manufacturer="unknown",
             plane=volume.plane, spacing=volume.spacing[2], directions=DIRECTIONS[volume.plane],
         )  # fmt: skip
-        self._volume, self._digest = volume, request.digest
+        self._volume = volume
+        self._digest: DigestKind = request.digest
         self._flags = request.flags | (records.MODALITY_INFERRED if inferred else 0)
 
     def slices(self) -> Iterator[Slice]:
