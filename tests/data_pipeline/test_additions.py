@@ -85,7 +85,7 @@ def test_added_exams_become_further_shards(
     inputs = (exams, tmp_path / "later") if again else (tmp_path / "later",)
     result = run_build("--input", *inputs, "--output", output, *SPLITS)
     assert result.code == 0, result.err
-    assert "inventory: 30 files" in result.err and "80 slices of 16 patients" in result.err
+    assert "inventory: 30 files" in result.err and "80 slices of 16 series of 16 patients" in result.err
     after = shard_state(output)
     assert {name: after[name] for name in before} == before and len(after) > len(before)
     check(output, run_verify)

@@ -145,12 +145,17 @@ def test_output_of_a_build(tmp_path: Path, run_build, write_series) -> None:
     assert lines[0].startswith("7 files; key from ")
     assert lines[1].startswith("inventory: 7 files in ") and lines[1].endswith("/s")
     assert lines[2].startswith("convert: 6 files in ")
-    assert lines[3].startswith("6 slices of 1 patients in 1 shards, ")
-    assert lines[3].endswith(f"files: 6 kept, 1 excluded; see {tmp_path / 'out' / 'manifest.parquet'}")
+    assert lines[3].startswith("6 slices of 1 series of 1 patient in 1 shard, ")
+    assert lines[4] == "  CT in Hounsfield units: 6 slices of 1 series"
+    files = lines.index(f"files: 6 kept, 1 excluded; each with its reason in {tmp_path / 'out' / 'manifest.parquet'}")
     assert (
-        lines[4].split()
-        == "1 x excluded: not a medical image (no DICOM, NIfTI, NRRD, MetaImage, PNG, JPEG or TIFF file)".split()
+        lines[files + 1].split()
+        == (
+            "1 x excluded: not a medical image (no DICOM, NIfTI, NRRD, MetaImage, PNG, JPEG or TIFF file) -> nothing to do; "
+            "if it is an image, give it the suffix of its format"
+        ).split()
     )
+    assert lines[-1] == f"examples, labels and counts: {tmp_path / 'out' / 'index.html'}"
     assert (tmp_path / "card.json").read_text() == (tmp_path / "out" / "card.json").read_text()
     assert stat.S_IMODE((tmp_path / "out" / "manifest.parquet").stat().st_mode) == 0o600
     assert stat.S_IMODE((tmp_path / "out" / ".build").stat().st_mode) == 0o700
