@@ -6,7 +6,6 @@ Text is strokes, thin and about equally bright, on a background of one value, an
 
 import numpy as np
 from jaxtyping import Bool, Shaped, UInt16
-from scipy import ndimage
 
 BACKGROUND_SHARE = 0.35  # of the pixels have the most frequent value itself, as little as in dense text after JPEG
 BAND = 1 / 64  # of the range on either side of it is background too
@@ -45,6 +44,8 @@ def is_page(
 
 def _in_lines(strokes: Bool[np.ndarray, "rows columns"]) -> bool:
     """Whether strokes stand in lines."""
+    from scipy import ndimage  # slow to import; it changes the warning filters, and few slices come here
+
     profile = strokes.sum(axis=1)
     full = np.percentile(profile[profile > 0], 90)
     edges = np.diff(np.concatenate([[0], (profile >= EMPTY * full).astype(np.int8), [0]]))
