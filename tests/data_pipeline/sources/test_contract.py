@@ -214,7 +214,7 @@ def test_reading_changes_neither_arguments_nor_global_state(sample: Sample) -> N
 def test_importing_readers_changes_no_global_state() -> None:
     program = """
 import json, logging, warnings
-import pydicom, pydicom.config, SimpleITK, nibabel, pyarrow, PIL.Image, tensorflow_datasets
+import pydicom, pydicom.config, SimpleITK, nibabel, pyarrow, PIL.Image, scipy.ndimage, scipy.special, tensorflow_datasets
 
 def state():
     return [
