@@ -104,7 +104,7 @@ def read(workdir: str | Path) -> RunLog:
 
     Raises:
       UserError: there is none, or the run has not taken a step.
-      DataError: no line says what was run.
+      DataError: no line can be read, or none says what was run.
     """
     metrics, _ = _records(Path(workdir) / "metrics.jsonl", Metrics)
     events, lines = _records(Path(workdir) / "events.jsonl", Event)
@@ -122,10 +122,13 @@ def _records(path: Path, kind: type[Record]) -> tuple[tuple[Record, ...], list[j
         raise UserError(f"no {path.name} in {path.parent}; --run takes the work directory of curia_jax.pretrain")
     found = journal.read(path)
     both = [(record, line) for line in found.lines if (record := _record(kind, line)) is not None]
-    if left_out := found.unreadable + len(found.lines) - len(both):
-        logger.warning(f"{path}: {left_out} damaged lines are left out")
+    damaged = found.unreadable + len(found.lines) - len(both)
+    if not both and damaged:
+        raise DataError(f"{path} is damaged: none of its {damaged} lines can be read; copy it again")
     if not both:
-        raise UserError(f"{path} has no readable line: the run has not taken a step yet")
+        raise UserError(f"{path} is empty: the run has not taken a step yet")
+    if damaged:
+        logger.warning(f"{path}: left out damaged lines ({damaged})")
     return tuple(record for record, _ in both), [line for _, line in both]
 
 

@@ -51,7 +51,7 @@ def test_rates_of_a_run_without_a_measured_interval_are_none(tmp_path: Path) -> 
 def test_missing_and_empty_logs_are_usage_errors(tmp_path: Path, name: str) -> None:
     write(tmp_path, [metrics(1)], [STARTED])
     (tmp_path / f"{name}.jsonl").write_text("")
-    with pytest.raises(UserError, match=f"{name}.jsonl has no readable line: the run has not taken a step yet"):
+    with pytest.raises(UserError, match=f"{name}.jsonl is empty: the run has not taken a step yet"):
         run_log.read(tmp_path)
     (tmp_path / f"{name}.jsonl").unlink()
     with pytest.raises(UserError, match=f"no {name}.jsonl in .*; --run takes the work directory of curia_jax.pretrain"):
