@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 from curia_common import cli, logs
 from curia_common.errors import UserError
@@ -42,7 +43,7 @@ ENVIRONMENT = {
 # Longer side of the slices, px: that of the model's image. Reading larger ones would take longer than a training step.
 SIZE = 64
 # Many patients with few small slices: enough to learn from, and enough test patients for narrow intervals.
-PHANTOM = ("--series=abdomen_ct", f"--size={SIZE}", "--slices=5", "--varied")
+PHANTOM = ("--seed=1", "--series=abdomen_ct", f"--size={SIZE}", "--slices=5", "--varied")
 # Of the phantom's patients: those that are tested, and those of the others whose label the probes get.
 TEST_SHARE, LABELLED_SHARE = 1 / 4, 1 / 9
 TASK = "situs"
@@ -51,7 +52,9 @@ ABOUT = (
     "the liver on the left. All lie turned and off centre, at different contrast phases, so that the organs' places relative to "
     "each other tell, and hardly the brightness of a pixel. Most training patients have no label; the probes learn from the others."
 )
-CONTROL = "situs_shuffled"  # the same labels, dealt out again among the patients of a split
+# The same labels, dealt out again among the patients of a split. One such shuffle of few patients scatters; the mean of many
+# shows chance.
+CONTROLS = tuple(f"{TASK}_shuffled_{n}" for n in range(1, 9))
 EXAMPLES = """
 python -m curia_jax.demo
 python -m curia_jax.demo --data=/path/to/exams --output=mine
@@ -203,7 +206,7 @@ class Demo:
             # Pseudonyms, and the splits of the other files, follow from a secret key, which the build creates unless there is
             # one. The phantom has no secrets, and with a fixed key every demo is the same.
             self.shards.with_suffix(".key").write_text("the phantom has no secrets\n", encoding="utf-8")
-            options = [f"--labels={table}", "--label-columns", TASK, CONTROL, "--split-column=split"]
+            options = [f"--labels={table}", "--label-columns", TASK, *CONTROLS, "--split-column=split"]
         self.command(
             "data_pipeline.build", "--input", *inputs, f"--output={self.shards}", *options,
             f"--size={SIZE}", "--validation=0.15", "--test=0.25", f"--workers={self.workers}",
@@ -276,7 +279,7 @@ class Demo:
         self.command(
             "curia_jax.report", f"--run={self.run_folder}", f"--shards={self.shards}", f"--results={self.results}",
             f"--weights={self.weights}", f"--timeline={self.folder / RECORD}", f"--output={self.report}",
-            *([f"--about={ABOUT}", f"--control={CONTROL}"] if self.data is None else []),
+            *([f"--about={ABOUT}", f"--control={','.join(CONTROLS)}"] if self.data is None else []),
         )  # fmt: skip
 
     def _next_commands(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
@@ -421,12 +424,12 @@ class Demo:
 
         scores = [score for score in results.read(self.results) if score.metric == "auroc"]
         log.info("")
-        if scores:
-            table.show(scores)
-        for task, finding in findings.find(scores).items():
-            if task != CONTROL:
-                log.info(finding.sentence)
-        if self.data is None and (sentence := findings.control_sentence(scores, CONTROL)):
+        shown = [score for score in scores if score.study.task not in CONTROLS]
+        if shown:
+            table.show(shown)
+        for finding in findings.find(shown).values():
+            log.info(finding.sentence)
+        if sentence := findings.control_sentence(scores, CONTROLS):
             log.info(sentence)
         gigabytes = self.record.peak_bytes / 1e9
         log.info(
@@ -484,25 +487,36 @@ def _write_labels(table: Path, phantom: Path) -> None:
     with phantom.open(encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
     by_patient = divide({line["patient"]: line[TASK] for line in lines})
-    rows = [(phantom.parent / line["file"], *by_patient[line["patient"]]) for line in lines]
+    rows = [(phantom.parent / line["file"], by_patient[line["patient"]]) for line in lines]
     with table.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["file", "split", TASK, CONTROL])
-        writer.writerows((os.path.relpath(path, table.parent), *cells) for path, *cells in rows)
+        writer.writerow(["file", "split", TASK, *CONTROLS])
+        writer.writerows(
+            (os.path.relpath(path, table.parent), one.split, one.label, *one.shuffled) for path, one in rows
+        )
 
 
-def divide(labels: Mapping[str, str]) -> dict[str, tuple[str, str, str]]:
-    """Split, label and shuffled label of patients, from their labels.
+class Divided(NamedTuple):
+    """A patient's split, label, and label in each shuffle; labels are empty where the probes get none."""
+
+    split: str
+    label: str
+    shuffled: tuple[str, ...]
+
+
+def divide(labels: Mapping[str, str]) -> dict[str, Divided]:
+    """Splits patients and shuffles their labels within each split, as often as there are CONTROLS.
 
     Patients differ at random, so that their order can decide the split. The last ones have no label: pretraining needs none.
     """
     patients, random_order = list(labels), random.Random(0)
     tested = round(TEST_SHARE * len(patients))
     labelled = round(LABELLED_SHARE * len(patients))
-    result = dict.fromkeys(patients, ("train", "", ""))
+    result = dict.fromkeys(patients, Divided("train", "", ("",) * len(CONTROLS)))
     for split, part in (("test", patients[:tested]), ("train", patients[tested : tested + labelled])):
-        shuffled = random_order.sample(part, len(part))
-        result |= {one: (split, labels[one], labels[other]) for one, other in zip(part, shuffled, strict=True)}
+        shuffles = [random_order.sample(part, len(part)) for _ in CONTROLS]
+        for one, *others in zip(part, *shuffles, strict=True):
+            result[one] = Divided(split, labels[one], tuple(labels[other] for other in others))
     return result
 
 

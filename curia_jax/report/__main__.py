@@ -37,7 +37,12 @@ def parser() -> cli.Parser:
     made.add_argument("--weights", help="folder with the layouts that curia_jax.convert wrote")
     made.add_argument("--timeline", help="what was run and how long it took, as curia_jax.demo writes it (JSON)")
     made.add_argument("--about", default="", metavar="TEXT", help="what the tasks are, in a paragraph above the scores")
-    made.add_argument("--control", default="", metavar="TASK", help="task of the results whose labels were shuffled")
+    made.add_argument(
+        "--control",
+        default="",
+        metavar="TASK,…",
+        help="tasks of the results whose labels were shuffled, one for each shuffle",
+    )
     made.add_argument("--raw-output", action="store_true", help="also show the decoder's output for visible patches")
     made.add_argument("--title", default="A masked autoencoder of CT and MR slices", help="headline (%(default)s)")
     made.add_argument("--output", required=True, help="HTML file to write")
@@ -62,7 +67,9 @@ def report(args: argparse.Namespace) -> None:
     if output.is_dir():
         raise UserError(f"--output={args.output} is a folder; name a file in it")
     run = run_log.read(args.run)
-    scores = results.read(args.results)
+    controls = args.control.split(",") if args.control else []
+    every_score = results.read(args.results)
+    scores = [score for score in every_score if score.study.task not in controls]
     story = timeline.read(args.timeline) if args.timeline else None
     index = labels.read_index(args.shards)
     try:
@@ -108,8 +115,15 @@ def report(args: argparse.Namespace) -> None:
     found = findings.find(scores)
     not_probed = story.not_probed if story else {}
     parts = [
-        sections.key_figures(run, {task: one for task, one in found.items() if task != args.control}, index, story),
-        sections.scores(images.get("scores"), scores, found, not_probed, args.about, args.control),
+        sections.key_figures(run, found, index, story),
+        sections.scores(
+            images.get("scores"),
+            scores,
+            found,
+            not_probed,
+            args.about,
+            findings.control_sentence(every_score, controls),
+        ),
         sections.reconstructions(images, trained.config, split),
         sections.loss(images["loss"], run, trained.config),
         sections.dataset(index, manifest),

@@ -1,7 +1,11 @@
 """What the scores show of a checkpoint: one probe for each task, its comparisons, and a sentence in words."""
 
 import dataclasses
+import math
+import statistics
 from collections.abc import Mapping, Sequence
+
+from scipy import stats
 
 from curia_jax.evaluate.results import Score
 
@@ -63,25 +67,40 @@ def _differences(scores: Sequence[Score], ours: Score) -> tuple[Score, ...]:
     )
 
 
-def control_sentence(scores: Sequence[Score], control: str) -> str:
-    """What the probes make of a task whose labels were shuffled; empty without such a task.
+def control_sentence(scores: Sequence[Score], controls: Sequence[str]) -> str:
+    """What the probes make of shuffled labels, on average over the shuffles; empty without two such tasks.
+
+    The intervals are Student's t over the shuffles: labels that were dealt out again are exchangeable.
 
     Args:
-      control: name of that task.
+      controls: names of the tasks, one for each shuffle.
     """
-    controls = [
-        score
-        for score in scores
-        if (score.study.task, score.metric, score.against) == (control, "auroc", None) and score.backbone != "none"
-    ]
-    values = [score.value for score in controls if score.value is not None]
-    if not values:
+    found: dict[tuple[str, str], list[float]] = {}
+    for score in scores:
+        if (
+            score.study.task in controls
+            and (score.metric, score.against) == ("auroc", None)
+            and score.backbone != "none"
+        ):
+            found.setdefault((score.backbone, score.head), []).append(math.nan if score.value is None else score.value)
+    means: list[float] = []
+    off: list[str] = []
+    for (backbone, head), values in found.items():
+        known = [value for value in values if math.isfinite(value)]
+        if len(known) < 2:
+            return ""
+        means.append(statistics.fmean(known))
+        half = float(stats.t.ppf(0.975, len(known) - 1)) * statistics.stdev(known) / len(known) ** 0.5
+        if abs(means[-1] - 0.5) > half:
+            off.append(f"{backbone}, {head}")
+    if not means:
         return ""
-    span = f"{min(values):.3f} to {max(values):.3f}"
-    off = [
-        f"{score.backbone}, {score.head}"
-        for score in controls
-        if score.low is not None and score.high is not None and not score.low <= 0.5 <= score.high
-    ]
-    verdict = f"of {', '.join(off)} the interval leaves out 0.5" if off else "every interval contains 0.5, chance"
-    return f"Control: with the labels shuffled among the patients ({control}) the same probes score {span}; {verdict}."
+    verdict = (
+        f"the 95 % interval of {' and of '.join(off)} leaves out 0.5"
+        if off
+        else "every 95 % interval of these means contains 0.5, chance"
+    )
+    return (
+        f"Control: with the labels shuffled among the patients, the same probes have a mean AUROC of {min(means):.3f} to "
+        f"{max(means):.3f} over {len(controls)} shuffles; {verdict}."
+    )

@@ -113,12 +113,11 @@ def scores(
 
     Args:
       about: what the tasks are.
-      control: the task whose labels were shuffled.
+      control: what the probes make of shuffled labels.
     """
     parts = ["<h2>What pretraining brought</h2>", *([page.paragraph(about)] if about else [])]
-    parts += [page.paragraph(finding.sentence) for task, finding in found.items() if task != control]
-    if control and (sentence := findings.control_sentence(scores, control)):
-        parts.append(page.paragraph(sentence))
+    parts += [page.paragraph(finding.sentence) for finding in found.values()]
+    parts += [page.paragraph(control)] if control else []
     if image:
         caption = "AUROC with 95 % intervals by task; on the right, the checkpoint minus the others."
         parts.append(page.figure(image, caption, "AUROC with intervals"))

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from curia_jax.evaluate.results import Fit
+from curia_jax.evaluate.results import Fit, Score
 from curia_jax.report import findings
 from tests.scores import make_score
 
@@ -41,14 +41,21 @@ def test_undefined_scores_are_no_finding() -> None:
     assert findings.find([make_score(value=None, low=None, high=None), make_score(backbone="random")]) == {}
 
 
-def test_control_sentence_names_intervals_without_chance() -> None:
-    chance = make_score("shuffled", value=0.52, low=0.4, high=0.6)
-    off = make_score("shuffled", "pixels", "knn", value=0.7, low=0.6, high=0.8)
-    assert findings.control_sentence([chance, make_score()], "shuffled").endswith(
-        "the same probes score 0.520 to 0.520; every interval contains 0.5, chance."
+def test_control_sentence_gives_means_over_shuffles_and_names_those_off_chance() -> None:
+    names = ["a", "b", "c", "d"]
+
+    def shuffles(backbone: str, head: str, values: list[float | None]) -> list[Score]:
+        made = [make_score(name, backbone, head) for name in names]
+        return [dataclasses.replace(one, value=value) for one, value in zip(made, values, strict=True)]
+
+    # Mean 0.51, standard deviation 0.0294: t(3) = 3.182 times 0.0147 is more than 0.01. Mean 0.7, 0.0082: less than 0.2.
+    chance = shuffles("checkpoint", "ridge", [0.55, 0.48, 0.50, 0.51])
+    off = shuffles("pixels", "knn", [0.70, 0.71, 0.69, 0.70])
+    assert findings.control_sentence([*chance, make_score()], names).endswith(
+        "a mean AUROC of 0.510 to 0.510 over 4 shuffles; every 95 % interval of these means contains 0.5, chance."
     )
-    assert "score 0.520 to 0.700; of pixels, knn the interval leaves out 0.5." in findings.control_sentence(
-        [chance, off], "shuffled"
+    assert findings.control_sentence([*chance, *off], names).endswith(
+        "0.510 to 0.700 over 4 shuffles; the 95 % interval of pixels, knn leaves out 0.5."
     )
-    undefined = dataclasses.replace(chance, value=None)
-    assert findings.control_sentence([make_score(), undefined], "shuffled") == ""
+    assert findings.control_sentence(shuffles("checkpoint", "ridge", [None, None, None, 0.5]), names) == ""
+    assert findings.control_sentence([make_score()], []) == ""

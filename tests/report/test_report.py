@@ -233,11 +233,14 @@ def test_page_leads_with_the_first_finding(made) -> None:
     assert "tells lesion (no, yes) with an AUROC of 0.565 [0.465, 0.645]" in Page(text).text
 
 
-def test_control_is_a_sentence_and_no_finding(study, tmp_path) -> None:
+def test_controls_are_a_sentence_and_no_findings(study, tmp_path) -> None:
     output = tmp_path / "r.html"
     assert report.main([*words(study, output), "--control=lesion", "--about=Lesions & <regions>."]) == 0
     text = output.read_text(encoding="utf-8")
-    assert "Control: with the labels shuffled among the patients (lesion)" in text
+    # One shuffle alone says nothing of chance, so there is no sentence; with two there is.
+    assert "Control:" not in text
+    assert report.main([*words(study, output), "--control=lesion,region"]) == 0
+    assert "Control: with the labels shuffled among the patients, the same probes" in output.read_text(encoding="utf-8")
     assert "<p>Lesions &amp; &lt;regions&gt;.</p>" in text
     assert "tells region" in text and "tells lesion" not in text and "for region, 12 test patients" in text
 
