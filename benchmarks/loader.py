@@ -532,7 +532,7 @@ def _first_batch(args: argparse.Namespace, folder: Path) -> FirstBatch:
     print(
         f"first batch of {args.first_batch:,} shards: {seconds:.1f} s, of which {without:.1f} s after the imports (medians of 3)"
     )
-    return FirstBatch(args.first_batch, seconds, without)
+    return FirstBatch(args.first_batch, seconds, without, max(one.opened for one in found))
 
 
 def _soak(args: argparse.Namespace, folder: Path) -> Soak:

@@ -3,4 +3,4 @@
 Imports neither jax nor anything that reads DICOM, and takes milliseconds to import.
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
