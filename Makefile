@@ -22,7 +22,7 @@ help:
 	@echo "make lint                             ruff and pyright"
 	@echo "make lock                             renew requirements/*.txt from setup.py"
 	@echo "make clean                            remove the environments and demo/"
-	@echo "PYTHON=python3.13 runs any of them with that Python, in .venv-3.13. Locked and tested are both ends of what is supported:"
+	@echo "PYTHON=python3.13 runs any of them with that Python, in .venv-3.13. Locked are both ends of what is supported:"
 	@echo "Python 3.11 with jax 0.10 and Python 3.13 with jax 0.12."
 
 $(VENV)/bin/python:

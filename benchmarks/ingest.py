@@ -437,8 +437,10 @@ def _nifti(image: pydicom.FileDataset, count: int, folder: Path, *, packed: bool
             for one in _changing(pixels, count):
                 file.write(one.astype("<i2").tobytes())
             return
-        for n, line in enumerate(pixels):  # the slices side by side, a row of each
-            rows = np.repeat(line[:, None], count, axis=1).astype("<i2")
+        # The slices side by side, a row of each, each slice shifted: equal neighbours would make it a label map.
+        shifted = (np.arange(pixels.shape[1])[:, None] - np.arange(count)) % pixels.shape[1]
+        for n, line in enumerate(pixels):
+            rows = line[shifted].astype("<i2")
             if n == 0:
                 rows[0], rows[1] = np.arange(count) % 1000, np.arange(count) // 1000
             file.write(rows.tobytes())

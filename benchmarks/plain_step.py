@@ -162,7 +162,7 @@ def objective_of(
             "gradient_norm": optax.global_norm(gradients),
             "parameter_norm": optax.global_norm(params),
         }
-        return {"step": state["step"] + 1, "params": params, "opt_state": opt_state}, metrics
+        return {**state, "step": state["step"] + 1, "params": params, "opt_state": opt_state}, metrics
 
     return dataclasses.replace(made, step=step, compiler_options={})
 

@@ -48,17 +48,20 @@ def problems(page: Path, scheme: Literal["light", "dark"], width: int = 1280) ->
     from playwright.sync_api import sync_playwright
 
     found: list[str] = []
+    own = page.resolve().as_uri()
+
+    def requested(url: str) -> None:
+        if url != own and not url.startswith("data:"):
+            found.append(f"loads {url}")
+
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         try:
             tab = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 900})
             tab.on("console", lambda message: found.append(f"{message.type}: {message.text}"))
             tab.on("pageerror", lambda error: found.append(f"error: {error}"))
-            tab.on("request", lambda request: found.append(f"loads {request.url[:80]}"))
-            tab.goto(page.resolve().as_uri())
-            found = [
-                one for one in found if one != f"loads {page.resolve().as_uri()[:80]}" and "loads data:" not in one
-            ]
+            tab.on("request", lambda request: requested(request.url))
+            tab.goto(own)
             return found + tab.evaluate(_LOOK)
         finally:
             browser.close()

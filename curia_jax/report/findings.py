@@ -70,7 +70,7 @@ def _differences(scores: Sequence[Score], ours: Score) -> tuple[Score, ...]:
 def control_sentence(scores: Sequence[Score], controls: Sequence[str]) -> str:
     """What the probes make of shuffled labels, on average over the shuffles; empty without two such tasks.
 
-    The intervals are Student's t over the shuffles: labels that were dealt out again are exchangeable.
+    The intervals are Student's t over the shuffles, and hold for all probes together (Bonferroni).
 
     Args:
       controls: names of the tasks, one for each shuffle.
@@ -85,20 +85,21 @@ def control_sentence(scores: Sequence[Score], controls: Sequence[str]) -> str:
             found.setdefault((score.backbone, score.head), []).append(math.nan if score.value is None else score.value)
     means: list[float] = []
     off: list[str] = []
+    tail = 0.025 / max(len(found), 1)
     for (backbone, head), values in found.items():
         known = [value for value in values if math.isfinite(value)]
         if len(known) < 2:
             return ""
         means.append(statistics.fmean(known))
-        half = float(stats.t.ppf(0.975, len(known) - 1)) * statistics.stdev(known) / len(known) ** 0.5
+        half = float(stats.t.ppf(1 - tail, len(known) - 1)) * statistics.stdev(known) / len(known) ** 0.5
         if abs(means[-1] - 0.5) > half:
             off.append(f"{backbone}, {head}")
     if not means:
         return ""
     verdict = (
-        f"the 95 % interval of {' and of '.join(off)} leaves out 0.5"
+        f"the interval of {' and of '.join(off)} leaves out 0.5"
         if off
-        else "every 95 % interval of these means contains 0.5, chance"
+        else "the intervals of these means (95 % for all together) contain 0.5, chance"
     )
     return (
         f"Control: with the labels shuffled among the patients, the same probes have a mean AUROC of {min(means):.3f} to "

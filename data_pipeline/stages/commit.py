@@ -589,7 +589,7 @@ def _shard_row(report: ShardReport, addition: int) -> ShardRow:
 def _shard_table(rows: Sequence[ShardRow], additions: int) -> pa.Table:
     types = {"slice_counts": pa.list_(pa.int32()), "addition": pa.int32()}
     table = {name: pa.array([getattr(row, name) for row in rows], types.get(name)) for name in ShardRow._fields}
-    return pa.table(table).replace_schema_metadata({ADDITIONS: str(additions)})
+    return pa.table(table).replace_schema_metadata({ADDITIONS: str(additions), shards.COUNT: str(len(rows))})
 
 
 def _tfds_metadata(folder: Path, name: str, rows: Sequence[ShardRow]) -> None:

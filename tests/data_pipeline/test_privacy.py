@@ -29,7 +29,7 @@ SECRETS = ("Xanthippe", "Quibbleton", "20190827", "Zyzzyva7")
 TEXT = {"LO", "SH", "ST", "LT", "UT", "PN", "UC", "CS", "AE", "UR", "AS", "UI", "DA", "DT", "TM", "IS", "DS"}
 # What a file needs to be taken at all.
 NEEDED = {
-    "SOPClassUID", "Modality", "ImageType", "PhotometricInterpretation", "RescaleSlope", "RescaleIntercept", "PixelSpacing",
+    "SOPClassUID", "Modality", "ImageType", "PhotometricInterpretation", "RescaleSlope", "RescaleIntercept", "RescaleType", "PixelSpacing",
     "ImageOrientationPatient", "ImagePositionPatient", "NumberOfFrames", "BurnedInAnnotation", "LossyImageCompression",
 }  # fmt: skip
 SECRET_UID = "1.2.826.0.1.7777777.12345"

@@ -55,12 +55,12 @@ def test_unknown_patients_are_not_called_patients() -> None:
     unknown = index(("train", "CT", "p1", "s1"), ("test", "CT", "p2", "s2")).append_column(
         "patient_from", pa.array(["file"] * 2)
     )
-    assert plain(sections.key_figures(LOG, [], unknown, None)).startswith("2 slices of 2 files (patients unknown)")
+    assert "2 slices of 2 files (patients unknown)" in plain(sections.key_figures(LOG, {}, unknown, None))
     manifest = pa.table({"fate": ["kept"], "reason": [""]})
     text = plain(sections.dataset(unknown, manifest))
     assert "Split by files (patients unknown)." in text and "slices by modality files series slices" in text
     score = make_score(groups="files (patients unknown)", patients=80)
-    text = plain(sections.scores(None, [score], {}))
+    text = plain(sections.scores(None, [score], {}, {}))
     assert "bootstrap over files (patients unknown)" in text and "slices of 80 files (patients unknown)." in text
 
 

@@ -186,9 +186,7 @@ def test_shard_dropped_from_the_table_is_found(copy: Path) -> None:
     table = pq.read_table(copy / shards.SHARDS)
     name = shard_of(copy).name
     pq.write_table(table.filter(pc.field("file") != name), copy / shards.SHARDS)
-    with pytest.raises(
-        DataError, match=r"lists \d+ records of split 'train', dataset_info.json \d+: a shard was dropped"
-    ):
+    with pytest.raises(DataError, match=rf"lists {len(table) - 1} shards, but was written with {len(table)}; "):
         shards.SliceSource(copy, "train")
 
 

@@ -83,7 +83,7 @@ def test_shape_has_three_axes(shape: tuple[int, ...], wanted: tuple[int, int, in
     [
         ((3,), "i2", "1 dimensions; slices come from volumes of 2 or 3"),
         ((3, 4, 5, 2), "i2", "4 dimensions; slices come from volumes of 2 or 3"),
-        ((3, 0, 5), "i2", "slices come from volumes"),
+        ((3, 0, 5), "i2", "a side of less than one voxel"),
         ((3, 4, 5), "c8", "complex or colour values"),
         ((3, 4, 5), [("r", "u1"), ("g", "u1"), ("b", "u1")], "complex or colour values"),
     ],
