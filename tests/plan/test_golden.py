@@ -88,6 +88,7 @@ def test_collectives_of_a_named_run(uncached: Callable[[], AbstractContextManage
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 @pytest.mark.libtpu
 @pytest.mark.parametrize("name", ["pretrain_vit_b16_224", "pretrain_vit_l16_224"])
 def test_plans_of_named_runs_by_the_tpu_compiler(name: str, tmp_path: Path) -> None:
