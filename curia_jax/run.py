@@ -57,6 +57,8 @@ OWN_FILES = {
     telemetry.BOARD,
     logs.FOLDER,
     lease.FILE,
+    profiling.FOLDER,
+    profiling.REQUEST,
 }
 NO_WATCHDOG_SECONDS = 86_400  # that a host waits for another one where the watchdog is off
 

@@ -154,6 +154,12 @@ def test_run_killed_before_its_first_save_starts_again(tiny_shards: Path, tmp_pa
     assert prepare(tmp_path / "run", tiny_shards).schedule.start_step == 0
 
 
+def test_profile_can_be_requested_before_the_first_start(tiny_shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "profile.request").touch()
+    (tmp_path / "profiles").mkdir()
+    assert prepare(tmp_path, tiny_shards).schedule.start_step == 0
+
+
 def test_folder_with_other_files_is_no_work_directory(tiny_shards: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("all of it")
     with pytest.raises(UserError, match="is not empty and not the work directory of a run; choose another folder"):
