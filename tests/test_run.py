@@ -39,7 +39,9 @@ def grown(tiny_shards: Path, tmp_path: Path) -> Path:
         name = shard_files.file_name(row["file"].split("-")[0], row["split"], number)
         shutil.copy(folder / row["file"], folder / name)
         rows.append({**row, "file": name, "addition": 1})
-    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), folder / shard_files.SHARDS)
+    metadata = table.schema.metadata | {shard_files.COUNT: str(len(rows)).encode()}
+    grown_table = pa.Table.from_pylist(rows, schema=table.schema).replace_schema_metadata(metadata)
+    pq.write_table(grown_table, folder / shard_files.SHARDS)
     return folder
 
 
