@@ -123,7 +123,7 @@ class LogFile:
         LogFile.current = self
 
     def write(self, text: str) -> None:
-        """Adds text that is no log message: a traceback, or the line a command ends with."""
+        """Adds text that is not a log message: a traceback, or the line a command ends with."""
         with contextlib.suppress(OSError, ValueError):  # a full disk must not replace the error that is written here
             self.stream.write(f"{text}\n")
             self.stream.flush()

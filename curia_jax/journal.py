@@ -17,7 +17,7 @@ class Found(NamedTuple):
     """What a file holds.
 
     Attributes:
-      unreadable: lines that are no JSON object, or lack a field: torn by a crash, or damaged.
+      unreadable: lines that are not a JSON object, or lack a field: torn by a crash, or damaged.
     """
 
     lines: list[Line]

@@ -108,6 +108,7 @@ def test_wrong_input_is_one_line_and_its_exit_code(
     assert "Traceback" not in found.stderr and len(errors) == 1 and names in errors[0], found.stderr
 
 
+@pytest.mark.long
 def test_diverged_training_exits_64_and_names_the_last_good_checkpoint(tmp_path: Path, tiny_shards: Path) -> None:
     words = TRAIN.format(tmp=tmp_path, shards=tiny_shards).split()
     words += ["--config.duration=20 steps", "--config.batch_size=8", "--config.optimizer.base_learning_rate=1e30"]

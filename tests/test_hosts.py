@@ -38,6 +38,7 @@ def test_host_that_fails_ends_with_its_code_and_tells_the_others(
     assert ("ZeroDivisionError: a bug" in ends[who].log) == (fault == "bug")
 
 
+@pytest.mark.long
 def test_stuck_host_ends_all_with_75_and_every_hosts_stacks(tmp_path: Path) -> None:
     ends = two_hosts.run(tmp_path, "stuck", watchdog_seconds=15)
     assert [end.code for end in ends] == [75, 75]

@@ -331,7 +331,7 @@ def here(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., dict[str,
     [
         (["--config.batch_size=20"], "batch_size 20 does not divide over 8 devices (replica=1, data=4, fsdp=2); "
          "set --config.batch_size=16 or 24"),
-        (["--config.model.image_size=18"], "config.model: image size (18, 18) is no multiple of the patch size (4, 4); "
+        (["--config.model.image_size=18"], "config.model: image size (18, 18) is not a multiple of the patch size (4, 4); "
          "nearest that is: (16, 16)"),
         (["--config.data.shards="], "no shards given; name the folder that data_pipeline.build wrote with "
          "--config.data.shards=FOLDER"),
@@ -407,6 +407,7 @@ def test_host_without_multihost_is_refused(
     )
 
 
+@pytest.mark.long
 def test_divergence_is_exit_code_64_and_saves_nothing(tiny_shards: Path, alone: Path, tmp_path: Path) -> None:
     words = [CONFIG, f"--config.data.shards={tiny_shards}", *ONE_DEVICE, f"--workdir={tmp_path}/run"]
     result = run(alone, *words, "--config.optimizer.base_learning_rate=1e30")

@@ -168,6 +168,7 @@ def test_folder_with_other_files_is_no_work_directory(tiny_shards: Path, tmp_pat
         prepare(tmp_path, tiny_shards)
 
 
+@pytest.mark.long
 def test_damaged_newest_checkpoint_resumes_from_the_one_before(
     tiny_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -209,6 +210,7 @@ def losses(workdir: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows}
 
 
+@pytest.mark.long
 def test_both_choices_finish_on_a_grown_dataset_and_resume_exactly(
     tiny_shards: Path, grown: Path, tmp_path: Path
 ) -> None:
@@ -236,6 +238,7 @@ def rows(workdir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("later", [8, 32])
 def test_another_batch_size_changes_neither_the_end_nor_the_schedule(
     tiny_shards: Path, tmp_path: Path, later: int
@@ -252,6 +255,7 @@ def test_another_batch_size_changes_neither_the_end_nor_the_schedule(
         assert row["learning_rate"] == pytest.approx(peak * batch * share, rel=1e-5, abs=1e-12)
 
 
+@pytest.mark.long
 def test_clipping_can_be_turned_on_and_off_in_a_run(tiny_shards: Path, tmp_path: Path) -> None:
     """It is what the message of a diverged run advises."""
     assert train(tmp_path / "run", tiny_shards, stop_at=2).step == 2
@@ -331,6 +335,7 @@ def test_run_that_keeps_diverging_ends_with_64(tiny_shards: Path, tmp_path: Path
     assert (checkpoint.latest(str(tmp_path / "run")) or (0,))[0] == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("times", [1e5, 1e8])
 def test_learning_rate_far_too_high_ends_with_64(tiny_shards: Path, tmp_path: Path, times: float) -> None:
     """The loss stays finite."""

@@ -59,7 +59,7 @@ def encoder_view(
         larger size can be better (Touvron et al. 2019, arXiv 1906.06423).
 
     Raises:
-      UserError: there is no such pooling or layer, or a size is no multiple of the patch.
+      UserError: there is no such pooling or layer, or a size is not a multiple of the patch.
     """
     statistics = pooling.split("+")
     if unknown := [name for name in statistics if name not in POOLINGS]:

@@ -76,7 +76,7 @@ class ViTConfig:
             sides = zip(self.image_size, self.patch_size, strict=True)
             nearest = tuple(max(1, round((n - 0.5) / p)) * p for n, p in sides)
             raise ValueError(
-                f"image size {self.image_size} is no multiple of the patch size {self.patch_size}; "
+                f"image size {self.image_size} is not a multiple of the patch size {self.patch_size}; "
                 f"nearest that is: {nearest}"
             )
         check_width("width", self.width, "heads", self.heads)

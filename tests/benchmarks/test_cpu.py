@@ -16,6 +16,7 @@ TINY = [
 ]  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.torch
 def test_compare_gives_rates_for_the_same_model(tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
@@ -28,6 +29,7 @@ def test_compare_gives_rates_for_the_same_model(tmp_path: Path) -> None:
     assert rows["timm"]["ratio"] == pytest.approx(rows["jax"]["images_per_second"] / rows["timm"]["images_per_second"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name", ["jax", *(pytest.param(name, marks=pytest.mark.torch) for name in ("transformers", "timm"))]
 )

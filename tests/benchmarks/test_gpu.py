@@ -10,6 +10,7 @@ from benchmarks import gpu
 from benchmarks.mae_step import Spec
 
 
+@pytest.mark.long
 @pytest.mark.torch
 @pytest.mark.parametrize("how", [[], ["--batch=2"]], ids=["search", "together"])
 def test_tiny_benchmark_runs_on_a_cpu(how: list[str], tmp_path: Path) -> None:

@@ -16,11 +16,13 @@ def test_worker_memory_does_not_grow_with_series_length(real_data: Path, kind: s
     assert found["mb"] < LIMIT_MB
 
 
+@pytest.mark.long
 def test_long_series_have_the_slices_they_should(real_data: Path) -> None:
     for kind in ("frames-packed", "nifti-across", "nrrd-gz"):
         assert ingest.long_series(real_data, kind, 40)["slices"] == 40
 
 
+@pytest.mark.long
 def test_stages_and_syntaxes_print_their_tables(real_data: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(ingest, "SYNTAXES", {name: ingest.SYNTAXES[name] for name in ("explicit VR", "RLE")})
     monkeypatch.setattr(ingest, "COPIES", 1)

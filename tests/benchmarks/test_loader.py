@@ -11,6 +11,7 @@ from benchmarks import loader
 from data_pipeline.format.shards import SliceSource
 
 
+@pytest.mark.long
 def test_loader_is_compared_with_every_contender(tiny_shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     words = ["--batch=8", "--rounds=1", "--seconds=0.05", "--workers=0", f"--json={out}"]

@@ -26,6 +26,7 @@ def blocks_of_code(folder: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
 
 
+@pytest.mark.long
 @pytest.mark.torch
 @pytest.mark.parametrize("layout", ["vit_mae", "vit", "dinov2"])
 def test_model_card_code_runs_as_shown(layout: str, converted) -> None:

@@ -186,7 +186,7 @@ def test_signal_that_a_library_swallows_publishes_nothing(number: int, runs, tmp
         (["--checkpoint={empty}"], "no finished checkpoint in .*; a work directory of curia_jax.pretrain has some"),
         (["--step=8"], "no checkpoint of step 8 in .*; there are: 7"),
         (["--image-size=big"], "--image-size=big: write a number of px, or height x width such as 384x512"),
-        (["--image-size=20"], r"--image-size=20x20: image size \(20, 20\) is no multiple of the patch size \(8, 8\); nearest that is: \(16, 16\)"),
+        (["--image-size=20"], r"--image-size=20x20: image size \(20, 20\) is not a multiple of the patch size \(8, 8\); nearest that is: \(16, 16\)"),
         (["--image-size=8"], "--image-size=8x8: mask_ratio 0.75 leaves 0 of 1 patches visible"),
         (["--image-size=16x24", "--layout=dinov2"], "--layout=dinov2 cannot hold this model: Dinov2Model takes square images, but this model's are 16x24"),
         (["--output={foreign}"], "foreign holds notes.txt, which this command did not write"),

@@ -182,6 +182,7 @@ def test_fixed_file_is_added_and_changed_file_is_rejected(tmp_path: Path, run_bu
     assert "000.dcm" not in result.err
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_stopped_addition_resumes_and_leaves_dataset_readable(
     tmp_path: Path, exams: Path, start_build, run_build, run_verify, write_series, contents, number: int
@@ -215,6 +216,7 @@ def test_stopped_addition_resumes_and_leaves_dataset_readable(
     assert contents(tmp_path / "out") == contents(tmp_path / "straight")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("where", ["index.parquet", "manifest.parquet", "card.json", "shards.parquet"])
 def test_interrupted_commit_leaves_old_or_new_dataset(
     tmp_path: Path, exams: Path, run_build, run_verify, write_series, contents, monkeypatch, where: str
@@ -550,6 +552,7 @@ def test_of_two_copies_the_training_one_is_removed(tmp_path: Path, run_build, wr
     assert Counter(row["split"] for row in index_of(tmp_path / "out")) == {"train": 6, "test": 7}
 
 
+@pytest.mark.long
 def test_near_duplicate_series_are_reported_and_kept(
     tmp_path: Path, run_build, run_verify, manifest, study: Path
 ) -> None:

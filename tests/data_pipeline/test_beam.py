@@ -88,6 +88,7 @@ def test_failed_runner_is_one_line_and_its_log_is_private(tmp_path: Path, study:
 # ---- runs
 
 
+@pytest.mark.long
 def test_beam_gives_the_same_bytes_as_local_processes(
     study: Path, dataset: Path, tmp_path: Path, run_build, contents
 ) -> None:
@@ -101,6 +102,7 @@ def test_beam_gives_the_same_bytes_as_local_processes(
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
+@pytest.mark.long
 def test_decoder_hang_or_crash_leaves_beam_worker_alive(tmp_path: Path, exams: Path, start_build, manifest) -> None:
     for name, (patient, number) in {"hang.dcm": (1, 0), "crash.dcm": (2, 3), "bug.dcm": (3, 2)}.items():
         (exams / f"p{patient}" / f"{number:03d}.dcm").rename(exams / f"p{patient}" / name)
@@ -117,6 +119,7 @@ def test_decoder_hang_or_crash_leaves_beam_worker_alive(tmp_path: Path, exams: P
     assert rows["bug.dcm"]["reason"].startswith("the reader failed on it (KeyError at ")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("number", "then"), [(signal.SIGKILL, "local"), (signal.SIGTERM, "beam")])
 def test_stopped_beam_build_resumes_with_either_runner(
     tmp_path: Path, exams: Path, start_build, run_build, contents, number: int, then: str
@@ -145,6 +148,7 @@ def test_stopped_beam_build_resumes_with_either_runner(
     assert left == contents(tmp_path / "fresh")
 
 
+@pytest.mark.long
 def test_worker_error_ends_beam_build_with_one_line(tmp_path: Path, exams: Path, start_build) -> None:
     running = start_build(
         "--input", exams, "--output", tmp_path / "out", "--runner=beam", "--workers", 2, trouble={"*": 0.1}
@@ -188,6 +192,7 @@ def _serving(module: str, port: int, *words: str) -> Iterator[None]:
             os.killpg(server.pid, signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_job_service_with_worker_pool_gives_the_same_bytes(
     study: Path, dataset: Path, tmp_path: Path, run_build, contents
 ) -> None:

@@ -113,6 +113,7 @@ def test_no_patient_is_in_two_splits_or_moves_with_more_exams(
     assert len(part) == 3 and part == {patient: whole[patient] for patient in part}
 
 
+@pytest.mark.long
 def test_build_is_deterministic_for_any_number_of_workers(
     study: Path, dataset: Path, tmp_path: Path, run_build, contents
 ) -> None:
@@ -488,6 +489,7 @@ def test_full_disk_is_one_line(tmp_path: Path, run_build, monkeypatch) -> None:
     assert run_build("--input", tmp_path / "in", "--output", tmp_path / "out").code == 0
 
 
+@pytest.mark.long
 def test_decoder_hang_or_crash_quarantines_its_file(tmp_path: Path, exams: Path, start_build, manifest) -> None:
     for name, (patient, number) in {"hang.dcm": (1, 0), "crash.dcm": (2, 3), "bug.dcm": (3, 2)}.items():
         (exams / f"p{patient}" / f"{number:03d}.dcm").rename(exams / f"p{patient}" / name)
@@ -505,6 +507,7 @@ def test_decoder_hang_or_crash_quarantines_its_file(tmp_path: Path, exams: Path,
     assert len(shards.SliceSource(tmp_path / "out", "train")) > 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_stopped_build_resumes_to_the_same_bytes(
     tmp_path: Path, exams: Path, start_build, run_build, contents, number: int
@@ -533,6 +536,7 @@ def test_stopped_build_resumes_to_the_same_bytes(
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
+@pytest.mark.long
 def test_second_build_on_output_and_changed_input_are_rejected(
     tmp_path: Path, exams: Path, start_build, run_build
 ) -> None:

@@ -163,7 +163,7 @@ def test_permuted_test_labels_change_no_prediction(study, tmp_path) -> None:
         (["--label=shape", "--seed=-1"], "error: --seed is -1; it has to be at least 0\n"),
         (["--label=shape", "--image-sizes=0"], "error: --image-sizes=0: write numbers of px with commas"),
         (["--label=shape", "--image-sizes="], "error: --image-sizes=: write numbers of px with commas"),
-        (["--label=shape", "--image-sizes=20"], "error: --image-sizes: image size (20, 20) is no multiple"),
+        (["--label=shape", "--image-sizes=20"], "error: --image-sizes: image size (20, 20) is not a multiple"),
         (["--label=shape", "--layers=0"], "error: no layer 0; this encoder has layers 1 to 2\n"),
         (["--label=shape", "--layers=²"], "error: --layers=²: write last, or numbers of blocks"),
         (["--label=,"], "error: --label is empty; name a label of the shards"),

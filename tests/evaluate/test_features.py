@@ -139,5 +139,5 @@ def test_several_image_sizes_are_concatenated(model) -> None:
 
 
 def test_image_size_that_is_no_multiple_of_patch_is_refused(model) -> None:
-    with pytest.raises(UserError, match=r"--image-sizes: image size \(20, 20\) is no multiple of the patch size"):
+    with pytest.raises(UserError, match=r"--image-sizes: image size \(20, 20\) is not a multiple of the patch size"):
         features.encoder_view(model[0].encoder, model[1]["encoder"], SETTINGS, image_sizes=[(20, 20)])

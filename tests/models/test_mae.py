@@ -170,7 +170,7 @@ def test_flops_equal_those_of_the_traced_program() -> None:
     def forward(params: Any, images: jax.Array, noise: jax.Array) -> Any:
         return mae.bind(config, params)(images, noise).loss
 
-    # Matmuls that select tokens are no FLOPs of the model: pixels and positions of 3 of 12 patches, forward alone, and the
+    # Matmuls that select tokens are not FLOPs of the model: pixels and positions of 3 of 12 patches, forward alone, and the
     # decoder's 13 of 4 tokens, forward and backward.
     pixels = 2 * 3 * 12 * (config.encoder.patch_values + config.encoder.width)
     tokens = 2 * 4 * 13 * config.decoder_width

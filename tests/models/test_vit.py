@@ -239,7 +239,7 @@ def test_flops_agree_with_xla() -> None:
     params = jax.eval_shape(lambda: vit.init(config, jax.random.key(0)))
     images = jax.ShapeDtypeStruct((1, 64, 64, 1), jnp.float32)
     compiled = jax.jit(lambda params, images: vit.bind(config, params)(images)).lower(params, images).compile()
-    # XLA also counts what is no matmul: some ten operations a value, where a matmul has 2 x 192 and more.
+    # XLA also counts what is not a matmul: some ten operations a value, where a matmul has 2 x 192 and more.
     assert 1.0 < compiled.cost_analysis()["flops"] / vit.flops(config) < 1.08
 
 
@@ -272,7 +272,7 @@ def test_description_follows_from_the_dimensions(fields: dict[str, Any], name: s
     ("fields", "message"),
     [
         ({"size": "XL"}, "size is 'XL'; it may be Ti, S, B, L, H, custom"),
-        ({"image_size": 100}, r"image size \(100, 100\) is no multiple .* \(16, 16\); nearest that is: \(96, 96\)"),
+        ({"image_size": 100}, r"image size \(100, 100\) is not a multiple .* \(16, 16\); nearest that is: \(96, 96\)"),
         ({"image_size": (8, 232)}, r"nearest that is: \(16, 224\)"),
         ({"image_size": (60, 64)}, r"nearest that is: \(64, 64\)"),
         ({"patch_size": 0}, r"patch_size is \(0, 0\); it has to be at least 1"),

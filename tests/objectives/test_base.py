@@ -222,6 +222,7 @@ def metrics(workdir: Path) -> dict[int, dict[str, float]]:
     return {row["step"]: {name: row[name] for name in names} for row in rows}
 
 
+@pytest.mark.long
 def test_classifier_trains_saves_and_resumes_bit_for_bit(tiny_shards: Path, tmp_path: Path, one_device: None) -> None:
     assert train(tmp_path / "straight", tiny_shards).exit_code == 0
     stopped = train(tmp_path / "broken", tiny_shards, stop_at=3)

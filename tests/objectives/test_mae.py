@@ -110,6 +110,7 @@ def reference_output(params: Any, batch: augment.Batch, seed: int, step: int) ->
     return mae.bind(model, params)(images, noise)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["all", "fsdp", "one"])
 def test_views_and_masks_follow_from_seed_and_step(name: str, three_steps: Callable[..., Any]) -> None:
     """The loss is that of one device that knows only seed, step and batch; 1e-6 is the order of float32 sums."""
@@ -206,6 +207,7 @@ def test_step_donates_the_state(objectives: Objectives, uncached: Callable[[], A
     assert step.memory_analysis().alias_size_in_bytes == bytes_per_device
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "overrides", [("--config.model.unroll=2",), ("--config.model.remat=full",), ("--config.model.remat=matmuls",)]
 )
@@ -262,7 +264,7 @@ def test_bfloat16_is_used_in_matmuls_only() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("--config.model.image_size=18", r"image size \(18, 18\) is no multiple of the patch size \(4, 4\)"),
+        ("--config.model.image_size=18", r"image size \(18, 18\) is not a multiple of the patch size \(4, 4\)"),
         ("--config.model.size=XL", "size is 'XL'; it may be Ti, S, B, L, H"),
         ("--config.batch_size=50", "batch_size 50 does not divide over 8 devices"),
         ("--config.batch_size=0", "batch_size is 0; it has to be a whole number of at least 1"),

@@ -79,6 +79,7 @@ def collectives(text: str) -> str:
     return "".join(f"{kind} {shape} x {count}\n" for (kind, shape), count in sorted(found.items()))
 
 
+@pytest.mark.long
 def test_collectives_of_a_named_run(uncached: Callable[[], AbstractContextManager[None]]) -> None:
     """B/16 over fsdp=8, by XLA for CPUs: weights are gathered, gradients reduced, activations stay."""
     objective = on_eight_devices("pretrain_vit_b16_224", "--config.batch_size=8", "--config.data.canvas=64")

@@ -109,7 +109,7 @@ def parse(text: str) -> Program:
     """Parses the text of a scheduled module.
 
     Raises:
-      HloError: the text is no scheduled module with an entry computation, or has instructions in an unknown form.
+      HloError: the text is not a scheduled module with an entry computation, or has instructions in an unknown form.
     """
     if "is_scheduled=true" not in text.split("\n", 1)[0]:
         raise HloError("the program is not marked as scheduled (is_scheduled=true), so overlap cannot be read from it")

@@ -345,6 +345,7 @@ def test_lasting_errors_of_the_store_stop_the_build(bucket: Bucket, folder: Path
     assert shards_of(tmp_path / "out") == shards_of(tmp_path / "wanted")
 
 
+@pytest.mark.long
 def test_beam_runner_reads_buckets(bucket: Bucket, folder: Path, from_folder, tmp_path: Path, run_build) -> None:
     address = bucket.put_folder(folder, "exams")
     result = run_build("--input", address, "--output", tmp_path / "out", "--runner=beam", processes=2)

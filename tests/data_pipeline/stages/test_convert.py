@@ -498,6 +498,7 @@ def test_scratch_folder_keeps_temporary_files_off_the_output(tmp_path: Path, wri
 # ---- memory
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_series_length(tmp_path: Path, write_series, monkeypatch) -> None:
     monkeypatch.setattr(pack, "SPOOL_BYTES", 1)
     rng = np.random.default_rng(1)
