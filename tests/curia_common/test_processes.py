@@ -44,6 +44,7 @@ def exists(process: int) -> bool:
         return False
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not processes.SHARED_MEMORY.is_dir(), reason="semaphores have no files here")
 def test_semaphores_of_a_killed_reader_go_at_the_next_start(tmp_path: Path) -> None:
     (tmp_path / "reader.py").write_text(READER)

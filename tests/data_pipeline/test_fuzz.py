@@ -3,11 +3,14 @@
 import os
 from pathlib import Path
 
+import pytest
+
 from benchmarks import fuzz
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.long
 def test_damaged_and_malicious_files_are_quarantined_one_by_one(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("CURIA_KEY", "a key that everybody may know")
     data = Path(os.environ.get("CURIA_DATA", ROOT.parent / "shared" / "data"))

@@ -72,6 +72,7 @@ def run(study: Path, *words: str) -> int:
     return evaluate.main([f"--checkpoint={study / 'run'}", f"--shards={study / 'shards'}", *words])
 
 
+@pytest.mark.long
 def test_every_backbone_and_probe_is_scored_reproducibly(study, tmp_path, capsys) -> None:
     files = [tmp_path / name for name in ("first.json", "again.json")]
     for file in files:

@@ -122,6 +122,7 @@ def test_plan_that_does_not_fit_exits_66_in_one_line(planned):
     assert last.startswith("error: v5e:2x2 needs ") and "more chips" in last
 
 
+@pytest.mark.long
 @pytest.mark.libtpu
 def test_gradients_between_two_tpu_slices_use_the_data_centre_network(tmp_path: Path):
     mesh = ["--config.mesh.replica=2", "--config.mesh.data=4", "--config.mesh.fsdp=1"]
