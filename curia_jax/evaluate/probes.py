@@ -1,27 +1,20 @@
-"""Probes: small classifiers on frozen features. Each chooses its settings on held-out cases, then is refitted on all
-training and validation cases.
+"""Probes: small models on frozen features, by the contract of `selection`."""
 
-A probe takes a `Bank` (features and labels to learn from, with the folds for choosing settings) and the features of the
-test cases. It never gets a test label.
-"""
-
-import dataclasses
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedGroupKFold
 from threadpoolctl import threadpool_limits
 
-from curia_jax.evaluate import metrics
-from curia_jax.evaluate.labels import selection_on_validation
 from curia_jax.evaluate.results import Setting
+from curia_jax.evaluate.selection import Bank, Features, Numbers, Prediction, Scores, choose_and_predict
+from curia_jax.evaluate.targets import Classes, Targets
 
 # A feature that varies less than this is constant; dividing by its deviation would amplify rounding errors.
 _CONSTANT = 1e-6
@@ -32,144 +25,80 @@ TEMPERATURE = 0.07
 # the next: of equally good settings the first is taken.
 RIDGE_PENALTIES = tuple(10.0 ** (half / 2) for half in range(8, -11, -1))
 # Half decades from 10^-6 to 10^5, the range of facebookresearch/dinov3's logistic regression.
+_PATIENCE = 3
 INVERSE_PENALTIES = tuple(10.0 ** (half / 2) for half in range(-12, 11))
 
 
-@dataclasses.dataclass(frozen=True)
-class Bank:
-    """The cases that a probe learns from.
-
-    Attributes:
-      features: one row per case.
-      labels: class numbers, 0 … classes - 1; a class may be absent.
-      classes: number of classes.
-      folds: pairs of case numbers (fit, held out) for choosing settings.
-      selection: how the folds were made, for the results.
-    """
-
-    features: Float[np.ndarray, "n d"]
-    labels: Int[np.ndarray, " n"]
-    classes: int
-    folds: tuple[tuple[Int[np.ndarray, " _fit"], Int[np.ndarray, " _held"]], ...]  # of different sizes
-    selection: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """A probe's result for the test cases.
-
-    Attributes:
-      scores: one per test case and class; larger is likelier.
-      chosen: the settings chosen on the held-out cases.
-      selection_score: macro AUROC of the chosen settings on the held-out cases.
-    """
-
-    scores: Float[np.ndarray, "queries classes"]
-    chosen: Setting
-    selection_score: float
-
-
-Probe = Callable[[Bank, Float[np.ndarray, "queries d"]], Prediction]
-Numbers = Int[np.ndarray, " fit"]
-Features = Float[np.ndarray, "queries d"]
-Scores = Float[np.ndarray, "queries classes"]
-
-
-def bank(
-    features: Float[np.ndarray, "n d"],
-    labels: Int[np.ndarray, " n"],
-    patients: Shaped[np.ndarray, " n"],
-    held_out: Shaped[np.ndarray, " n"],
-    *,
-    classes: int,
-    seed: int = 0,
-    groups: str = "patients",
-) -> Bank:
-    """A bank whose settings are chosen on the cases marked `held_out`, the validation split.
-
-    Where these lack a class of the other cases, or there are none, settings are chosen by cross-validation over patients
-    in 5 folds (fewer with fewer patients of the rarest class), training and validation cases together.
-
-    Args:
-      labels, patients: at least two classes, each of several patients, as `labels.task` has checked.
-      groups: what counts as a patient, in words.
-    """
-    held_out = np.asarray(held_out, bool)
-    if selection_on_validation(labels[~held_out], labels[held_out]):
-        folds = ((np.flatnonzero(~held_out), np.flatnonzero(held_out)),)
-        return Bank(features, labels, classes, folds, "validation split")
-    per_class = [len(np.unique(patients[labels == label])) for label in np.unique(labels)]
-    count = min(5, *per_class)
-    folds = StratifiedGroupKFold(count, shuffle=True, random_state=seed).split(features, labels, patients)
-    return Bank(features, labels, classes, tuple(folds), f"{count}-fold over {groups}")
-
-
 def knn(bank: Bank, queries: Float[np.ndarray, "queries d"]) -> Prediction:
-    """k nearest neighbours by cosine similarity, weighted by softmax(similarity / 0.07), as in facebookresearch/dinov3.
+    """k nearest neighbours by cosine similarity of standardised features, weighted by softmax(similarity / 0.07).
 
-    Chosen on the held-out cases: k of NEIGHBOURS (up to the size of the bank), and whether features are standardised before
-    they are scaled to length 1.
+    The weights are those of facebookresearch/dinov3. One more neighbour has the class frequencies, or the mean value, of the
+    cases, so that no probability is 0. Chosen on the held-out cases: k of NEIGHBOURS, up to the number of cases.
     """
     smallest = min(len(fit) for fit, _ in bank.folds)
     neighbours = [k for k in NEIGHBOURS if k <= smallest] or [smallest]
-    settings: list[Setting] = [
-        {"k": k, "standardised": standardised} for standardised in (True, False) for k in neighbours
-    ]
 
-    def predict(fit: Numbers, held: Features, settings: list[Setting]) -> list[Scores]:
-        prepared = {
-            flag: _standardise(bank.features[fit], held) if flag else (bank.features[fit], held)
-            for flag in {setting["standardised"] for setting in settings}
-        }
-        votes = {flag: _vote(x, bank.labels[fit], q, neighbours, bank.classes) for flag, (x, q) in prepared.items()}
-        return [votes[bool(setting["standardised"])][int(setting["k"])] for setting in settings]
+    def predict(fit: Numbers, held: Features, settings: Sequence[Setting]) -> list[Scores]:
+        targets = _columns(bank, fit)
+        ks = tuple(int(setting["k"]) for setting in settings)
+        votes = _vote(*_standardise(bank.features[fit], held), targets, ks)
+        return [(k * vote + targets.mean(axis=0)) / (k + 1) for k, vote in zip(ks, votes, strict=True)]
 
-    return _choose_and_predict(bank, queries, settings, predict)
+    return choose_and_predict(bank, queries, [{"k": k} for k in neighbours], predict)
+
+
+def _columns(bank: Bank, fit: Numbers) -> Float[np.ndarray, "fit outputs"]:
+    """Classes one-hot, or the values."""
+    targets = bank.targets[fit]
+    return np.eye(targets.count)[targets.labels] if isinstance(targets, Classes) else targets.values[:, None]
 
 
 def _vote(
-    x: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], queries: Features, neighbours: list[int], classes: int
-) -> dict[int, Scores]:
-    """Scores of the queries for every number of neighbours."""
+    x: Float[np.ndarray, "n d"], queries: Features, targets: Float[np.ndarray, "n outputs"], neighbours: tuple[int, ...]
+) -> list[Scores]:
+    """Weighted means of the neighbours' targets, for each number of neighbours."""
     bank, queries = jnp.asarray(_unit(x)), _unit(queries)
-    one_hot = jax.nn.one_hot(labels, classes, dtype=jnp.float32)
+    columns = jnp.asarray(targets, jnp.float32)
     # At most 64 MB of similarities at a time.
     rows = max(1, 16_000_000 // len(x))
-    parts = [_vote_rows(bank, one_hot, queries[i : i + rows], tuple(neighbours)) for i in range(0, len(queries), rows)]
-    return {k: np.concatenate([np.asarray(part[j]) for part in parts]) for j, k in enumerate(neighbours)}
+    parts = [_vote_rows(bank, columns, queries[i : i + rows], neighbours) for i in range(0, len(queries), rows)]
+    return [np.concatenate([np.asarray(part[j], np.float64) for part in parts]) for j in range(len(neighbours))]
 
 
 @functools.partial(jax.jit, static_argnums=3)
 def _vote_rows(
     x: Float[Array, "n d"],
-    one_hot: Float[Array, "n classes"],
+    targets: Float[Array, "n outputs"],
     queries: Float[Array, "q d"],
     neighbours: tuple[int, ...],
-) -> list[Float[Array, "q classes"]]:
+) -> list[Float[Array, "q outputs"]]:
     similarity = jnp.matmul(queries, x.T, precision="highest")
     nearest, index = jax.lax.top_k(similarity, max(neighbours))
-    votes = jax.nn.softmax(nearest / TEMPERATURE, axis=1)[:, :, None] * one_hot[index]
-    sums = jnp.cumsum(votes, axis=1)
-    return [sums[:, k - 1] / jnp.sum(sums[:, k - 1], axis=1, keepdims=True) for k in neighbours]
+    weights = jax.nn.softmax(nearest / TEMPERATURE, axis=1)
+    sums = jnp.cumsum(weights[:, :, None] * targets[index], axis=1)
+    totals = jnp.cumsum(weights, axis=1)
+    return [sums[:, k - 1] / totals[:, k - 1, None] for k in neighbours]
 
 
 def ridge(bank: Bank, queries: Float[np.ndarray, "queries d"]) -> Prediction:
-    """Least squares on standardised features with targets -1 and +1 and a squared penalty, none on the intercept.
+    """Least squares on standardised features with a squared penalty, none on the intercept.
 
-    Chosen on the held-out cases: the penalty, of RIDGE_PENALTIES. One eigendecomposition, of the smaller of the two
-    Gram matrices, serves the whole sweep (google-research/big_vision `fewshot_lsr.py`; there the intercept is a
-    penalised column of 100). Float64, on the default device.
+    Targets are -1 and +1 for classes, whose scores become probabilities by a `Scaling`, or the values. Chosen on the held-out
+    cases: the penalty, of RIDGE_PENALTIES. One eigendecomposition, of the smaller of the two Gram matrices, serves the whole
+    sweep (google-research/big_vision `fewshot_lsr.py`; there the intercept is a penalised column of 100). Float64, on the
+    default device.
     """
 
-    def predict(fit: Numbers, held: Features, settings: list[Setting]) -> list[Scores]:
+    def predict(fit: Numbers, held: Features, settings: Sequence[Setting]) -> list[Scores]:
         x, q = _standardise(bank.features[fit], held)
         penalties = len(fit) * np.array([setting["penalty_per_case"] for setting in settings])
+        targets = _columns(bank, fit)
+        targets = 2.0 * targets - 1.0 if isinstance(bank.targets, Classes) else targets
         with jax.enable_x64(True):
-            targets = 2.0 * jax.nn.one_hot(bank.labels[fit], bank.classes, dtype=jnp.float64) - 1.0
-            return list(np.asarray(_ridge_scores(jnp.asarray(x), targets, jnp.asarray(q), jnp.asarray(penalties))))
+            return list(np.asarray(_ridge_scores(*map(jnp.asarray, (x, targets, q, penalties)))))
 
     settings: list[Setting] = [{"penalty_per_case": penalty} for penalty in RIDGE_PENALTIES]
-    return _choose_and_predict(bank, queries, settings, predict)
+    return choose_and_predict(bank, queries, settings, predict, probabilities=False)
 
 
 @jax.jit
@@ -195,58 +124,32 @@ def _ridge_scores(
 def logistic(bank: Bank, queries: Float[np.ndarray, "queries d"]) -> Prediction:
     """Multinomial logistic regression (scikit-learn, L-BFGS, float64) on standardised features.
 
-    Chosen on the held-out cases: C, the inverse penalty, of INVERSE_PENALTIES.
+    Chosen on the held-out cases: C, the inverse penalty, of INVERSE_PENALTIES from strong to weak, until _PATIENCE in a row are
+    worse.
     """
+    targets = bank.targets
+    assert isinstance(targets, Classes)
 
-    def predict(fit: Numbers, held: Features, settings: list[Setting]) -> list[Scores]:
-        labels = bank.labels[fit]
+    def predict(fit: Numbers, held: Features, settings: Sequence[Setting]) -> Iterator[Scores]:
+        labels = targets.labels[fit]
         x, q = _rotate(*_standardise(bank.features[fit], held))
         present = np.unique(labels)
-        if len(present) == 1:
-            return [np.tile(np.eye(bank.classes)[present[0]], (len(held), 1))] * len(settings)
         # From strong to weak penalty, each fit starting from the last.
         model = LogisticRegression(max_iter=1000, tol=1e-6, warm_start=True)
-        scores = []
         for setting in settings:
-            model.set_params(C=setting["C"])
+            scores = np.zeros((len(q), targets.count))
+            scores[:, present] = 1.0
             # Hundreds of small matmuls per fit: synchronising threads costs more than they save, on a busy machine fifty
             # times as much.
             with warnings.catch_warnings(), threadpool_limits(1, "blas"):
                 # With hardly any penalty on separable cases there is no optimum to converge to; such a fit is used all the
-                # same if it ranks the held-out cases best.
+                # same if its loss on the held-out cases is the smallest.
                 warnings.simplefilter("ignore", ConvergenceWarning)
-                model.fit(x, labels)
-            scores.append(np.zeros((len(q), bank.classes)))
-            scores[-1][:, model.classes_] = model.predict_proba(q)
-        return scores
+                if len(present) > 1:
+                    scores[:, present] = model.set_params(C=setting["C"]).fit(x, labels).predict_proba(q)
+            yield scores
 
-    return _choose_and_predict(bank, queries, [{"C": c} for c in INVERSE_PENALTIES], predict)
-
-
-def _choose_and_predict(
-    bank: Bank,
-    queries: Features,
-    settings: list[Setting],
-    predict: Callable[[Numbers, Features, list[Setting]], list[Scores]],
-) -> Prediction:
-    """The setting with the best macro AUROC on the held-out cases of all folds together, fitted on the whole bank.
-
-    Ties go to the higher accuracy, then to the earlier setting.
-
-    Args:
-      predict: (numbers of the cases to fit, features to score, settings) -> scores for each setting.
-    """
-    held = np.concatenate([held for _, held in bank.folds])
-    parts = [predict(fit, bank.features[held], settings) for fit, held in bank.folds]
-    one = np.ones((1, len(held)))
-    ranked = []
-    for number in range(len(settings)):
-        scores = np.concatenate([part[number] for part in parts])
-        area, right = (float(metric(bank.labels[held], scores, one)[0]) for metric in (metrics.auroc, metrics.accuracy))
-        ranked.append((area, right, -number))
-    area, _, number = max(ranked)
-    chosen = settings[-number]
-    return Prediction(predict(np.arange(len(bank.labels)), queries, [chosen])[0], chosen, area)
+    return choose_and_predict(bank, queries, [{"C": c} for c in INVERSE_PENALTIES], predict, patience=_PATIENCE)
 
 
 def _standardise(x: Float[np.ndarray, "n d"], queries: Float[np.ndarray, "q d"]) -> tuple[np.ndarray, np.ndarray]:
@@ -273,6 +176,7 @@ def _unit(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
     return (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)).astype(np.float32)
 
 
-def majority(labels: Int[np.ndarray, " n"], classes: int, queries: int) -> Float[np.ndarray, "queries classes"]:
-    """The baseline without an image: every case gets the class frequencies of the training cases as scores."""
-    return np.tile(np.bincount(labels, minlength=classes) / len(labels), (queries, 1))
+def floor(targets: Targets, queries: int) -> Scores:
+    """The baseline without an image: every case gets the class frequencies, or the mean value, of the training cases."""
+    constant = targets.frequencies if isinstance(targets, Classes) else np.array([targets.values.mean()])
+    return np.tile(constant, (queries, 1))

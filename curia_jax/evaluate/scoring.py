@@ -11,10 +11,11 @@ from jaxtyping import Float, Int, Shaped
 
 from curia_common import logs
 from curia_common.errors import UserError
-from curia_jax.evaluate import labels, metrics, probes
+from curia_jax.evaluate import labels, metrics, probes, selection
 from curia_jax.evaluate.results import Fit, Score, Study
+from curia_jax.evaluate.targets import Classes
 
-HEADS: Mapping[str, probes.Probe] = {"knn": probes.knn, "ridge": probes.ridge, "logistic": probes.logistic}
+HEADS: Mapping[str, selection.Head] = {"knn": probes.knn, "ridge": probes.ridge, "logistic": probes.logistic}
 # The backbone that is compared with each of the others.
 OURS = "checkpoint"
 
@@ -84,7 +85,8 @@ def score(
 
     Returns:
       Scores: first those of each backbone, then OURS minus each other backbone, then the majority class. And a table with
-      task, backbone, head, series, patient, target, predicted and scores (one per class).
+      task, backbone, head, series, patient, target, predicted (the likeliest class), decided (at the thresholds that were chosen on
+      the held-out cases) and scores (one per class).
 
     Raises:
       UserError: a probe cannot be fitted, or `unit` does not fit the labels.
@@ -92,20 +94,23 @@ def score(
     cases = Cases.of(task, unit)
     bootstrap = metrics.Bootstrap.over(cases.patients, draws=draws, seed=seed)
     fit, held_out = (task.splits[split] for split in (labels.FIT, labels.HELD_OUT))
-    targets = np.concatenate([task.targets(labels.FIT), task.targets(labels.HELD_OUT)])
+    learned = Classes(np.concatenate([task.targets(labels.FIT), task.targets(labels.HELD_OUT)]), len(task.classes))
     patients = np.concatenate([fit.patients, held_out.patients])
-    is_held_out = np.arange(len(targets)) >= len(fit.slices)
+    is_held_out = np.arange(len(learned)) >= len(fit.slices)
     study = Study(
         task=task.name, n=len(cases.targets), patients=len(np.unique(cases.patients)), unit=unit, classes=task.classes,
-        classes_not_learned=task.unseen, draws=draws, seed=seed, train_n=len(targets),
+        classes_not_learned=task.unseen, draws=draws, seed=seed, train_n=len(learned),
         train_patients=len(np.unique(patients)), groups=task.groups,
     )  # fmt: skip
 
     def measure(backbone: str, head: str, *, against: str | None = None, fit: Fit | None = None) -> list[Score]:
-        other = None if against is None else predicted[against, head]
         scores = []
         for name, metric in metrics.METRICS.items():
-            found = bootstrap.estimate(metric, cases.targets, predicted[backbone, head], other)
+            # Balanced accuracy is that of the decisions that balance recalls, accuracy that of the likeliest class.
+            scores_of = decided if metric is metrics.balanced_accuracy else predicted
+            found = bootstrap.estimate(
+                metric, cases.targets, scores_of[backbone, head], None if against is None else scores_of[against, head]
+            )
             value, low, high = map(_finite, (found.value, found.low, found.high))
             scores.append(
                 Score(study, backbone, head, name, value, low, high, found.degenerate, found.partial, against, fit)
@@ -114,35 +119,36 @@ def score(
 
     results: list[Score] = []
     predicted: dict[tuple[str, str], Float[np.ndarray, "n classes"]] = {}
+    decided: dict[tuple[str, str], Float[np.ndarray, "n classes"]] = {}
     backbones = list(features[labels.TEST])
     for backbone in backbones:
-        learned = np.concatenate(
+        inputs = np.concatenate(
             [features[split][backbone] for split in (labels.FIT, labels.HELD_OUT) if split in features]
         )
-        bank = probes.bank(
-            learned, targets, patients, is_held_out, classes=len(task.classes), seed=seed, groups=task.groups
-        )
+        bank = selection.bank(inputs, learned, patients, is_held_out, seed=seed, groups=task.groups)
         for head in heads:
             began = time.monotonic()
             prediction = HEADS[head](bank, features[labels.TEST][backbone])
             log.info(f"  {backbone}, {head}: {time.monotonic() - began:.1f} s")
             predicted[backbone, head] = cases.mean(prediction.scores)
-            how = Fit(learned.shape[1], bank.selection, _finite(prediction.selection_score), prediction.chosen)
+            decided[backbone, head] = predicted[backbone, head] * prediction.decision
+            how = Fit(inputs.shape[1], bank.selection, _finite(prediction.selection_score), prediction.chosen)
             results += measure(backbone, head, fit=how)
     names = np.array(task.classes + task.unseen)
     table = pa.concat_tables(
-        _predictions(task.name, backbone, head, cases, names, values) for (backbone, head), values in predicted.items()
+        _predictions(task.name, backbone, head, cases, names, values, decided[backbone, head])
+        for (backbone, head), values in predicted.items()
     )
     for other in [name for name in backbones if name != OURS] if OURS in backbones else ():
         for head in heads:
             results += measure(OURS, head, against=other)
-    predicted["none", "majority"] = probes.majority(targets, len(task.classes), len(cases.targets))
+    predicted["none", "majority"] = decided["none", "majority"] = probes.floor(learned, len(cases.targets))
     return results + measure("none", "majority"), table
 
 
 def _predictions(
     task: str, backbone: str, head: str, cases: Cases, names: Shaped[np.ndarray, " names"],
-    scores: Float[np.ndarray, "n classes"],
+    scores: Float[np.ndarray, "n classes"], decided: Float[np.ndarray, "n classes"],
 ) -> pa.Table:  # fmt: skip
     count = len(cases.targets)
     return pa.table(
@@ -154,6 +160,7 @@ def _predictions(
             "patient": cases.patients,
             "target": names[cases.targets],
             "predicted": names[scores.argmax(axis=1)],
+            "decided": names[decided.argmax(axis=1)],
             "scores": list(scores),
         }
     )

@@ -4,10 +4,13 @@ import inspect
 
 import numpy as np
 import pytest
-from sklearn.linear_model import LogisticRegression, RidgeClassifier
+from scipy.special import softmax
+from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
+from sklearn.metrics import balanced_accuracy_score, log_loss
 from sklearn.preprocessing import StandardScaler
 
-from curia_jax.evaluate import probes
+from curia_jax.evaluate import probes, selection
+from curia_jax.evaluate.targets import Classes, Values
 
 PROBES = [probes.knn, probes.ridge, probes.logistic]
 
@@ -19,9 +22,18 @@ def blobs(seed: int, n: int, d: int = 12, classes: int = 3, spread: float = 1.5)
     return (centres[labels] + spread * rng.normal(size=(n, d))).astype(np.float32), labels
 
 
-def a_bank(n: int = 90, classes: int = 3, d: int = 12, held: int = 30) -> probes.Bank:
+def bank_of(x, y, held, classes: int) -> selection.Bank:
+    return selection.bank(x, Classes(y, classes), np.arange(len(y)), held)
+
+
+def a_bank(n: int = 90, classes: int = 3, d: int = 12, held: int = 30) -> selection.Bank:
     x, y = blobs(0, n, d=d, classes=classes)
-    return probes.bank(x, y, np.arange(n), np.arange(n) >= n - held, classes=classes)
+    return bank_of(x, y, np.arange(n) >= n - held, classes)
+
+
+def standardised(bank: selection.Bank, queries):
+    scaler = StandardScaler().fit(bank.features.astype(np.float64))
+    return scaler.transform(bank.features.astype(np.float64)), scaler.transform(queries.astype(np.float64))
 
 
 @pytest.mark.parametrize("probe", PROBES)
@@ -66,13 +78,34 @@ def test_ridge_equals_sklearn_with_either_gram_matrix(d):
     bank = a_bank(d=d)
     queries, _ = blobs(1, 40, d=d)
     found = probes.ridge(bank, queries)
-    scaler = StandardScaler().fit(bank.features.astype(np.float64))
-    oracle = RidgeClassifier(alpha=found.chosen["penalty_per_case"] * len(bank.labels))
-    oracle.fit(scaler.transform(bank.features.astype(np.float64)), bank.labels)
-    # float64; the Gram matrix squares the condition number (here at most 1e5).
-    np.testing.assert_allclose(
-        found.scores, oracle.decision_function(scaler.transform(queries.astype(np.float64))), atol=1e-8
+    x, q = standardised(bank, queries)
+    oracle = RidgeClassifier(alpha=found.chosen["penalty_per_case"] * len(x)).fit(x, bank.targets.labels)
+    frequencies = np.bincount(bank.targets.labels[60:]) / 30  # of the held-out cases, which the scaling was fitted on
+    wanted = softmax(
+        found.chosen["slope"] * oracle.decision_function(q) + found.chosen["prior"] * np.log(frequencies), axis=1
     )
+    # float64; the Gram matrix squares the condition number (here at most 1e5).
+    np.testing.assert_allclose(found.scores, wanted, atol=1e-8)
+
+
+def test_ridge_of_values_equals_sklearn():
+    x, y = blobs(0, 90)
+    values = 40.0 + 10.0 * y + x[:, 0]
+    bank = selection.bank(x, Values(values), np.arange(90), np.arange(90) >= 60)
+    queries, _ = blobs(1, 40)
+    found = probes.ridge(bank, queries)
+    scaled, q = standardised(bank, queries)
+    oracle = Ridge(alpha=found.chosen["penalty_per_case"] * 90).fit(scaled, values)
+    np.testing.assert_allclose(found.scores[:, 0], oracle.predict(q), atol=1e-8)
+    # The penalty is the one with the smallest squared error on the last 30 cases.
+    scaler = StandardScaler().fit(x[:60].astype(np.float64))
+    fit, held = scaler.transform(x[:60].astype(np.float64)), scaler.transform(x[60:].astype(np.float64))
+    errors = [
+        np.mean((Ridge(alpha=60 * penalty).fit(fit, values[:60]).predict(held) - values[60:]) ** 2)
+        for penalty in probes.RIDGE_PENALTIES
+    ]
+    assert found.chosen["penalty_per_case"] == probes.RIDGE_PENALTIES[int(np.argmin(errors))]
+    assert found.selection_loss == pytest.approx(min(errors), rel=1e-6)
 
 
 @pytest.mark.parametrize("d", [12, 200])
@@ -80,30 +113,72 @@ def test_logistic_equals_sklearn_for_few_and_many_features(d):
     bank = a_bank(d=d)
     queries, _ = blobs(1, 40, d=d)
     found = probes.logistic(bank, queries)
-    scaler = StandardScaler().fit(bank.features.astype(np.float64))
-    oracle = LogisticRegression(C=found.chosen["C"], max_iter=5000, tol=1e-10)
-    oracle.fit(scaler.transform(bank.features.astype(np.float64)), bank.labels)
+    x, q = standardised(bank, queries)
+    oracle = LogisticRegression(C=found.chosen["C"], max_iter=5000, tol=1e-10).fit(x, bank.targets.labels)
     # Both stop at a gradient of 1e-6 times the number of cases.
-    np.testing.assert_allclose(
-        found.scores, oracle.predict_proba(scaler.transform(queries.astype(np.float64))), atol=2e-3
-    )
+    np.testing.assert_allclose(found.scores, oracle.predict_proba(q), atol=2e-3)
+
+
+def test_logistic_penalty_has_the_smallest_log_loss_of_the_sweep():
+    bank = a_bank()
+    found = probes.logistic(bank, blobs(1, 5)[0])
+    scaler = StandardScaler().fit(bank.features[:60].astype(np.float64))
+    fit, held = (scaler.transform(part.astype(np.float64)) for part in (bank.features[:60], bank.features[60:]))
+    y = bank.targets.labels
+    losses = {
+        c: log_loss(y[60:], LogisticRegression(C=c, max_iter=5000, tol=1e-8).fit(fit, y[:60]).predict_proba(held))
+        for c in probes.INVERSE_PENALTIES
+    }
+    assert found.chosen["C"] == min(losses, key=losses.__getitem__)
+    assert found.selection_loss == pytest.approx(min(losses.values()), rel=1e-3)
 
 
 def test_knn_equals_loop():
     bank = a_bank()
     queries, _ = blobs(1, 25)
     found = probes.knn(bank, queries)
-    x, q = bank.features.astype(np.float64), queries.astype(np.float64)
-    if found.chosen["standardised"]:
-        x, q = (x - x.mean(0)) / x.std(0), (q - x.mean(0)) / x.std(0)
+    x, q = standardised(bank, queries)
     x, q = x / np.linalg.norm(x, axis=1, keepdims=True), q / np.linalg.norm(q, axis=1, keepdims=True)
+    k, labels = found.chosen["k"], bank.targets.labels
     for case, scores in zip(q, found.scores, strict=True):
         similarity = x @ case
-        nearest = np.argsort(-similarity)[: found.chosen["k"]]
+        nearest = np.argsort(-similarity)[:k]
         weight = np.exp(similarity[nearest] / 0.07)
-        wanted = [weight[bank.labels[nearest] == label].sum() / weight.sum() for label in range(3)]
-        # Float32 similarities over a temperature of 0.07.
-        np.testing.assert_allclose(scores, wanted, atol=2e-5)
+        votes = np.array([weight[labels[nearest] == label].sum() / weight.sum() for label in range(3)])
+        # One more neighbour of a third of each class; float32 similarities over a temperature of 0.07.
+        np.testing.assert_allclose(scores, (k * votes + 1 / 3) / (k + 1), atol=2e-5)
+
+
+def test_knn_of_values_is_the_weighted_mean_of_neighbours(monkeypatch):
+    monkeypatch.setattr(probes, "NEIGHBOURS", (10,))
+    x, y = blobs(0, 90)
+    as_classes, as_values = (
+        selection.Bank(x, targets, ((np.arange(60), np.arange(60, 90)),), "")
+        for targets in (Classes(y, 3), Values(40.0 + 10.0 * y))
+    )
+    queries, _ = blobs(1, 20)
+    votes = probes.knn(as_classes, queries).scores
+    np.testing.assert_allclose(probes.knn(as_values, queries).scores[:, 0], votes @ [40.0, 50.0, 60.0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("probe", PROBES)
+def test_rare_positives_are_found_at_the_chosen_threshold(probe):
+    """12 % positives, well separated: neither all negative, nor worse than logistic regression."""
+
+    def cases(seed: int, n: int = 400):
+        rng = np.random.default_rng(seed)
+        y = (np.arange(n) % 25 < 3).astype(np.int64)
+        return (rng.normal(size=(n, 30)) + 0.45 * y[:, None]).astype(np.float32), y
+
+    x, y = cases(0)
+    found = probe(bank_of(x, y, np.arange(400) >= 250, 2), cases(1)[0])
+    decided = (found.scores * found.decision).argmax(axis=1)
+    plain = LogisticRegression(max_iter=1000).fit(x, y).predict(cases(1)[0])
+    recall = balanced_accuracy_score(cases(1)[1], decided)
+    assert recall > 0.8 and recall >= balanced_accuracy_score(cases(1)[1], plain) - 0.01
+    # Probabilities, so that the share of positives is that of the training cases.
+    np.testing.assert_allclose(found.scores.sum(axis=1), 1, atol=1e-6)
+    assert found.scores[:, 1].mean() == pytest.approx(0.12, abs=0.04)
 
 
 @pytest.mark.parametrize("probe", PROBES)
@@ -114,8 +189,8 @@ def test_settings_are_chosen_on_held_out_cases(probe):
     noisy = y.copy()
     noisy[held] = np.random.default_rng(0).permutation(noisy[held])
     queries, _ = blobs(1, 10)
-    clean = probe(probes.bank(x, y, np.arange(90), held, classes=3), queries)
-    noise = probe(probes.bank(x, noisy, np.arange(90), held, classes=3), queries)
+    clean = probe(bank_of(x, y, held, 3), queries)
+    noise = probe(bank_of(x, noisy, held, 3), queries)
     assert clean.selection_score > 0.85 > 0.7 > noise.selection_score
 
 
@@ -124,47 +199,31 @@ def test_constant_features_are_ignored(probe):
     x, y = blobs(0, 90)
     queries, _ = blobs(1, 30)
     held = np.arange(90) >= 60
-    plain = probe(probes.bank(x, y, np.arange(90), held, classes=3), queries)
+    plain = probe(bank_of(x, y, held, 3), queries)
     constant = np.full((90, 1), 7.1, np.float32)
-    padded = probes.bank(np.concatenate([x, constant], axis=1), y, np.arange(90), held, classes=3)
+    padded = bank_of(np.concatenate([x, constant], axis=1), y, held, 3)
     with_constant = probe(padded, np.concatenate([queries, np.full((30, 1), 7.1, np.float32)], axis=1))
     assert np.isfinite(with_constant.scores).all()
-    if probe is not probes.knn or with_constant.chosen["standardised"]:
-        np.testing.assert_allclose(with_constant.scores, plain.scores, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(with_constant.scores, plain.scores, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("probe", PROBES)
 def test_constant_features_alone_score_every_case_alike(probe):
     y = np.arange(40) % 2
-    bank = probes.bank(np.ones((40, 3), np.float32), y, np.arange(40), np.arange(40) >= 20, classes=2)
+    bank = bank_of(np.ones((40, 3), np.float32), y, np.arange(40) >= 20, 2)
     scores = probe(bank, np.ones((5, 3), np.float32)).scores
     assert np.isfinite(scores).all()
     np.testing.assert_allclose(scores, np.broadcast_to(scores[:1], scores.shape), atol=1e-9)
 
 
-def test_folds_without_validation_keep_patients_together():
-    x, y = blobs(0, 120)
-    patients = np.arange(120) // 4
-    bank = probes.bank(x, y, patients, np.zeros(120, bool), classes=3)
-    assert bank.selection == "5-fold over patients"
-    for fit, held in bank.folds:
-        assert not set(patients[fit]) & set(patients[held])
-    assert sorted(np.concatenate([held for _, held in bank.folds])) == list(range(120))
-
-
-def test_validation_that_lacks_a_class_is_not_used_alone():
-    x, y = blobs(0, 90)
-    bank = probes.bank(x, y, np.arange(90), (np.arange(90) >= 60) & (y != 2), classes=3)
-    assert bank.selection == "5-fold over patients"
-
-
 @pytest.mark.parametrize("probe", PROBES)
 def test_class_without_training_cases_scores_lowest(probe):
     x, y = blobs(0, 90, classes=2)
-    bank = probes.bank(x, y, np.arange(90), np.arange(90) >= 60, classes=3)
+    bank = bank_of(x, y, np.arange(90) >= 60, 3)
     scores = probe(bank, blobs(1, 20, classes=2)[0]).scores
     assert scores.shape == (20, 3) and (scores.argmax(axis=1) != 2).all()
 
 
-def test_majority_scores_every_case_alike():
-    np.testing.assert_array_equal(probes.majority(np.array([0, 1, 1, 1]), 3, 2), [[0.25, 0.75, 0]] * 2)
+def test_floor_predicts_frequencies_or_the_mean():
+    np.testing.assert_array_equal(probes.floor(Classes(np.array([0, 1, 1, 1]), 3), 2), [[0.25, 0.75, 0]] * 2)
+    np.testing.assert_array_equal(probes.floor(Values(np.array([1.0, 2.0, 6.0])), 2), [[3.0]] * 2)
