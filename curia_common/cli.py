@@ -183,8 +183,8 @@ def owns_process() -> bool:
 
 
 def on_end(finish: Callable[[int, str | None], None]) -> None:
-    """`finish` gets the exit code and the last line of the command that is running, after the line is printed; the latest
-    added comes first. It runs also where `leave` ends the process, and may end it."""
+    """Registers `finish(code, line)`, called after the last line of the running command is printed; last registered, first
+    called. Also called when `leave` ends the process; it may end it itself."""
     _last_words.append(finish)
 
 
@@ -282,7 +282,7 @@ def check_json(file: str | None, option: str = "--json") -> None:
     """Refuses a result file that could not be written, before work is spent on it.
 
     Raises:
-      UserError: its folder does not exist, or it is one.
+      UserError: its folder does not exist, or the path is a folder.
     """
     if file is None:
         return

@@ -25,11 +25,11 @@ def die_with_parent() -> None:
 
 
 def name_semaphores(owner: str) -> None:
-    """Names the semaphores that this process makes from now on after their owner, and removes those that an earlier process of
-    the same owner left: Python unlinks them at its end, which SIGKILL does not let it reach.
+    """Prefixes the names of semaphores that this process creates from now on with a hash of the owner, and removes those left by an
+    earlier process of the same owner: Python unlinks them at exit, but not after SIGKILL.
 
     Args:
-      owner: of which one process at a time exists, such as a host of a run in a work directory.
+      owner: something that only one process at a time can be, such as host 0 of the run in a work directory.
     """
     prefix = f"curia-{hashlib.sha256(owner.encode()).hexdigest()[:10]}"
     process.current_process()._config["semprefix"] = f"/{prefix}"  # pyright: ignore[reportAttributeAccessIssue] - no public name

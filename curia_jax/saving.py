@@ -66,10 +66,10 @@ class Checkpointer:
         return max(checkpoint.finished_steps(self._folder), default=None)
 
     def save(self, step: int, state: PyTree, meta: checkpoint.Meta) -> None:
-        """Starts saving in the background; waits first for a save that is still running. What fails is said by `ended`.
+        """Starts a save in the background, after waiting for one that is still running. Failures are reported by `ended`.
 
         Raises:
-          StorageError: the save before does not end.
+          StorageError: the previous save does not end.
         """
         self.wait()
         items = {"state": state, "meta": dataclasses.replace(meta, step=step).to_json()}
@@ -139,7 +139,7 @@ class Checkpointer:
         """A state on the devices.
 
         Args:
-          abstract: ShapeDtypeStructs with shardings; any mesh will do, whatever the one it was saved from.
+          abstract: ShapeDtypeStructs with shardings; the mesh may differ from the one it was saved from.
           step: the newest unless given.
           since: top-level parts that checkpoints of earlier versions lack, and what they are taken to be there.
 

@@ -112,7 +112,7 @@ class Data(_Section):
     Attributes:
       canvas: height and width of the pixels in a batch; None takes those of the largest slice.
       additions: train on the first build and this many additions to it; None takes all.
-      damaged_share: of the slices that may be damaged: others take their place. 0 ends the run at the first.
+      damaged_share: share of the slices that may be damaged; others take their place. 0 ends the run at the first.
       check_shards: compare the shards with their digests in the background.
       on_change: where the dataset is not the checkpoint's: refuse it, or start a new epoch on it.
     """
@@ -139,9 +139,9 @@ class Devices(_Section):
     """Platform and hosts (run.use_devices).
 
     Attributes:
-      cpu_count: simulates so many devices on a CPU; 0 does not.
+      cpu_count: number of devices to simulate on a CPU; 0 simulates none.
       heartbeat_seconds: silence after which a host counts as lost.
-      watchdog_seconds: without progress after which a process ends; 0 never.
+      watchdog_seconds: time without progress after which a process ends; 0 never.
       check_every: steps between checks for chips that compute wrongly (corruption.py); 0 never.
     """
 
@@ -160,8 +160,8 @@ class Guard(_Section):
     """Which updates are not applied, and when a run goes back (objectives/base.py, run.py).
 
     Attributes:
-      factor: gradients are refused with a norm above so many times its running mean, and all of them at a loss above so many
-        times that of the first step.
+      factor: an update is refused where the norm of its gradients is above `factor` times the running mean of that norm, or the loss
+        above `factor` times that of the first step.
       patience: updates refused in a row after which a run goes back to its last good checkpoint.
       rollbacks: how often it does that before it gives up.
     """

@@ -68,7 +68,7 @@ class Report(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Hook:
-    """`fn` gets the report of every `every`-th step, and those of the first and the last step of this start."""
+    """Calls `fn` with the report of every `every`-th step, and of the first and last step of this start."""
 
     fn: Callable[[Report], None]
     every: int = 1
@@ -76,7 +76,7 @@ class Hook:
 
 @dataclasses.dataclass(frozen=True)
 class StateHook:
-    """`fn` gets every `every`-th step with the state after it, and the last one, before the next batch is pulled.
+    """Calls `fn` with the state after every `every`-th step and after the last one, before the next batch is pulled.
 
     It may copy the state to the host, and must not keep it: the next step reuses its memory. `wanted` asks for the state of any
     other step; with several hosts its answer has to be the same on all. `finish` is called once, after the last step.

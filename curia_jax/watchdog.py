@@ -20,7 +20,7 @@ class Watchdog:
     """Watches from its start to the end of the block.
 
     Args:
-      seconds: without progress that end the process; 0: nothing does.
+      seconds: time without progress after which the process is ended; 0 never ends it.
       log: gets the stacks; also when the process receives SIGUSR1, which ends nothing, and when it crashes.
     """
 
@@ -41,7 +41,7 @@ class Watchdog:
         self._done.set()
 
     def beat(self, phase: str) -> None:
-        """There is progress: what follows is `phase` ("compiling")."""
+        """Reports progress; `phase` names what follows ("compiling")."""
         self._phase, self._last = phase, time.monotonic()
 
     def _watch(self) -> None:

@@ -18,11 +18,11 @@ def inflated(source: BinaryIO | BufferedIOBase, what: str, most: int = PIECE_BYT
 
     Args:
       source: at the first byte of the stream; what follows its last one is not read.
-      what: is damaged, for the reason.
+      what: name of the stream, for the error message.
       most: bytes to read or to unpack at a time.
 
     Raises:
-      ReadError: it is damaged or cut off.
+      ReadError: the stream is damaged or cut off.
     """
     inflate, gzip = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32), None
     packed = b""
