@@ -30,11 +30,13 @@ class Received:
     Attributes:
       on_stop: called once, at the first signal that asks to stop.
       on_request: called at each SIGUSR2.
+      on_abort: called before a second Ctrl-C ends the process at once.
     """
 
     def __init__(self, *, threaded: bool) -> None:
         self.on_stop: Callable[[], None] = lambda: None
         self.on_request: Callable[[], None] = lambda: None
+        self.on_abort: Callable[[], None] = lambda: None
         self._threaded = threaded
         self._first_stop = threading.Lock()  # held from then on
 
@@ -72,6 +74,7 @@ class Received:
                 if self._first_stop.acquire(blocking=False):
                     self.on_stop()
                 elif number == signal.SIGINT and stops > 1:
+                    self.on_abort()
                     logs.say("interrupted again: stopped at once; the same command resumes from what is saved")
                     os._exit(ExitCode.INTERRUPTED)
 

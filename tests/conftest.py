@@ -21,7 +21,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
 # jaxtyping annotations of every public function are checked at each call, so that the documented shapes stay true.
-install_import_hook(["curia_common", "curia_jax", "data_pipeline"], "beartype.beartype")
+install_import_hook(["curia_common", "curia_jax", "data_pipeline", "launch"], "beartype.beartype")
 
 jax.config.update("jax_num_cpu_devices", 8)
 # Compiling dominates the suite's time: workers and repeated runs share what was compiled.

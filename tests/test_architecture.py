@@ -60,7 +60,7 @@ def test_imports_follow_the_arrows(path: Path) -> None:
     assert not wrong, f"{module} imports {', '.join(sorted(wrong))}; {rule} may import {', '.join(ALLOWED[rule])}"
 
 
-@pytest.mark.parametrize("package", ["curia_common", "data_pipeline"])
+@pytest.mark.parametrize("package", ["curia_common", "data_pipeline", "launch"])
 def test_only_curia_jax_imports_jax(package: str) -> None:
     wrong = [
         module_of(path)

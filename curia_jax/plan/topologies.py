@@ -2,15 +2,15 @@
 
 import contextlib
 import dataclasses
-import math
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from curia_common import topologies
 from curia_common.errors import UserError
+from curia_common.topologies import GENERATIONS
 
 GB, GIB = 1e9, 2**30
 
@@ -20,9 +20,8 @@ class Chip:
     """One kind of TPU chip.
 
     Attributes:
+      generation: its torus and devices.
       library_name: its name in libtpu.
-      dimensions: of the torus that its links form.
-      devices: jax devices per chip.
       flops: dense bf16 FLOP/s per chip.
       hbm: bytes per chip that a program may use.
       hbm_bandwidth: bytes/s per chip.
@@ -31,12 +30,11 @@ class Chip:
       link: bytes/s of one ICI link in one direction; each torus dimension has a link either way.
       dcn: bytes/s per chip between TPU slices, over the data-centre network.
       wraps: a torus dimension whose size is a multiple of this is a closed ring.
-      host_cores: vCPUs of a host, which has CHIPS_PER_HOST chips.
+      host_cores: vCPUs of a host.
     """
 
+    generation: topologies.Generation
     library_name: str
-    dimensions: int
-    devices: int
     flops: float
     hbm: float
     hbm_bandwidth: float
@@ -47,6 +45,16 @@ class Chip:
     wraps: int
     host_cores: int
 
+    @property
+    def dimensions(self) -> int:
+        """Of the torus that its links form."""
+        return self.generation.dimensions
+
+    @property
+    def devices(self) -> int:
+        """jax devices per chip."""
+        return self.generation.devices
+
 
 # FLOP/s, HBM and its bandwidth, vCPUs: cloud.google.com/tpu/docs (system architecture, one page a chip, and machine
 # types). `hbm` is the limit that libtpu 0.0.52 enforces, a little below the data sheet. Links, data-centre network and vector
@@ -54,65 +62,35 @@ class Chip:
 # Clocks: chosen so that the compiler's cycles for a 4096^3 bf16 matmul give just less than the data sheet's FLOP/s
 # (benchmarks/peaks.py: v4, v5e, v5p, v6e); v7x: its FLOP/s over those of its four 256 x 256 matrix units per device.
 CHIPS = {
-    "v4": Chip("v4", 3, 1, 275e12, 31.75 * GIB, 1228 * GB, 8192, 1.05e9, 45 * GB, 6.25 * GB, 4, 240),
-    "v5e": Chip("v5e", 2, 1, 197e12, 15.75 * GIB, 819 * GB, 4096, 1.5e9, 45 * GB, 3.125 * GB, 16, 112),
-    "v5p": Chip("v5p", 3, 1, 459e12, 95.74 * GIB, 2765 * GB, 8192, 1.75e9, 90 * GB, 6.25 * GB, 4, 208),
-    "v6e": Chip("v6e", 2, 1, 918e12, 31.25 * GIB, 1640 * GB, 4096, 1.75e9, 90 * GB, 12.5 * GB, 16, 180),
-    "v7x": Chip("tpu7x", 3, 2, 2307e12, 189.5 * GIB, 7380 * GB, 8192, 2.2e9, 100 * GB, 12.5 * GB, 4, 224),
+    "v4": Chip(GENERATIONS["v4"], "v4", 275e12, 31.75 * GIB, 1228 * GB, 8192, 1.05e9, 45 * GB, 6.25 * GB, 4, 240),
+    "v5e": Chip(GENERATIONS["v5e"], "v5e", 197e12, 15.75 * GIB, 819 * GB, 4096, 1.5e9, 45 * GB, 3.125 * GB, 16, 112),
+    "v5p": Chip(GENERATIONS["v5p"], "v5p", 459e12, 95.74 * GIB, 2765 * GB, 8192, 1.75e9, 90 * GB, 6.25 * GB, 4, 208),
+    "v6e": Chip(GENERATIONS["v6e"], "v6e", 918e12, 31.25 * GIB, 1640 * GB, 4096, 1.75e9, 90 * GB, 12.5 * GB, 16, 180),
+    "v7x": Chip(GENERATIONS["v7x"], "tpu7x", 2307e12, 189.5 * GIB, 7380 * GB, 8192, 2.2e9, 100 * GB, 12.5 * GB, 4, 224),
 }
 LINK_LATENCY = 1e-6  # seconds from a chip to its neighbour; scaling-book, "Sharded matrices"
-CHIPS_PER_HOST = 4
 
 
-@dataclasses.dataclass(frozen=True)
-class Topology:
-    """`slices` TPU slices, each a torus of `shape` chips."""
-
-    kind: str
-    shape: tuple[int, ...]
-    slices: int = 1
+class Topology(topologies.Topology):
+    """TPU slices, with the figures of their chip."""
 
     @property
     def chip(self) -> Chip:
         return CHIPS[self.kind]
 
-    @property
-    def chips(self) -> int:
-        return math.prod(self.shape) * self.slices
-
-    @property
-    def devices(self) -> int:
-        return self.chips * self.chip.devices
-
-    @property
-    def hosts(self) -> int:
-        return max(1, math.prod(self.shape) // CHIPS_PER_HOST) * self.slices
-
-    def __str__(self) -> str:
-        return f"{f'{self.slices} x ' if self.slices > 1 else ''}{self.kind}:{'x'.join(map(str, self.shape))}"
-
 
 def parse(text: str, slices: int = 1) -> Topology:
-    """Reads "v5e:16x16".
+    """Reads "v5e:16x16" or "v5e-256".
 
     Raises:
-      UserError: an unknown chip, or a shape with another number of dimensions than the chip's torus.
+      UserError: as curia_common.topologies.parse, and for machines without TPUs.
     """
-    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", text)
-    if match is None:
-        raise UserError(f"cannot read the topology {text!r}; write a chip and a shape, such as v5e:16x16 or v5p:4x4x8")
-    kind = {"tpu7x": "v7x", "v5litepod": "v5e"}.get(match[1], match[1])
-    if kind not in CHIPS:
-        raise UserError(f"no TPU chip {match[1]!r}; there are: {', '.join(CHIPS)}")
-    shape = tuple(map(int, match[2].split("x")))
-    if len(shape) != CHIPS[kind].dimensions or 0 in shape:
-        example = {2: "16x16", 3: "4x4x8"}[CHIPS[kind].dimensions]
+    found = topologies.parse(text, slices)
+    if found.generation is None:
         raise UserError(
-            f"{text} has {len(shape)} dimensions; {kind} is a {CHIPS[kind].dimensions}-D torus, such as {kind}:{example}"
+            f"there is no plan for {found}: its devices are no TPUs; plan a TPU topology, such as v5e:16x16"
         )
-    if slices < 1:
-        raise UserError(f"--slices is {slices}; it has to be at least 1")
-    return Topology(kind, shape, slices)
+    return Topology(found.kind, found.shape, found.slices)
 
 
 def prepare_environment() -> None:

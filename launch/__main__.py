@@ -1,0 +1,186 @@
+"""Launches a command of the project on a pod, or on a pod of processes on this machine, and starts it again when it is lost.
+
+What follows -- is the command as it runs on one machine. Exit codes decide what happens when it ends: 0, 2, 64, 65 and 66
+are final; after anything else all processes start again from the newest checkpoint, as often as --max-restarts says, and not when
+they fail alike five times in a row. --dry-run contacts nothing: it writes and validates what would be sent.
+
+  status RUN    the state of a run that was launched from this machine
+  logs RUN      what its processes wrote (--follow: until it has ended)
+  stop RUN      asks it to save and end, and waits for that
+  restart RUN   stops it where it is alive, and launches it again
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from curia_common import cli, logs
+from curia_common.errors import UserError
+from curia_common.exit_codes import ExitCode
+from launch import cost, records, source
+from launch import spec as specs
+from launch.rendering import Target
+from launch.spec import LaunchSpec
+
+LOCAL = "local"
+TARGETS = {LOCAL: "launch.local"}  # name -> module that is a rendering.Target
+MANAGE = ("status", "logs", "stop", "restart")
+
+logger = logs.get_logger(__name__)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = cli.parser(
+        "python -m launch",
+        __doc__,
+        examples="""
+python -m launch --target=local --topology=cpu:4x2 -- pretrain --config=demo --workdir=runs/first --config.data.shards=demo/shards
+python -m launch --target=local --topology=v5e:4x4 --dry-run -- pretrain --config=pretrain_vit_b16_224 --workdir=runs/b16
+python -m launch status first
+python -m launch stop first""",
+        codes=(ExitCode.DIVERGED, ExitCode.DATA, ExitCode.DOES_NOT_FIT),
+    )
+    made.add_argument(
+        "words",
+        nargs="*",
+        metavar="-- COMMAND …",
+        help=f"{', '.join(specs.COMMANDS)}, with its options; or one of {', '.join(MANAGE)} with RUN",
+    )
+    made.add_argument("--target", choices=TARGETS, help="what brings the command to its machines")
+    made.add_argument(
+        "--topology",
+        metavar="NAME",
+        help="v5e-256 or v5e:16x16, v4 to v7x; gpu:4x8 or cpu:4x2: machines x devices of each",
+    )
+    made.add_argument("--slices", type=int, default=1, metavar="N", help="TPU slices of that topology (1)")
+    made.add_argument("--run", metavar="NAME", help="name of the run (the last part of the command's --workdir)")
+    made.add_argument("--spot", action="store_true", help="machines that the cloud may take away")
+    made.add_argument("--reserved", action="store_true", help="machines of a reservation")
+    made.add_argument("--reservation", metavar="NAME", help="which one")
+    made.add_argument("--image", metavar="NAME@sha256:…", help="container image, by digest")
+    made.add_argument("--project", metavar="NAME", help="project of the cloud")
+    made.add_argument("--zone", metavar="NAME", help="zone of the cloud")
+    made.add_argument("--cluster", metavar="NAME", help="cluster of the project")
+    made.add_argument(
+        "--env", action="append", default=[], metavar="NAME=value", help="variable of every process; may be repeated"
+    )
+    made.add_argument(
+        "--max-restarts",
+        type=int,
+        default=50,
+        metavar="N",
+        help="starts after a failure; preemptions do not count (50)",
+    )
+    made.add_argument("--grace", type=int, default=60, metavar="SECONDS", help="from SIGTERM to SIGKILL, to save (60)")
+    made.add_argument("--plan", metavar="FILE", help="plan of this run: --json of python -m curia_jax.plan")
+    made.add_argument(
+        "--max-cost", type=float, metavar="AMOUNT", help="refuse a run that is dearer, in the currency of the plan"
+    )
+    made.add_argument(
+        "--ignore-fit", action="store_true", help="launch although the plan says that memory is too small"
+    )
+    made.add_argument("--allow-dirty", action="store_true", help="launch although files differ from the commit")
+    made.add_argument("--yes", action="store_true", help="do not ask")
+    made.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="render and validate, contact nothing; prints the commands, or see --output",
+    )
+    made.add_argument(
+        "--output", metavar="DIR", help="of --dry-run: writes all files, commands.sh and spec.json to this folder"
+    )
+    made.add_argument("--follow", action="store_true", help="of logs: go on until the run has ended")
+    return made
+
+
+def launch(args: argparse.Namespace) -> int | None:
+    """Runs the command.
+
+    Raises:
+      UserError: something typed is wrong; nothing was created.
+      DoesNotFitError: the plan says that memory is too small.
+    """
+    if args.words and args.words[0] in MANAGE:
+        return manage(args.words[0], args.words[1:], follow=args.follow)
+    for name in ("target", "topology"):
+        if getattr(args, name) is None:
+            raise UserError(f"--{name} is missing; see python -m launch --help")
+    if args.output and not args.dry_run:
+        raise UserError("--output belongs to --dry-run; add that")
+    spec = specs.make(
+        target=args.target, topology=args.topology, slices=args.slices, command=args.words, run=args.run, spot=args.spot,
+        reserved=args.reserved, reservation=args.reservation, image=args.image, project=args.project, zone=args.zone,
+        cluster=args.cluster, max_restarts=args.max_restarts, grace_seconds=args.grace, environment=args.env,
+        source=source.describe(),
+    )  # fmt: skip
+    target = _target(spec)
+    plan = cost.read(args.plan, spec) if args.plan else None
+    cost.check(plan, spec, max_cost=args.max_cost, ignore_fit=args.ignore_fit)
+    rendering = target.render(spec)
+    if args.dry_run:
+        if args.output:
+            rendering.write(Path(args.output), spec)
+            logger.info(
+                f"wrote {', '.join(sorted(path.name for path in Path(args.output).iterdir()))} to {args.output}"
+            )
+        else:
+            print(rendering.script, end="")
+        if rendering.placeholders:
+            logger.info(
+                f"placeholders, which a submission needs: {', '.join(f'--{name}' for name in rendering.placeholders)}"
+            )
+        return ExitCode.DONE
+    rendering.check_complete()
+    if spec.target != LOCAL:
+        if spec.source.endswith(source.DIRTY) and not args.allow_dirty:
+            raise UserError(
+                f"files differ from commit {spec.source.removesuffix(source.DIRTY)}, so that nobody could tell later what ran; commit them, "
+                "or launch all the same with --allow-dirty"
+            )
+        _ask(spec, plan, yes=args.yes)
+    records.write(spec)
+    for title, address in rendering.links.items():
+        logger.info(f"{title}: {address}")
+    return target.submit(spec, rendering)
+
+
+def manage(what: str, names: Sequence[str], *, follow: bool) -> int:
+    """status, logs, stop or restart of one run."""
+    if len(names) != 1:
+        raise UserError(f"{what} takes the name of one run: python -m launch {what} RUN")
+    spec = records.read(names[0])
+    target = _target(spec)
+    if what == "logs":
+        return target.logs(spec, follow=follow)
+    if what == "restart":
+        return target.restart(spec)
+    print(target.status(spec) if what == "status" else target.stop(spec))
+    return ExitCode.DONE
+
+
+def _target(spec: LaunchSpec) -> Target:
+    return importlib.import_module(TARGETS[spec.target])  # pyright: ignore[reportReturnType] - modules that keep the protocol
+
+
+def _ask(spec: LaunchSpec, plan: cost.Plan | None, *, yes: bool) -> None:
+    """Says what the launch costs, and goes on after a yes alone."""
+    what = f"{spec.command} on {spec.topology} ({spec.topology.chips:,} chips, {spec.capacity}) with {spec.target}"
+    logger.info(f"{what}: {plan.text() if plan else 'no plan, so its cost is not known'}")
+    if plan is None and spec.command == cost.PLANNED:
+        logger.info(f"plan it: {cost.plan_command(spec)}")
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UserError("nobody is there to agree to the cost; add --yes")
+    if input("launch? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise UserError("not launched")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(parser(), launch, argv, saves=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""What is launched, and where: the one record that every target renders."""
+
+import dataclasses
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from curia_common import topologies
+from curia_common.errors import UserError
+from curia_common.launching import Contract
+from curia_common.topologies import Topology
+
+Capacity = Literal["on-demand", "spot", "reserved"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command of the project.
+
+    Attributes:
+      module: as `python -m` takes it.
+      many_hosts: runs on all hosts of a pod together, and resumes.
+    """
+
+    module: str
+    many_hosts: bool
+
+
+COMMANDS = {
+    "pretrain": Command("curia_jax.pretrain", many_hosts=True),
+    "convert": Command("curia_jax.convert", many_hosts=False),
+    "evaluate": Command("curia_jax.evaluate", many_hosts=False),
+    "build": Command("data_pipeline.build", many_hosts=False),
+}
+NAME_LENGTH = 40  # leaves room for what targets append; Kubernetes names have at most 63 characters
+# Fields that a dry run may lack. `filled` writes them as <name>, and a submission refuses what is left of these.
+OPEN = ("image", "project", "zone", "cluster")
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchSpec:
+    """A launch, validated by `make`.
+
+    Attributes:
+      target: name of the target, such as gke.
+      run: name of the run: a DNS label of up to NAME_LENGTH characters. Resources, records and logs are named after it.
+      command: key of COMMANDS.
+      words: what follows the command.
+      workdir: the command's --workdir; None where it has none.
+      capacity: how the machines are paid for.
+      reservation: name of the reservation, where there are several.
+      image: container image by digest.
+      project, zone, cluster: of the cloud.
+      max_restarts: how often all processes are started again after a failure; those after a preemption do not count.
+      grace_seconds: what processes get to save and end, from SIGTERM to SIGKILL.
+      environment: further variables of every process.
+      source: commit of the launched code, with "-dirty" where files differ from it; the version where it is no checkout.
+    """
+
+    target: str
+    run: str
+    command: str
+    words: tuple[str, ...]
+    topology: Topology
+    workdir: str | None
+    capacity: Capacity = "on-demand"
+    reservation: str | None = None
+    image: str | None = None
+    project: str | None = None
+    zone: str | None = None
+    cluster: str | None = None
+    max_restarts: int = 50
+    grace_seconds: int = 60
+    environment: tuple[tuple[str, str], ...] = ()
+    source: str = ""
+
+    @property
+    def argv(self) -> tuple[str, ...]:
+        """The command of every process, without an interpreter: ("-m", "curia_jax.pretrain", …)."""
+        return ("-m", COMMANDS[self.command].module, *self.words)
+
+    @property
+    def command_line(self) -> str:
+        """The command as one types it."""
+        return shlex.join(("python", *self.argv))
+
+    def option(self, name: str) -> str | None:
+        """Value of an option of the command, `--config.data.shards` for example; the last one counts. None without."""
+        return option_of(self.words, name)
+
+    def filled(self, field: str) -> str:
+        """Value of one of the fields OPEN, or its placeholder, `<project>`."""
+        return getattr(self, field) or f"<{field}>"
+
+    def contract(self, attempt: str, coordinator: str = "") -> Contract:
+        """What the processes of an attempt have to find; see curia_common.launching.
+
+        Args:
+          attempt: a text that the target's own machinery may replace by a variable.
+          coordinator: host:port of the first process; "" where the cloud tells the hosts of a TPU slice.
+        """
+        there = self.topology
+        return Contract(
+            self.run, attempt, there.platform, there.hosts, there.devices, there.slices, coordinator=coordinator
+        )
+
+    def to_json(self) -> str:
+        """The text of spec.json."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "LaunchSpec":
+        """Reads the text of spec.json.
+
+        Raises:
+          ValueError, KeyError, TypeError: it is none.
+        """
+        found: dict[str, Any] = json.loads(text)
+        there = found.pop("topology")
+        topology = Topology(there["kind"], tuple(there["shape"]), there["slices"])
+        environment = tuple((name, value) for name, value in found.pop("environment"))
+        words = tuple(found.pop("words"))
+        return cls(topology=topology, environment=environment, words=words, **found)
+
+
+def make(
+    *, target: str, topology: str, slices: int, command: Sequence[str], run: str | None, spot: bool, reserved: bool,
+    reservation: str | None, image: str | None, project: str | None, zone: str | None, cluster: str | None,
+    max_restarts: int, grace_seconds: int, environment: Sequence[str], source: str,
+) -> LaunchSpec:  # fmt: skip
+    """Checks what was typed, without looking at anything outside.
+
+    Args:
+      command: what follows `--`.
+      environment: "NAME=value" each.
+
+    Raises:
+      UserError: a value that no target could use; the target itself checks the rest.
+    """
+    if not command:
+        raise UserError("no command to launch; put it after --, such as: -- pretrain --config=… --workdir=…")
+    name, words = command[0], tuple(command[1:])
+    if name not in COMMANDS:
+        raise UserError(f"there is no command {name!r} to launch; there are: {', '.join(COMMANDS)}")
+    there = topologies.parse(topology, slices)
+    topologies.check_offered(there)
+    if there.hosts > 1 and not COMMANDS[name].many_hosts:
+        one = next((f"{there.kind}:{s}" for s in _one_host(there)), f"{there.kind}:1x{there.shape[-1]}")
+        raise UserError(f"{name} runs on one host, and {there} has {there.hosts}; take one, such as --topology={one}")
+    workdir = option_of(words, "--workdir")
+    if COMMANDS[name].many_hosts and not workdir:
+        raise UserError(f"{name} has no --workdir, without which it cannot resume; add --workdir=… after {name}")
+    if spot and reserved:
+        raise UserError("--spot and --reserved exclude each other; leave one out")
+    if reservation and not reserved:
+        raise UserError(f"--reservation={reservation} is for reserved machines; add --reserved")
+    if image is not None and not re.fullmatch(r"\S+@sha256:[0-9a-f]{64}", image):
+        raise UserError(f"--image={image} has no digest, so that hosts could get different ones; write name@sha256:…")
+    if max_restarts < 0:
+        raise UserError(f"--max-restarts is {max_restarts}; it has to be at least 0")
+    if grace_seconds < 1:
+        raise UserError(f"--grace is {grace_seconds}; it has to be at least 1 s")
+    pairs = [word.partition("=") for word in environment]
+    for (variable, equals, _), word in zip(pairs, environment, strict=True):
+        if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
+            raise UserError(f"--env={word} is no variable; write --env=NAME=value")
+    return LaunchSpec(
+        target=target, run=_run_name(run, workdir, name), command=name, words=words, topology=there, workdir=workdir,
+        capacity="spot" if spot else "reserved" if reserved else "on-demand", reservation=reservation, image=image,
+        project=project, zone=zone, cluster=cluster, max_restarts=max_restarts, grace_seconds=grace_seconds,
+        environment=tuple((variable, value) for variable, _, value in pairs), source=source,
+    )  # fmt: skip
+
+
+def option_of(words: Sequence[str], name: str) -> str | None:
+    """Value of the last `--name=value` or `--name value` among words."""
+    found = None
+    for word, following in zip(words, (*words[1:], ""), strict=True):
+        if word.startswith(f"{name}="):
+            found = word.partition("=")[2]
+        elif word == name:
+            found = following
+    return found
+
+
+def _one_host(topology: Topology) -> list[str]:
+    """Shapes of TPU slices with one host."""
+    if topology.generation is None:
+        return []
+    shapes = (Topology(topology.kind, shape) for shape in topologies.offered(topology.kind))
+    return [one.shape_text for one in shapes if one.hosts == 1]
+
+
+def _run_name(given: str | None, workdir: str | None, command: str) -> str:
+    """The name that was given, or one made of the work directory's."""
+    if given is not None:
+        if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", given) or len(given) > NAME_LENGTH:
+            raise UserError(
+                f"--run={given} cannot name a run; take up to {NAME_LENGTH} lower-case letters, digits and dashes, a letter first"
+            )
+        return given
+    last = Path(workdir).name if workdir else command
+    name = re.sub(r"[^a-z0-9]+", "-", last.lower()).strip("-")[:NAME_LENGTH].rstrip("-")
+    return name if name[:1].isalpha() else f"run-{name}"[:NAME_LENGTH].rstrip("-")
+
+
+def variables_as_words(environment: Mapping[str, str]) -> str:
+    """NAME=value words of a shell."""
+    return " ".join(f"{name}={shlex.quote(value)}" for name, value in environment.items())
