@@ -5,7 +5,7 @@ It runs the commands that a user types, on the folder of public files that the t
   1  a label table: the labels that are probed (tumor, covid, contrast), their splits, and all other files for pretraining
   2  python -m data_pipeline.build         slices of a labelled test split are in the split `test` and nowhere else
   3  python -m curia_jax.pretrain          on the split `train`, with configs/real_data.py
-  4  python -m curia_jax.evaluate          against a random encoder and raw pixels, 95 % intervals over patients
+  4  python -m curia_jax.evaluate          against a random encoder, raw pixels and their histogram, 95 % intervals over patients
   5  the table, in Markdown, on standard output
 
 Run again after an interruption it resumes.
@@ -27,15 +27,14 @@ from pathlib import Path
 
 from curia_jax import demo
 from curia_jax.evaluate import results as evaluate_results
-from curia_jax.evaluate.results import Score
+from curia_jax.evaluate.results import FLOORS, RESULTS, SHARDS, Score
 
 ROOT = Path(__file__).resolve().parents[1]
 LABELS = ("tumor", "covid", "contrast")
 HEADS = ("knn", "ridge", "logistic")
 # Pooling, layers and image sizes were chosen by cross-validation on the training cases; see docs/results.md.
-FEATURES = "mean+std"
 # Early, middle and last blocks: the last is specialised in the training task, predicting pixels.
-LAYERS = "4,8,12"
+FEATURES = "mean+std@4+8+12"
 # In px: the size of the training, and larger ones, in which a whole slice shows objects as large as training crops do.
 IMAGE_SIZES = "96,128,160"
 COLUMNS: tuple[str, ...] = ("file", "split", "patient", "modality", *LABELS)
@@ -140,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     args, overrides = parse(argv)
     output = args.output
     output.mkdir(parents=True, exist_ok=True)
-    shards, run, results = output / "shards", output / "run", output / "results.json"
+    shards, run, results = output / "shards", output / "run", output / "results"
 
     # ---- exams to shards
     labels = output / "labels.csv"
@@ -170,11 +169,11 @@ def main(argv: list[str] | None = None) -> int:
 
     # ---- probes
     command(
-        "curia_jax.evaluate", f"--checkpoint={run}", f"--shards={shards}", f"--label={','.join(LABELS)}",
-        f"--heads={','.join(HEADS)}", f"--features={FEATURES}", f"--layers={LAYERS}",
-        f"--image-sizes={IMAGE_SIZES}", f"--json={results}",
+        "curia_jax.evaluate", f"--tasks={','.join(SHARDS + label for label in LABELS)}", f"--data={shards}",
+        f"--backbones={run}", f"--heads={','.join(HEADS)}", f"--features={FEATURES}",
+        f"--image-sizes={IMAGE_SIZES}", f"--output={results}",
     )  # fmt: skip
-    print(markdown(evaluate_results.read(results), run, cost))
+    print(markdown(evaluate_results.read(results / RESULTS), run, cost))
     return 0
 
 
@@ -208,19 +207,19 @@ def markdown(scores: Sequence[Score], run: Path, cost: Mapping[str, float]) -> s
     ]
     for metric in ("auroc", "accuracy"):
         lines += [
-            f"| {metric.upper() if metric == 'auroc' else metric} | probe | checkpoint | random encoder | pixels "
-            "| checkpoint - random | checkpoint - pixels | test cases |",
-            "|---|---|---|---|---|---|---|---|",
+            f"| {metric.upper() if metric == 'auroc' else metric} | probe | checkpoint | random encoder | pixels | histogram "
+            "| checkpoint - random | checkpoint - pixels | checkpoint - histogram | test cases |",
+            "|---|---|---|---|---|---|---|---|---|---|",
         ]
         for task in LABELS:
             for head in HEADS:
                 own = {
                     (score.backbone, score.against): score
                     for score in scores
-                    if (score.study.task, score.head, score.metric) == (task, head, metric)
+                    if (score.study.title, score.head, score.metric) == (task, head, metric)
                 }
-                values = [own[backbone, None] for backbone in ("checkpoint", "random", "pixels")]
-                differences = [own["checkpoint", against] for against in ("random", "pixels")]
+                values = [own[backbone, None] for backbone in (str(run), *FLOORS)]
+                differences = [own[str(run), against] for against in FLOORS]
                 cells = [f"{score.value_text} {score.interval_text}" for score in values + differences]
                 lines.append(f"| {task} | {head} | {' | '.join(cells)} | {values[0].study.n} |")
         lines.append("")

@@ -28,6 +28,7 @@ from typing import NamedTuple
 from curia_common import cli, logs
 from curia_common.errors import UserError
 from curia_common.exit_codes import ExitCode
+from curia_jax.evaluate.results import RESULTS, SHARDS
 from curia_jax.report import timeline
 
 CONFIG = "demo"
@@ -158,7 +159,7 @@ class Demo:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--output={self.folder} is a file; name a folder")
         self.shards, self.run_folder, self.weights = (self.folder / name for name in ("shards", "run", "weights"))
-        self.results, self.report = self.folder / "results.json", self.folder / "report.html"
+        self.results, self.report = self.folder / "results", self.folder / "report.html"
         self.phantom = self.folder / "phantom"
         self.patients, self.workers, self.overrides = args.patients, args.workers, args.overrides
         # Loaded before anything runs, so that a misspelt field is found at once.
@@ -266,20 +267,20 @@ class Demo:
             log.info(f"not probed: {name}: {reason}")
         possible = [name for name, reason in obstacles.items() if reason is None]
         if not possible:
-            self.results.write_text("[]\n", encoding="utf-8")
+            self.results.mkdir(exist_ok=True)
+            (self.results / RESULTS).write_text("[]\n", encoding="utf-8")
             return
         self.command(
-            "curia_jax.evaluate", f"--checkpoint={self.run_folder}", f"--shards={self.shards}",
-            f"--label={','.join(possible)}", f"--features={FEATURES}", f"--heads={HEADS}",
-            f"--json={self.results}",
+            "curia_jax.evaluate", f"--tasks={','.join(SHARDS + name for name in possible)}", f"--data={self.shards}",
+            f"--backbones={self.run_folder}", f"--features={FEATURES}", f"--heads={HEADS}", f"--output={self.results}",
         )  # fmt: skip
 
     def _report(self) -> None:
         self._save(dataclasses.replace(self.record, next=self._next_commands()))
         self.command(
-            "curia_jax.report", f"--run={self.run_folder}", f"--shards={self.shards}", f"--results={self.results}",
+            "curia_jax.report", f"--run={self.run_folder}", f"--shards={self.shards}", f"--results={self.results / RESULTS}",
             f"--weights={self.weights}", f"--timeline={self.folder / RECORD}", f"--output={self.report}",
-            *([f"--about={ABOUT}", f"--control={','.join(CONTROLS)}"] if self.data is None else []),
+            *([f"--about={ABOUT}", f"--control={','.join(SHARDS + name for name in CONTROLS)}"] if self.data is None else []),
         )  # fmt: skip
 
     def _next_commands(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
@@ -422,14 +423,15 @@ class Demo:
         from curia_jax.evaluate import results, table
         from curia_jax.report import findings
 
-        scores = [score for score in results.read(self.results) if score.metric == "auroc"]
+        scores = [score for score in results.read(self.results / RESULTS) if score.metric == "auroc"]
         log.info("")
-        shown = [score for score in scores if score.study.task not in CONTROLS]
+        controls = [SHARDS + name for name in CONTROLS]
+        shown = [score for score in scores if score.study.task not in controls]
         if shown:
             table.show(shown)
         for finding in findings.find(shown).values():
             log.info(finding.sentence)
-        if sentence := findings.control_sentence(scores, CONTROLS):
+        if sentence := findings.control_sentence(scores, controls):
             log.info(sentence)
         gigabytes = self.record.peak_bytes / 1e9
         log.info(

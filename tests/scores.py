@@ -5,11 +5,11 @@ from typing import Any
 from curia_jax.evaluate.results import Fit, Score, Study
 
 
-def make_score(task: str = "lesion", backbone: str = "checkpoint", head: str = "ridge", **changes: Any) -> Score:
+def make_score(task: str = "lesion", backbone: str = "run", head: str = "ridge", **changes: Any) -> Score:
     """A score of 60 slices of 12 patients; `changes` are fields of Score or of its Study."""
     study = {
         "task": task, "n": 60, "patients": 12, "unit": "slice", "classes": ("no", "yes"), "classes_not_learned": (),
-        "draws": 2000, "seed": 0, "train_n": 200, "train_patients": 40, "groups": "patients",
+        "draws": 2000, "seed": 0, "train_n": 200, "train_patients": 40, "groups": "patients", "events": 25,
     }  # fmt: skip
     study |= {name: changes.pop(name) for name in tuple(changes) if name in study}
     fields = {
@@ -21,6 +21,8 @@ def make_score(task: str = "lesion", backbone: str = "checkpoint", head: str = "
         "draws_without_a_class": 0,
     }
     fields |= changes
-    if "against" not in fields and backbone != "none":
+    if backbone != "majority":
+        fields["features"] = "mean"
+    if "against" not in fields and backbone != "majority":
         fields["fit"] = Fit(32, "validation split", fields["value"], {"penalty_per_case": 1.0})
     return Score(study=Study(**study), backbone=backbone, head=head, **fields)

@@ -45,6 +45,7 @@ def test_command_runs_as_a_module_from_an_empty_folder(name: str, tmp_path: Path
 
 
 TRAIN = "--config=configs/demo.py --workdir={tmp}/run --config.data.shards={shards}"
+SCORE = "--tasks=shards/modality --data={shards} --output={tmp}/scores"
 # command, its words, exit code, what the one line has to name
 WRONG = [
     ("data_pipeline.build", "--input {tmp}/missing --output {tmp}/out", 2, "missing"),
@@ -69,9 +70,9 @@ WRONG = [
     ("curia_jax.plan", "--config=pretrain_vit_b16_224 --topology=v5e:3x5", 2, "v5e:3x5"),
     ("curia_jax.convert", "--checkpoint={tmp}/missing --output={tmp}/out --layout=vit", 2, "missing"),
     ("curia_jax.convert", "--checkpoint={tmp} --output={tmp}/out --layout=vit", 2, "checkpoint"),
-    ("curia_jax.evaluate", "--checkpoint={tmp}/missing --shards={shards} --label=lesion", 2, "missing"),
-    ("curia_jax.evaluate", "--checkpoint={tmp} --shards={shards} --label=lesion --batch-size=0", 2, "--batch-size"),
-    ("curia_jax.evaluate", "--checkpoint={tmp} --shards={shards} --label=lesion --draws=0", 2, "--draws"),
+    ("curia_jax.evaluate", SCORE + " --backbones={tmp}/missing", 2, "missing"),
+    ("curia_jax.evaluate", SCORE + " --backbones={tmp} --batch-size=0", 2, "--batch-size"),
+    ("curia_jax.evaluate", SCORE + " --backbones={tmp} --draws=0", 2, "--draws"),
     (
         "curia_jax.report",
         "--run={tmp}/missing --shards={shards} --results={tmp}/r.json --output={tmp}/p.html",

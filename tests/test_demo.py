@@ -70,7 +70,8 @@ if module == "data_pipeline.build":
     Path(options["output"]).mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows), Path(options["output"]) / "index.parquet")
 elif module == "curia_jax.evaluate":
-    Path(options["json"]).write_text(os.environ["ROWS"])
+    Path(options["output"]).mkdir()
+    Path(options["output"], "results.json").write_text(os.environ["ROWS"])
 elif module == "curia_jax.report":
     output = Path(options["output"])
     assert json.loads(Path(options["timeline"]).read_text())["next"]
@@ -134,7 +135,7 @@ def test_every_command_runs_and_training_is_interrupted(workplace, capfd) -> Non
     assert "report: demo/report.html" in shown.err
     assert shown.err.rstrip().splitlines()[-2].strip() == "tensorboard --logdir=demo/run/tensorboard"
     assert {path.name for path in (workplace / "demo").iterdir()} == {
-        "phantom", "labels.csv", "shards.key", "shards", "run", "weights", "results.json", "report.html",
+        "phantom", "labels.csv", "shards.key", "shards", "run", "weights", "results", "report.html",
         "report_pictures", "demo.json",
     }  # fmt: skip
 
@@ -150,7 +151,7 @@ def test_finished_demo_runs_nothing_again(workplace, capfd) -> None:
 @pytest.mark.parametrize(
     ("lost", "again"),
     [
-        ("results.json", ["curia_jax.evaluate", "curia_jax.report"]),
+        ("results", ["curia_jax.evaluate", "curia_jax.report"]),
         ("report.html", ["curia_jax.report"]),
         ("weights", PHANTOM_CALLS[4:]),
     ],
@@ -227,7 +228,7 @@ def test_demo_continues_where_nothing_can_be_probed(workplace, monkeypatch, capf
     (workplace / "exams").mkdir()
     assert demo.main(["--data=exams"]) == 0
     assert "curia_jax.evaluate" not in calls(workplace)
-    assert json.loads((workplace / "demo/results.json").read_text()) == []
+    assert json.loads((workplace / "demo/results/results.json").read_text()) == []
     record = json.loads((workplace / "demo/demo.json").read_text())
     assert "of class 'CT'" in record["not_probed"]["modality"]
     assert "not probed: plane: every labelled slice of the test split is of class 'axial'" in capfd.readouterr().err
@@ -343,7 +344,7 @@ def scored_on_pixels(shuffle: int | None = None) -> dict[str, results.Score]:
         splits[split] = Labelled(np.arange(len(slices)), np.array(names, np.str_), who, who)
         if slices:
             pixels = np.stack([values.clip(-200, 300).ravel() for _, values in slices])
-            features[split] = {"pixels": pixels, "histogram": np.sort(pixels, axis=1)}
+            features[split] = {"pixels": {"all": pixels}, "histogram": {"all": np.sort(pixels, axis=1)}}
     task = Task("situs", ("inversus", "solitus"), (), splits)
     scores = scoring.score(task, features, heads=("ridge",), draws=500 if shuffle is None else 10)[0]
     return {score.backbone: score for score in scores if score.metric == "auroc"}
@@ -393,13 +394,13 @@ def test_whole_demo(tmp_path) -> None:
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < 0.3 * lines[-1]["baseline_loss"]
 
-    scores = [score for score in results.read(folder / "results.json") if score.metric == "auroc"]
-    assert {score.backbone for score in scores} == {"checkpoint", "random", "pixels", "none"}
-    situs = [score for score in scores if score.study.task == demo.TASK and score.backbone != "none"]
+    scores = [score for score in results.read(folder / "results/results.json") if score.metric == "auroc"]
+    assert {score.backbone for score in scores} == {str(folder / "run"), "random", "pixels", "histogram", "majority"}
+    situs = [score for score in scores if score.study.title == demo.TASK and score.backbone != "majority"]
     assert situs[0].study.patients >= 40
     # The probe that the training patients choose is better than without pretraining, and than pixels, which beat chance.
-    finding = findings.find(scores)[demo.TASK]
-    assert {score.against for score in finding.differences} == {"random", "pixels"}
+    finding = findings.find(scores)[results.SHARDS + demo.TASK]
+    assert {score.against for score in finding.differences} == {"random", "pixels", "histogram"}
     assert all(interval(score)[0] > 0 for score in finding.differences)
     assert all(interval(score)[0] > 0.6 for score in situs if score.against is None and score.backbone == "pixels")
 

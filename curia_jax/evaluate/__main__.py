@@ -1,54 +1,71 @@
-"""Scores frozen features of a checkpoint with kNN, ridge and logistic probes, against a random encoder and raw pixels.
+"""Scores frozen features of backbones on tasks, with intervals, against a random encoder, the pixels and their histogram.
 
-Probes learn from the train split. Their settings are chosen on the validation split (or by cross-validation over patients
-where that lacks a class), then each probe is fitted on both and scores the test split once. Every figure has a 95 %
-interval from a bootstrap over patients; differences to the random encoder and to the pixels are paired. Slices without a
-value of the label are left out.
+The task shards/LABEL is a label of the shard folder that --data names, or modality, plane or body_part. Slices without a value
+are left out. Heads learn from the train split. Their settings, and which of --features they get, are chosen on the validation
+split (or by cross-validation over patients where that lacks a class), then each head is fitted on both and scores the test
+split once. Every figure has a 95 % interval from a bootstrap over patients; differences of the first backbone to each other
+are paired.
 
-Rows of --json: task, backbone, head, metric, value, low, high (ends of the 95 % interval; null where undefined), n (test
-cases), and how they were obtained. A metric *_difference is that of `backbone` minus that of `against`.
+--output gets results.json and results.csv, whose rows have task, protocol, backbone, against (the other side of a paired
+difference), head, features, labels (share of the training labels), metric, value, low, high (ends of the interval; null where
+undefined), n and events (test cases, and positive ones), seed, data_sha256, status (ok, not_run, failed) and reason; a folder
+for each task with its predictions; and the features, so that the same command again computes only what has changed.
+A task that fails is a row with its reason; the others finish, and the exit code is 65.
 """
 
 import argparse
-import dataclasses
-import hashlib
-import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from curia_common import cli, logs
 from curia_common.errors import UserError
 from curia_common.exit_codes import ExitCode
-from curia_common.progress import Progress
 
-BACKBONES = ("checkpoint", "random", "pixels")
 EXAMPLES = """
-python -m curia_jax.evaluate --checkpoint=demo/run --shards=demo/shards --label=situs --json=results.json
-python -m curia_jax.evaluate --checkpoint=demo/run --shards=demo/shards --label=modality,plane --heads=ridge
-python -m curia_jax.evaluate --checkpoint=demo/run --shards=demo/shards --label=situs --cases=series --layers=2,4
-python -m curia_jax.evaluate --checkpoint=demo/run --shards=demo/shards --label=situs --features=cls+mean --image-sizes=64,96
+python -m curia_jax.evaluate --tasks=shards/situs --data=demo/shards --backbones=demo/run --output=results
+python -m curia_jax.evaluate --tasks=shards/modality,shards/plane --data=demo/shards --backbones=demo/run --output=results --heads=ridge
+python -m curia_jax.evaluate --tasks=shards/situs --data=demo/shards --backbones=runs/a,runs/b --output=results --cases=series
+python -m curia_jax.evaluate --tasks=shards/situs --data=demo/shards --backbones=demo/run --output=results --features=cls,mean+std@2+4+last
 """
+# Options of version 0.3, and what to type instead.
+REPLACED = {
+    "--checkpoint": "--backbones=RUN",
+    "--shards": "--data=SHARDS",
+    "--label": "--tasks=shards/LABEL",
+    "--step": "--backbones=RUN/checkpoints/STEP",
+    "--layers": "--features=mean@6+12",
+    "--predictions": "--output=FOLDER, which gets them too",
+}
 
 log = logs.get_logger(__name__)
 
 
+class _Replaced(argparse.Action):
+    """An option of an older version, which names the new one."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # noqa: ANN001 - argparse's signature
+        raise UserError(f"{option_string} is now {REPLACED[str(option_string)]}; see --help")
+
+
 def parser() -> cli.Parser:
     made = cli.parser("python -m curia_jax.evaluate", __doc__, examples=EXAMPLES, codes=(ExitCode.DATA,))
-    made.add_argument("--checkpoint", required=True, help="work directory of curia_jax.pretrain, or folder of a step")
-    made.add_argument("--shards", required=True, help="folder that data_pipeline.build wrote")
+    made.add_argument("--tasks", required=True, metavar="TASK,…", help="what to score: shards/LABEL")
+    made.add_argument("--data", required=True, metavar="DIR", help="folder that data_pipeline.build wrote")
     made.add_argument(
-        "--label", required=True, help="label of the shards, or modality, plane or body_part; several with commas"
+        "--backbones", required=True, metavar="RUN,…",
+        help="work directories of curia_jax.pretrain, or folders of a step; the first is compared with the others",
+    )  # fmt: skip
+    made.add_argument(
+        "--floors", default="random,pixels,histogram", help="what every backbone is compared with (%(default)s)"
     )
-    made.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
-    made.add_argument("--task", help="name of the task in the results (default: the label)")
+    made.add_argument("--output", required=True, metavar="DIR", help="folder of the results")
     made.add_argument("--heads", default="knn,ridge,logistic", help="probes, with commas (%(default)s)")
-    made.add_argument("--backbones", default=",".join(BACKBONES), help="sources of features (%(default)s)")
     made.add_argument(
-        "--features", default="mean", help="mean or std of the patch tokens, cls, or several: mean+std (%(default)s)"
-    )
-    made.add_argument(
-        "--layers", default="last", help="last (after the final norm) and numbers of blocks, with commas (%(default)s)"
-    )
+        "--features", default="cls,mean,mean+std", metavar="FEATURES,…",
+        help="of the encoder, the best of which is chosen on validation: mean or std of the patch tokens, cls, or several: "
+        "mean+std; after the final norm, or after blocks: mean@6+12 (%(default)s)",
+    )  # fmt: skip
     made.add_argument(
         "--image-sizes", metavar="N,…", help="sides of the encoder's image in px, with commas; features of several sizes are "
         "concatenated (default: as trained)",
@@ -56,128 +73,76 @@ def parser() -> cli.Parser:
     made.add_argument(
         "--cases", choices=("slice", "series"), default="slice", help="series: scores are averaged over its slices"
     )
+    made.add_argument("--cache", metavar="DIR", help="folder of the features (default: cache in --output)")
     made.add_argument("--batch-size", type=int, default=64, help="slices at a time (%(default)s)")
     made.add_argument("--draws", type=int, default=2000, help="bootstrap draws (%(default)s)")
     made.add_argument("--seed", type=int, default=0, help="of the bootstrap and the folds (%(default)s)")
-    cli.add_json(made, "the rows")
-    made.add_argument(
-        "--predictions", metavar="FILE", help="write the scores of every test case to this file (parquet)"
-    )
+    cli.add_json(made, "the rows of results.json")
+    for option in REPLACED:
+        made.add_argument(option, action=_Replaced, help=argparse.SUPPRESS)
     return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(parser(), evaluate, argv, stopped="stopped; nothing was written, rerun the same command")
+    return cli.run(parser(), evaluate, argv)
 
 
-def evaluate(args: argparse.Namespace) -> None:
-    import jax
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def evaluate(args: argparse.Namespace) -> int:
+    from curia_jax.evaluate import backbones, features, results, runner, scoring, shard_tasks, table
 
-    from curia_jax import checkpoint, trained_model
-    from curia_jax.evaluate import features, labels, results, scoring, table
-    from curia_jax.models import mae
-    from data_pipeline.format.shards import SliceSource
-
-    heads, backbones = _choice("head", args.heads, tuple(scoring.HEADS)), _choice("backbone", args.backbones, BACKBONES)
-    layers, sizes = _layers(args.layers), _sizes(args.image_sizes)
-    names = [name for name in args.label.split(",") if name]
-    if not names:
-        raise UserError("--label is empty; name a label of the shards, or modality, plane or body_part")
-    if args.task and len(names) != 1:
-        raise UserError(f"--task={args.task} names one task, but --label has {len(names)}; leave --task out")
+    # ---- what was typed, before any work
+    heads = _choice("head", args.heads, tuple(scoring.HEADS))
+    floors = _choice("floor", args.floors, results.FLOORS) if args.floors else []
+    readouts = [features.Readout.parse(word) for word in _words("features", args.features)]
+    sizes = _sizes(args.image_sizes)
     for option, low in (("batch_size", 1), ("draws", 1), ("seed", 0)):
         cli.at_least(f"--{option.replace('_', '-')}", getattr(args, option), low)
-    cli.check_json(args.predictions, "--predictions")
+    output = Path(args.output)
+    runner.check_output(output)
+    names = _words("tasks", args.tasks)
+    wrong = [name for name in names if not name.startswith(results.SHARDS)]
+    if wrong:
+        raise UserError(f"no task {wrong[0]!r}; write {results.SHARDS}LABEL for a label of the shards in --data")
 
-    checkpoint.find(args.checkpoint, args.step)
+    given = _words("backbones", args.backbones)
+    backbones.check(given)
 
     # ---- labels, before weights: they are quick to read and often what is wrong
-    splits = [str(split) for split in np.unique(labels.read_index(args.shards).column("split").to_pylist())]
-    if labels.TEST not in splits:
-        raise UserError(
-            f"{args.shards} has no test split (it has: {', '.join(splits)}); build it with --test above 0 and enough patients"
-        )
-    sources = {split: SliceSource(args.shards, split) for split in splits}
-    index = pa.concat_tables([source.index for source in sources.values()])
-    tasks = [labels.task(index, name, args.task) for name in names]
-
-    # ---- features of every slice that has one of the labels
-    trained = trained_model.load(args.checkpoint, args.step)
-    if trained.config.encoder.channels != 1:
-        raise UserError(
-            f"the checkpoint's encoder takes {trained.config.encoder.channels} channels, but a slice has 1; "
-            "score a checkpoint that was trained with --config.model.channels=1"
-        )
-
-    def view(backbone: str) -> features.View:
-        if backbone == "pixels":
-            return features.pixel_view(trained.augment)
-        params = trained.params
-        if backbone == "random":
-            # Another seed than the checkpoint's, so that these are not the weights that its training started from.
-            params = mae.init(trained.config, jax.random.key(trained.seed + 1))
-        return features.encoder_view(
-            trained.config.encoder, params["encoder"], trained.augment, pooling=args.features, layers=layers,
-            image_sizes=sizes,
-        )  # fmt: skip
-
-    views = {name: view(name) for name in backbones}
-    wanted = {
-        split: np.unique(np.concatenate([task.splits[split].slices for task in tasks])) for split in labels.SPLITS
-    }
-    extracted = {}
-    with Progress("features", sum(len(slices) for slices in wanted.values()), "slices") as progress:
-        for split, slices in wanted.items():
-            if len(slices):
-                extracted[split] = features.extract(
-                    sources[split], slices, views, batch_size=args.batch_size, progress=progress.step
-                )
-
-    # ---- probes and intervals
-    preparation = json.dumps(dataclasses.asdict(trained.augment), sort_keys=True)
-    from_encoder = results.Provenance(
-        features=args.features, layers=args.layers, step=trained.step, examples_seen=trained.examples_seen,
-        encoder_sha256=trained_model.digest(trained.params["encoder"]), image_size=trained.config.encoder.image_size,
-        image_sizes=tuple(sizes),
-        view_sha256=hashlib.sha256(preparation.encode()).hexdigest()[:16],
+    dataset = shard_tasks.open_dataset(args.data)
+    dataset.check([name.removeprefix(results.SHARDS) for name in names])
+    models = backbones.open_backbones(
+        given, floors, readouts=readouts, image_sizes=sizes
     )  # fmt: skip
-    other = dataclasses.replace(from_encoder, features=None, layers=None)
-    scores, predictions = [], []
-    for task in tasks:
-        # Features of the task's slices, in its order.
-        own = {
-            split: {
-                name: values[np.searchsorted(wanted[split], task.splits[split].slices)]
-                for name, values in by_name.items()
-            }
-            for split, by_name in extracted.items()
-        }
-        counts = ", ".join(f"{len(part.slices):,} {split}" for split, part in task.splits.items())
-        log.info(f"task {task.name}: {len(task.classes)} classes, slices: {counts}; intervals over {task.groups}")
-        scored, cases = scoring.score(task, own, heads=heads, unit=args.cases, draws=args.draws, seed=args.seed)
-        scores += [
-            dataclasses.replace(score, provenance=from_encoder if score.backbone in ("checkpoint", "random") else other)
-            for score in scored
-        ]
-        predictions.append(cases)
 
-    cli.write_json(args.json, results.rows(scores))
-    if args.predictions:
-        pq.write_table(pa.concat_tables(predictions), args.predictions)
-    table.show(scores)
+    # ---- tasks
+    settings = shard_tasks.Settings(tuple(heads), args.cases, args.draws, args.seed, args.batch_size)
+    cache = Path(args.cache) if args.cache else output / runner.CACHE
+    jobs = [
+        shard_tasks.job(dataset, name.removeprefix(results.SHARDS), models, settings, cache) for name in names
+    ]  # fmt: skip
+    outcome = runner.run(jobs, output)
+    cli.write_json(args.json, outcome.rows)
+    table.show([results.Score.from_row(row) for row in outcome.rows if row["status"] == results.OK])
+    failed = [row for row in outcome.rows if row["status"] == results.FAILED]
+    for row in failed:
+        log.info(f"failed: {row['task']}: {row['reason']}")
+    log.info(f"results: {output / results.RESULTS}")
+    return outcome.exit_code
+
+
+def _words(what: str, text: str) -> list[str]:
+    words = list(dict.fromkeys(word for word in text.split(",") if word))
+    if not words:
+        raise UserError(f"--{what} is empty; see --help")
+    return words
 
 
 def _choice(what: str, text: str, known: tuple[str, ...]) -> list[str]:
-    names = [name for name in text.split(",") if name]
+    names = _words(f"{what}s", text)
     for name in names:
         if name not in known:
             raise UserError(f"no {what} {name!r}; there are: {', '.join(known)}")
-    if not names:
-        raise UserError(f"no {what} given; there are: {', '.join(known)}")
-    return list(dict.fromkeys(names))
+    return names
 
 
 def _sizes(text: str | None) -> list[tuple[int, int]]:
@@ -185,15 +150,6 @@ def _sizes(text: str | None) -> list[tuple[int, int]]:
     if not all(word.isdecimal() and int(word) > 0 for word in words):
         raise UserError(f"--image-sizes={text}: write numbers of px with commas, such as 96,128")
     return [(int(word), int(word)) for word in words]
-
-
-def _layers(text: str) -> list[int | str]:
-    from curia_jax.evaluate.features import LAST
-
-    words = text.split(",")
-    if not all(word == LAST or word.isdecimal() for word in words):
-        raise UserError(f"--layers={text}: write {LAST}, or numbers of blocks with commas, such as 6,12")
-    return [word if word == LAST else int(word) for word in words]
 
 
 if __name__ == "__main__":

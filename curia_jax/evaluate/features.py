@@ -1,13 +1,12 @@
-"""Frozen features of slices: from the tokens of an encoder, or the pixels themselves."""
+"""Frozen features of slices: readouts of an encoder's tokens, or of the pixels themselves."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from curia_common.errors import DataError, UserError
@@ -19,8 +18,44 @@ from data_pipeline.format.shards import SliceSource
 
 POOLINGS = ("mean", "std", "cls")
 LAST = "last"
-# Side of the pixel baseline's image.
-PIXELS = 32
+# Side of the pixel baseline's image, and of the image whose intensities the histogram counts, in px.
+PIXELS, COUNTED = 32, 128
+BINS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Readout:
+    """How the tokens of an encoder become one vector.
+
+    Attributes:
+      pooling: statistics that are concatenated, of POOLINGS: "cls"; the "mean" of the patch tokens; their standard deviation,
+        "std", which keeps some of what the mean loses (both together: Snyder et al. 2018, doi 10.1109/ICASSP.2018.8461375).
+      layers: outputs that are pooled and concatenated: LAST, that of the final norm, or numbers of blocks from 1 to the depth,
+        whose outputs are taken before any norm.
+    """
+
+    pooling: tuple[str, ...]
+    layers: tuple[int | str, ...] = (LAST,)
+
+    @classmethod
+    def parse(cls, text: str) -> "Readout":
+        """Reads "mean+std" or "mean+std@6+last".
+
+        Raises:
+          UserError: there is no such pooling, or a layer is no number.
+        """
+        poolings, _, layers = text.partition("@")
+        for name in poolings.split("+"):
+            if name not in POOLINGS:
+                raise UserError(f"no features {name!r}; there are: {', '.join(POOLINGS)}, and several joined by +")
+        words = layers.split("+") if "@" in text else [LAST]
+        if not all(word == LAST or word.isdecimal() for word in words):
+            raise UserError(f"features {text!r}: after @ write {LAST}, or numbers of blocks joined by +, such as @6+12")
+        return cls(tuple(poolings.split("+")), tuple(word if word == LAST else int(word) for word in words))
+
+    def __str__(self) -> str:
+        layers = "" if self.layers == (LAST,) else "@" + "+".join(map(str, self.layers))
+        return "+".join(self.pooling) + layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +63,11 @@ class View:
     """A function from pixels to features.
 
     Attributes:
-      compute: (params, batch) -> features; pure.
+      compute: (params, batch) -> features by the name of their readout; pure.
       params: first argument of `compute`, so that weights are not constants of the compiled program.
     """
 
-    compute: Callable[[Params, augment.Batch], Float[Array, "batch features"]]
+    compute: Callable[[Params, augment.Batch], dict[str, Float[Array, "batch _features"]]]
     params: Params
 
 
@@ -41,38 +76,30 @@ def encoder_view(
     params: Params,
     settings: Augment,
     *,
-    pooling: str = "mean",
-    layers: Sequence[int | str] = (LAST,),
+    readouts: Sequence[Readout] = (Readout(("mean",)),),
     image_sizes: Sequence[tuple[int, int]] = (),
 ) -> View:
-    """Features of an encoder.
+    """Features of an encoder, all readouts from one forward pass.
 
     Args:
       config, params: the encoder.
       settings: the run's `augment` settings; pixels are prepared in the same way.
-      pooling: of POOLINGS, several joined by "+": "cls"; the "mean" of the patch tokens; their standard deviation, "std",
-        which keeps some of what the mean loses (both together: Snyder et al. 2018, doi 10.1109/ICASSP.2018.8461375).
-      layers: outputs that are pooled and concatenated: LAST, that of the final norm, or numbers of blocks from 1 to depth,
-        whose outputs are taken before any norm.
       image_sizes: (height, width) in px of the encoder's images; the features of several are concatenated. Default is the
         size of the training. Objects look larger in training crops than in a whole slice of the same size, so that a
         larger size can be better (Touvron et al. 2019, arXiv 1906.06423).
 
     Raises:
-      UserError: there is no such pooling or layer, or a size is not a multiple of the patch.
+      UserError: there is no such layer, or a size is not a multiple of the patch.
     """
-    statistics = pooling.split("+")
-    if unknown := [name for name in statistics if name not in POOLINGS]:
-        raise UserError(f"no features {unknown[0]!r}; there are: {', '.join(POOLINGS)}, and several joined by +")
-    blocks = [layer for layer in layers if isinstance(layer, int)]
+    blocks = sorted({layer for readout in readouts for layer in readout.layers if isinstance(layer, int)})
     wrong = [block for block in blocks if not 1 <= block <= config.depth]
     if wrong:
         raise UserError(f"no layer {wrong[0]}; this encoder has layers 1 to {config.depth}")
 
-    def pool(tokens: Float[Array, "batch tokens width"]) -> Float[Array, "batch features"]:
+    def pool(tokens: Float[Array, "batch tokens width"], statistics: Sequence[str]) -> Float[Array, "batch features"]:
         patches = tokens[:, 1:]
-        parts = {"cls": tokens[:, 0], "mean": patches.mean(axis=1), "std": patches.std(axis=1)}
-        return jnp.concatenate([parts[name] for name in statistics], axis=1)
+        pooled = {"cls": lambda: tokens[:, 0], "mean": lambda: patches.mean(axis=1), "std": lambda: patches.std(axis=1)}
+        return jnp.concatenate([pooled[name]() for name in statistics], axis=1)
 
     try:
         # The shape of no parameter depends on the size: positions are computed.
@@ -80,16 +107,17 @@ def encoder_view(
     except ValueError as error:
         raise UserError(f"--image-sizes: {error}") from error
 
-    def compute(params: Params, batch: augment.Batch) -> Float[Array, "batch features"]:
-        parts = []
+    def compute(params: Params, batch: augment.Batch) -> dict[str, Float[Array, "batch _features"]]:
+        parts: dict[str, list[Float[Array, "batch _features"]]] = {str(readout): [] for readout in readouts}
         for encoder_config in encoders:
             images = augment.evaluation_view(batch, settings, encoder_config.image_size)
             encoder = vit.bind(encoder_config, params)
             last, hidden = encoder.encode(encoder.embed(images), [block - 1 for block in blocks])
             outputs: dict[int | str, Float[Array, "batch tokens width"]] = {LAST: last}
             outputs |= dict(zip(blocks, hidden, strict=True))
-            parts += [pool(outputs[layer]) for layer in layers]
-        return jnp.concatenate(parts, axis=1)
+            for readout in readouts:
+                parts[str(readout)] += [pool(outputs[layer], readout.pooling) for layer in readout.layers]
+        return {name: jnp.concatenate(values, axis=1) for name, values in parts.items()}
 
     return View(compute, params)
 
@@ -97,49 +125,129 @@ def encoder_view(
 def pixel_view(settings: Augment) -> View:
     """The slice itself, prepared as for the encoder, in PIXELS x PIXELS values."""
 
-    def compute(_: Params, batch: augment.Batch) -> Float[Array, "batch features"]:
-        return augment.evaluation_view(batch, settings, (PIXELS, PIXELS)).reshape(len(batch["pixels"]), -1)
+    def compute(_: Params, batch: augment.Batch) -> dict[str, Float[Array, "batch _features"]]:
+        image = augment.evaluation_view(batch, settings, (PIXELS, PIXELS))
+        return {f"{PIXELS}x{PIXELS} px": image.reshape(len(batch["pixels"]), -1)}
 
     return View(compute, {})
 
 
+def histogram_view(settings: Augment) -> View:
+    """Shares of the slice's pixels in BINS equal bins of the prepared intensities: what brightness alone tells."""
+
+    def compute(_: Params, batch: augment.Batch) -> dict[str, Float[Array, "batch _features"]]:
+        image = augment.evaluation_view(batch, settings, (COUNTED, COUNTED))
+        unit = (image * settings.image_std + settings.image_mean).reshape(len(batch["pixels"]), -1)
+        # Resampling overshoots a little: what leaves [0, 1] is in the outer bins.
+        bins = jnp.clip((unit * BINS).astype(jnp.int32), 0, BINS - 1)
+        counts = jax.vmap(lambda row: jnp.bincount(row, length=BINS))(bins)
+        return {f"{BINS} bins": counts / bins.shape[1]}
+
+    return View(compute, {})
+
+
+@runtime_checkable
+class Images(Protocol):
+    """Numbered images of a split.
+
+    Attributes:
+      split: its name.
+      fingerprint: changes with the pixels of any image, and with their order.
+    """
+
+    @property
+    def split(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def batches(self, numbers: Int[np.ndarray, " n"], batch_size: int) -> Iterator[data.HostBatch]:
+        """Batches of the images with these numbers, in order; the last is padded, and `valid` is False there."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardImages:
+    """The slices of a split of a shard folder."""
+
+    source: SliceSource
+
+    @property
+    def split(self) -> str:
+        return self.source.split
+
+    @property
+    def fingerprint(self) -> str:
+        return self.source.fingerprint
+
+    def batches(self, numbers: Int[np.ndarray, " n"], batch_size: int) -> Iterator[data.HostBatch]:
+        """As `Images` says."""
+        canvas = data.canvas_size(self.source, None)
+        return data.evaluation_batches(self.source, numbers, batch_size=batch_size, canvas=canvas)
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """Where features come from; see backbones.py.
+
+    Attributes:
+      name: as in results.
+      digest: of its weights, its preparation of pixels and its readouts.
+      devices: over which a batch is split evenly.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def devices(self) -> int: ...
+
+    def features(self, batch: data.HostBatch) -> Mapping[str, Float[Array | np.ndarray, "batch _features"]]:
+        """Features of a batch by the name of their readout. May return before they are computed."""
+        ...
+
+
 def extract(
-    source: SliceSource,
-    slices: Int[np.ndarray, " n"],
-    views: Mapping[str, View],
+    images: Images,
+    numbers: Int[np.ndarray, " n"],
+    backbone: Backbone,
     *,
     batch_size: int = 64,
-    progress: Callable[[int], None] = lambda slices: None,
-) -> dict[str, Float[np.ndarray, "n features"]]:
-    """Float32 features of slices for each view, from one pass over the pixels, on all local devices.
+) -> Iterator[tuple[Int[np.ndarray, " valid"], dict[str, Float[np.ndarray, "valid _features"]]]]:
+    """Float32 features of images, batch by batch with the image numbers.
+
+    The next batch is read while the devices compute the last one.
 
     Args:
-      slices: slice numbers of `source`.
-      batch_size: slices at a time, over all devices; rounded up to a multiple of their number.
-      progress: called with the number of slices of each finished batch.
+      batch_size: images at a time, over all devices; rounded up to a multiple of their number.
 
     Raises:
       DataError: a feature is not finite.
     """
-    devices = jax.local_devices()
-    mesh = jax.make_mesh((len(devices),), ("data",), devices=devices, axis_types=(AxisType.Auto,))
-    batch_size = -(-batch_size // len(devices)) * len(devices)
-    split = NamedSharding(mesh, P("data"))
-    params = jax.device_put({name: view.params for name, view in views.items()}, NamedSharding(mesh, P()))
-    compute = jax.jit(lambda params, batch: {name: view.compute(params[name], batch) for name, view in views.items()})
-    canvas = data.canvas_size(source, None)
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in views}
-    for batch in data.evaluation_batches(source, slices, batch_size=batch_size, canvas=canvas):
-        valid = batch.get("valid", np.ones(batch_size, bool))
-        features = jax.device_get(compute(params, data.to_devices(batch, split)))
-        for name, values in features.items():
-            values = values[valid]
-            if not np.isfinite(values).all():
-                slice_number = batch["slice"][valid][~np.isfinite(values).all(axis=1)][0]
+    batch_size = -(-batch_size // backbone.devices) * backbone.devices
+
+    def finished(
+        batch: data.HostBatch, computed: Mapping[str, Float[Array | np.ndarray, "batch _features"]]
+    ) -> tuple[Int[np.ndarray, " valid"], dict[str, Float[np.ndarray, "valid _features"]]]:
+        valid = batch.get("valid", np.ones(len(batch["slice"]), bool))
+        values = {name: np.asarray(jax.device_get(array))[valid] for name, array in computed.items()}
+        for array in values.values():
+            if not np.isfinite(array).all():
+                number = batch["slice"][valid][~np.isfinite(array).all(axis=1)][0]
                 raise DataError(
-                    f"the {name} features of slice {slice_number} of split {source.split!r} are not finite; "
-                    "check the checkpoint's loss curve, and the slice's slope and intercept in index.parquet"
+                    f"the {backbone.name} features of slice {number} of split {images.split!r} are not finite; "
+                    "check the checkpoint's loss curve, and the slice's slope and intercept"
                 )
-            parts[name].append(values)
-        progress(int(valid.sum()))
-    return {name: np.concatenate(values) for name, values in parts.items()}
+        return batch["slice"][valid], values
+
+    waiting = None
+    for batch in images.batches(numbers, batch_size):
+        started = batch, backbone.features(batch)
+        if waiting is not None:
+            yield finished(*waiting)
+        waiting = started
+    if waiting is not None:
+        yield finished(*waiting)

@@ -1,6 +1,8 @@
-"""One row of results: the record behind the JSON of `python -m curia_jax.evaluate`, its tables and its figures."""
+"""Rows of results: what `python -m curia_jax.evaluate` writes, and its tables and figures read."""
 
+import csv
 import dataclasses
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +11,18 @@ from typing import Any, TypeVar
 from curia_common.errors import DataError, UserError
 
 PATIENTS = "patients"
-_DIFFERENCE = "_difference"
+# The backbones that every table has beside those that a user names: an encoder of the same shape with random weights, the
+# pixels, a histogram of the pixels. And the class frequencies, which need no image.
+FLOORS = RANDOM, PIXELS, HISTOGRAM = ("random", "pixels", "histogram")
+MAJORITY = "majority"
+OK, NOT_RUN, FAILED = "ok", "not_run", "failed"
+# Of every row, in this order; a row with status "ok" has further fields that say how its value was obtained.
+COLUMNS: tuple[str, ...] = (
+    "task", "protocol", "backbone", "against", "head", "features", "labels", "metric", "value", "low", "high", "n", "events",
+    "seed", "data_sha256", "status", "reason",
+)  # fmt: skip
+RESULTS, TABLE = "results.json", "results.csv"  # in the folder that --output names
+SHARDS = "shards/"  # before the label in the name of a task that is a label of a shard folder
 
 Record = TypeVar("Record")
 Row = Mapping[str, Any]  # of the JSON file
@@ -21,7 +34,7 @@ class Study:
     """What is scored, the same for every row of a task.
 
     Attributes:
-      task: name of the label, or the one that --task gave.
+      task: its name, "shards/…" where it is a label of a shard folder.
       n, patients: test cases and their patients, or what stands for those; see `groups`.
       unit: what a case is, "slice" or "series".
       classes: that can be learned.
@@ -29,6 +42,10 @@ class Study:
       draws, seed: of the bootstrap.
       train_n, train_patients: slices that probes learn from, and their patients.
       groups: what counts as a patient: "patients", or "files (patients unknown)" and the like.
+      protocol: by which heads are trained and their settings chosen.
+      labels: share of the training cases whose labels the heads get.
+      events: test cases of the positive class; None with more than two classes.
+      data_sha256: digest of images, labels and splits.
     """
 
     task: str
@@ -42,6 +59,15 @@ class Study:
     train_n: int
     train_patients: int
     groups: str = PATIENTS
+    protocol: str = "ours"
+    labels: int | float = 1.0
+    events: int | None = None
+    data_sha256: str = ""
+
+    @property
+    def title(self) -> str:
+        """The task's name for people."""
+        return self.task.removeprefix(SHARDS)
 
     @property
     def interval(self) -> str:
@@ -59,7 +85,7 @@ class Fit:
 
     Attributes:
       dimension: number of features.
-      selection: how its settings were chosen.
+      selection: how its settings and its features were chosen.
       selection_auroc: macro AUROC of the chosen settings on the held-out cases; None where undefined.
       chosen: the settings.
     """
@@ -72,25 +98,43 @@ class Fit:
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """Which features of which checkpoint were scored.
+    """Which features of which weights were scored.
 
     Attributes:
-      features, layers: as the options say; None for features that are not an encoder's.
-      step, examples_seen: of the checkpoint.
-      encoder_sha256: `trained_model.digest` of the encoder.
+      weights_sha256: `trained_model.digest` of the encoder; the name of a backbone without weights.
+      preparation: settings by which pixels are prepared.
+      readouts: the features that could be chosen; empty for features that are not an encoder's.
       image_size: of the training, (height, width) in px.
       image_sizes: that features were taken at; empty for that of the training.
-      view_sha256: of the settings by which pixels were prepared.
+      step, examples_seen: of the checkpoint; None for weights that no training made.
     """
 
-    features: str | None
-    layers: str | None
-    step: int
-    examples_seen: int
-    encoder_sha256: str
-    image_size: tuple[int, ...]
-    image_sizes: tuple[tuple[int, ...], ...]
-    view_sha256: str
+    weights_sha256: str
+    preparation: str
+    readouts: tuple[str, ...] = ()
+    image_size: tuple[int, ...] = ()
+    image_sizes: tuple[tuple[int, ...], ...] = ()
+    step: int | None = None
+    examples_seen: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class NotScored:
+    """A task without a score.
+
+    Attributes:
+      status: NOT_RUN or FAILED.
+      reason: in words.
+    """
+
+    task: str
+    protocol: str
+    status: str
+    reason: str
+
+    def to_row(self) -> Row:
+        """The JSON row."""
+        return {**dict.fromkeys(COLUMNS), **dataclasses.asdict(self)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,14 +142,15 @@ class Score:
     """A metric, or the difference of two, with its 95 % interval.
 
     Attributes:
-      backbone: where the features come from: checkpoint, random, pixels; "none" for the majority class.
-      head: the probe.
+      backbone: where the features come from: as the user named it, or one of FLOORS; MAJORITY for the class frequencies.
+      head: the probe; "none" for the class frequencies.
       metric: auroc, accuracy or balanced_accuracy.
       value, low, high: the metric and the ends of its interval; None where undefined.
       degenerate_draws: bootstrap draws in which the metric is undefined; they are left out of the interval.
       draws_without_a_class: draws that miss a class and still define the metric.
       against: the other backbone of a paired difference, `backbone` minus `against`; None for a value.
-      fit: of the probe; None for differences and the majority class.
+      features: those that were chosen for the probe of `backbone`; None for the class frequencies.
+      fit: of the probe; None for differences and the class frequencies.
     """
 
     study: Study
@@ -118,6 +163,7 @@ class Score:
     degenerate_draws: int
     draws_without_a_class: int
     against: str | None = None
+    features: str | None = None
     fit: Fit | None = None
     provenance: Provenance | None = None
 
@@ -137,19 +183,19 @@ class Score:
         return ".3f" if self.against is None else "+.3f"
 
     def to_row(self) -> Row:
-        """The JSON row, the fields that every reader wants first."""
-        first = {
-            "task": self.study.task, "backbone": self.backbone, "head": self.head,
-            "metric": self.metric if self.against is None else self.metric + _DIFFERENCE,
-            "value": self.value, "low": self.low, "high": self.high, "n": self.study.n,
-        }  # fmt: skip
-        draws = {name: getattr(self, name) for name in ("degenerate_draws", "draws_without_a_class")}
-        # Absent where they do not apply; a None that is left is JSON's null for undefined.
-        optional = {"against": self.against}
-        optional |= dataclasses.asdict(self.provenance) if self.provenance else {}
-        optional = {name: value for name, value in optional.items() if value is not None}
-        fit = dataclasses.asdict(self.fit) if self.fit else {}
-        return {**first, **dataclasses.asdict(self.study), "interval": self.study.interval, **fit, **draws, **optional}
+        """The JSON row: COLUMNS, then how the value was obtained."""
+        own = {name: getattr(self, name) for name in _OF_SCORE}
+        study = dataclasses.asdict(self.study)
+        first = {name: (own | study | {"status": OK, "reason": None})[name] for name in COLUMNS}
+        # Absent where they do not apply.
+        parts = [dataclasses.asdict(part) for part in (self.fit, self.provenance) if part]
+        return {
+            **first,
+            **study,
+            "interval": self.study.interval,
+            **own,
+            **{k: v for part in parts for k, v in part.items()},
+        }
 
     @classmethod
     def from_row(cls, row: Row) -> "Score":
@@ -159,12 +205,14 @@ class Score:
           KeyError: a field is missing.
         """
         fit = _record(Fit, row) if "selection" in row else None
-        provenance = _record(Provenance, {"features": None, "layers": None, **row}) if "encoder_sha256" in row else None
-        own = ("backbone", "head", "value", "low", "high", "degenerate_draws", "draws_without_a_class")
-        return cls(
-            study=_record(Study, {"groups": PATIENTS, **row}), metric=row["metric"].removesuffix(_DIFFERENCE), against=row.get("against"),
-            fit=fit, provenance=provenance, **{name: row[name] for name in own},
-        )  # fmt: skip
+        provenance = _record(Provenance, row) if "weights_sha256" in row else None
+        own = {name: row[name] for name in _OF_SCORE}
+        return cls(study=_record(Study, row), fit=fit, provenance=provenance, **own)
+
+
+_OF_SCORE = (
+    "backbone", "against", "head", "features", "metric", "value", "low", "high", "degenerate_draws", "draws_without_a_class",
+)  # fmt: skip
 
 
 def _record(kind: type[Record], row: Row) -> Record:
@@ -178,22 +226,44 @@ def _with_tuples(value: Any) -> Any:
 
 
 def read(path: str | Path) -> list[Score]:
-    """The rows that `python -m curia_jax.evaluate --json` wrote.
+    """The scores of a results.json that `python -m curia_jax.evaluate` wrote.
 
     Raises:
       UserError: no such file.
       DataError: it holds something else.
     """
     try:
-        return [Score.from_row(row) for row in json.loads(Path(path).read_text(encoding="utf-8"))]
+        return [Score.from_row(row) for row in read_rows(Path(path)) if row["status"] == OK]
     except FileNotFoundError:
-        raise UserError(f"no file {path}; python -m curia_jax.evaluate --json writes it") from None
+        raise UserError(f"no file {path}; python -m curia_jax.evaluate --output writes results.json in it") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path} does not hold rows of this version of python -m curia_jax.evaluate: no {error}"
+        ) from error
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows of a file, as they are.
+
+    Raises:
+      FileNotFoundError: no such file.
+      DataError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise DataError(f"{path} is not a JSON file: {error}") from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} does not hold rows of python -m curia_jax.evaluate --json: no {error}") from error
 
 
-def rows(scores: Sequence[Score]) -> list[Row]:
+def rows(scores: Sequence[Score | NotScored]) -> list[Row]:
     """The content of the JSON file."""
     return [score.to_row() for score in scores]
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """COLUMNS of the rows; empty where there is no value."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -12,14 +12,12 @@ from jaxtyping import Float, Int, Shaped
 from curia_common import logs
 from curia_common.errors import UserError
 from curia_jax.evaluate import labels, metrics, probes, selection
-from curia_jax.evaluate.results import Fit, Score, Study
+from curia_jax.evaluate.results import FLOORS, MAJORITY, Fit, Score, Study
 from curia_jax.evaluate.targets import Classes
 
 HEADS: Mapping[str, selection.Head] = {"knn": probes.knn, "ridge": probes.ridge, "logistic": probes.logistic}
-# The backbone that is compared with each of the others.
-OURS = "checkpoint"
-
-Features = Mapping[str, Mapping[str, Float[np.ndarray, "n d"]]]
+# Split -> backbone -> readout -> one row per labelled slice of the split.
+Features = Mapping[str, Mapping[str, Mapping[str, Float[np.ndarray, "_n _d"]]]]  # of different sizes
 
 log = logs.get_logger(__name__)
 
@@ -73,18 +71,21 @@ def score(
     unit: str = "slice",
     draws: int = 2000,
     seed: int = 0,
+    data_sha256: str = "",
 ) -> tuple[list[Score], pa.Table]:
     """Scores of a task, and the prediction of every test case.
 
     Args:
       task: labelled slices.
-      features: split -> backbone -> one row per labelled slice of that split; a split without any may be missing.
+      features: of every backbone, the first being the one that is compared with the others; a split without any slice may be
+        missing. Of several readouts, the one with the smallest loss on the held-out cases is used.
       heads: of HEADS.
       unit: "slice" or "series".
       draws, seed: of the bootstrap; the seed also decides the folds.
+      data_sha256: for the results.
 
     Returns:
-      Scores: first those of each backbone, then OURS minus each other backbone, then the majority class. And a table with
+      Scores: first those of each backbone, then the first minus each other, then the class frequencies. And a table with
       task, backbone, head, series, patient, target, predicted (the likeliest class), decided (at the thresholds that were chosen on
       the held-out cases) and scores (one per class).
 
@@ -101,9 +102,11 @@ def score(
         task=task.name, n=len(cases.targets), patients=len(np.unique(cases.patients)), unit=unit, classes=task.classes,
         classes_not_learned=task.unseen, draws=draws, seed=seed, train_n=len(learned),
         train_patients=len(np.unique(patients)), groups=task.groups,
+        events=int(np.sum(cases.targets == 1)) if len(task.classes) == 2 else None, data_sha256=data_sha256,
     )  # fmt: skip
 
-    def measure(backbone: str, head: str, *, against: str | None = None, fit: Fit | None = None) -> list[Score]:
+    def measure(backbone: str, head: str, against: str | None = None) -> list[Score]:
+        fit, readout = fits.get((backbone, head), (None, None))
         scores = []
         for name, metric in metrics.METRICS.items():
             # Balanced accuracy is that of the decisions that balance recalls, accuracy that of the likeliest class.
@@ -113,37 +116,48 @@ def score(
             )
             value, low, high = map(_finite, (found.value, found.low, found.high))
             scores.append(
-                Score(study, backbone, head, name, value, low, high, found.degenerate, found.partial, against, fit)
-            )
+                Score(
+                    study, backbone, head, name, value, low, high, found.degenerate, found.partial, against, readout,
+                    None if against else fit,
+                )
+            )  # fmt: skip
         return scores
 
     results: list[Score] = []
     predicted: dict[tuple[str, str], Float[np.ndarray, "n classes"]] = {}
     decided: dict[tuple[str, str], Float[np.ndarray, "n classes"]] = {}
+    fits: dict[tuple[str, str], tuple[Fit, str]] = {}  # with the readout
     backbones = list(features[labels.TEST])
     for backbone in backbones:
-        inputs = np.concatenate(
-            [features[split][backbone] for split in (labels.FIT, labels.HELD_OUT) if split in features]
-        )
-        bank = selection.bank(inputs, learned, patients, is_held_out, seed=seed, groups=task.groups)
+        banks = {}
+        for readout in features[labels.TEST][backbone]:
+            inputs = np.concatenate(
+                [features[split][backbone][readout] for split in (labels.FIT, labels.HELD_OUT) if split in features]
+            )
+            banks[readout] = selection.bank(inputs, learned, patients, is_held_out, seed=seed, groups=task.groups)
         for head in heads:
             began = time.monotonic()
-            prediction = HEADS[head](bank, features[labels.TEST][backbone])
-            log.info(f"  {backbone}, {head}: {time.monotonic() - began:.1f} s")
+            tried = {
+                readout: HEADS[head](bank, features[labels.TEST][backbone][readout]) for readout, bank in banks.items()
+            }
+            readout = min(tried, key=lambda name: tried[name].selection_loss)  # of equally good ones the first
+            bank, prediction = banks[readout], tried[readout]
+            log.info(f"  {backbone}, {head}: {readout}, {time.monotonic() - began:.1f} s")
             predicted[backbone, head] = cases.mean(prediction.scores)
             decided[backbone, head] = predicted[backbone, head] * prediction.decision
-            how = Fit(inputs.shape[1], bank.selection, _finite(prediction.selection_score), prediction.chosen)
-            results += measure(backbone, head, fit=how)
+            score = _finite(prediction.selection_score)
+            fits[backbone, head] = Fit(bank.features.shape[1], bank.selection, score, prediction.chosen), readout
+            results += measure(backbone, head)
     names = np.array(task.classes + task.unseen)
     table = pa.concat_tables(
         _predictions(task.name, backbone, head, cases, names, values, decided[backbone, head])
         for (backbone, head), values in predicted.items()
     )
-    for other in [name for name in backbones if name != OURS] if OURS in backbones else ():
+    for other in backbones[1:] if backbones[0] not in FLOORS else ():
         for head in heads:
-            results += measure(OURS, head, against=other)
-    predicted["none", "majority"] = decided["none", "majority"] = probes.floor(learned, len(cases.targets))
-    return results + measure("none", "majority"), table
+            results += measure(backbones[0], head, other)
+    predicted[MAJORITY, "none"] = decided[MAJORITY, "none"] = probes.floor(learned, len(cases.targets))
+    return results + measure(MAJORITY, "none"), table
 
 
 def _predictions(

@@ -24,7 +24,7 @@ def show(scores: Sequence[Score]) -> None:
         lines: dict[tuple[str, str, str], dict[str, str]] = {}
         for score in chosen:
             features = f"{score.backbone} - {score.against}" if paired else score.backbone
-            line = lines.setdefault((score.study.task, features, score.head), {})
+            line = lines.setdefault((score.study.title, features, score.head), {})
             line[score.metric] = f"{score.value_text} {score.interval_text}"
         for key, values in lines.items():
             table.add_row(*key, *(values[name] for name in metrics))

@@ -17,7 +17,7 @@ from curia_common.errors import DataError, UserError
 from curia_common.exit_codes import ExitCode
 
 EXAMPLES = """
-python -m curia_jax.report --run=demo/run --shards=demo/shards --results=demo/results.json --output=report.html
+python -m curia_jax.report --run=demo/run --shards=demo/shards --results=demo/results/results.json --output=report.html
 """
 LAYOUTS = {
     "vit_mae": "ViTMAEForPreTraining of transformers", "vit": "ViTModel of transformers",
@@ -33,7 +33,7 @@ def parser() -> cli.Parser:
     made = cli.parser("python -m curia_jax.report", __doc__, examples=EXAMPLES, codes=(ExitCode.DATA,))
     made.add_argument("--run", required=True, help="work directory of curia_jax.pretrain")
     made.add_argument("--shards", required=True, help="folder that data_pipeline.build wrote")
-    made.add_argument("--results", required=True, help="rows that curia_jax.evaluate --json wrote")
+    made.add_argument("--results", required=True, help="results.json that curia_jax.evaluate wrote")
     made.add_argument("--weights", help="folder with the layouts that curia_jax.convert wrote")
     made.add_argument("--timeline", help="what was run and how long it took, as curia_jax.demo writes it (JSON)")
     made.add_argument("--about", default="", metavar="TEXT", help="what the tasks are, in a paragraph above the scores")

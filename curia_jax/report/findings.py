@@ -7,10 +7,19 @@ from collections.abc import Mapping, Sequence
 
 from scipy import stats
 
-from curia_jax.evaluate.results import Score
+from curia_jax.evaluate.results import FLOORS, HISTOGRAM, MAJORITY, PIXELS, RANDOM, Score
 
 # What a checkpoint is compared with, as a sentence says it.
-OTHERS = {"random": "the same encoder untrained", "pixels": "the raw pixels"}
+OTHERS = {
+    RANDOM: "the same encoder untrained",
+    PIXELS: "the raw pixels",
+    HISTOGRAM: "the histogram of the pixels",
+}
+
+
+def first_backbone(scores: Sequence[Score]) -> str | None:
+    """The backbone that a user named first; None where there are floors alone."""
+    return next((score.backbone for score in scores if score.backbone not in (*FLOORS, MAJORITY)), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +48,7 @@ class Finding:
                 parts.append(f"not distinguishable from {other} ({by})")
         text = (
             f"On {study.n:,} {'slices' if study.unit == 'slice' else 'series'} of {study.count_groups(study.patients)} that no "
-            f"training has seen, a {self.score.head} probe on the frozen features tells {study.task} ({', '.join(study.classes)}) with "
+            f"training has seen, a {self.score.head} probe on the frozen features tells {study.title} ({', '.join(study.classes)}) with "
             f"an AUROC of {self.score.value_text} {self.score.interval_text}"
         )
         return f"{text}: {', and '.join(parts)}." if parts else f"{text}."
@@ -48,8 +57,9 @@ class Finding:
 def find(scores: Sequence[Score]) -> Mapping[str, Finding]:
     """The finding of every task whose AUROC is defined, in the order of the scores."""
     best: dict[str, tuple[float, Score]] = {}
+    ours = first_backbone(scores)
     for score in scores:
-        if (score.metric, score.backbone, score.against) != ("auroc", "checkpoint", None) or score.value is None:
+        if (score.metric, score.backbone, score.against) != ("auroc", ours, None) or score.value is None:
             continue
         selection = (score.fit and score.fit.selection_auroc) or 0.0
         if score.study.task not in best or selection > best[score.study.task][0]:
@@ -80,7 +90,7 @@ def control_sentence(scores: Sequence[Score], controls: Sequence[str]) -> str:
         if (
             score.study.task in controls
             and (score.metric, score.against) == ("auroc", None)
-            and score.backbone != "none"
+            and score.backbone != MAJORITY
         ):
             found.setdefault((score.backbone, score.head), []).append(math.nan if score.value is None else score.value)
     means: list[float] = []

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from curia_common import windows
 from curia_jax import augment, data
-from curia_jax.evaluate.results import Score
+from curia_jax.evaluate.results import HISTOGRAM, MAJORITY, PIXELS, RANDOM, SHARDS, Score
 from curia_jax.models import mae, vit
 from curia_jax.report.run_log import Metrics
 from curia_jax.settings import Augment
@@ -24,7 +24,8 @@ from data_pipeline.format.records import DecodedSlice
 from data_pipeline.format.shards import SliceSource
 
 INK, SOFT, LINE = "#1b2430", "#5b6675", "#dde2e8"
-COLOURS = {"checkpoint": "#1d5fa8", "random": "#c2762b", "pixels": "#6b7785", "none": "#a9b2bc"}
+OURS = "#1d5fa8"  # a run, and the backbones that a user named
+FLOORS = {RANDOM: "#c2762b", PIXELS: "#6b7785", HISTOGRAM: "#a9b2bc"}
 BASELINE = "#c2762b"
 # Inches; narrow relative to the font, so that it is legible on a phone.
 WIDTH = 6.8
@@ -69,7 +70,7 @@ def loss_curve(lines: Sequence[Metrics], interruptions: Sequence[int]) -> Figure
         axes.plot(
             seen, baseline, color=BASELINE, linestyle=(0, (5, 3)), linewidth=1.6, label="predicting each patch's mean"
         )
-        axes.plot(seen, loss, color=COLOURS["checkpoint"], linewidth=2.0, label="this run")
+        axes.plot(seen, loss, color=OURS, linewidth=2.0, label="this run")
         for number, examples in enumerate(interruptions):
             axes.axvline(
                 examples, color=SOFT, linewidth=1, linestyle=":", label=None if number else "interrupted, resumed"
@@ -88,7 +89,7 @@ def throughput(lines: Sequence[Metrics], interruptions: Sequence[int]) -> Figure
         figure = Figure(figsize=(WIDTH, 2.2), layout="constrained")
         axes = figure.subplots()
         rates = [(line.examples_seen, line.images_per_second) for line in lines if line.images_per_second is not None]
-        axes.plot(*np.array(rates, float).reshape(-1, 2).T, color=COLOURS["checkpoint"], linewidth=1.6)
+        axes.plot(*np.array(rates, float).reshape(-1, 2).T, color=OURS, linewidth=1.6)
         for examples in interruptions:
             axes.axvline(examples, color=SOFT, linewidth=1, linestyle=":")
         axes.set(xlabel="examples seen", ylabel="images per second", xlim=(0, None), ylim=(0, None))
@@ -228,7 +229,7 @@ def reconstructions(examples: Sequence[Reconstruction], *, raw: bool = False) ->
 
 def forest(scores: Sequence[Score], metric: str) -> Figure:
     """Values with 95 % intervals per backbone and probe, beside them the paired differences; one row of axes per task."""
-    chosen = [score for score in scores if score.metric == metric and score.backbone != "none"]
+    chosen = [score for score in scores if score.metric == metric and score.backbone != MAJORITY]
     lines = {
         task: (
             [score for score in chosen if score.study.task == task and score.against is None],
@@ -243,13 +244,15 @@ def forest(scores: Sequence[Score], metric: str) -> Figure:
         grid = figure.subplots(len(lines), 2, squeeze=False, height_ratios=heights)
         for (task, (values, differences)), (left, right) in zip(lines.items(), grid, strict=True):
             _intervals(left, values, lambda score: score.backbone)
-            left.set_title(f"{task}: {'AUROC' if metric == 'auroc' else metric}", loc="left", fontsize=10.5)
+            left.set_title(
+                f"{task.removeprefix(SHARDS)}: {'AUROC' if metric == 'auroc' else metric}", loc="left", fontsize=10.5
+            )
             if metric == "auroc":
                 left.axvline(0.5, color=SOFT, linewidth=1, linestyle=":")
                 left.set_xlim(right=1.01)
             _intervals(right, differences, lambda score: score.against or "")
             right.axvline(0, color=SOFT, linewidth=1, linestyle=":")
-            right.set_title("checkpoint minus …", loc="left", fontsize=10.5)
+            right.set_title(f"{differences[0].backbone} minus …" if differences else "", loc="left", fontsize=10.5)
             # Equal row spacing on both sides, and an axis wide enough that tiny differences look tiny.
             right.set_ylim(left.get_ylim())
             low, high = right.get_xlim()
@@ -260,7 +263,7 @@ def forest(scores: Sequence[Score], metric: str) -> Figure:
 def _intervals(axes: Axes, scores: Sequence[Score], name: Callable[[Score], str]) -> None:
     """`name` gives the backbone that a score is labelled and coloured by."""
     for y, score in enumerate(scores):
-        colour = COLOURS[name(score)]
+        colour = FLOORS.get(name(score), OURS)
         if score.value is None:
             axes.text(0.5, y, "undefined", color=SOFT, va="center", transform=axes.get_yaxis_transform())
             continue

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from curia_jax.evaluate import labels
-from curia_jax.evaluate.results import Score
+from curia_jax.evaluate.results import HISTOGRAM, MAJORITY, PIXELS, RANDOM, Score
 from curia_jax.models import mae
 from curia_jax.report import findings, page
 from curia_jax.report.run_log import RunLog
@@ -19,7 +19,7 @@ from curia_jax.report.timeline import Timeline
 
 SPLITS = ("train", "validation", "test")
 METRICS = {"auroc": "AUROC", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"}
-BACKBONES = {"checkpoint": "checkpoint", "random": "random encoder", "pixels": "pixels", "none": "no image"}
+BACKBONES = {RANDOM: "random encoder", PIXELS: "pixels", HISTOGRAM: "histogram of the pixels", MAJORITY: "no image"}
 MODALITIES = {
     "CT": "each slice in the window named below it (centre/width in HU).",
     "MR": "each slice between its own 0.5 and 99.5 percentile.",
@@ -31,12 +31,12 @@ def key_figures(log: RunLog, found: Mapping[str, findings.Finding], index: pa.Ta
     """Tiles: the first finding with its comparisons, then what the training took."""
     cards = []
     if found:
-        task, first = next(iter(found.items()))
+        first = next(iter(found.values()))
         score = first.score
         cards.append(
             (
                 score.value_text,
-                f"AUROC {score.interval_text} for {task}, {score.study.patients:,} test {score.study.groups}",
+                f"AUROC {score.interval_text} for {score.study.title}, {score.study.patients:,} test {score.study.groups}",
             )
         )
         cards += [
@@ -119,15 +119,15 @@ def scores(
     parts += [page.paragraph(finding.sentence) for finding in found.values()]
     parts += [page.paragraph(control)] if control else []
     if image:
-        caption = "AUROC with 95 % intervals by task; on the right, the checkpoint minus the others."
+        caption = "AUROC with 95 % intervals by task; on the right, the first backbone minus the others."
         parts.append(page.figure(image, caption, "AUROC with intervals"))
     if scores:
         study = scores[0].study
         intervals = "; ".join(dict.fromkeys(score.study.interval for score in scores))
         parts.append(
             page.paragraph(
-                "Method: frozen features of the encoder, of the same encoder with random weights, and the pixels, each with the "
-                "same probes. Settings were chosen on the validation split, or by cross-validation where that lacks a class; "
+                "Method: frozen features of the encoder, of the same encoder with random weights, the pixels and their histogram, "
+                "each with the same probes. Settings were chosen on the validation split, or by cross-validation where that lacks a class; "
                 f"the test split was scored once. Intervals: {intervals}, {study.draws:,} draws, seed {study.seed}. "
                 "Differences are paired: both models are scored on the same draws."
             )
@@ -145,7 +145,7 @@ def _score_table(scores: Sequence[Score]) -> str:
     classes = [*study.classes[:MOST_CLASSES], *(["…"] if len(study.classes) > MOST_CLASSES else [])]
     units = "slices" if study.unit == "slice" else "series"
     caption = (
-        f"{study.task}: {len(study.classes)} classes ({', '.join(classes)}). Learned from {study.train_n:,} slices of "
+        f"{study.title}: {len(study.classes)} classes ({', '.join(classes)}). Learned from {study.train_n:,} slices of "
         f"{study.count_groups(study.train_patients)}, tested on {study.n:,} {units} of "
         f"{study.count_groups(study.patients)}."
     )
@@ -156,11 +156,12 @@ def _score_table(scores: Sequence[Score]) -> str:
 
     lines: dict[tuple[str, str], dict[str, Score]] = {}
     for score in scores:
-        name = f"{score.backbone} − {score.against}" if score.against else BACKBONES[score.backbone]
+        own = BACKBONES.get(score.backbone, score.backbone)
+        name = f"{own} − {BACKBONES.get(score.against, score.against)}" if score.against else own
         lines.setdefault((name, score.head), {})[score.metric] = score
-    rows, previous = [], None
+    rows, previous, ours = [], None, findings.first_backbone(scores)
     for (name, head), by_metric in lines.items():
-        style = ("ours " if name == BACKBONES["checkpoint"] else "") + ("first" if name != previous else "")
+        style = ("ours " if name == ours else "") + ("first" if name != previous else "")
         previous = name
         cells = [page.number(score.value_text, score.interval_text) for score in by_metric.values()]
         rows.append(page.row(page.cell(name), page.cell(head), *cells, style=style))

@@ -85,19 +85,19 @@ def test_table_shows_every_score(benchmark_script, tmp_path) -> None:
     }
     for name, content in lines.items():
         (tmp_path / name).write_text(json.dumps(content) + "\n")
-    scores = []
+    scores, run = [], str(tmp_path)
     for task in benchmark_script.LABELS:
         for head in benchmark_script.HEADS:
             ends = {"n": 99, "low": 0.25, "high": 0.75}
             for metric in ("auroc", "accuracy"):
-                for backbone, value in (("checkpoint", 0.625), ("random", 0.5), ("pixels", 0.375)):
+                for backbone, value in ((run, 0.625), ("random", 0.5), ("pixels", 0.375), ("histogram", 0.3125)):
                     scores.append(make_score(task, backbone, head, metric=metric, value=value, **ends))
-                for against, value in (("random", 0.125), ("pixels", 0.25)):
-                    scores.append(make_score(task, head=head, metric=metric, against=against, value=value, **ends))
+                for against, value in (("random", 0.125), ("pixels", 0.25), ("histogram", 0.3125)):
+                    scores.append(make_score(task, run, head, metric=metric, against=against, value=value, **ends))
     text = benchmark_script.markdown(scores, tmp_path, {"wall_s": 600, "cpu_s": 1200})
     assert "10 steps of 32, 320 samples of 5,000 slices, seed 7; 10 minutes, 20 core minutes" in text
     assert (
-        "| covid | logistic | 0.625 [0.250, 0.750] | 0.500 [0.250, 0.750] | 0.375 [0.250, 0.750] | +0.125 [+0.250, +0.750] | +0.250 [+0.250, +0.750] | 99 |"
-        in text
+        "| covid | logistic | 0.625 [0.250, 0.750] | 0.500 [0.250, 0.750] | 0.375 [0.250, 0.750] | 0.312 [0.250, 0.750] "
+        "| +0.125 [+0.250, +0.750] | +0.250 [+0.250, +0.750] | +0.312 [+0.250, +0.750] | 99 |" in text
     )
     assert text.count("| tumor |") == 2 * len(benchmark_script.HEADS)

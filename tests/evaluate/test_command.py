@@ -15,6 +15,7 @@ from sklearn.metrics import roc_auc_score
 
 from curia_jax import config, trained_model
 from curia_jax.evaluate import __main__ as evaluate
+from curia_jax.evaluate import features
 from curia_jax.models import mae
 from data_pipeline import build
 from tests import checkpoints
@@ -68,29 +69,45 @@ def study(tmp_path_factory) -> Path:
     return folder
 
 
-def run(study: Path, *words: str) -> int:
-    return evaluate.main([f"--checkpoint={study / 'run'}", f"--shards={study / 'shards'}", *words])
+def run(study: Path, output: Path, *words: str) -> int:
+    given = {"data": study / "shards", "backbones": study / "run", "tasks": "shards/shape", "output": output}
+    typed = {word.split("=")[0].removeprefix("--") for word in words}
+    return evaluate.main([f"--{name}={value}" for name, value in given.items() if name not in typed] + list(words))
+
+
+def read(output: Path) -> list[dict]:
+    return json.loads((output / "results.json").read_text())
 
 
 @pytest.mark.long
-def test_every_backbone_and_probe_is_scored_reproducibly(study, tmp_path, capsys) -> None:
-    files = [tmp_path / name for name in ("first.json", "again.json")]
-    for file in files:
-        assert run(study, "--label=shape", f"--json={file}", f"--predictions={tmp_path / 'cases.parquet'}") == 0
-    assert files[0].read_bytes() == files[1].read_bytes()
-    rows = json.loads(files[0].read_text())
-    combined = {(b, h) for b in ("checkpoint", "random", "pixels") for h in ("knn", "ridge", "logistic")}
-    assert {(row["backbone"], row["head"]) for row in rows} == combined | {("none", "majority")}
-    assert {row["against"] for row in rows if row["metric"] == "auroc_difference"} == {"random", "pixels"}
+def test_every_backbone_and_head_is_scored_reproducibly(study, tmp_path, capsys) -> None:
+    outputs = [tmp_path / name for name in ("first", "again")]
+    for output in outputs:
+        assert run(study, output, "--features=cls,mean") == 0
+    assert (outputs[0] / "results.json").read_bytes() == (outputs[1] / "results.json").read_bytes()
+    rows, ours = read(outputs[0]), str(study / "run")
+    combined = {(b, h) for b in (ours, "random", "pixels", "histogram") for h in ("knn", "ridge", "logistic")}
+    assert {(row["backbone"], row["head"]) for row in rows} == combined | {("majority", "none")}
+    differences = [row for row in rows if row["against"] is not None]
+    assert {(row["backbone"], row["against"]) for row in differences} == {
+        (ours, floor) for floor in ("random", "pixels", "histogram")
+    }
     for row in rows:
-        assert (row["task"], row["n"], row["patients"], row["step"], row["examples_seen"]) == ("shape", 36, 6, 7, 56)
-        assert row["train_n"] == 84 and row["low"] <= row["value"] <= row["high"]
+        assert (row["task"], row["protocol"], row["labels"], row["status"]) == ("shards/shape", "ours", 1.0, "ok")
+        assert (row["n"], row["patients"], row["events"], row["train_n"]) == (36, 6, 18, 84)
+        assert row["low"] <= row["value"] <= row["high"] and len(row["data_sha256"]) == 64
+    (checkpoint,) = {(row["step"], row["examples_seen"]) for row in rows if row["backbone"] == ours}
+    assert checkpoint == (7, 56)
+    assert {row["features"] for row in rows if row["backbone"] in (ours, "random")} <= {"cls", "mean"}
     # The pixels show four pixels of height.
     best = next(r for r in rows if (r["backbone"], r["head"], r["metric"]) == ("pixels", "ridge", "auroc"))
     assert best["value"] > 0.95 and best["selection"] == "validation split"
+    with (outputs[0] / "results.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [float(line["value"]) for line in lines] == [row["value"] for row in rows]
 
-    cases = pq.read_table(tmp_path / "cases.parquet").to_pylist()
-    assert len(cases) == 9 * 36
+    cases = pq.read_table(outputs[0] / "shards/shape/ours-predictions.parquet").to_pylist()
+    assert len(cases) == 12 * 36
     mine = [case for case in cases if (case["backbone"], case["head"]) == ("pixels", "ridge")]
     area = roc_auc_score([c["target"] == "tall" for c in mine], [c["scores"][1] - c["scores"][0] for c in mine])
     assert best["value"] == pytest.approx(area, abs=1e-12)
@@ -99,22 +116,55 @@ def test_every_backbone_and_probe_is_scored_reproducibly(study, tmp_path, capsys
     assert shown.out == "" and "paired difference" in shown.err and re.search(r"features: \d+ slices in", shown.err)
 
 
-def test_several_labels_series_and_layers_are_scored(study, tmp_path) -> None:
-    words = ["--label=shape,modality", "--heads=ridge", "--cases=series", "--layers=1,last", "--features=cls+mean"]
-    assert run(study, *words, "--backbones=checkpoint", f"--json={tmp_path / 'rows.json'}") == 0
-    rows = json.loads((tmp_path / "rows.json").read_text())
-    assert {row["task"] for row in rows} == {"shape", "modality"} and {row["n"] for row in rows} == {12}
+def test_second_run_computes_only_what_changed(study, tmp_path, capsys, monkeypatch) -> None:
+    words = ("--heads=ridge", "--floors=pixels", "--features=mean")
+    assert run(study, tmp_path, *words) == 0
+    before = (tmp_path / "results.json").read_bytes()
+    capsys.readouterr()
+    monkeypatch.setattr(features, "extract", None)  # features are there
+    assert run(study, tmp_path, *words) == 0
+    assert "done before" in capsys.readouterr().err and (tmp_path / "results.json").read_bytes() == before
+    # Another head needs the same features.
+    assert run(study, tmp_path, "--heads=knn", *words[1:]) == 0
+    assert {row["head"] for row in read(tmp_path)} == {"knn", "none"}
+
+
+def test_several_tasks_series_and_layers_are_scored(study, tmp_path) -> None:
+    words = ["--tasks=shards/shape,shards/modality", "--heads=ridge", "--cases=series", "--features=cls+mean@1+last"]
+    assert run(study, tmp_path, *words, "--floors=", f"--json={tmp_path / 'rows.json'}") == 0
+    rows = read(tmp_path)
+    assert json.loads((tmp_path / "rows.json").read_text()) == rows
+    assert {row["task"] for row in rows} == {"shards/shape", "shards/modality"} and {row["n"] for row in rows} == {12}
     assert {row["dimension"] for row in rows if "dimension" in row} == {2 * 2 * 16}
     by_task = {row["task"]: row for row in rows if (row["metric"], row["head"]) == ("auroc", "ridge")}
-    assert by_task["modality"]["classes"] == ["CT", "MR"] and by_task["shape"]["classes"] == ["flat", "tall"]
-    assert by_task["shape"]["value"] > 0.9
+    assert by_task["shards/modality"]["classes"] == ["CT", "MR"]
+    assert by_task["shards/shape"]["classes"] == ["flat", "tall"] and by_task["shards/shape"]["value"] > 0.9
+
+
+def test_several_backbones_are_compared_with_the_first(study, tmp_path) -> None:
+    save_checkpoint(tmp_path / "other", depth=1)
+    words = ["--heads=ridge", "--floors=", "--features=mean", f"--backbones={study / 'run'},{tmp_path / 'other'}"]
+    assert run(study, tmp_path / "results", *words) == 0
+    pairs = {(row["backbone"], row["against"]) for row in read(tmp_path / "results")}
+    first, other = str(study / "run"), str(tmp_path / "other")
+    assert pairs == {(first, None), (other, None), (first, other), ("majority", None)}
+
+
+def test_task_that_cannot_be_scored_is_a_row_and_the_others_finish(study, tmp_path, capsys) -> None:
+    words = ["--tasks=shards/sex,shards/body_part,shards/shape", "--heads=ridge", "--floors=pixels", "--features=mean"]
+    assert run(study, tmp_path, *words) == 65
+    failed = {row["task"]: row["reason"] for row in read(tmp_path) if row["status"] == "failed"}
+    assert "every labelled slice of the test split is of class 'm'" in failed["shards/sex"]
+    assert "no slice has a value" in failed["shards/body_part"]
+    assert {row["task"] for row in read(tmp_path) if row["status"] == "ok"} == {"shards/shape"}
+    assert "failed: shards/sex: label 'sex' cannot be probed" in capsys.readouterr().err
 
 
 def test_permuted_test_labels_change_no_prediction(study, tmp_path) -> None:
     """Test labels swapped in the index change the figures, but neither predictions nor chosen settings."""
-    words = ["--label=shape", "--heads=knn,logistic", "--backbones=pixels"]
-    outputs = [[f"--json={tmp_path / f'{n}.json'}", f"--predictions={tmp_path / f'{n}.parquet'}"] for n in (0, 1)]
-    assert run(study, *words, *outputs[0]) == 0
+    words = ["--heads=knn,logistic", "--floors=pixels", "--features=mean"]
+    outputs = tmp_path / "0", tmp_path / "1"
+    assert run(study, outputs[0], *words) == 0
     index = pq.read_table(study / "shards/index.parquet")
     values = [
         {"tall": "flat", "flat": "tall"}[value] if split == "test" else value
@@ -126,13 +176,15 @@ def test_permuted_test_labels_change_no_prediction(study, tmp_path) -> None:
             index.set_column(index.column_names.index("label_shape"), "label_shape", pa.array(values)),
             study / "shards/index.parquet",
         )
-        assert run(study, *words, *outputs[1]) == 0
+        assert run(study, outputs[1], *words) == 0
     finally:
         (study / "shards/index.parquet").write_bytes(before)
-    first, turned = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (0, 1))
+    tables = [pq.read_table(output / "shards/shape/ours-predictions.parquet") for output in outputs]
     for name in ("scores", "predicted"):
-        assert pq.read_table(tmp_path / "0.parquet")[name].equals(pq.read_table(tmp_path / "1.parquet")[name])
+        assert tables[0][name].equals(tables[1][name])
+    first, turned = map(read, outputs)
     assert [row.get("chosen") for row in first] == [row.get("chosen") for row in turned]
+    assert first[0]["data_sha256"] != turned[0]["data_sha256"]
     auroc = [
         [row["value"] for row in rows if row["metric"] == "auroc" and row["head"] == "knn"] for rows in (first, turned)
     ]
@@ -143,55 +195,57 @@ def test_permuted_test_labels_change_no_prediction(study, tmp_path) -> None:
     ("words", "line"),
     [
         (
-            ["--label=shpae"],
+            ["--tasks=shards/shpae"],
             "error: no label 'shpae' in the shards; there are: shape, sex, modality, plane, body_part\n",
         ),
-        (
-            ["--label=sex"],
-            "error: label 'sex' cannot be probed: every labelled slice of the test split is of class 'm'",
-        ),
-        (["--label=body_part"], "error: label 'body_part' cannot be probed: no slice has a value"),
-        (["--label=shape", "--heads=svm"], "error: no head 'svm'; there are: knn, ridge, logistic\n"),
-        (
-            ["--label=shape", "--backbones=resnet"],
-            "error: no backbone 'resnet'; there are: checkpoint, random, pixels\n",
-        ),
-        (["--label=shape", "--features=max"], "error: no features 'max'; there are: mean, std, cls, and several"),
-        (["--label=shape", "--layers=9"], "error: no layer 9; this encoder has layers 1 to 2\n"),
-        (["--label=shape", "--layers=first"], "error: --layers=first: write last, or numbers of blocks"),
-        (["--label=shape", "--draws=0"], "error: --draws is 0; it has to be at least 1\n"),
-        (["--label=shape", "--batch-size=0"], "error: --batch-size is 0; it has to be at least 1\n"),
-        (["--label=shape", "--seed=-1"], "error: --seed is -1; it has to be at least 0\n"),
-        (["--label=shape", "--image-sizes=0"], "error: --image-sizes=0: write numbers of px with commas"),
-        (["--label=shape", "--image-sizes="], "error: --image-sizes=: write numbers of px with commas"),
-        (["--label=shape", "--image-sizes=20"], "error: --image-sizes: image size (20, 20) is not a multiple"),
-        (["--label=shape", "--layers=0"], "error: no layer 0; this encoder has layers 1 to 2\n"),
-        (["--label=shape", "--layers=²"], "error: --layers=²: write last, or numbers of blocks"),
-        (["--label=,"], "error: --label is empty; name a label of the shards"),
-        (["--label=shape", "--heads=,"], "error: no head given; there are: knn, ridge, logistic\n"),
-        (
-            ["--label=shape", "--predictions=no/such/file"],
-            "error: --predictions=no/such/file: there is no folder no/such",
-        ),
-        (["--label=shape", "--json=no/such/file"], "error: --json=no/such/file: there is no folder no/such"),
-        (["--label=shape,plane", "--task=x"], "error: --task=x names one task, but --label has 2"),
-        (["--label=shape", "--step=3"], "error: no checkpoint of step 3"),
+        (["--tasks=shape"], "error: no task 'shape'; write shards/LABEL for a label"),
+        (["--heads=svm"], "error: no head 'svm'; there are: knn, ridge, logistic\n"),
+        (["--backbones=resnet"], "error: no backbone 'resnet': it is neither a folder nor one of the floors"),
+        (["--floors=age"], "error: no floor 'age'; there are: random, pixels, histogram\n"),
+        (["--features=max"], "error: no features 'max'; there are: mean, std, cls, and several"),
+        (["--features=mean@9"], "error: no layer 9; this encoder has layers 1 to 2\n"),
+        (["--features=mean@0"], "error: no layer 0; this encoder has layers 1 to 2\n"),
+        (["--features=mean@first"], "error: features 'mean@first': after @ write last, or numbers of blocks"),
+        (["--draws=0"], "error: --draws is 0; it has to be at least 1\n"),
+        (["--batch-size=0"], "error: --batch-size is 0; it has to be at least 1\n"),
+        (["--seed=-1"], "error: --seed is -1; it has to be at least 0\n"),
+        (["--image-sizes=0"], "error: --image-sizes=0: write numbers of px with commas"),
+        (["--image-sizes="], "error: --image-sizes=: write numbers of px with commas"),
+        (["--image-sizes=20"], "error: --image-sizes: image size (20, 20) is not a multiple"),
+        (["--tasks=,"], "error: --tasks is empty; see --help\n"),
+        (["--heads=,"], "error: --heads is empty; see --help\n"),
+        (["--json=no/such/file"], "error: --json=no/such/file: there is no folder no/such"),
+        (["--checkpoint=demo/run"], "error: --checkpoint is now --backbones=RUN; see --help\n"),
+        (["--shards=demo/shards"], "error: --shards is now --data=SHARDS; see --help\n"),
+        (["--label=situs"], "error: --label is now --tasks=shards/LABEL; see --help\n"),
     ],
 )
-def test_wrong_usage_is_one_line_and_exits_2(study, capsys, words: list[str], line: str) -> None:
-    assert run(study, *words) == 2
+def test_wrong_usage_is_one_line_and_exits_2(study, tmp_path, capsys, words: list[str], line: str) -> None:
+    assert run(study, tmp_path, *words) == 2
     shown = capsys.readouterr().err
     assert shown.startswith(line) and shown.count("\n") == 1
 
 
+def test_old_command_is_answered_with_the_new_option(capsys) -> None:
+    assert evaluate.main(["--checkpoint=demo/run", "--shards=demo/shards", "--label=situs", "--json=x.json"]) == 2
+    assert capsys.readouterr().err == "error: --checkpoint is now --backbones=RUN; see --help\n"
+
+
+def test_output_that_cannot_be_written_is_refused_before_the_work(study, tmp_path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    assert run(study, tmp_path / "file") == 2
+    assert capsys.readouterr().err == f"error: --output={tmp_path / 'file'} is a file; name a folder\n"
+    assert run(study, tmp_path / "file" / "below") == 2
+    assert "cannot be written (Not a directory)" in capsys.readouterr().err
+
+
 def test_wrong_folders_are_named_and_exit_2(study, tmp_path, capsys) -> None:
-    label = "--label=shape"
-    assert evaluate.main([f"--checkpoint={study / 'shards'}", f"--shards={study / 'shards'}", label]) == 2
+    assert run(study, tmp_path / "out", f"--backbones={study / 'shards'}") == 2
     assert "error: no finished checkpoint in" in capsys.readouterr().err
-    assert evaluate.main([f"--checkpoint={study / 'run'}", f"--shards={study / 'run'}", label]) == 2
+    assert run(study, tmp_path / "out", f"--data={study / 'run'}") == 2
     assert "which looks like a work directory of curia_jax.pretrain" in capsys.readouterr().err
     save_checkpoint(tmp_path / "colour", channels=3)
-    assert evaluate.main([f"--checkpoint={tmp_path / 'colour'}", f"--shards={study / 'shards'}", label]) == 2
+    assert run(study, tmp_path / "out", f"--backbones={tmp_path / 'colour'}") == 2
     assert "takes 3 channels, but a slice has 1" in capsys.readouterr().err
 
 
@@ -200,7 +254,7 @@ def test_shards_without_test_split_exit_2(study, tmp_path, capsys) -> None:
     code = build.main([*words, "--validation", "0", "--test", "0"])
     assert code == 0
     capsys.readouterr()
-    assert evaluate.main([f"--checkpoint={study / 'run'}", f"--shards={tmp_path / 'all'}", "--label=modality"]) == 2
+    assert run(study, tmp_path / "out", f"--data={tmp_path / 'all'}", "--tasks=shards/modality") == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'all'} has no test split (it has: train)")
 
 
@@ -213,10 +267,13 @@ def test_features_that_are_not_finite_exit_65(study, tmp_path, capsys, monkeypat
         return loaded
 
     monkeypatch.setattr(trained_model, "load", broken)
-    assert run(study, "--label=shape") == 65
-    assert "error: the checkpoint features of slice 0 of split 'train' are not finite" in capsys.readouterr().err
+    assert run(study, tmp_path) == 65
+    (row,) = read(tmp_path)
+    assert f"the {study / 'run'} features of slice 0 of split 'train' are not finite" in row["reason"]
 
 
 def test_help_has_examples(capsys) -> None:
     assert evaluate.main(["--help"]) == 0
-    assert "--label=situs --json=results.json" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "--tasks=shards/situs --data=demo/shards --backbones=demo/run --output=results" in shown
+    assert "--checkpoint" not in shown

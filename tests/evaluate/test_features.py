@@ -1,5 +1,8 @@
 """Features of slices: they are those of the model, in order, whatever the batch."""
 
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -10,6 +13,8 @@ import pytest
 from curia_common.errors import DataError, UserError
 from curia_jax import augment, config, data, trained_model
 from curia_jax.evaluate import features
+from curia_jax.evaluate.backbones import JaxBackbone
+from curia_jax.evaluate.results import Provenance
 from curia_jax.models import mae, vit
 from curia_jax.settings import Augment
 from data_pipeline.format.records import DecodedSlice, SliceFacts
@@ -18,13 +23,30 @@ from tests.slices import FakeSlices, decoded
 MODEL = {"size": "Ti", "image_size": 16, "patch_size": 8, "width": 16, "depth": 3, "heads": 2,
          "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2, "dtype": "bfloat16"}  # fmt: skip
 SETTINGS = Augment.of(config.load("base").augment)
+PREPARATION = json.dumps(dataclasses.asdict(SETTINGS))
+
+
+def readout(text: str) -> features.Readout:
+    return features.Readout.parse(text)
+
+
+def backbone(view: features.View, name: str = "run") -> JaxBackbone:
+    return JaxBackbone(name, view, Provenance("0" * 16, PREPARATION))
+
+
+def extracted(source: FakeSlices, numbers, view: features.View, batch_size: int = 64) -> dict[str, np.ndarray]:
+    """Features of all batches together."""
+    images = features.ShardImages(source)
+    parts = list(features.extract(images, np.asarray(numbers), backbone(view), batch_size=batch_size))
+    np.testing.assert_array_equal(np.concatenate([found for found, _ in parts]), numbers)
+    return {name: np.concatenate([values[name] for _, values in parts]) for name in parts[0][1]}
 
 
 class Slices(FakeSlices):
     """Random slices of two sizes without files, the odd ones in HU."""
 
     def __init__(self, count: int, broken: int | None = None) -> None:
-        self.split, self.largest = "test", (20, 24)
+        self.split, self.largest, self.fingerprint = "test", (20, 24), "f" * 64
         self._index = pa.table({"height": [20] * count, "width": [24] * count})
         self.broken = broken
 
@@ -62,12 +84,11 @@ def direct(model, slices: int, layers: tuple[int, ...] = ()) -> tuple[np.ndarray
 @pytest.mark.parametrize("count", [8, 11])
 def test_features_do_not_depend_on_batch(model, count: int) -> None:
     model_config, params = model
-    views = {
-        name: features.encoder_view(model_config.encoder, params["encoder"], SETTINGS, pooling=name)
-        for name in (*features.POOLINGS, "cls+mean+std")
-    }
-    done = []
-    found = features.extract(Slices(count), np.arange(count), views, batch_size=3, progress=done.append)
+    names = (*features.POOLINGS, "cls+mean+std")
+    view = features.encoder_view(
+        model_config.encoder, params["encoder"], SETTINGS, readouts=[readout(name) for name in names]
+    )
+    found = extracted(Slices(count), np.arange(count), view, batch_size=3)
     tokens, _ = direct(model, count)
     # float32 through three blocks, in another batch.
     close = {"rtol": 1e-4, "atol": 1e-5}
@@ -76,13 +97,13 @@ def test_features_do_not_depend_on_batch(model, count: int) -> None:
     np.testing.assert_allclose(found["cls"], tokens[:, 0], **close)
     joined = np.concatenate([found[name] for name in ("cls", "mean", "std")], axis=1)
     np.testing.assert_array_equal(found["cls+mean+std"], joined)
-    assert found["mean"].dtype == np.float32 and sum(done) == count
+    assert found["mean"].dtype == np.float32 and set(found) == set(names)
 
 
 def test_layers_are_block_outputs_before_norm(model) -> None:
     model_config, params = model
-    view = features.encoder_view(model_config.encoder, params["encoder"], SETTINGS, layers=[1, 3, features.LAST])
-    found = features.extract(Slices(4), np.arange(4), {"x": view})["x"]
+    view = features.encoder_view(model_config.encoder, params["encoder"], SETTINGS, readouts=[readout("mean@1+3+last")])
+    found = extracted(Slices(4), np.arange(4), view)["mean@1+3+last"]
     last, hidden = direct(model, 4, (1, 3))
     wanted = np.concatenate([tokens[:, 1:].mean(axis=1) for tokens in (*hidden, last)], axis=1)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
@@ -90,14 +111,14 @@ def test_layers_are_block_outputs_before_norm(model) -> None:
 
 def test_features_are_in_requested_order(model) -> None:
     model_config, params = model
-    view = {"x": features.encoder_view(model_config.encoder, params["encoder"], SETTINGS)}
-    forward, backward = (features.extract(Slices(6), np.array(o), view)["x"] for o in ([1, 4, 5], [5, 4, 1]))
+    view = features.encoder_view(model_config.encoder, params["encoder"], SETTINGS)
+    forward, backward = (extracted(Slices(6), o, view)["mean"] for o in ([1, 4, 5], [5, 4, 1]))
     np.testing.assert_array_equal(forward, backward[::-1])
 
 
 def test_pixel_view_is_small_evaluation_view() -> None:
     source = Slices(5)
-    found = features.extract(source, np.arange(5), {"pixels": features.pixel_view(SETTINGS)})["pixels"]
+    (found,) = extracted(source, np.arange(5), features.pixel_view(SETTINGS)).values()
     assert found.shape == (5, features.PIXELS**2)
     batch = next(data.evaluation_batches(source, np.arange(5), batch_size=5, canvas=source.largest))
     on_device = {name: jnp.asarray(batch[name]) for name in data.DEVICE_FIELDS}
@@ -107,17 +128,40 @@ def test_pixel_view_is_small_evaluation_view() -> None:
 
 def test_feature_that_is_not_finite_names_its_slice(model) -> None:
     model_config, params = model
-    view = {"checkpoint": features.encoder_view(model_config.encoder, params["encoder"], SETTINGS)}
-    with pytest.raises(DataError, match="the checkpoint features of slice 3 of split 'test' are not finite"):
-        features.extract(Slices(5, broken=3), np.arange(5), view)
+    view = features.encoder_view(model_config.encoder, params["encoder"], SETTINGS)
+    with pytest.raises(DataError, match="the run features of slice 3 of split 'test' are not finite"):
+        extracted(Slices(5, broken=3), np.arange(5), view)
 
 
 def test_unknown_pooling_and_layer_list_known_ones(model) -> None:
     model_config, params = model
     with pytest.raises(UserError, match=r"no features 'max'; there are: mean, std, cls, and several joined by \+"):
-        features.encoder_view(model_config.encoder, params["encoder"], SETTINGS, pooling="mean+max")
-    with pytest.raises(UserError, match="no layer 4; this encoder has layers 1 to 3"):
-        features.encoder_view(model_config.encoder, params["encoder"], SETTINGS, layers=[4])
+        readout("mean+max")
+    for text in ("mean@first", "mean@", "mean@1+", "mean@²"):
+        with pytest.raises(UserError, match="after @ write last, or numbers of blocks"):
+            readout(text)
+    for text in ("mean@4", "cls@0+last"):
+        with pytest.raises(UserError, match="no layer [04]; this encoder has layers 1 to 3"):
+            features.encoder_view(model_config.encoder, params["encoder"], SETTINGS, readouts=[readout(text)])
+
+
+@pytest.mark.parametrize("text", ["cls", "mean+std", "mean@2+last"])
+def test_readout_is_written_as_it_is_read(text: str) -> None:
+    assert str(readout(text)) == text
+    assert str(readout("mean@last")) == "mean"
+
+
+def test_histogram_counts_the_prepared_intensities() -> None:
+    (found,) = extracted(Slices(4), np.arange(4), features.histogram_view(SETTINGS)).values()
+    assert found.shape == (4, features.BINS)
+    np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-6)
+    # A slice of one value in HU has all its pixels in that value's bin of the window.
+    flat = Slices(1)
+    flat.__class__ = type("Flat", (Slices,), {"__getitem__": lambda self, n: decoded(
+        np.full((20, 24), 1530, np.uint16), SliceFacts(1.0, -1024.0, 0.0, 1.0, hu=True))})  # fmt: skip
+    (counted,) = extracted(flat, [0], features.histogram_view(SETTINGS)).values()
+    low, high = SETTINGS.hu_window
+    assert counted[0].argmax() == int((1530 - 1024 - low) / (high - low) * features.BINS) and counted.max() > 0.99
 
 
 def test_view_passes_weights_as_argument(model) -> None:
@@ -129,11 +173,15 @@ def test_view_passes_weights_as_argument(model) -> None:
 def test_several_image_sizes_are_concatenated(model) -> None:
     encoder, params = model[0].encoder, model[1]["encoder"]
     views = {
-        "own": features.encoder_view(encoder, params, SETTINGS, layers=[1, "last"]),
-        "both": features.encoder_view(encoder, params, SETTINGS, layers=[1, "last"], image_sizes=[(16, 16), (24, 24)]),
-        "larger": features.encoder_view(encoder, params, SETTINGS, layers=[1, "last"], image_sizes=[(24, 24)]),
+        "own": features.encoder_view(encoder, params, SETTINGS, readouts=[readout("mean@1+last")]),
+        "both": features.encoder_view(
+            encoder, params, SETTINGS, readouts=[readout("mean@1+last")], image_sizes=[(16, 16), (24, 24)]
+        ),
+        "larger": features.encoder_view(
+            encoder, params, SETTINGS, readouts=[readout("mean@1+last")], image_sizes=[(24, 24)]
+        ),
     }
-    found = features.extract(Slices(3), np.arange(3), views)
+    found = {name: extracted(Slices(3), np.arange(3), view)["mean@1+last"] for name, view in views.items()}
     np.testing.assert_allclose(found["both"], np.concatenate([found["own"], found["larger"]], axis=1), atol=1e-5)
     assert np.abs(found["own"] - found["larger"]).max() > 1e-3
 

@@ -1,6 +1,8 @@
-"""Rows of results: written and read back as JSON."""
+"""Rows of results: written and read back as JSON and CSV."""
 
+import csv
 import dataclasses
+import io
 import json
 
 import pytest
@@ -9,28 +11,40 @@ from curia_common.errors import DataError, UserError
 from curia_jax.evaluate import results
 from tests.scores import make_score
 
-PROVENANCE = results.Provenance("mean", "last", 7, 56, "0" * 16, (16, 16), ((16, 16), (24, 24)), "1" * 16)
+PROVENANCE = results.Provenance("0" * 16, "{}", ("mean", "cls@2"), (16, 16), ((16, 16), (24, 24)), 7, 56)
 SCORES = [
     make_score(provenance=PROVENANCE),
     make_score(value=None, low=None, high=None),
     make_score(against="random", value=0.1, low=-0.1, high=0.2),
-    make_score(backbone="pixels", provenance=dataclasses.replace(PROVENANCE, features=None, layers=None)),
-    make_score(backbone="none", head="majority"),
+    make_score(backbone="pixels", provenance=results.Provenance("pixels", "{}")),
+    make_score(backbone="majority", head="none"),
 ]
+NOT_SCORED = results.NotScored("registration", "official", "not_run", "dense tasks do not exist yet")
 
 
 def test_scores_survive_a_round_trip_through_json(tmp_path) -> None:
-    (tmp_path / "rows.json").write_text(json.dumps(results.rows(SCORES)))
+    (tmp_path / "rows.json").write_text(json.dumps(results.rows([*SCORES, NOT_SCORED])))
     assert results.read(tmp_path / "rows.json") == SCORES
 
 
-def test_rows_omit_fields_that_do_not_apply() -> None:
-    checkpoint, undefined, difference, pixels, majority = results.rows(SCORES)
-    assert checkpoint["features"] == "mean" and "against" not in checkpoint
+def test_rows_have_every_column_and_null_where_none_applies() -> None:
+    rows = results.rows([*SCORES, NOT_SCORED])
+    assert all(tuple(row)[: len(results.COLUMNS)] == results.COLUMNS for row in rows)
+    checkpoint, undefined, difference, pixels, majority, not_run = rows
+    assert checkpoint["features"] == "mean" and checkpoint["against"] is None and checkpoint["events"] == 25
     assert undefined["value"] is None and undefined["selection_auroc"] is None
-    assert (difference["metric"], difference["against"]) == ("auroc_difference", "random")
-    assert "selection" not in difference and "features" not in pixels and pixels["step"] == 7
-    assert "selection" not in majority
+    assert (difference["metric"], difference["against"]) == ("auroc", "random")
+    assert "selection" not in difference and pixels["step"] is None and checkpoint["step"] == 7
+    assert "selection" not in majority and majority["features"] is None
+    assert not_run["status"] == "not_run" and not_run["reason"] == NOT_SCORED.reason and not_run["value"] is None
+
+
+def test_csv_has_the_columns_of_every_row() -> None:
+    text = results.to_csv(results.rows([*SCORES, NOT_SCORED]))
+    lines = list(csv.DictReader(io.StringIO(text)))
+    assert tuple(lines[0]) == results.COLUMNS and len(lines) == 6
+    assert (lines[0]["value"], lines[0]["status"], lines[1]["value"]) == ("0.7", "ok", "")
+    assert (lines[5]["task"], lines[5]["reason"]) == ("registration", NOT_SCORED.reason)
 
 
 def test_rows_name_what_intervals_are_over() -> None:
@@ -42,9 +56,9 @@ def test_rows_name_what_intervals_are_over() -> None:
     assert [known.study.count_groups(n) for n in (1, 12)] == ["1 patient", "12 patients"]
 
 
-def test_rows_of_older_versions_are_over_patients() -> None:
-    row = {name: value for name, value in results.rows(SCORES[:1])[0].items() if name != "groups"}
-    assert results.Score.from_row(row) == SCORES[0]
+def test_title_of_a_label_has_no_prefix() -> None:
+    study = dataclasses.replace(SCORES[0].study, task="shards/lesion")
+    assert (study.title, SCORES[0].study.title) == ("lesion", "lesion")
 
 
 def test_texts_have_sign_for_differences_and_words_for_undefined() -> None:
@@ -52,7 +66,7 @@ def test_texts_have_sign_for_differences_and_words_for_undefined() -> None:
     assert texts == ["0.700 [0.600, 0.800]", "undefined [no interval]", "+0.100 [-0.100, +0.200]"]
 
 
-@pytest.mark.parametrize("text", ["[{", '{"rows": []}', '[{"task": "lesion"}]', "[1]"])
+@pytest.mark.parametrize("text", ["[{", '{"rows": []}', '[{"task": "lesion"}]', '[{"status": "ok"}]', "[1]"])
 def test_read_rejects_other_files(tmp_path, text: str) -> None:
     (tmp_path / "rows.json").write_text(text)
     with pytest.raises(DataError, match="rows.json"):

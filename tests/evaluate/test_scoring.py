@@ -10,7 +10,7 @@ from curia_common.errors import UserError
 from curia_jax.evaluate import labels, results, scoring
 
 SLICES = {"train": 90, "validation": 45, "test": 60}
-BACKBONES = {"checkpoint": 0.8, "random": 2.0, "pixels": 4.0}  # noise around the class centres
+BACKBONES = {"run": 0.8, "random": 2.0, "pixels": 4.0}  # noise around the class centres
 
 
 def a_study(classes: int = 3, per_series: int = 3, seed: int = 0):
@@ -26,7 +26,7 @@ def a_study(classes: int = 3, per_series: int = 3, seed: int = 0):
             for s, c in zip(series, label, strict=True)
         ]
         features[split] = {
-            name: (centres[label] + noise * rng.normal(size=(count, 8))).astype(np.float32)
+            name: {"mean": (centres[label] + noise * rng.normal(size=(count, 8))).astype(np.float32)}
             for name, noise in BACKBONES.items()
         }
     return labels.task(pa.Table.from_pylist(rows), "kind"), features
@@ -42,31 +42,35 @@ def test_rows_have_documented_fields_in_order() -> None:
     json.dumps(rows, allow_nan=False)
     assert len(rows) == (3 * 3 + 2 * 3 + 1) * 3
     for row in rows:
-        assert list(row)[:8] == ["task", "backbone", "head", "metric", "value", "low", "high", "n"]
+        assert tuple(row)[:17] == results.COLUMNS and row["status"] == "ok" and row["reason"] is None
         assert row["low"] <= row["value"] <= row["high"]
         assert (row["task"], row["n"], row["patients"], row["draws"]) == ("kind", 60, 20, 2000)
-    assert {row["metric"] for row in rows if "against" not in row} == {"auroc", "accuracy", "balanced_accuracy"}
+    assert {row["metric"] for row in rows} == {"auroc", "accuracy", "balanced_accuracy"}
 
 
 def test_differences_are_those_of_values() -> None:
     task, features = a_study()
     rows = results.rows(scoring.score(task, features)[0])
     for head in scoring.HEADS:
-        ours, theirs = (pick(rows, backbone=b, head=head, metric="auroc")[0] for b in ("checkpoint", "random"))
-        difference = pick(rows, against="random", head=head, metric="auroc_difference")[0]
-        assert difference["backbone"] == "checkpoint"
+        ours, theirs = (pick(rows, backbone=b, head=head, metric="auroc", against=None)[0] for b in ("run", "random"))
+        difference = pick(rows, against="random", head=head, metric="auroc")[0]
+        assert difference["backbone"] == "run"
         assert difference["value"] == pytest.approx(ours["value"] - theirs["value"], abs=1e-12)
         assert difference["low"] > 0
         # Paired, so no wider than two separate intervals laid end to end.
         assert difference["high"] - difference["low"] < (ours["high"] - ours["low"]) + (theirs["high"] - theirs["low"])
 
 
-def test_majority_class_is_a_row() -> None:
+def test_class_frequencies_are_a_row() -> None:
     task, features = a_study()
     rows = results.rows(scoring.score(task, features, heads=["ridge"])[0])
-    (accuracy,) = pick(rows, head="majority", metric="accuracy")
-    assert accuracy["backbone"] == "none" and accuracy["value"] == pytest.approx(1 / 3, abs=0.1)
-    assert pick(rows, head="majority", metric="auroc")[0]["value"] == 0.5
+    (accuracy,) = pick(rows, backbone="majority", metric="accuracy")
+    assert (
+        accuracy["head"] == "none"
+        and accuracy["features"] is None
+        and accuracy["value"] == pytest.approx(1 / 3, abs=0.1)
+    )
+    assert pick(rows, backbone="majority", metric="auroc")[0]["value"] == 0.5
 
 
 def test_predictions_do_not_depend_on_test_labels() -> None:
@@ -96,8 +100,7 @@ def test_series_score_is_mean_of_its_slices() -> None:
     order = np.argsort(np.array(slices.column("series").to_pylist()[:60:3]))
     np.testing.assert_allclose(np.array(series.column("scores").to_pylist()[:20]), first[order], atol=1e-12)
     better, worse = (
-        pick(results.rows(scores), backbone="checkpoint", metric="auroc")[0]["value"]
-        for scores in (by_series, by_slice)
+        pick(results.rows(scores), backbone="run", metric="auroc")[0]["value"] for scores in (by_series, by_slice)
     )
     assert better >= worse
 
@@ -138,7 +141,33 @@ def test_class_of_test_split_alone_counts_as_wrong() -> None:
     )
     new = labels.Task("kind", task.classes, ("class 9",), {**task.splits, "test": renamed})
     scores, table = scoring.score(new, features, heads=["ridge"])
-    (accuracy,) = pick(results.rows(scores), backbone="checkpoint", metric="accuracy")
+    (accuracy,) = pick(results.rows(scores), backbone="run", metric="accuracy", against=None)
     assert accuracy["classes_not_learned"] == ("class 9",) and accuracy["value"] <= 2 / 3 + 0.05
     right = np.array(table.column("target").to_pylist()) == np.array(table.column("predicted").to_pylist())
     assert accuracy["value"] == pytest.approx(right[:60].mean())
+
+
+def test_readout_is_chosen_on_validation() -> None:
+    task, features = a_study()
+    rng = np.random.default_rng(1)
+    for split, by_name in features.items():
+        good, noise = by_name["run"]["mean"], rng.normal(size=(SLICES[split], 8)).astype(np.float32)
+        # On the test split the other readout is the better one, which must not decide.
+        by_name["run"] = {"cls": noise, "mean": good} if split != "test" else {"cls": good, "mean": noise}
+    scores, _ = scoring.score(task, features, heads=["ridge"])
+    ours = [score for score in scores if score.backbone == "run" and score.metric == "auroc"]
+    assert {score.features for score in ours} == {"mean"} and len(ours) == 3
+    assert ours[0].value is not None and ours[0].value < 0.75
+
+
+def test_floors_alone_are_compared_with_nothing() -> None:
+    task, features = a_study()
+    floors = {split: {"pixels": by_name["pixels"]} for split, by_name in features.items()}
+    scores, _ = scoring.score(task, floors, heads=["ridge"])
+    assert {(score.backbone, score.against) for score in scores} == {("pixels", None), ("majority", None)}
+
+
+def test_events_are_the_positive_test_cases() -> None:
+    task, features = a_study(classes=2)
+    scores, _ = scoring.score(task, features, heads=["ridge"])
+    assert {(score.study.n, score.study.events) for score in scores} == {(60, 30)}

@@ -27,21 +27,21 @@ def test_values_and_differences_are_two_tables(capsys) -> None:
     lines = shown(scores, capsys)
     heading = ["task", "features", "probe", "auroc", "balanced accuracy"]
     assert lines.index(["value [95 % interval]"]) < lines.index(heading)
-    assert ["lesion", "checkpoint", "ridge", "0.710 [0.600, 0.800]", "0.650 [0.500, 0.750]"] in lines
+    assert ["lesion", "run", "ridge", "0.710 [0.600, 0.800]", "0.650 [0.500, 0.750]"] in lines
     assert ["lesion", "pixels", "knn", "0.550 [0.450, 0.620]", "0.500 [0.400, 0.600]"] in lines
     differences = lines[lines.index(["paired difference [95 % interval]"]) :]
     assert ["task", "features", "probe", "auroc"] in differences
-    assert ["lesion", "checkpoint - random", "ridge", "-0.050 [-0.110, +0.020]"] in differences
+    assert ["lesion", "run - random", "ridge", "-0.050 [-0.110, +0.020]"] in differences
 
 
 def test_tasks_and_probes_have_lines_of_their_own(capsys) -> None:
     scores = [make_score(task, head=head) for task in ("lesion", "region") for head in ("knn", "ridge")]
     lines = shown(scores, capsys)
-    found = [line[:3] for line in lines if line[1:2] == ["checkpoint"]]
-    assert found == [[task, "checkpoint", head] for task in ("lesion", "region") for head in ("knn", "ridge")]
+    found = [line[:3] for line in lines if line[1:2] == ["run"]]
+    assert found == [[task, "run", head] for task in ("lesion", "region") for head in ("knn", "ridge")]
 
 
 def test_undefined_value_is_a_word_and_a_table_without_scores_is_left_out(capsys) -> None:
     lines = shown([make_score(value=None, low=None, high=None)], capsys)
-    assert ["lesion", "checkpoint", "ridge", "undefined [no interval]"] in lines
+    assert ["lesion", "run", "ridge", "undefined [no interval]"] in lines
     assert ["paired difference [95 % interval]"] not in lines

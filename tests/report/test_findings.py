@@ -50,7 +50,7 @@ def test_control_sentence_gives_means_over_shuffles_and_names_those_off_chance()
 
     # Mean 0.51, standard deviation 0.0294: t(3) = 3.182 (4.177 for two probes) times 0.0147 is more than 0.01. Mean 0.7, standard
     # deviation 0.0082: 4.177 times 0.0041 is less than 0.2.
-    chance = shuffles("checkpoint", "ridge", [0.55, 0.48, 0.50, 0.51])
+    chance = shuffles("run", "ridge", [0.55, 0.48, 0.50, 0.51])
     off = shuffles("pixels", "knn", [0.70, 0.71, 0.69, 0.70])
     assert findings.control_sentence([*chance, make_score()], names).endswith(
         "a mean AUROC of 0.510 to 0.510 over 4 shuffles; the intervals of these means (95 % for all together) contain 0.5, chance."
@@ -58,5 +58,5 @@ def test_control_sentence_gives_means_over_shuffles_and_names_those_off_chance()
     assert findings.control_sentence([*chance, *off], names).endswith(
         "0.510 to 0.700 over 4 shuffles; the interval of pixels, knn leaves out 0.5."
     )
-    assert findings.control_sentence(shuffles("checkpoint", "ridge", [None, None, None, 0.5]), names) == ""
+    assert findings.control_sentence(shuffles("run", "ridge", [None, None, None, 0.5]), names) == ""
     assert findings.control_sentence([make_score()], []) == ""

@@ -71,7 +71,7 @@ class Page(HTMLParser):
 
 
 def scores(task: str) -> list[Score]:
-    """Scores of three backbones and their differences, no two alike."""
+    """Scores of four backbones and their differences, no two alike."""
     values = (0.51 + 0.0137 * n for n in itertools.count(1))
 
     def both_ends(value: float) -> dict[str, float]:
@@ -80,7 +80,7 @@ def scores(task: str) -> list[Score]:
     heads_and_metrics = list(itertools.product(("knn", "ridge"), ("auroc", "accuracy", "balanced_accuracy")))
     found = [
         make_score(task, backbone, head, metric=metric, **both_ends(next(values)))
-        for backbone in ("checkpoint", "random", "pixels")
+        for backbone in ("run", "random", "pixels", "histogram")
         for head, metric in heads_and_metrics
     ]
     return found + [
@@ -194,10 +194,10 @@ def test_every_picture_is_embedded_and_saved_beside_page(made) -> None:
 def test_every_score_is_in_a_table(made, study) -> None:
     page = Page(made[1])
     found = {(line[0], line[1], cell) for table in page.tables for line in table for cell in line[2:] if len(line) > 2}
-    names = {"checkpoint": "checkpoint", "random": "random encoder", "pixels": "pixels"}
+    names = {"run": "run", "random": "random encoder", "pixels": "pixels", "histogram": "histogram of the pixels"}
     for score in results.read(study / "results.json"):
         if score.against:
-            name, form = f"checkpoint − {score.against}", "{:+.3f} [{:+.3f}, {:+.3f}]"
+            name, form = f"run − {names[score.against]}", "{:+.3f} [{:+.3f}, {:+.3f}]"
         else:
             name, form = names[score.backbone], "{:.3f} [{:.3f}, {:.3f}]"
         assert (name, score.head, form.format(score.value, score.low, score.high)) in found

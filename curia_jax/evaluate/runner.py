@@ -1,0 +1,131 @@
+"""Runs tasks one after the other and writes their rows as they come.
+
+The output folder holds results.json and results.csv, the rows of all tasks of the command; and for each task a folder with
+its rows and its predictions. A task whose rows are there and whose inputs have not changed is not run again.
+"""
+
+import dataclasses
+import hashlib
+import json
+import secrets
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+
+from curia_common import logs
+from curia_common.errors import StorageError, UserError, fault_location
+from curia_common.exit_codes import ExitCode
+from curia_jax.evaluate.results import FAILED, NOT_RUN, RESULTS, TABLE, NotScored, Row, Score, rows, to_csv
+from data_pipeline.format import files
+
+CACHE = "cache"
+
+log = logs.get_logger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A task by one protocol.
+
+    Attributes:
+      task, protocol: as in results.
+      key: text that changes with everything that decides the result.
+      run: gives the scores and the predictions of the test cases; raises UserError where the task cannot be scored.
+      not_run: why it is not run; None if it is.
+    """
+
+    task: str
+    protocol: str
+    key: str = ""
+    run: Callable[[], tuple[list[Score], pa.Table]] | None = None
+    not_run: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of the jobs.
+
+    Attributes:
+      rows: of all jobs, in their order.
+      exit_code: DONE, or what the worst failure says.
+    """
+
+    rows: list[Row]
+    exit_code: ExitCode
+
+
+def check_output(folder: Path) -> None:
+    """Makes the output folder, and refuses one that cannot be written, before work is spent.
+
+    Raises:
+      UserError: it is a file, or nothing can be written in it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output={folder} is a file; name a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial = folder / f".{secrets.token_hex(4)}"
+        trial.write_bytes(b"")
+        trial.unlink()
+    except OSError as error:
+        raise UserError(f"--output={folder} cannot be written ({error.strerror}); name another folder") from error
+
+
+def run(jobs: Sequence[Job], output: Path) -> Outcome:
+    """Runs the jobs that are not done; a job that fails is a row, and the others go on.
+
+    Raises:
+      OSError: the disk is full.
+    """
+    found: list[Row] = []
+    exit_code = ExitCode.DONE
+    for number, job in enumerate(jobs, start=1):
+        log.info(f"[{number}/{len(jobs)}] {job.task}, protocol {job.protocol}")
+        try:
+            found += _rows(job, output)
+        except StorageError:
+            raise
+        except UserError as error:
+            log.info(f"failed: {error}")
+            found += rows([NotScored(job.task, job.protocol, FAILED, str(error))])
+            exit_code = exit_code or ExitCode.DATA
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # noqa: BLE001 - one task must not end the others
+            print("".join(traceback.format_exception(error)), end="", file=sys.stderr)
+            log.info(f"failed: unforeseen fault ({fault_location(error)}); please report it")
+            found += rows([NotScored(job.task, job.protocol, FAILED, f"unforeseen fault ({fault_location(error)})")])
+            exit_code = ExitCode.FAULT
+        _publish(found, output)
+    return Outcome(found, exit_code)
+
+
+def _rows(job: Job, output: Path) -> list[Row]:
+    if job.run is None:
+        log.info(f"not run: {job.not_run}")
+        return rows([NotScored(job.task, job.protocol, NOT_RUN, job.not_run or "")])
+    folder = output / job.task
+    done = folder / f"{job.protocol}.json"
+    key = hashlib.sha256(job.key.encode()).hexdigest()
+    if done.is_file():
+        try:
+            before = json.loads(done.read_text(encoding="utf-8"))
+            if before["key"] == key:
+                log.info("done before")
+                return before["rows"]
+        except (ValueError, KeyError, TypeError):
+            log.warning(f"{done} is damaged; the task is scored again")
+    scores, predictions = job.run()
+    made = rows(scores)
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_table(folder / f"{job.protocol}-predictions.parquet", predictions)
+    files.write_text(done, json.dumps({"key": key, "rows": made}, indent=1) + "\n")
+    return made
+
+
+def _publish(found: Sequence[Row], output: Path) -> None:
+    files.write_text(output / RESULTS, json.dumps(list(found), indent=2) + "\n")
+    files.write_text(output / TABLE, to_csv(found))

@@ -1,0 +1,119 @@
+"""Tasks that are labels of a shard folder."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+import curia_common
+from curia_common.errors import UserError
+from curia_common.progress import Progress
+from curia_jax.evaluate import backbones, features, labels, runner, scoring
+from curia_jax.evaluate.cache import FeatureStore
+from curia_jax.evaluate.results import SHARDS, Score
+from data_pipeline.format import shards
+from data_pipeline.format.shards import SliceSource
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How tasks are scored.
+
+    Attributes:
+      heads: of scoring.HEADS.
+      cases: "slice", or "series" where scores are averaged over its slices.
+      draws, seed: of the bootstrap; the seed also decides the folds.
+      batch_size: slices at a time.
+    """
+
+    heads: tuple[str, ...]
+    cases: str
+    draws: int
+    seed: int
+    batch_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A shard folder with a test split.
+
+    Attributes:
+      folder: where it is.
+      sources: of each split that tasks use and that is there.
+      index: rows of all splits, in the order of the slices of each.
+      sha256: of index.parquet, which has the labels, splits and digests of all slices.
+    """
+
+    folder: Path
+    sources: Mapping[str, SliceSource]
+    index: pa.Table
+    sha256: str
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raises UserError where there is no such label."""
+        known = labels.available(self.index)
+        for name in names:
+            if name not in known:
+                raise UserError(f"no label {name!r} in the shards; there are: {', '.join(known)}")
+
+
+def open_dataset(folder: str | Path) -> Dataset:
+    """Opens a shard folder.
+
+    Raises:
+      UserError: there is no dataset, or it has no test split.
+      DataError: it is damaged.
+    """
+    splits = [str(split) for split in np.unique(labels.read_index(folder).column("split").to_pylist())]
+    if labels.TEST not in splits:
+        raise UserError(
+            f"{folder} has no test split (it has: {', '.join(splits)}); build it with --test above 0 and enough patients"
+        )
+    sources = {split: SliceSource(folder, split) for split in labels.SPLITS if split in splits}
+    index = pa.concat_tables([source.index for source in sources.values()])
+    return Dataset(Path(folder), sources, index, shards.sha256(Path(folder) / shards.INDEX))
+
+
+def job(
+    dataset: Dataset, label: str, models: Sequence[backbones.JaxBackbone], settings: Settings, cache: Path
+) -> runner.Job:
+    """The task that a label is.
+
+    Args:
+      models: the first is compared with the others.
+      cache: folder of features.
+    """
+    name = f"{SHARDS}{label}"
+
+    def run() -> tuple[list[Score], pa.Table]:
+        task = labels.task(dataset.index, label, name)
+        counts = ", ".join(f"{len(part.slices):,} {split}" for split, part in task.splits.items())
+        runner.log.info(f"{len(task.classes)} classes, slices: {counts}; intervals over {task.groups}")
+        stores = {
+            (split, model.name): FeatureStore(
+                cache, model, features.ShardImages(dataset.sources[split]), settings.batch_size
+            )
+            for split, part in task.splits.items()
+            if len(part.slices)
+            for model in models
+        }
+        missing = sum(len(store.missing(task.splits[split].slices)) for (split, _), store in stores.items())
+        found: dict[str, dict[str, dict[str, np.ndarray]]] = {}
+        with Progress("features", missing, "slices", enabled=missing > 0) as progress:
+            for (split, model), store in stores.items():
+                found.setdefault(split, {})[model] = store.get(task.splits[split].slices, progress.step)
+        scores, predictions = scoring.score(
+            task, found, heads=settings.heads, unit=settings.cases, draws=settings.draws, seed=settings.seed,
+            data_sha256=dataset.sha256,
+        )  # fmt: skip
+        provenance = {model.name: model.provenance for model in models}
+        return [dataclasses.replace(one, provenance=provenance.get(one.backbone)) for one in scores], predictions
+
+    decides = [
+        curia_common.__version__, name, dataset.sha256, [(model.name, model.digest) for model in models],
+        dataclasses.asdict(settings),
+    ]  # fmt: skip
+    return runner.Job(name, "ours", json.dumps(decides), run)
