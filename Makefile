@@ -10,7 +10,7 @@ TORCH ?= yes
 WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-short test-slow golden fuzz lint lock clean help
+.PHONY: demo test test-short test-slow golden fuzz lint lock image clean help
 
 help:
 	@echo "make demo [DATA=folder] [OUT=folder]  exams -> shards -> pretraining -> weights -> scores -> report.html"
@@ -21,6 +21,7 @@ help:
 	@echo "make golden                           plan the named runs with the TPU compiler and compare with tests/golden (minutes)"
 	@echo "make lint                             ruff and pyright"
 	@echo "make lock                             renew requirements/*.txt from setup.py"
+	@echo "make image IMAGE=name [VARIANT=tpu]   the container image of this commit: tpu, cuda or cpu; pushes it and prints its digest"
 	@echo "make clean                            remove the environments and demo/"
 	@echo "PYTHON=python3.13 runs any of them with that Python, in .venv-3.13. Locked are both ends of what is supported:"
 	@echo "Python 3.11 with jax 0.10 and Python 3.13 with jax 0.12."
@@ -75,6 +76,20 @@ lock: $(VENV)/bin/python
 	$(VENV)/bin/pip install --quiet uv
 	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --no-header --extra test --extra lint --extra plan setup.py -o requirements/test.txt
 	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --no-header --extra demo -c requirements/test.txt setup.py -o requirements/demo.txt
+	for variant in cpu:beam cuda:cuda tpu:tpu; do \
+	  $(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate --extra ingest --extra cloud \
+	    --extra evaluate --extra $${variant#*:} -c requirements/test.txt setup.py -o requirements/image-$${variant%:*}.txt; \
+	done
+
+VARIANT ?= tpu
+REVISION = $(shell git describe --always --abbrev=12 --exclude='*' --dirty)
+
+# Named after the commit; launched by the digest that is printed, so that every host has the same.
+image:
+	@test -n '$(IMAGE)' || { echo "error: name the image with IMAGE=REGION-docker.pkg.dev/PROJECT/REPOSITORY/curia-jax"; exit 2; }
+	docker build --build-arg VARIANT='$(VARIANT)' --build-arg REVISION='$(REVISION)' --tag '$(IMAGE):$(VARIANT)-$(REVISION)' .
+	docker push '$(IMAGE):$(VARIANT)-$(REVISION)'
+	docker inspect --format '{{index .RepoDigests 0}}' '$(IMAGE):$(VARIANT)-$(REVISION)'
 
 clean:
 	rm -rf .venv .venv-* demo

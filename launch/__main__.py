@@ -25,7 +25,10 @@ from launch.rendering import Target
 from launch.spec import LaunchSpec
 
 LOCAL = "local"
-TARGETS = {LOCAL: "launch.local"}  # name -> module that is a rendering.Target
+TARGETS = {
+    LOCAL: "launch.local",
+    "gke": "launch.gke",
+}  # name -> module that is a rendering.Target
 MANAGE = ("status", "logs", "stop", "restart")
 
 logger = logs.get_logger(__name__)
@@ -38,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
         examples="""
 python -m launch --target=local --topology=cpu:4x2 -- pretrain --config=demo --workdir=runs/first --config.data.shards=demo/shards
 python -m launch --target=local --topology=v5e:4x4 --dry-run -- pretrain --config=pretrain_vit_b16_224 --workdir=runs/b16
+python -m launch --target=gke --topology=v5e-256 --slices=2 --spot --dry-run --output=out -- pretrain --config=… --workdir=gs://bucket/run
 python -m launch status first
 python -m launch stop first""",
         codes=(ExitCode.DIVERGED, ExitCode.DATA, ExitCode.DOES_NOT_FIT),
@@ -63,6 +67,15 @@ python -m launch stop first""",
     made.add_argument("--project", metavar="NAME", help="project of the cloud")
     made.add_argument("--zone", metavar="NAME", help="zone of the cloud")
     made.add_argument("--cluster", metavar="NAME", help="cluster of the project")
+    made.add_argument("--queue", metavar="NAME", help="LocalQueue of Kueue that admits the run (gke)")
+    made.add_argument("--service-account", metavar="NAME", help="whose rights the processes have")
+    made.add_argument(
+        "--shards-cache",
+        type=int,
+        default=0,
+        metavar="GIB",
+        help="memory of each host for shards from gs://…; at least their size, or nothing (0: each image is a request)",
+    )
     made.add_argument(
         "--env", action="append", default=[], metavar="NAME=value", help="variable of every process; may be repeated"
     )
@@ -112,7 +125,8 @@ def launch(args: argparse.Namespace) -> int | None:
     spec = specs.make(
         target=args.target, topology=args.topology, slices=args.slices, command=args.words, run=args.run, spot=args.spot,
         reserved=args.reserved, reservation=args.reservation, image=args.image, project=args.project, zone=args.zone,
-        cluster=args.cluster, max_restarts=args.max_restarts, grace_seconds=args.grace, environment=args.env,
+        cluster=args.cluster, queue=args.queue, service_account=args.service_account, shards_cache_gib=args.shards_cache,
+        max_restarts=args.max_restarts, grace_seconds=args.grace, environment=args.env,
         source=source.describe(),
     )  # fmt: skip
     target = _target(spec)

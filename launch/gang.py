@@ -17,7 +17,7 @@ from typing import IO
 
 from curia_common import logs
 from curia_common.errors import UserError
-from curia_common.exit_codes import ExitCode
+from curia_common.exit_codes import FINAL, ExitCode
 from curia_common.launching import ADDRESS, COUNT, MEGASCALE, NUMBER, PREFIX
 from launch.spec import LaunchSpec
 
@@ -25,7 +25,6 @@ STATE, OUTPUT, LOCK = "state.json", "output.log", "lock"
 POLL_SECONDS = 0.1
 LOOPBACK = "127.0.0.1"
 # Exit codes after which another start would end the same way.
-FINAL = (ExitCode.USAGE, ExitCode.DIVERGED, ExitCode.DATA, ExitCode.DOES_NOT_FIT)
 # What an earlier launcher may have left in the environment of this one.
 _LEFT = (ADDRESS, COUNT, NUMBER, "JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES")
 _LEFT_PREFIXES = (PREFIX, MEGASCALE, "TPU_")

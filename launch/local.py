@@ -17,14 +17,12 @@ from typing import NoReturn
 
 from curia_common import signals
 from curia_common.errors import UserError
-from curia_common.exit_codes import ExitCode
+from curia_common.exit_codes import FINAL, ExitCode
 from launch import gang, records
 from launch.gang import End, Gang, Output, Process, State
 from launch.rendering import Rendering
-from launch.spec import LaunchSpec, variables_as_words
+from launch.spec import ALIKE, FAST_SECONDS, LaunchSpec, variables_as_words
 
-ALIKE = 5  # fast failures in a row that are alike: the run stops
-FAST_SECONDS = 600.0  # a longer attempt is not a fast failure
 LONGEST_PAUSE = 60.0  # seconds between two attempts
 SCRIPT = "pod.sh"
 _DRY_PORT = 8476
@@ -44,10 +42,7 @@ def render(spec: LaunchSpec) -> Rendering:
     Raises:
       UserError: an option that means nothing on this machine.
     """
-    unused = [f"--{name}" for name in ("image", "project", "zone", "cluster") if getattr(spec, name) is not None]
-    unused += [f"--{spec.capacity}"] if spec.capacity != "on-demand" else []
-    if unused:
-        raise UserError(f"{', '.join(unused)} means nothing with --target=local; leave it out")
+    spec.refuse_unused()
     if spec.topology.kind == "gpu":
         raise UserError(
             f"--target=local simulates devices on the CPU, and {spec.topology} are GPUs; take cpu:{spec.topology.shape_text}"
@@ -167,7 +162,7 @@ def _supervise(spec: LaunchSpec, working_directory: str) -> int:
                 dataclasses.replace(state, phase="finished").write(folder)
                 output.say("finished")
                 return ExitCode.DONE
-            if end.code in gang.FINAL:
+            if end.code in FINAL:
                 _give_up(state, folder, end.code, f"{why}; starting again would not change that")
             if stop.is_set():
                 dataclasses.replace(state, phase="stopped").write(folder)

@@ -36,8 +36,12 @@ COMMANDS = {
     "build": Command("data_pipeline.build", many_hosts=False),
 }
 NAME_LENGTH = 40  # leaves room for what targets append; Kubernetes names have at most 63 characters
+# Failures in a row with the same exit code, each after less than FAST_SECONDS, after which a run is not started again.
+ALIKE, FAST_SECONDS = 5, 600
 # Fields that a dry run may lack. `filled` writes them as <name>, and a submission refuses what is left of these.
 OPEN = ("image", "project", "zone", "cluster")
+# Fields that not every target has a use for; `refuse_unused` names them as the options they come from.
+OPTIONAL = (*OPEN, "queue", "service_account", "shards_cache_gib")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +58,9 @@ class LaunchSpec:
       reservation: name of the reservation, where there are several.
       image: container image by digest.
       project, zone, cluster: of the cloud.
+      queue: LocalQueue of Kueue, which admits the run; None starts it at once.
+      service_account: whose rights the processes have; None takes the default one.
+      shards_cache_gib: memory of each host that keeps shards from a bucket, GiB; 0 keeps none.
       max_restarts: how often all processes are started again after a failure; those after a preemption do not count.
       grace_seconds: what processes get to save and end, from SIGTERM to SIGKILL.
       environment: further variables of every process.
@@ -72,6 +79,9 @@ class LaunchSpec:
     project: str | None = None
     zone: str | None = None
     cluster: str | None = None
+    queue: str | None = None
+    service_account: str | None = None
+    shards_cache_gib: int = 0
     max_restarts: int = 50
     grace_seconds: int = 60
     environment: tuple[tuple[str, str], ...] = ()
@@ -94,6 +104,21 @@ class LaunchSpec:
     def filled(self, field: str) -> str:
         """Value of one of the fields OPEN, or its placeholder, `<project>`."""
         return getattr(self, field) or f"<{field}>"
+
+    def refuse_unused(self, *used: str) -> None:
+        """Refuses options that mean nothing for the target.
+
+        Args:
+          used: those fields of OPTIONAL, and values of `capacity`, that do.
+
+        Raises:
+          UserError: names the others.
+        """
+        given = [name for name in OPTIONAL if getattr(self, name)]
+        given += [self.capacity] if self.capacity != "on-demand" else []
+        unused = [f"--{name.removesuffix('_gib').replace('_', '-')}" for name in given if name not in used]
+        if unused:
+            raise UserError(f"{', '.join(unused)} means nothing with --target={self.target}; leave it out")
 
     def contract(self, attempt: str, coordinator: str = "") -> Contract:
         """What the processes of an attempt have to find; see curia_common.launching.
@@ -129,7 +154,7 @@ class LaunchSpec:
 def make(
     *, target: str, topology: str, slices: int, command: Sequence[str], run: str | None, spot: bool, reserved: bool,
     reservation: str | None, image: str | None, project: str | None, zone: str | None, cluster: str | None,
-    max_restarts: int, grace_seconds: int, environment: Sequence[str], source: str,
+    queue: str | None, service_account: str | None, shards_cache_gib: int, max_restarts: int, grace_seconds: int, environment: Sequence[str], source: str,
 ) -> LaunchSpec:  # fmt: skip
     """Checks what was typed, without looking at anything outside.
 
@@ -161,6 +186,8 @@ def make(
         raise UserError(f"--image={image} has no digest, so that hosts could get different ones; write name@sha256:…")
     if max_restarts < 0:
         raise UserError(f"--max-restarts is {max_restarts}; it has to be at least 0")
+    if shards_cache_gib < 0:
+        raise UserError(f"--shards-cache is {shards_cache_gib}; it has to be at least 0 GiB")
     if grace_seconds < 1:
         raise UserError(f"--grace is {grace_seconds}; it has to be at least 1 s")
     pairs = [word.partition("=") for word in environment]
@@ -170,7 +197,8 @@ def make(
     return LaunchSpec(
         target=target, run=_run_name(run, workdir, name), command=name, words=words, topology=there, workdir=workdir,
         capacity="spot" if spot else "reserved" if reserved else "on-demand", reservation=reservation, image=image,
-        project=project, zone=zone, cluster=cluster, max_restarts=max_restarts, grace_seconds=grace_seconds,
+        project=project, zone=zone, cluster=cluster, queue=queue, service_account=service_account,
+        shards_cache_gib=shards_cache_gib, max_restarts=max_restarts, grace_seconds=grace_seconds,
         environment=tuple((variable, value) for variable, _, value in pairs), source=source,
     )  # fmt: skip
 
