@@ -17,7 +17,7 @@ help:
 	@echo "make test [TORCH=no]                  the test suite; TORCH=no leaves PyTorch out and compares with frozen references"
 	@echo "make test-short                       without the tests that take ten seconds or more"
 	@echo "make test-slow                        the tests that take minutes (the full demo among them)"
-	@echo "make fuzz                             10,000 damaged and malicious files through the ingest"
+	@echo "make fuzz                             10,000 damaged and malicious files through the ingest, 20,000 through the other readers"
 	@echo "make golden                           plan the named runs with the TPU compiler and compare with tests/golden (minutes)"
 	@echo "make lint                             ruff and pyright"
 	@echo "make lock                             renew requirements/*.txt from setup.py"
@@ -60,6 +60,7 @@ test-slow: $(TEST_READY)
 
 fuzz: $(VENV)/.test-installed
 	$(VENV)/bin/python -m benchmarks.fuzz
+	$(VENV)/bin/python -m benchmarks.fuzz_readers
 
 golden: $(VENV)/.test-installed
 	$(VENV)/bin/python -m pytest -m slow --numprocesses=0 tests/plan/test_golden.py

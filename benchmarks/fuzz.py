@@ -28,7 +28,7 @@ import time
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +43,7 @@ from pydicom import uid
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 
+from benchmarks.mutations import ANYWHERE, NUMBERS, Mutation, flip, number, number_text
 from data_pipeline import build
 
 SECONDS_PER_FILE = 10.0
@@ -56,9 +57,6 @@ class Sound(NamedTuple):
 
     ending: str
     data: bytes
-
-
-Mutation = Callable[[bytes, random.Random], bytes]
 
 
 # ---- sound files
@@ -212,48 +210,7 @@ def compress(ending: str, data: bytes) -> bytes:
     return {".tar.gz": lambda d: gzip.compress(d, mtime=0), ".tar.bz2": bz2.compress}.get(ending, bytes)(data)
 
 
-# ---- mutations: bytes to bytes
-
-
-def flip(data: bytes, rng: random.Random) -> bytes:
-    """A few bits anywhere."""
-    out = bytearray(data)
-    for _ in range(rng.choice((1, 1, 2, 8, 64))):
-        out[rng.randrange(len(out))] ^= 1 << rng.randrange(8)
-    return bytes(out)
-
-
-def flip_header(data: bytes, rng: random.Random) -> bytes:
-    """A few bytes of the first thousand."""
-    out = bytearray(data)
-    for _ in range(rng.choice((1, 2, 4))):
-        out[rng.randrange(min(len(out), 1000))] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
-    return bytes(out)
-
-
-def truncate(data: bytes, rng: random.Random) -> bytes:
-    return data[: rng.randrange(1, len(data))]
-
-
-def shuffle(data: bytes, rng: random.Random) -> bytes:
-    """Cuts a piece out, doubles it, or fills it with one value."""
-    start = rng.randrange(len(data))
-    end = min(len(data), start + rng.choice((1, 2, 4, 16, 256, 4096)))
-    what = rng.randrange(3)
-    middle = (b"", data[start:end] * 2, bytes([rng.randrange(256)]) * (end - start))[what]
-    return data[:start] + middle + data[end:]
-
-
-NUMBERS = (0, 1, 2, 3, 7, 255, 256, 32767, 32768, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1)
-
-
-def number(data: bytes, rng: random.Random) -> bytes:
-    """A 16 or 32 bit number somewhere becomes an extreme one: sizes, lengths, offsets."""
-    out = bytearray(data)
-    form = rng.choice(("<H", ">H", "<I", ">I"))
-    at = rng.randrange(max(1, min(len(out), rng.choice((64, 512, 2000, len(out)))) - 4))
-    struct.pack_into(form, out, at, rng.choice(NUMBERS) & (0xFFFF if form[1] == "H" else 0xFFFFFFFF))
-    return bytes(out)
+# ---- mutations of one kind of file; mutations.py has those of any
 
 
 ELEMENTS = {
@@ -285,16 +242,6 @@ def frames(data: bytes, rng: random.Random) -> bytes:
     at = data.find(mark + b"US")
     field = b"\x28\x00\x08\x00IS" + struct.pack("<H", len(text)) + text
     return data[:at] + field + data[at:] if at > 0 else number(data, rng)
-
-
-def number_text(data: bytes, rng: random.Random) -> bytes:
-    """A number in text form becomes another one: positions, slopes; sizes and types of NRRD and MetaImage."""
-    found = [match for match in re.finditer(rb"(?<![\w.])-?\d+(?:\.\d+)?(?![\w.])", data[:3000])]
-    if not found:
-        return flip(data, rng)
-    match = rng.choice(found)
-    text = rng.choice((b"0", b"-1", b"1e9", b"1e308", b"nan", b"inf", b"99999999999", b"4096", b"x", b""))
-    return data[: match.start()] + text + data[match.end() :]
 
 
 def external_data(data: bytes, rng: random.Random) -> bytes:
@@ -384,7 +331,6 @@ def names(data: bytes, rng: random.Random) -> bytes:
     return compress(kinds.get(data[:2], ".tar"), plain)
 
 
-ANYWHERE = (flip, flip, flip_header, truncate, shuffle, number, number)
 SPECIAL: dict[str, tuple[Mutation, ...]] = {
     ".dcm": (element, element, frames, number_text, bomb), ".nii": (oversize,), ".nii.gz": (oversize, bomb), ".png": (oversize,),
     ".nrrd": (number_text, external_data), ".mha": (number_text, external_data), ".jpg": (), ".tif": (), ".zip": (names, names, bomb),

@@ -12,7 +12,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
-import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from orbax.checkpoint import v1 as ocp
 import curia_common
 from curia_common import logs
 from curia_common.errors import DataError, UserError
+from curia_jax import json_records
 
 logger = logs.get_logger(__name__)
 
@@ -36,6 +36,8 @@ FOLDER = "checkpoints"
 COMMITTED = "commit_success.txt"
 DIGESTS = "digests.json"
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax has not committed
+# Arrays of zeros are compressed best, those of a state at its start say: 1,300 times.
+_MOST_COMPRESSION, _ALWAYS_FITS = 5_000, 64 << 20
 
 
 class Dataset(NamedTuple):
@@ -99,11 +101,33 @@ class Meta:
         return {**vars(self), **changed, "skipped": [list(window) for window in self.skipped]}
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Meta":
-        known = {field.name: content[field.name] for field in dataclasses.fields(cls) if field.name in content}
-        dataset = content.get("dataset")
-        skipped = tuple(Window(*window) for window in content.get("skipped", ()))
-        return cls(**{"version": None, **known, "dataset": dataset and Dataset(**dataset), "skipped": skipped})
+    def from_json(cls, content: Any) -> "Meta":
+        """Reads what `to_json` made, of this version or an earlier one.
+
+        Raises:
+          ValueError: a field is missing, of another type or below 0.
+        """
+        found = json_records.record(_SavedMeta, content)
+        counts = (
+            found.examples_seen,
+            found.dataset_start,
+            found.step or 0,
+            *(end for window in found.skipped for end in window),
+        )
+        if min(counts) < 0 or any(start > end for start, end in found.skipped):
+            raise ValueError("it counts fewer than 0 examples or steps")
+        if found.step_examples is not None and found.step_examples < 1:
+            raise ValueError(f"step_examples is {found.step_examples}")
+        windows = tuple(Window(*window) for window in found.skipped)
+        return cls(**{**vars(found), "skipped": windows})
+
+
+@dataclasses.dataclass(frozen=True)
+class _SavedMeta(Meta):
+    """As JSON has it, where checkpoints before 0.2 have no version."""
+
+    skipped: tuple[tuple[int, int], ...] = ()  # pyright: ignore[reportIncompatibleVariableOverride] - of Window
+    version: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +208,7 @@ def reading(folder: epath.Path) -> Iterator[None]:
 
 def read_meta(folder: epath.Path) -> Meta:
     with reading(folder):
-        return Meta.from_json(json.loads((folder / "meta" / "data.json").read_text()))
+        return Meta.from_json(json_records.loads((folder / "meta" / "data.json").read_bytes()))
 
 
 def saved_tree(folder: epath.Path) -> Any:
@@ -206,6 +230,12 @@ def finished_steps(folder: epath.Path) -> list[int]:
 
 
 # ---- whether a checkpoint is whole
+
+
+class _Digests(NamedTuple):
+    """Size and SHA-256 of each file."""
+
+    files: Mapping[str, tuple[int, str]]
 
 
 def sha256(path: Path) -> str:
@@ -232,8 +262,10 @@ def check(folder: str | Path | epath.Path, *, part: int = 0, parts: int = 1) -> 
         if not (root / DIGESTS).exists():
             _read_state(epath.Path(root))
             return Verdict(str(root), None, checked=False)
-        rows = json.loads((root / DIGESTS).read_text(encoding="utf-8"))
+        rows = json_records.record(_Digests, {"files": json_records.loads((root / DIGESTS).read_bytes())}).files
         for name, (size, _) in rows.items():
+            if not (root / name).resolve().is_relative_to(root.resolve()):
+                raise ValueError(f"{DIGESTS} names a file outside it")
             if not (root / name).is_file():
                 raise ValueError(f"{name} is missing")
             if (found := (root / name).stat().st_size) != size:
@@ -364,10 +396,19 @@ def latest(workdir: str, *, good: bool = False) -> tuple[int, Meta] | None:
 def _read_state(folder: epath.Path, *, only: tuple[str, ...] | None = None) -> dict[str, Any]:
     """The saved state as numpy: all of it, or some of its parts."""
     tree = saved_tree(folder)
-    wanted = {name: part for name, part in tree.items() if only is None or name in only}
-    abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), wanted)
     with own_process(partial=True), reading(folder):
+        wanted = {name: part for name, part in tree.items() if only is None or name in only}
+        _check_claims(folder, wanted)
+        abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), wanted)
         return ocp.load_checkpointables(folder, {"state": abstract})["state"]
+
+
+def _check_claims(folder: epath.Path, tree: Any) -> None:
+    """Raises ValueError where arrays are far larger than the files can hold: reading them would fill the memory."""
+    claimed = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+    stored = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+    if claimed > _ALWAYS_FITS + _MOST_COMPRESSION * stored:
+        raise ValueError(f"its arrays claim {claimed:,} bytes, its files have {stored:,}")
 
 
 def load(path: str | Path, step: int | None = None) -> Loaded:
@@ -385,6 +426,8 @@ def load(path: str | Path, step: int | None = None) -> Loaded:
     meta = read_meta(folder)
     state = _read_state(folder, only=("params", "step"))
     found = _step_of(folder, meta)
+    if "params" not in state or np.shape(state.get("step", 0)) != ():
+        raise DataError(f"checkpoint {folder} has no params, or more than one step; copy it again")
     if int(state.get("step", found)) != found:
         raise DataError(
             f"checkpoint {folder} says step {found}, but its state has taken {state['step']} steps; copy it again"

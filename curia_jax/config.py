@@ -19,7 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
-from curia_common.errors import UserError
+from curia_common.errors import DataError, UserError
 
 PACKAGE = "curia_jax.configs"
 SIZE, CUSTOM, DIMENSIONS = "model.size", "custom", ("width", "depth", "heads", "mlp_width")
@@ -70,13 +70,19 @@ def from_checkpoint(plain: Mapping[str, Any]) -> ConfigDict:
 
     Args:
       plain: as it was saved, with lists for tuples.
+
+    Raises:
+      DataError: it is no config.
     """
-    config = ConfigDict({name: _with_tuples(value) for name, value in plain.items()})
-    for field, value in MISSING.items():
-        group, name = _find(config, field)
-        if group is not None and name not in group:
-            group[name] = value
-    _use_new_values(config)
+    try:
+        config = ConfigDict({name: _with_tuples(value) for name, value in plain.items()})
+        for field, value in MISSING.items():
+            group, name = _find(config, field)
+            if group is not None and name not in group:
+                group[name] = value
+        _use_new_values(config)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:  # ConfigDict raises them all
+        raise DataError("the config of the checkpoint is damaged; copy the checkpoint again") from error
     return config
 
 

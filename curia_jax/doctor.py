@@ -101,7 +101,8 @@ def examine(workdir: str) -> tuple[Diagnosis, str | None]:
     last = str(events[-1].get("event")) if events else ""
     state: State = "not started" if not starts else "interrupted"
     state = "running" if owner else LAST_EVENTS.get(last, state)
-    command = next((event["command"] for event in reversed(starts) if isinstance(event.get("command"), str)), None)
+    commands = [event["command"] for event in reversed(starts) if isinstance(event.get("command"), str)]
+    command = next((one for one in commands if one.isprintable()), None)
     ledger = goodput.read(workdir)
     summary = goodput.summarise(ledger) if ledger else None
     found = Diagnosis(
@@ -115,7 +116,9 @@ def examine(workdir: str) -> tuple[Diagnosis, str | None]:
 
 
 def _whole(value: Any) -> int | None:
-    return int(value) if isinstance(value, int | float) else None
+    from curia_jax import json_records
+
+    return int(value) if json_records.is_number(value) else None
 
 
 def last_error(folder: Path) -> str | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from curia_common.progress import format_seconds
-from curia_jax import journal
+from curia_jax import journal, json_records
 
 LEDGER = "goodput.jsonl"
 PHASES: tuple[str, ...] = ("starting", "compiling", "input_wait", "saving", "steps")
@@ -132,7 +132,7 @@ def read(workdir: str) -> list[Start]:
     starts: dict[str, Start] = {}
     for line in journal.read(Path(workdir) / LEDGER, _NUMBERS).lines:
         seconds = line.get("seconds")
-        if isinstance(seconds, dict) and all(isinstance(seconds.get(name), int | float) for name in PHASES):
+        if isinstance(seconds, dict) and all(json_records.is_number(seconds.get(name)) for name in PHASES):
             starts[str(line.get("id"))] = Start(
                 str(line.get("id")), int(line["start_step"]), int(line["step"]), float(line["began"]), float(line["time"]),
                 {name: float(seconds[name]) for name in PHASES},

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from curia_common import logs
+from curia_jax import json_records
 
 Line = dict[str, Any]  # of a file of JSON lines
 logger = logs.get_logger(__name__)
@@ -34,7 +35,7 @@ def read(path: Path, numbers: tuple[str, ...] = ()) -> Found:
     if path.is_file():
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             line = _parse(text)
-            if line is not None and all(_is_number(line.get(name)) for name in numbers):
+            if line is not None and all(json_records.is_number(line.get(name)) for name in numbers):
                 lines.append(line)
             elif text.strip("\0 "):  # a crash of the machine can leave a block of zeros
                 unreadable += 1
@@ -43,14 +44,10 @@ def read(path: Path, numbers: tuple[str, ...] = ()) -> Found:
 
 def _parse(text: str) -> Line | None:
     try:
-        line = json.loads(text)
+        line = json_records.loads(text)
     except ValueError:
         return None
     return line if isinstance(line, dict) else None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Writer:

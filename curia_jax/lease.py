@@ -21,6 +21,7 @@ import tensorstore as ts
 from curia_common import cli, logs
 from curia_common.errors import RestartError
 from curia_common.exit_codes import ExitCode
+from curia_jax import json_records
 
 FILE = "lock.json"
 LEASE_SECONDS = 60.0  # without a renewal; an owner on this machine that has died is known at once
@@ -129,14 +130,18 @@ class _Lock:
 def describe(content: bytes) -> str:
     """Whose lock this is, as messages call them."""
     facts = _facts(content)
-    when = datetime.datetime.fromtimestamp(facts.get("renewed", 0)).astimezone().strftime("%-d %B %H:%M:%S %Z")
-    return f"process {facts.get('process')} on {facts.get('host')} (alive on {when})"
+    with contextlib.suppress(ValueError, OverflowError, OSError):  # of a time that no clock shows
+        renewed = facts.get("renewed")
+        if json_records.is_number(renewed):
+            when = datetime.datetime.fromtimestamp(renewed).astimezone().strftime("%-d %B %H:%M:%S %Z")
+            return f"process {ascii(facts.get('process'))} on {facts.get('host')!a} (alive on {when})"
+    return "a process that its damaged lock does not name"
 
 
 def _facts(content: bytes) -> dict[str, Any]:
     """What the lock says; nothing where it is damaged, which has to wait until the lease runs out."""
     try:
-        facts = json.loads(content)
+        facts = json_records.loads(content)
     except ValueError:
         return {}
     return facts if isinstance(facts, dict) else {}
@@ -151,7 +156,7 @@ def _ended(content: bytes) -> bool:
     if process == os.getpid():
         return True  # of an earlier container with the same name, where this was the first process too
     try:
-        if isinstance(process, int):
+        if isinstance(process, int) and process > 0:
             os.kill(process, 0)
     except ProcessLookupError:
         return True

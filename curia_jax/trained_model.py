@@ -64,6 +64,10 @@ def load(path: str | Path, step: int | None = None) -> TrainedModel:
         raise DataError(
             f"the config of checkpoint {loaded.path} has no {missing[0]}; convert it with the version that trained it"
         )
+    if not isinstance(config.model, ml_collections.ConfigDict) or type(config.seed) is not int:
+        raise DataError(
+            f"the config of checkpoint {loaded.path} is damaged: model or seed is of another type; copy it again"
+        )
     return TrainedModel(
         config=model_config(config.model, loaded.params),
         params=loaded.params,
@@ -87,8 +91,8 @@ def model_config(settings: ml_collections.ConfigDict, params: Params) -> mae.MAE
     try:
         config = mae.config(**{**settings.to_dict(), "dtype": "float32", "remat": "none"})
         mae.bind(config, params)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"the checkpoint does not hold the model of its config: {error}") from error
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise DataError(f"the checkpoint does not hold the model of its config: {checkpoint.reason(error)}") from error
     return config
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from curia_common import signals
 from curia_jax import profiling, training
+from tests import two_hosts
 
 
 @pytest.mark.parametrize("asked_by", ["file", "signal"])
@@ -42,3 +43,13 @@ def test_profile_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) -> 
         time.sleep(0.1)
         for step in range(1, 20):
             profiler.follow(training.Report(step, {}, 0.0, 0.0))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("asked_by", "steps"), [("SIGUSR2", profiling.STEPS), ("request", 2)])
+def test_request_on_one_host_traces_every_host(asked_by: str, steps: int, tmp_path: Path) -> None:
+    ends = two_hosts.run(tmp_path, asked_by, who=1)
+    assert [end.code for end in ends] == [0, 0], [end.err for end in ends]
+    for host, end in enumerate(ends):
+        assert len(list((tmp_path / profiling.FOLDER).glob(f"step-*/host-{host}/**/*.xplane.pb"))) == 1
+        assert f"profiling {steps} steps from step " in end.log

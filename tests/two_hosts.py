@@ -46,6 +46,20 @@ def action(args):
             abstract = {"params": jax.ShapeDtypeStruct((), jnp.uint32, sharding=everywhere)}
             step = jax.jit(lambda state, batch: (state, {}), donate_argnums=0)
             corruption.Check(step, abstract, mesh, start_step=0, every=1)(state, None)
+        if fault in ("SIGUSR2", "request"):
+            from jax.experimental import multihost_utils
+            from curia_common import signals
+            from curia_jax import profiling, training
+            received = closing.enter_context(signals.receiving())
+            profiler = closing.enter_context(profiling.Profiler(folder, received))
+            if me == who:
+                os.kill(os.getpid(), signal.SIGUSR2) if fault == "SIGUSR2" else pathlib.Path(folder, profiling.REQUEST).write_text("2")
+            step, traced = 0, False
+            while not multihost_utils.process_allgather(jnp.array(traced)).all():
+                step, numbers = step + 1, jax.block_until_ready(total(numbers))
+                dog.beat(f"taking step {step}")
+                profiler.follow(training.Report(step, {}, 0.0, 0.0))
+                traced = bool(list(pathlib.Path(folder, profiling.FOLDER).glob(f"*/host-{me}/**/*.xplane.pb")))
         for step in range(10):
             dog.beat(f"taking step {step}")
             if step == 5 and me == who and fault:
@@ -56,7 +70,7 @@ def action(args):
                     raise ZeroDivisionError("a bug")
                 if fault == "stuck":
                     time.sleep(1000)
-                if fault.startswith("SIG"):
+                if fault.startswith("SIG") and fault != "SIGUSR2":
                     os.kill(os.getpid(), getattr(signal, fault))
             numbers = jax.block_until_ready(total(numbers))
         hosts.meet_at_the_end(60)

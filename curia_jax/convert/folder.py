@@ -14,6 +14,7 @@ import safetensors.numpy
 
 from curia_common import cli
 from curia_common.errors import StorageError, UserError
+from curia_jax import json_records
 
 WEIGHTS, CONFIG, PREPROCESSOR, CARD = "model.safetensors", "config.json", "preprocessor_config.json", "README.md"
 FILES = (WEIGHTS, CONFIG, PREPROCESSOR, CARD)
@@ -73,7 +74,8 @@ def check_replaceable(output: Path) -> None:
             "command did not write and would delete; name another --output"
         )
     try:
-        ours = OWN in json.loads((output / CONFIG).read_text(encoding="utf-8"))
+        content = json_records.loads((output / CONFIG).read_bytes())
+        ours = isinstance(content, dict) and OWN in content
     except (OSError, ValueError):
         ours = False
     if not ours:

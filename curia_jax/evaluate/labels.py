@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Int, Shaped
 
-from curia_common.errors import DataError, UserError
+from curia_common.errors import UserError
+from data_pipeline.format import files
 
 # Columns of every shard folder that can be probed like a label.
 TECHNICAL = ("modality", "plane", "body_part")
@@ -77,10 +77,7 @@ def read_index(shards: str | Path) -> pa.Table:
         run = (Path(shards) / "checkpoints").exists()
         hint = " (which looks like a work directory of curia_jax.pretrain)" if run else ""
         raise UserError(f"no index.parquet in {shards}{hint}; --shards takes the folder that data_pipeline.build wrote")
-    try:
-        return pq.read_table(path)
-    except pa.ArrowException as error:
-        raise DataError(f"{path} is damaged; build the shards again or copy it again") from error
+    return files.read_table(path, dict.fromkeys(("split", "patient", "series", "modality"), pa.string()))
 
 
 def available(index: pa.Table) -> list[str]:

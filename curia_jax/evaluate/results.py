@@ -3,12 +3,12 @@
 import csv
 import dataclasses
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal
 
 from curia_common.errors import DataError, UserError
+from curia_jax import json_records
 
 PATIENTS = "patients"
 # The backbones that every table has beside those that a user names: an encoder of the same shape with random weights, the
@@ -24,7 +24,6 @@ COLUMNS: tuple[str, ...] = (
 RESULTS, TABLE = "results.json", "results.csv"  # in the folder that --output names
 SHARDS = "shards/"  # before the label in the name of a task that is a label of a shard folder
 
-Record = TypeVar("Record")
 Row = Mapping[str, Any]  # of the JSON file
 Setting = Mapping[str, float | int | bool]
 
@@ -202,27 +201,33 @@ class Score:
         """Reads a row that `to_row` made.
 
         Raises:
-          KeyError: a field is missing.
+          ValueError: a field is missing or of another type.
         """
-        fit = _record(Fit, row) if "selection" in row else None
-        provenance = _record(Provenance, row) if "weights_sha256" in row else None
-        own = {name: row[name] for name in _OF_SCORE}
-        return cls(study=_record(Study, row), fit=fit, provenance=provenance, **own)
+        return cls(
+            study=json_records.record(Study, row),
+            fit=json_records.record(Fit, row) if "selection" in row else None,
+            provenance=json_records.record(Provenance, row) if "weights_sha256" in row else None,
+            **vars(json_records.record(_Own, row)),
+        )
 
 
-_OF_SCORE = (
-    "backbone", "against", "head", "features", "metric", "value", "low", "high", "degenerate_draws", "draws_without_a_class",
-)  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class _Own:
+    """The fields of a score that are not of its study, fit or provenance, in the order of a row."""
+
+    backbone: str
+    against: str | None
+    head: str
+    features: str | None
+    metric: Literal["auroc", "accuracy", "balanced_accuracy"]
+    value: float | None
+    low: float | None
+    high: float | None
+    degenerate_draws: int
+    draws_without_a_class: int
 
 
-def _record(kind: type[Record], row: Row) -> Record:
-    """The part of a row that a record holds."""
-    fields = dataclasses.fields(kind)  # pyright: ignore[reportArgumentType] - only dataclasses are passed
-    return kind(**{field.name: _with_tuples(row[field.name]) for field in fields})
-
-
-def _with_tuples(value: Any) -> Any:
-    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+_OF_SCORE = tuple(field.name for field in dataclasses.fields(_Own))
 
 
 def read(path: str | Path) -> list[Score]:
@@ -233,12 +238,12 @@ def read(path: str | Path) -> list[Score]:
       DataError: it holds something else.
     """
     try:
-        return [Score.from_row(row) for row in read_rows(Path(path)) if row["status"] == OK]
+        return [Score.from_row(row) for row in read_rows(Path(path)) if row.get("status") == OK]
     except FileNotFoundError:
         raise UserError(f"no file {path}; python -m curia_jax.evaluate --output writes results.json in it") from None
-    except (KeyError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise DataError(
-            f"{path} does not hold rows of this version of python -m curia_jax.evaluate: no {error}"
+            f"{path} does not hold rows of this version of python -m curia_jax.evaluate: {error}"
         ) from error
 
 
@@ -247,12 +252,17 @@ def read_rows(path: Path) -> list[Row]:
 
     Raises:
       FileNotFoundError: no such file.
-      DataError: it is not JSON.
+      DataError: it is not JSON, or not a list of objects.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        content = json_records.loads(path.read_bytes())
+    except ValueError as error:
         raise DataError(f"{path} is not a JSON file: {error}") from None
+    if not isinstance(content, list) or not all(isinstance(row, dict) and "status" in row for row in content):
+        raise DataError(
+            f"{path} does not hold rows of this version of python -m curia_jax.evaluate: it is not a list of them"
+        )
+    return content
 
 
 def rows(scores: Sequence[Score | NotScored]) -> list[Row]:

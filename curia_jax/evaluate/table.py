@@ -27,5 +27,5 @@ def show(scores: Sequence[Score]) -> None:
             line = lines.setdefault((score.study.title, features, score.head), {})
             line[score.metric] = f"{score.value_text} {score.interval_text}"
         for key, values in lines.items():
-            table.add_row(*key, *(values[name] for name in metrics))
+            table.add_row(*key, *(values.get(name, "") for name in metrics))
         console.print(table)

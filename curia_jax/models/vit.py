@@ -87,7 +87,7 @@ class ViTConfig:
             if getattr(self, name) not in names:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it may be {', '.join(names)}")
         if not 1 <= self.unroll <= self.depth or self.depth % self.unroll:
-            good = ", ".join(str(n) for n in range(1, self.depth + 1) if self.depth % n == 0)
+            good = ", ".join(str(n) for n in range(1, min(self.depth, 1000) + 1) if self.depth % n == 0)
             raise ValueError(f"unroll {self.unroll} does not divide the depth {self.depth}; it may be {good}")
 
     @property

@@ -78,9 +78,7 @@ def input_facts(config: ml_collections.ConfigDict, examples: int | None) -> Inpu
 
 def stored_bytes(folder: str) -> float:
     """Mean bytes of a slice in a shard folder, over all splits."""
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(Path(folder) / shards.SHARDS, columns=["bytes", "slices"])
+    table = shards.read_shards(Path(folder))
     return sum(table["bytes"].to_pylist()) / max(1, sum(table["slices"].to_pylist()))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from curia_common.errors import UserError
+from curia_jax import json_records
 from curia_jax.plan.topologies import Topology
 
 
@@ -45,10 +46,8 @@ def load(path: str | None) -> PriceTable:
     if path is None:
         return PRICES
     try:
-        table = json.loads(Path(path).read_text(encoding="utf-8"))
-        per_chip_hour = {str(k): None if v is None else float(v) for k, v in table["per_chip_hour"].items()}
-        return PriceTable(str(table["date"]), str(table["currency"]), per_chip_hour)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return json_records.record(PriceTable, json_records.loads(Path(path).read_bytes()))
+    except (OSError, ValueError) as error:
         raise UserError(
             f"cannot read the price table {path} ({type(error).__name__}: {error}); its form is: "
             f"{json.dumps(dataclasses.asdict(PRICES))}"

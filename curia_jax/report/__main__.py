@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from curia_common import cli, logs
-from curia_common.errors import DataError, UserError
+from curia_common.errors import UserError
 from curia_common.exit_codes import ExitCode
 
 EXAMPLES = """
@@ -55,11 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report(args: argparse.Namespace) -> None:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     from curia_jax import trained_model
     from curia_jax.evaluate import labels, results
     from curia_jax.report import findings, page, pictures, run_log, sections, timeline
+    from data_pipeline.format import files
     from data_pipeline.format.shards import MANIFEST, SliceSource
 
     # ---- inputs
@@ -72,10 +72,9 @@ def report(args: argparse.Namespace) -> None:
     scores = [score for score in every_score if score.study.task not in controls]
     story = timeline.read(args.timeline) if args.timeline else None
     index = labels.read_index(args.shards)
-    try:
-        manifest = pq.read_table(Path(args.shards, MANIFEST))
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{args.shards} has no readable {MANIFEST}; build the shards again or copy it again") from error
+    manifest = files.read_table(
+        Path(args.shards, MANIFEST), {"fate": pa.string(), "reason": pa.string()}, nullable=("reason",)
+    )
     if args.weights and not Path(args.weights).is_dir():
         raise UserError(f"--weights={args.weights} is not a folder; name the parent of the folders that convert wrote")
     layouts = sorted(path for path in Path(args.weights).iterdir() if path.is_dir()) if args.weights else []

@@ -3,15 +3,13 @@
 import dataclasses
 import math
 import statistics
-import types
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from curia_common import logs
 from curia_common.errors import DataError, UserError
-from curia_jax import journal
+from curia_jax import journal, json_records
 
 logger = logs.get_logger(__name__)
 
@@ -120,7 +118,7 @@ def _records(path: Path, kind: type[Record]) -> tuple[tuple[Record, ...], list[j
     """The lines of a file that make records, as records and as they are."""
     if not path.is_file():
         raise UserError(f"no {path.name} in {path.parent}; --run takes the work directory of curia_jax.pretrain")
-    found = journal.read(path)
+    found = journal.read(path, ("time",))
     both = [(record, line) for line in found.lines if (record := _record(kind, line)) is not None]
     damaged = found.unreadable + len(found.lines) - len(both)
     if not both and damaged:
@@ -133,22 +131,8 @@ def _records(path: Path, kind: type[Record]) -> tuple[tuple[Record, ...], list[j
 
 
 def _record(kind: type[Record], line: Line) -> Record | None:
-    """The line as a record; None where a field is missing or of another type."""
-    values = {}
-    for field in dataclasses.fields(kind):  # pyright: ignore[reportArgumentType] - only dataclasses are passed
-        value = line.get(field.name, field.default)
-        if value is dataclasses.MISSING or not _fits(value, field.type):
-            return None
-        values[field.name] = value
-    return kind(**values)
-
-
-def _fits(value: Any, wanted: Any) -> bool:
-    """Whether a value of JSON is of the type of a field."""
-    if isinstance(wanted, types.UnionType):
-        return any(_fits(value, one) for one in wanted.__args__)
-    if wanted in (int, float):
-        return isinstance(value, int | wanted) and not isinstance(value, bool)
-    if typing.get_origin(wanted) is Mapping:
-        return isinstance(value, Mapping) and all(_fits(one, typing.get_args(wanted)[1]) for one in value.values())
-    return isinstance(value, wanted)
+    """The line as a record; None where a field is missing or of another type. Losses of a run that diverged are not finite."""
+    try:
+        return json_records.record(kind, line, finite=False)
+    except ValueError:
+        return None

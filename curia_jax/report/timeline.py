@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from curia_common.errors import DataError, UserError
+from curia_jax import json_records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +74,8 @@ def read(path: str | Path) -> Timeline:
       DataError: it holds something else.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        stages = {
-            name: Stage(**{**stage, "commands": tuple(stage["commands"])}) for name, stage in content["stages"].items()
-        }
-        following = tuple((purpose, tuple(words)) for purpose, words in content["next"])
-        return Timeline(**{**content, "stages": stages, "next": following})
+        return json_records.record(Timeline, json_records.loads(Path(path).read_bytes()))
     except FileNotFoundError:
         raise UserError(f"no file {path}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, IsADirectoryError) as error:
         raise DataError(f"{path} is not the record that curia_jax.demo writes: {error}") from error

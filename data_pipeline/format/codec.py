@@ -22,6 +22,7 @@ blosc2.set_releasegil(True)
 RAW, DELTA = 0, 1
 NAMES = {RAW: "raw", DELTA: "row delta + zigzag + blosc2 zstd-3"}
 
+LONGEST_SIDE = 0xFFFF  # px
 _BAND = 16  # rows
 # Slices whose deltas are added up together: more of them, or more bytes, gain nothing.
 _TOGETHER, _TOGETHER_BYTES = 8, 4 << 20
@@ -41,7 +42,7 @@ def encode(pixels: UInt16[np.ndarray, "height width"], codec: int = DELTA) -> by
       ValueError: an unknown codec, or a side over 65,535 px.
     """
     height, width = pixels.shape
-    if max(height, width) > 0xFFFF or min(height, width) < 1:
+    if max(height, width) > LONGEST_SIDE or min(height, width) < 1:
         raise ValueError(f"a slice of {height}x{width} px cannot be encoded; sides go from 1 to 65535")
     header = _HEADER.pack(codec, height, width)
     if codec == RAW:

@@ -3,12 +3,14 @@
 import contextlib
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from curia_common.errors import DataError
 
 Json = dict[str, Any]  # an object of a JSON file, right before it is written or right after it is read
 ROWS_TOGETHER = 1 << 18  # of a row group
@@ -51,6 +53,35 @@ def write_tables(path: Path, schema: pa.Schema, tables: Iterable[pa.Table], *, p
 def beside(path: Path) -> Path:
     """A temporary name in the same folder that no other process uses, on any machine."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def read_table(
+    path: Path, wanted: Mapping[str, pa.DataType], nullable: Collection[str] = (), **options: Any
+) -> pa.Table:
+    """A Parquet file that this project writes.
+
+    Args:
+      wanted: columns that it has to have, each with a value in every row, and their types, to which they are cast.
+      nullable: those of them that may lack values.
+      options: of pyarrow.parquet.read_table.
+
+    Raises:
+      DataError: it cannot be read, or is another table.
+    """
+    try:
+        table = pq.read_table(path, **options)
+        if missing := [name for name in wanted if table.column_names.count(name) != 1]:
+            raise ValueError(f"it has no column {missing[0]}")
+        table.validate(full=True)  # that texts are UTF-8, above all
+        for name, kind in wanted.items():
+            column = table[name].cast(kind)
+            if column.null_count and name not in nullable:
+                raise ValueError(f"its column {name} lacks values")
+            table = table.set_column(table.column_names.index(name), name, column)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        why = f" ({error})" if type(error) is ValueError else ""
+        raise DataError(f"{path} is damaged{why}; copy the dataset again or build it again") from error
+    return table
 
 
 @contextlib.contextmanager

@@ -30,7 +30,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue] - an extension module
 from jaxtyping import UInt16
 
@@ -72,6 +71,59 @@ class ShardRow(NamedTuple):
     largest_width: int
     slice_counts: list[int] | None
     addition: int
+
+
+# Of the columns that a reader needs.
+_SHARD_TYPES: dict[str, pa.DataType] = {
+    **dict.fromkeys(("file", "split", "sha256"), pa.string()),
+    **dict.fromkeys(("records", "slices", "bytes", "largest_height", "largest_width", "addition"), pa.int64()),
+    "slice_counts": pa.list_(pa.int32()),
+}
+_AXES = ("rows", "columns", "slices")
+_INDEX_TYPES: dict[str, pa.DataType] = {
+    **dict.fromkeys(("split", "shard", *records.TEXT, *records.SLICE_TEXT), pa.string()),
+    **dict.fromkeys(("record", "slot", "height", "width", *records.SLICE_INTEGERS), pa.int64()),
+    **dict.fromkeys((*records.NUMBERS, *records.SLICE_NUMBERS, *(f"spacing_{axis}" for axis in _AXES)), pa.float64()),
+}
+
+
+def read_shards(folder: Path) -> pa.Table:
+    """shards.parquet, one row for each ShardRow, with numbers that can be those of the shards.
+
+    Raises:
+      UserError: there is none.
+      DataError: it is damaged.
+    """
+    path = folder / SHARDS
+    if not path.is_file():
+        raise UserError(
+            f"no shards in {folder}: it has no {SHARDS}; data_pipeline.build writes one when it has finished"
+        )
+    table = files.read_table(path, _SHARD_TYPES, nullable=("slice_counts",))
+    for row in table.to_pylist():
+        counts, name = row["slice_counts"], row["file"]
+        sizes = min(row["records"], row["slices"], row["bytes"], row["largest_height"], row["largest_width"])
+        largest = max(row["largest_height"], row["largest_width"])
+        if counts is None:
+            agree = row["slices"] == row["records"]
+        else:
+            agree = (
+                len(counts) == row["records"]
+                and all(count is not None and count > 0 for count in counts)
+                and sum(counts) == row["slices"]
+            )
+        # A record has bytes, so that this also bounds how much memory the table of records takes.
+        if (
+            sizes < 1
+            or largest > codec.LONGEST_SIDE
+            or row["records"] > row["bytes"]
+            or row["addition"] < 0
+            or not agree
+        ):
+            raise DataError(f"{path} is damaged: the numbers of {name[:60]!a} cannot be right; {REMEDY}")
+        if not name or Path(name).name != name or not name.isprintable():
+            raise DataError(f"{path} is damaged: {name[:60]!a} is not a file of this folder; {REMEDY}")
+    return table
 
 
 def file_name(dataset: str, split: str, number: int) -> str:
@@ -191,15 +243,7 @@ class SliceSource:
 
     def __init__(self, folder: str | Path, split: str, *, additions: int | None = None) -> None:
         self.folder, self.split = Path(folder), split
-        table_path = self.folder / SHARDS
-        if not table_path.is_file():
-            raise UserError(
-                f"no shards in {folder}: it has no {SHARDS}; data_pipeline.build writes one when it has finished"
-            )
-        try:
-            table = pq.read_table(table_path)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{table_path} is damaged; copy the dataset again or build it again") from error
+        table = read_shards(self.folder)
         splits = sorted(set(table["split"].to_pylist()))
         for name in split.split("+"):
             if name not in splits:
@@ -242,9 +286,10 @@ class SliceSource:
         Not compared with dataset_info.json, which an interrupted addition leaves ahead. Tables of versions before 0.3 do not say.
         """
         published = (table.schema.metadata or {}).get(COUNT)
-        if published is not None and int(published) != len(table):
+        if published is not None and published != str(len(table)).encode():
             raise DataError(
-                f"{self.folder / SHARDS} lists {len(table):,} shards, but was written with {int(published):,}; {REMEDY}"
+                f"{self.folder / SHARDS} lists {len(table):,} shards, but was written with {published[:20].decode('ascii', 'replace')}; "
+                f"{REMEDY}"
             )
 
     def __getstate__(self) -> dict:
@@ -262,7 +307,7 @@ class SliceSource:
         """One row per slice of this split: the columns of index.parquet. Read at the first use."""
         if self._index is None:
             # While exams are being added the index may already name shards that are not part of this dataset.
-            table = pq.read_table(self.folder / INDEX, filters=[("split", "in", self._splits)])
+            table = files.read_table(self.folder / INDEX, _INDEX_TYPES, filters=[("split", "in", self._splits)])
             table = table.filter(pc.field("shard").isin(self._files))
             self._index = table.sort_by([("shard", "ascending"), ("record", "ascending"), ("slot", "ascending")])
         return self._index

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from curia_common.errors import DataError, UserError
 from data_pipeline.format import records, shards
@@ -31,14 +30,7 @@ def splits_of(folder: Path) -> list[str]:
       UserError: there is no dataset in the folder.
       DataError: its table of shards is damaged.
     """
-    path = folder / shards.SHARDS
-    if not path.is_file():
-        raise UserError(f"no dataset in {folder}: it has no {shards.SHARDS}; data_pipeline.build writes one")
-    try:
-        found = set(pq.read_table(path, columns=["split"])["split"].to_pylist())
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is damaged; copy the dataset again or build it again") from error
-    return sorted(found)
+    return sorted(set(shards.read_shards(folder)["split"].to_pylist()))
 
 
 def select_series(index: pa.Table, wanted: Sequence[str]) -> pa.Table:
@@ -121,11 +113,15 @@ def print_slice(source: shards.SliceSource, index: pa.Table, number: int) -> Non
     if not 0 <= number < len(index):
         raise UserError(f"--slice={number}: the selection has slices 0 to {len(index) - 1}")
     row = index.slice(number, 1).to_pylist()[0]
-    record = records.parse(source.read(row["number"])[0])
     slot = row["slot"]
+    try:
+        record = records.parse(source.read(row["number"])[0])
+        entry = record.entries[slot]
+    except Exception as error:  # protobuf raises its own kinds
+        raise DataError(f"{source.place(row['number'])} is damaged; {shards.REMEDY}") from error
     print(f"slice {number}: {row['shard']}, record {row['record']}, slot {slot} of {len(record.slices)}")
-    fields: dict = vars(record.header) | record.entries[slot]._asdict()
-    flags = record.entries[slot].flags
+    fields: dict = vars(record.header) | entry._asdict()
+    flags = entry.flags
     fields["flags"] = f"{flags} ({', '.join(flag_names(flags)) or 'none'})"
     fields["slices"] = f"{len(record.slices[slot]):,} bytes for {row['height']}x{row['width']} px of 16 bit"
     fields |= {name: row[name] for name in index.column_names if name.startswith("label_")}

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue] - an extension module
 
 from curia_common import progress
-from curia_common.errors import UserError, fault_location
+from curia_common.errors import DataError, UserError, fault_location
 from data_pipeline import workers
 from data_pipeline.format import codec, records, shards
 from data_pipeline.format.files import Json
@@ -78,7 +78,7 @@ def verify(folder: Path, *, workers_count: int = 1, holdout: str | None = None, 
         raise UserError(
             f"no dataset in {folder}: it has no {shards.SHARDS}; data_pipeline.build writes it when it has finished"
         )
-    table, problems = _read_shard_table(folder)
+    table, problems = check_tables(folder)
     report = Report(str(folder), problems=tuple(problems))
     if table is not None:
         report = _verify_shards(folder, table, problems, workers_count)
@@ -94,10 +94,7 @@ def _verify_shards(folder: Path, table: Sequence[ShardRow], problems: Sequence[s
     names = {row.file for row in table}
     unfinished = pending(folder, names)
     strays = {path.name for path in folder.glob("[!.]*.array_record*")} - names - unfinished
-    problems = [
-        *problems, *_index_problems(folder, table), *_tfds_problems(folder, table), *_card_problems(folder, table),
-        *(f"{name} is not in {shards.SHARDS}" for name in sorted(strays)),
-    ]  # fmt: skip
+    problems = [*problems, *(f"{name} is not in {shards.SHARDS}" for name in sorted(strays))]
     tasks = [(str(folder), row) for row in table]
     found: dict[int, ShardFindings] = {}
     done = 0
@@ -168,28 +165,42 @@ def _patients_in(place: str, key: bytes) -> set[str]:
 # ---- the tables
 
 
-def _read_shard_table(folder: Path) -> tuple[list[ShardRow] | None, list[str]]:
-    """The rows of shards.parquet, or None where they are unusable; and what is wrong with them."""
+class Tables(NamedTuple):
+    """The rows of shards.parquet, None where they are unusable; and what is wrong with it and what has to agree with it."""
+
+    rows: list[ShardRow] | None
+    problems: list[str]
+
+
+def check_tables(folder: Path) -> Tables:
+    """Checks everything in a dataset folder but the shards themselves."""
     try:
-        table = pq.read_table(folder / shards.SHARDS)
-    except (pa.ArrowException, OSError) as error:
-        return None, [f"{shards.SHARDS} cannot be read ({type(error).__name__})"]
-    missing = [name for name in ShardRow._fields if name not in table.column_names]
-    if missing:
-        return None, [f"{shards.SHARDS} has no column {', '.join(missing)}"]
+        table = shards.read_shards(folder)
+    except DataError as error:
+        return Tables(None, [str(error)])
     rows = [ShardRow(**row) for row in table.select(list(ShardRow._fields)).to_pylist()]
     if not rows:
-        return None, [f"{shards.SHARDS} names no shard"]
-    problems = []
-    for name, count in collections.Counter(row.file for row in rows).items():
-        if count > 1:
-            problems.append(f"{shards.SHARDS} names {name} {count} times")
-        if Path(name).name != name:
-            return None, [*problems, f"{shards.SHARDS} names {name!r}, which is no file of this folder"]
+        return Tables(None, [f"{shards.SHARDS} names no shard"])
+    problems = _shard_table_problems(rows)
+    for name, check in (
+        (shards.INDEX, _index_problems),
+        ("TFDS's JSON", _tfds_problems),
+        (shards.CARD, _card_problems),
+    ):
+        try:
+            problems += check(folder, rows)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with one, the others are checked too
+            problems.append(f"{name} cannot be read ({fault_location(error)})")
+    return Tables(rows, problems)
+
+
+def _shard_table_problems(rows: Sequence[ShardRow]) -> list[str]:
+    counts = collections.Counter(row.file for row in rows)
+    problems = [f"{shards.SHARDS} names {name} {count} times" for name, count in counts.items() if count > 1]
     for row in rows:
         if row.split not in pseudonyms.SPLITS:
             problems.append(f"{shards.SHARDS}: {row.file} is of split {row.split!r}, which does not exist")
-    return rows, problems
+    return problems
 
 
 def pending(folder: Path, known: Collection[str]) -> set[str]:

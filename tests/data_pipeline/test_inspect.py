@@ -145,6 +145,6 @@ def test_diff_under_other_key_compares_pixels(study: Path, tmp_path: Path, run_b
 
 
 def test_wrong_usage_is_one_line(dataset: Path, tmp_path: Path, run_inspect) -> None:
-    assert "no dataset in" in run_inspect(tmp_path).error
+    assert "no shards in" in run_inspect(tmp_path).error
     assert "no split 'dev'" in run_inspect(dataset, "--split", "dev").error
     assert run_inspect(dataset, "--count", 0).error == "error: --count is 0; it has to be at least 1"

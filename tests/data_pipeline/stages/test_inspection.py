@@ -28,13 +28,18 @@ def index(*changes: dict[str, Any]) -> pa.Table:
 
 
 def test_splits_are_those_of_the_shard_table(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"split": ["train", "test", "train"]}), tmp_path / shards.SHARDS)
+    rows = [
+        shards.ShardRow(str(n), split, 1, 1, 9, "0" * 64, 8, 8, None, 0)
+        for n, split in enumerate(("train", "test", "train"))
+    ]
+    columns = {name: [getattr(row, name) for row in rows] for name in shards.ShardRow._fields}
+    pq.write_table(pa.table(columns), tmp_path / shards.SHARDS)
     assert inspection.splits_of(tmp_path) == ["test", "train"]
     (tmp_path / shards.SHARDS).write_bytes(b"PAR1")
     with pytest.raises(DataError, match="shards.parquet is damaged; copy the dataset again or build it again"):
         inspection.splits_of(tmp_path)
     (tmp_path / shards.SHARDS).unlink()
-    with pytest.raises(UserError, match="no dataset in .*: it has no shards.parquet; data_pipeline.build writes one"):
+    with pytest.raises(UserError, match="no shards in .*: it has no shards.parquet; data_pipeline.build writes one"):
         inspection.splits_of(tmp_path)
 
 
