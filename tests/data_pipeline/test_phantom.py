@@ -69,3 +69,44 @@ def test_unknown_series_exits_2_with_the_choices(tmp_path: Path, run_phantom) ->
     result = run_phantom("--output", tmp_path / "p", "--series", "abdomen_ct,pelvis_ct")
     assert result.code == 2
     assert result.error == "error: --series: no series 'pelvis_ct'; there are: chest_ct, abdomen_ct, head_t1, head_t2"
+
+
+# ---- suites of tasks
+
+TWO = ("--suite=curiabench", "--patients", 3, "--size", 32)
+
+
+def test_suite_bytes_follow_from_the_seed_alone(tmp_path: Path, run_phantom) -> None:
+    for name, seed, tasks in (("a", 0, "ich,oasis"), ("b", 0, "oasis"), ("c", 1, "oasis")):
+        result = run_phantom(*TWO, "--output", tmp_path / name, "--seed", seed, "--tasks", tasks)
+        assert result.code == 0, result.err
+    first, same, other = (tree(tmp_path / name / "oasis") for name in "abc")
+    assert first == same and set(first) == {"train.parquet", "val.parquet", "test.parquet", "README.md"}
+    assert all(first[name] != other[name] for name in first)
+
+
+def test_suite_shows_progress_and_the_tasks_it_wrote(tmp_path: Path, run_phantom) -> None:
+    result = run_phantom(*TWO, "--output", tmp_path / "s", "--tasks", "kits")
+    assert result.out == ""
+    first, last = result.err.splitlines()
+    assert (
+        first.startswith("phantom: 15 patients in ")
+        and last == f"1 tasks in {tmp_path / 's'}; README.md says what is in them"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--suite=curiabench", "--tasks=kits,kats"], "--tasks: no task 'kats'; there are: anatomy-ct, "),
+        (["--suite=curiabench", "--varied"], "--varied is not for --suite"),
+        (["--suite=curiabench", "--slices=5"], "--slices is not for --suite"),
+        (["--suite=curiabench", "--patients=2"], "--patients is 2; it has to be at least 3"),
+        (["--suite=curiabench", "--size=16"], "--size is 16; it has to be at least 32"),
+        (["--tasks=kits"], "--tasks is only for --suite"),
+    ],
+)
+def test_wrong_suite_option_exits_2_and_writes_nothing(tmp_path: Path, run_phantom, words: list, text: str) -> None:
+    result = run_phantom("--output", tmp_path / "s", *words)
+    assert result.code == 2 and text in result.error
+    assert not (tmp_path / "s").exists()

@@ -7,12 +7,12 @@ import pydicom
 import pytest
 
 from curia_common.errors import UserError
-from data_pipeline import synthetic_exams
+from data_pipeline import synthetic_anatomy, synthetic_exams
 from data_pipeline.sources import geometry, volumes
 from data_pipeline.sources.dicom_header import read_header
 from data_pipeline.stages import exclusion
 
-LABELS = synthetic_exams.LABELS
+LABELS = synthetic_anatomy.LABELS
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -128,7 +128,7 @@ def test_ct_values_equal_the_organs_hu(volumes_of) -> None:
                 values = volume.values[interior(volume.labels, LABELS[name])]
                 if len(values) > 30:
                     # Patients differ by 4 HU (standard deviation); three of them, and the blur at air.
-                    assert values.mean() == pytest.approx(synthetic_exams.HU[name][0], abs=15), name
+                    assert values.mean() == pytest.approx(synthetic_anatomy.HU[name][0], abs=15), name
             assert volume.values.min() >= -1024
     bone = np.concatenate([v.values[v.labels == LABELS["bone"]] for v in volumes_of["chest", "CT"]])
     assert 200 < np.median(bone) < 600
@@ -137,7 +137,7 @@ def test_ct_values_equal_the_organs_hu(volumes_of) -> None:
 def test_ct_has_noise_and_partial_volume(volumes_of) -> None:
     volume = volumes_of["abdomen", "CT"][0]
     outside = volume.values[interior(volume.labels, LABELS["outside"])]
-    assert 5 < outside.std() < synthetic_exams.CT_NOISE_HU * 1.2  # blurred a little
+    assert 5 < outside.std() < synthetic_anatomy.CT_NOISE_HU * 1.2  # blurred a little
     # Between air and skin lie values of neither, in a rim of about a voxel.
     rim = ((volume.values > -800) & (volume.values < -300)).mean()
     assert 0.002 < rim < 0.05
