@@ -12,6 +12,7 @@ from curia_common.errors import DoesNotFitError
 
 ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 PREFIX = "CURIA_LAUNCH_"
+RECORDS = "launch"  # folder in a work directory where launcher and workers leave each other notes
 # Set by the cloud for the processes of several TPU slices, and by nobody else.
 MEGASCALE = "MEGASCALE_"
 MEGASCALE_SLICES = "MEGASCALE_NUM_SLICES"

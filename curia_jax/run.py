@@ -23,7 +23,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 import curia_common
-from curia_common import cli, logs, processes, signals
+from curia_common import cli, launching, logs, processes, signals
 from curia_common.errors import DataError, DivergedError, RestartError, UserError
 from curia_common.exit_codes import ExitCode
 from curia_common.progress import Progress
@@ -59,6 +59,7 @@ OWN_FILES = {
     lease.FILE,
     profiling.FOLDER,
     profiling.REQUEST,
+    launching.RECORDS,
 }
 NO_WATCHDOG_SECONDS = 86_400  # that a host waits for another one where the watchdog is off
 

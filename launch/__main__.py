@@ -28,6 +28,8 @@ LOCAL = "local"
 TARGETS = {
     LOCAL: "launch.local",
     "gke": "launch.gke",
+    "queued-resources": "launch.queued_resources",
+    "slurm": "launch.slurm",
 }  # name -> module that is a rendering.Target
 MANAGE = ("status", "logs", "stop", "restart")
 
@@ -42,6 +44,8 @@ def parser() -> argparse.ArgumentParser:
 python -m launch --target=local --topology=cpu:4x2 -- pretrain --config=demo --workdir=runs/first --config.data.shards=demo/shards
 python -m launch --target=local --topology=v5e:4x4 --dry-run -- pretrain --config=pretrain_vit_b16_224 --workdir=runs/b16
 python -m launch --target=gke --topology=v5e-256 --slices=2 --spot --dry-run --output=out -- pretrain --config=… --workdir=gs://bucket/run
+python -m launch --target=queued-resources --topology=v4-64 --spot --project=… --zone=… --image=… -- pretrain --config=… --workdir=gs://bucket/run
+python -m launch --target=slurm --topology=gpu:4x8 -- pretrain --config=… --workdir=/shared/run --config.data.shards=/shared/shards
 python -m launch status first
 python -m launch stop first""",
         codes=(ExitCode.DIVERGED, ExitCode.DATA, ExitCode.DOES_NOT_FIT),

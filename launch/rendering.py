@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -63,6 +63,12 @@ class Rendering:
         if self.placeholders:
             missing = ", ".join(f"--{name}=…" for name in self.placeholders)
             raise UserError(f"not given, and needed to submit: {missing}; --dry-run goes without")
+
+
+def bash_array(name: str, words: Sequence[str]) -> str:
+    """An assignment to an array of bash, a word in a line."""
+    quoted = ("'" + word.replace("'", "'\\''") + "'" for word in words)
+    return "\n  ".join([f"{name}=(", *quoted]) + "\n)\n"
 
 
 @runtime_checkable

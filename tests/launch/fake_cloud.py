@@ -54,7 +54,7 @@ class Cloud:
             program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{__file__}" "{folder}" {name} "$@"\n')
             program.chmod(0o755)
         made = cls(folder, bucket)
-        made.set(plans=[], resource=None, errors=[], jobset=None, pods=[], queue=None, log=[], slices=1)
+        made.set(plans=[], resource=None, errors=[], jobset=None, pods=[], queue=None, log=[], slices=1, saves=False)
         return made
 
     def state(self) -> dict[str, Any]:
@@ -161,6 +161,8 @@ def storage(cloud: Cloud, verb: str, words: list[str]) -> str:
         source, target = words[-2:]
         text = sys.stdin.read() if source == "-" else Path(source).read_text()
         cloud.write(target.rpartition("/")[2], text.strip())
+        if target.endswith("/stop") and cloud.state()["saves"]:
+            cloud.write("outcome-0", "0 75 stopped")
         return ""
     found = matching(words[-1])
     if verb == "cat":
@@ -196,15 +198,15 @@ def slurm(cloud: Cloud, name: str, words: list[str]) -> str:
     state = cloud.state()
     if name == "sbatch":
         Path(words[-1]).read_text()
-        cloud.set(queue=state["queue"] or ["PENDING", "RUNNING"])
+        cloud.set(queue=["PENDING", "RUNNING"])
         return "4711;cluster\n"
     if name == "scancel":
-        if not any(word.startswith("--signal") for word in words) or state["queue"] == ["ENDS"]:
+        if not any(word.startswith("--signal") for word in words):
             cloud.set(queue=None)
         return ""
-    if state["queue"] is None:
+    now, *later = state["queue"] or [None]
+    if now is None:
         raise Refused("slurm_load_jobs error: Invalid job id specified")
-    now, *later = state["queue"]
     cloud.set(queue=later or [now])
     return now + "\n"
 

@@ -132,7 +132,7 @@ def test_dry_run_needs_no_cloud_and_marks_what_is_missing(tmp_path: Path, monkey
     assert "placeholders, which a submission needs: --image, --project, --zone, --cluster" in capsys.readouterr().err
 
 
-def test_submission_with_placeholders_is_refused_before_any_call(cloud: Cloud, capsys) -> None:
+def test_submission_with_placeholders_is_refused(cloud: Cloud, capsys) -> None:
     assert command.main(["--target=gke", "--topology=v5e-256", "--yes", "--allow-dirty", *TRAIN]) == 2
     assert "needed to submit: --image=…, --project=…, --zone=…, --cluster=…" in capsys.readouterr().err
     assert cloud.calls() == []
