@@ -12,7 +12,7 @@ import shlex
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
@@ -24,6 +24,7 @@ from launch.rendering import Rendering, bash_array
 from launch.spec import ALIKE, FAST_SECONDS, LaunchSpec
 
 STARTUP, SHUTDOWN = "startup.sh", "shutdown.sh"
+CACHE = "/dev/shm/curia-shards"  # memory
 BODY = Path(__file__).with_name("worker.sh")
 POLL_SECONDS = 30.0
 FAILURES_IN_A_ROW = 5
@@ -387,7 +388,7 @@ def _startup(spec: LaunchSpec) -> str:
         "HUGE_PAGES": "/sys/kernel/mm/transparent_hugepage/enabled",
         "BUCKET": shards.bucket if shards else "",
         "MOUNT": shards.path if shards else "",
-        "CACHE": "/dev/shm/curia-shards",
+        "CACHE": CACHE,
         "MOUNT_CONFIG": _mount_config(shards) if shards else "",
     }
     header = "".join(f"{name}={shlex.quote(value)}\n" for name, value in values.items())
@@ -397,16 +398,11 @@ def _startup(spec: LaunchSpec) -> str:
 
 def _mount_config(shards: buckets.Mount) -> str:
     """The options of the mount as a config file of gcsfuse."""
-    content: dict[str, object] = {"cache-dir": "/dev/shm/curia-shards"} if shards.cache_gib else {}
+    content: dict[str, Any] = {"cache-dir": CACHE} if shards.cache_gib else {}
     for name, value in shards.options().items():
         section, _, option = name.rpartition(":")
-        typed = yaml.safe_load(value) if option != "only-dir" else value
-        if section:
-            inner = content.setdefault(section, {})
-            assert isinstance(inner, dict)
-            inner[option] = typed
-        else:
-            content[option] = typed
+        inner = content.setdefault(section, {}) if section else content
+        inner[option] = value if option == "only-dir" else yaml.safe_load(value)
     return yaml.safe_dump(content, sort_keys=False)
 
 

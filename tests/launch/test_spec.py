@@ -13,7 +13,7 @@ DIGEST = "europe-docker.pkg.dev/p/r/curia@sha256:" + "0a" * 32
 def made(words: str = "pretrain --config=demo --workdir=runs/First_Run", **changes) -> specs.LaunchSpec:
     given = {
         "target": "gke", "topology": "v5e-256", "slices": 1, "command": words.split(), "run": None, "spot": False, "reserved": False,
-        "reservation": None, "image": None, "project": None, "zone": None, "cluster": None, "max_restarts": 50, "grace_seconds": 60,
+        "reservation": None, "image": None, "project": None, "zone": None, "cluster": None, "queue": None, "service_account": None, "shards_cache_gib": 0, "max_restarts": 50, "grace_seconds": 60,
         "environment": [], "source": "abc",
     }  # fmt: skip
     return specs.make(**given | changes)
