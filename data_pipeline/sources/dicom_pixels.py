@@ -62,6 +62,7 @@ from data_pipeline.sources.stored_values import (
     Padding,
     below_air,
     extract_bits,
+    levels,
     replace_padding,
     stored_sha256,
     to_uint16,
@@ -147,18 +148,21 @@ class DicomFile:
                 values = mirror - values.astype(np.int64)
                 padding = padding and Padding(mirror - padding.high, mirror - padding.low)
             place = image.geometry[0 if self._request.tiles else number]
-            image_values, padded = values, 0
+            # The one look at all pixels; what is counted later follows from how many have which value.
+            image_values, known, padded = values, levels(values), 0
             if padding is not None:
-                image_values, padded = replace_padding(values, padding, place.slope, place.intercept, hu=hu)
+                image_values, padded = replace_padding(values, known, padding, place.slope, place.intercept, hu=hu)
+                known = known if image_values is values else levels(image_values)
             pixels, slope, intercept, clipped = to_uint16(image_values, place.slope, place.intercept, hu=hu)
+            stored, *_ = to_uint16(known.values[None], place.slope, place.intercept, hu=hu)
             flags = self._request.flags | (clipped if image_values is values else records.CLIPPED)
             rank, position = wanted[number]
             yield Slice(
                 rank, pixels, slope, intercept, position, flags, own or digest.hex(),
                 (place.spacing[0], place.spacing[1]) if place.spacing else (0.0, 0.0),
                 rescale=(place.slope, place.intercept) if place.declared else None,
-                below=below_air(image_values, place.slope, place.intercept, padding) if hu and clipped else (),
-                padded=padded,
+                below=below_air(known, place.slope, place.intercept, padding) if hu and clipped else (),
+                padded=padded, histogram=np.bincount(stored[0], weights=known.counts).astype(np.int64),
             )  # fmt: skip
         self.stored_sha256, self.decoder = digest.hex(), image.decoder
 

@@ -137,6 +137,22 @@ def test_values_below_air_are_reported_before_they_are_raised(write_dicom, tmp_p
     assert one.rescale is None
 
 
+@pytest.mark.parametrize("slope", [1, -1, 2, "0.5", "-0.37"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {}, {"RescaleIntercept": -1024}, {"PixelPaddingValue": 3000, "PixelPaddingRangeLimit": 4095},
+        {"PhotometricInterpretation": "MONOCHROME1"},
+    ],
+    ids=["plain", "below air", "padded", "inverted"],
+)  # fmt: skip
+def test_histogram_counts_the_pixels_as_they_are_stored(write_dicom, tmp_path: Path, slope, fields: dict) -> None:
+    for modality in ("CT", "MR"):
+        path = write_dicom(tmp_path / "a.dcm", PIXELS, **{"RescaleSlope": slope, "RescaleIntercept": 0} | fields)
+        (one,) = slices_of(path, modality=modality)
+        np.testing.assert_array_equal(one.histogram, np.bincount(one.pixels.ravel()))
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
