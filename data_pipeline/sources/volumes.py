@@ -14,7 +14,16 @@ from data_pipeline.format import records
 from data_pipeline.sources import hu, nifti, nrrd_metaimage, voxels
 from data_pipeline.sources.base import NO_MEMORY, ImageFacts, ReadError, ReadRequest, Slice, SourceFile
 from data_pipeline.sources.geometry import FARTHEST_MM, PLANES, Direction
-from data_pipeline.sources.stored_values import AIR_HU, LEVELS, Digest, DigestKind, below_air, levels, stored_sha256, to_uint16
+from data_pipeline.sources.stored_values import (
+    AIR_HU,
+    LEVELS,
+    Digest,
+    DigestKind,
+    below_air,
+    levels,
+    stored_sha256,
+    to_uint16,
+)
 
 SUFFIXES = nifti.SUFFIXES + nrrd_metaimage.SUFFIXES
 SPACING_MM = (0.001, 200.0)  # of neighbouring voxels; what lies outside has another unit than its header states

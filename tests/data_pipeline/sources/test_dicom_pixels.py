@@ -254,14 +254,17 @@ def test_too_many_elements_raise_read_error(write_dicom, tmp_path: Path) -> None
 def test_memory_error_becomes_read_error_with_remedy(write_dicom, tmp_path: Path, monkeypatch) -> None:
     path = write_dicom(tmp_path / "a.dcm")
 
-    def read_partial(*arguments, **more) -> None:
+    def out_of_memory(*arguments, **more) -> None:
         raise MemoryError
 
     for module, name, function in (
-        (dicom_header, "read_partial", read_partial),
+        (dicom_pixels, "read_plain", out_of_memory),
+        (dicom_header, "read_partial", out_of_memory),
         (dicom_pixels, "get_decoder", failing_decoder(MemoryError())),
     ):
         with monkeypatch.context() as patch:
+            if name == "read_partial":
+                patch.setattr(dicom_pixels, "read_plain", lambda *unused: None)
             patch.setattr(module, name, function)
             with pytest.raises(ReadError, match="more memory than a worker may take.*--memory-gb"):
                 read_stored(str(path))
