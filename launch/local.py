@@ -193,7 +193,7 @@ def _give_up(state: State, folder: Path, code: int, why: str) -> NoReturn:
 
 def _alike(end: End) -> str:
     """Equal for ends that differ in numbers alone: steps, ports, times."""
-    return f"{end.code} {re.sub(r'[0-9]+', '#', end.line)}"
+    return f"{end.code} {re.sub(r'[0-9]+', '#', end.line) if end.code > 0 else ''}"
 
 
 def _newest_checkpoint(spec: LaunchSpec) -> int | None:

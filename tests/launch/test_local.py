@@ -22,7 +22,12 @@ class Launcher:
     def __init__(self, folder: Path) -> None:
         self.run = folder / "run"
         self.run.mkdir()
-        self._environment = {**os.environ, "XDG_STATE_HOME": str(folder), "PYTHONPATH": str(ROOT)}
+        self._environment = {
+            **os.environ,
+            "XDG_STATE_HOME": str(folder),
+            "PYTHONPATH": str(ROOT),
+            "MODULE": "tests.launch.worker",
+        }
         self._started: list[subprocess.Popen[str]] = []
 
     def start(self, *what: str, options: str = "--topology=cpu:3x1") -> subprocess.Popen[str]:
@@ -187,7 +192,7 @@ def test_second_interrupt_kills_the_processes(launcher: Launcher) -> None:
     wait_for(lambda: not any(map(alive, launcher.pids(1))))
 
 
-def test_environment_of_a_worker_is_the_contract_alone(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_of_a_worker_is_the_contract_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """What another launcher left is gone, and --env is there."""
     from launch import gang, spec
 
