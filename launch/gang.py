@@ -116,11 +116,10 @@ class End:
     seconds: float
 
     def text(self) -> str:
-        """As messages call it."""
-        how = (
-            f"was killed by {signal.Signals(-self.code).name}" if self.code < 0 else f"ended with exit code {self.code}"
-        )
-        return f"process {self.process} {how}" + (f": {self.line}" if self.line else "")
+        """As messages call it. What a process wrote last before it was killed says nothing."""
+        if self.code < 0:
+            return f"process {self.process} was killed by {signal.Signals(-self.code).name}"
+        return f"process {self.process} ended with exit code {self.code}" + (f": {self.line}" if self.line else "")
 
 
 class Output:
