@@ -23,14 +23,12 @@ from jax._src import distributed  # the client of JAX's coordination service has
 
 from curia_common import cli, logs
 from curia_common.errors import RestartError, UserError
-from curia_common.exit_codes import ExitCode
+from curia_common.exit_codes import FINAL, ExitCode
 from curia_common.launching import ADDRESS, COUNT, NUMBER
 from curia_jax.settings import Devices
 
 POLL_SECONDS = 0.5
 FAREWELL_SECONDS = 3.0  # that a failing host takes at most to tell the others
-# Starting again would end the same way, so the other hosts end with the same code.
-FINAL = (ExitCode.USAGE, ExitCode.DIVERGED, ExitCode.DATA, ExitCode.DOES_NOT_FIT)
 # In errors of collectives on CPU (Gloo), GPU (NCCL) and TPU (megascale) whose peer is gone.
 _LOST = re.compile(r"gloo|nccl|megascale|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED", re.IGNORECASE)
 _ENDED, _SEEN, _FACTS, _ATTEMPT = "curia/ended", "curia/seen", "curia/facts", "curia/attempt"

@@ -24,7 +24,6 @@ from launch.spec import LaunchSpec
 STATE, OUTPUT, LOCK = "state.json", "output.log", "lock"
 POLL_SECONDS = 0.1
 LOOPBACK = "127.0.0.1"
-# Exit codes after which another start would end the same way.
 # What an earlier launcher may have left in the environment of this one.
 _LEFT = (ADDRESS, COUNT, NUMBER, "JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES")
 _LEFT_PREFIXES = (PREFIX, MEGASCALE, "TPU_")
