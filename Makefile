@@ -10,7 +10,7 @@ TORCH ?= yes
 WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-short test-slow golden fuzz lint lock image clean help
+.PHONY: demo test test-short test-slow golden fuzz faults lint lock image clean help
 
 help:
 	@echo "make demo [DATA=folder] [OUT=folder]  exams -> shards -> pretraining -> weights -> scores -> report.html"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-short                       without the tests that take ten seconds or more"
 	@echo "make test-slow                        the tests that take minutes (the full demo among them)"
 	@echo "make fuzz                             10,000 damaged and malicious files through the ingest, 20,000 through the other readers"
+	@echo "make faults                           kills, full disks and damage on runs of the command, and what becomes of them"
 	@echo "make golden                           plan the named runs with the TPU compiler and compare with tests/golden (minutes)"
 	@echo "make lint                             ruff and pyright"
 	@echo "make lock                             renew requirements/*.txt from setup.py"
@@ -61,6 +62,9 @@ test-slow: $(TEST_READY)
 fuzz: $(VENV)/.test-installed
 	$(VENV)/bin/python -m benchmarks.fuzz
 	$(VENV)/bin/python -m benchmarks.fuzz_readers
+
+faults: $(VENV)/.test-installed
+	$(VENV)/bin/python -m benchmarks.faults
 
 golden: $(VENV)/.test-installed
 	$(VENV)/bin/python -m pytest -m slow --numprocesses=0 tests/plan/test_golden.py

@@ -1,6 +1,7 @@
 """Saving checkpoints in the background, which of them stay, and restoring one to the devices."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -18,6 +19,7 @@ from curia_common.errors import StorageError, UserError
 from curia_jax import checkpoint
 
 State = TypeVar("State")
+REMOVED = "removed.txt"  # takes the place of the commit marker while a checkpoint is removed
 # Orbax measures its time limit with a clock that may be set, and gives up a save where it jumps. Our limit runs on one that cannot.
 _ORBAX_SECONDS, _SAVE_SECONDS = 10 * 86_400, 1200
 
@@ -131,9 +133,7 @@ class Checkpointer:
             stay.update(sorted(values, key=lambda step: values[step])[:1])
         for step in steps:
             if step not in stay:
-                # A deletion that is interrupted must not leave what looks like a checkpoint.
-                (self._folder / str(step) / checkpoint.COMMITTED).unlink()
-                shutil.rmtree(self._folder / str(step))
+                _remove(Path(self._folder / str(step)))
 
     def restore(self, abstract: State, *, step: int | None = None, since: Mapping[str, PyTree] | None = None) -> State:
         """A state on the devices.
@@ -169,10 +169,25 @@ class Checkpointer:
 
 
 def _remove_unfinished(folder: epath.Path) -> None:
-    """Removes what saves that failed or were killed have left."""
+    """Removes what saves and removals that failed or were killed have left."""
+    for path in map(Path, folder.iterdir()):
+        with contextlib.suppress(OSError):  # tried again at the next save
+            if checkpoint.UNFINISHED in path.name:
+                shutil.rmtree(path)
+            elif path.name.isdigit() and ((path / REMOVED).exists() or not any(path.iterdir())):
+                _remove(path)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a checkpoint. Where that is interrupted, what is left does not look like one, and says that it may go."""
+    if (folder / checkpoint.COMMITTED).exists():
+        (folder / checkpoint.COMMITTED).replace(folder / REMOVED)
     for path in folder.iterdir():
-        if checkpoint.UNFINISHED in path.name:
-            shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != REMOVED:
+            path.unlink()
+    shutil.rmtree(folder)
 
 
 def _write_digests(folder: epath.Path) -> None:

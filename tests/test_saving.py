@@ -1,14 +1,17 @@
 """Saving in the background: what is on disk, what is kept, and what a save that fails does."""
 
+import contextlib
 import os
 import resource
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+from etils import epath
 
 from curia_jax import checkpoint, saving
 from curia_jax.checkpoint import Meta
@@ -100,3 +103,49 @@ def test_newest_and_every_n_steps_stay(tmp_path: Path) -> None:
         checkpointer.save(step, {"step": jnp.int32(step)}, Meta(CONFIG, step))
     checkpointer.close()
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["3", "6", "7"]
+
+
+class Killed(BaseException):
+    """SIGKILL at an operation on files."""
+
+
+@pytest.mark.parametrize("nth", range(12))
+def test_interrupted_removal_is_finished_at_the_next_save(
+    nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever operation it is killed before, what is left is no checkpoint, and goes."""
+    checkpointer = saving.Checkpointer(str(tmp_path), keep=1)
+    checkpointer.save(1, {"step": jnp.int32(1)}, Meta(CONFIG, 1))
+    checkpointer.wait()
+    left = nth
+
+    def counted(function: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return function(*args, **options)
+
+        return call
+
+    with monkeypatch.context() as patched:
+        for name in ("rename", "replace", "unlink", "rmdir"):
+            patched.setattr(os, name, counted(getattr(os, name)))
+        with contextlib.suppress(Killed):
+            saving._remove(tmp_path / checkpoint.FOLDER / "1")
+    assert checkpoint.finished_steps(epath.Path(tmp_path / checkpoint.FOLDER)) == ([1] if nth == 0 else [])
+    checkpointer.save(2, {"step": jnp.int32(2)}, Meta(CONFIG, 2))
+    checkpointer.close()
+    assert [path.name for path in (tmp_path / checkpoint.FOLDER).iterdir()] == ["2"]
+
+
+def test_step_folder_that_is_being_copied_is_left_alone(tmp_path: Path) -> None:
+    """It has no commit marker yet."""
+    copied = tmp_path / checkpoint.FOLDER / "7" / "state"
+    copied.mkdir(parents=True)
+    checkpointer = saving.Checkpointer(str(tmp_path), keep=1)
+    for step in (8, 9):
+        checkpointer.save(step, {"step": jnp.int32(step)}, Meta(CONFIG, step))
+    checkpointer.close()
+    assert sorted(path.name for path in (tmp_path / checkpoint.FOLDER).iterdir()) == ["7", "9"]

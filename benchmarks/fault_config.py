@@ -1,0 +1,105 @@
+"""Config of the runs of benchmarks/faults.py: a model that compiles in seconds, and the faults that its process brings on itself.
+
+The variable FAULTS holds them as JSON, a list of objects:
+
+  at     "batch" (a batch is pulled), or the name of an audit event of Python ("open", "os.rename", …) and a part of its path:
+         "open commit_success.txt"
+  nth    which of them, from 1 on
+  do     a signal for this process ("SIGKILL"); "raise", "hang"; "nan", which makes values of the batch NaN; "full" and
+         "free", which set the largest size of a file to 4 KiB and take the limit away again
+  delay  seconds from there to the signal
+  last   "nan" lasts to this batch
+
+The moment of the first one is appended to the file that the variable FAULT_TIME names.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+from curia_jax.configs import demo  # pyright: ignore[reportMissingImports] - configs/, as it is installed
+
+FULL = 4096  # bytes, of the largest file while the disk is "full"
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = demo.get_config()
+    config.batch_size = 16
+    config.save_every = "4 steps"
+    config.log_every = "1 step"
+    config.model.width = 32
+    config.model.depth = 1
+    config.model.heads = 2
+    config.model.mlp_width = 64
+    config.model.image_size = (8, 8)
+    config.model.patch_size = (4, 4)
+    config.model.decoder_width = 16
+    config.augment.resample = "bilinear"
+    config.data.prefetch = 16
+    config.mesh.data = -1
+    config.mesh.fsdp = 1
+    config.devices.cpu_count = 1
+    config.devices.heartbeat_seconds = 10
+    _bring_on(json.loads(os.environ.get("FAULTS", "[]")))
+    return config
+
+
+def _bring_on(faults: list[dict[str, Any]]) -> None:
+    """Makes the faults happen when their time comes."""
+    at_batches = [fault for fault in faults if fault["at"] == "batch"]
+    at_events = [fault for fault in faults if fault["at"] != "batch"]
+    if at_batches:
+        from curia_jax import data
+
+        to_devices, pulled = data.to_devices, 0
+
+        def disturbed(batch: data.HostBatch, sharding: Any) -> Any:
+            nonlocal pulled
+            pulled += 1
+            for fault in at_batches:
+                if fault["do"] == "nan":
+                    if fault["nth"] <= pulled <= fault.get("last", fault["nth"]):
+                        batch = {**batch, "slope": batch["slope"] * float("nan")}
+                elif fault["nth"] == pulled:
+                    _happen(fault)
+            return to_devices(batch, sharding)
+
+        data.to_devices = disturbed
+    if at_events:
+        left = [fault["nth"] for fault in at_events]
+
+        def audited(event: str, values: tuple[Any, ...]) -> None:
+            for number, fault in enumerate(at_events):
+                name, _, part = fault["at"].partition(" ")
+                if event == name and left[number] and any(part in str(value) for value in values[:2]):
+                    left[number] -= 1
+                    if not left[number]:
+                        _happen(fault)
+
+        sys.addaudithook(audited)
+
+
+def _happen(fault: Mapping[str, Any]) -> None:
+    delay, do = fault.get("delay", 0.0), fault["do"]
+    if delay:
+        threading.Timer(delay, _happen, [{**fault, "delay": 0.0}]).start()
+        return
+    if path := os.environ.get("FAULT_TIME"):
+        with open(path, "a") as file:
+            file.write(f"{time.time()}\n")
+    if do == "raise":
+        raise ZeroDivisionError("a bug")
+    if do == "hang":
+        time.sleep(86_400)
+    if do in ("full", "free"):
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (FULL if do == "full" else hard, hard))
+    if do.startswith("SIG"):
+        os.kill(os.getpid(), getattr(signal, do))
