@@ -106,6 +106,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.devices.watchdog_seconds = 1800  # without progress after which a host ends with its stacks; 0: never
     # Costs a step, and memory for a second state.
     config.devices.check_every = 0  # steps between checks for chips that compute wrongly; 0: never
+    # The cloud's word that it takes the machine away stops a run as SIGTERM does; auto: where the machine is Google Cloud's.
+    config.devices.preemption_notice = "auto"  # or google, none: whose
     # JAX_COMPILATION_CACHE_DIR takes precedence; several simulated devices never use a cache.
     config.devices.compilation_cache = "~/.cache/curia_jax/compilations"  # folder of compiled programs; "": none
 

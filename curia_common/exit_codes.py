@@ -12,7 +12,7 @@ class ExitCode(enum.IntEnum):
     DONE = 0
     FAULT = 1  # unforeseen: a bug
     USAGE = 2  # what was typed or configured is wrong; nothing was changed
-    DIVERGED = 64  # a loss or norm is not finite
+    DIVERGED = 64  # a loss or norm is not finite, or far too large for long
     DATA = 65  # the input data, the dataset or the checkpoint is damaged, incomplete or not the one expected
     DOES_NOT_FIT = 66  # preflight: the run does not fit the accelerators
     RESTART = (
@@ -27,7 +27,7 @@ MEANINGS = {
     ExitCode.USAGE: "wrong usage or configuration; nothing was changed",
     ExitCode.DIVERGED: "training diverged: a loss or norm is not finite",
     ExitCode.DATA: "input data, dataset or checkpoint is damaged, incomplete or not the expected one",
-    ExitCode.DOES_NOT_FIT: "the run does not fit the accelerators, or a host is not as launched",
+    ExitCode.DOES_NOT_FIT: "the run does not fit the accelerators",
     ExitCode.RESTART: "stopped by a signal, failing storage or a lost host, finished work is saved; rerun the command to resume",
     ExitCode.INTERRUPTED: "second Ctrl-C: stopped at once",
 }

@@ -45,6 +45,11 @@ class Received:
         """Whether a signal has asked to stop."""
         return self._first_stop.locked()
 
+    def stop(self) -> None:
+        """Stops as a signal does, for reasons that are none; from any thread."""
+        if self._first_stop.acquire(blocking=False):
+            self.on_stop()
+
     def install(self) -> None:
         """Installs the handlers, again where a library has replaced them. Leaves a SIGHUP that nohup ignores ignored."""
         for number in (*STOPPING, signal.SIGUSR2):

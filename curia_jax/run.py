@@ -19,10 +19,10 @@ from typing import Any
 
 import jax
 import ml_collections
-from etils import epath
 from jax.sharding import Mesh
 
-from curia_common import cli, launching, logs, processes, signals
+import curia_common
+from curia_common import cli, logs, processes, signals
 from curia_common.errors import DataError, DivergedError, RestartError, UserError
 from curia_common.exit_codes import ExitCode
 from curia_common.progress import Progress
@@ -33,7 +33,7 @@ from curia_jax import (
     goodput,
     hosts,
     lease,
-    preflight,
+    preemption,
     profiling,
     saving,
     sharding,
@@ -42,25 +42,12 @@ from curia_jax import (
     watchdog,
 )
 from curia_jax import config as configs
+from curia_jax import workdir as workdirs
 from curia_jax.objectives import base
 from curia_jax.settings import Data, Devices, Settings
 from data_pipeline.format.shards import SliceSource
 
 logger = logs.get_logger(__name__)
-CONFIG = "config.json"
-# What a run may have left that was killed before it wrote its config.
-OWN_FILES = {
-    checkpoint.FOLDER,
-    goodput.LEDGER,
-    telemetry.METRICS,
-    telemetry.EVENTS,
-    telemetry.BOARD,
-    logs.FOLDER,
-    lease.FILE,
-    profiling.FOLDER,
-    profiling.REQUEST,
-    launching.RECORDS,
-}
 NO_WATCHDOG_SECONDS = 86_400  # that a host waits for another one where the watchdog is off
 
 
@@ -153,11 +140,11 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
         raise UserError(
             "no shards given; name the folder that data_pipeline.build wrote with --config.data.shards=FOLDER"
         )
-    _check_workdir(workdir)
-    saved_steps = _saved_steps(workdir)
+    workdirs.check(workdir)
+    saved_steps = workdirs.saved_steps(workdir)
     step, meta = checkpoint.latest(workdir) or (0, None)
     if meta is None:
-        _check_new(workdir)
+        workdirs.check_new(workdir)
     source, dataset, dataset_start = _open_dataset(settings.data, meta)
     mesh_sizes: Any = config.mesh
     mesh = sharding.make_mesh(**mesh_sizes)
@@ -209,10 +196,6 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
     )
 
 
-def _saved_steps(workdir: str) -> tuple[int, ...]:
-    return tuple(checkpoint.finished_steps(epath.Path(workdir).expanduser().absolute() / checkpoint.FOLDER))
-
-
 def _quotient(number: int, by: int) -> int | float:
     """A whole number where it is one, so that an unchanged batch size gives the same program."""
     return number // by if number % by == 0 else number / by
@@ -224,25 +207,21 @@ def use_devices(devices: Devices) -> None:
     Raises:
       UserError: the platform or the other hosts cannot be found.
     """
-    launched = preflight.expected()
     if devices.platform != "auto":
         jax.config.update("jax_platforms", devices.platform)
     if devices.cpu_count:
         jax.config.update("jax_num_cpu_devices", devices.cpu_count)
     if devices.multihost:
         hosts.connect(devices)
-        hosts.check_attempt(launched.attempt if launched else "", devices.watchdog_seconds or NO_WATCHDOG_SECONDS)
-    elif os.environ.get(launching.COUNT, "1") != "1":
+    elif os.environ.get(hosts.COUNT, "1") != "1":
         raise UserError(
-            f"{launching.COUNT} is {os.environ[launching.COUNT]} but devices.multihost is False, so that each host would train alone in the same "
+            f"{hosts.COUNT} is {os.environ[hosts.COUNT]} but devices.multihost is False, so that each host would train alone in the same "
             "work directory; set --config.devices.multihost=true"
         )
     try:
         found = jax.device_count()
     except RuntimeError as error:
         raise UserError(f"devices.platform is {devices.platform!r}: {error}") from error
-    if launched is not None:
-        preflight.check_devices(launched)
     if jax.default_backend() == "cpu" and found > 1:
         # XLA loses the order of a CPU program's collectives when it reads the program from the cache (jaxlib 0.10.2), and
         # simulated devices then deadlock.
@@ -251,42 +230,6 @@ def use_devices(devices: Devices) -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(devices.compilation_cache))
     if not hosts.is_first():
         logs.configure(logging.WARNING)
-
-
-def _check_workdir(workdir: str) -> None:
-    """Raises UserError where results could not be written, before hours are spent on them."""
-    if "://" in workdir:
-        raise UserError(
-            f"--workdir={workdir} is an address, not a folder; mount the bucket (Cloud Storage: gcsfuse --rename-dir-limit=100000) "
-            "and name the folder where it is mounted"
-        )
-    try:
-        Path(workdir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot make the work directory {workdir}: {error.strerror}; choose another --workdir"
-        ) from error
-    if not os.access(workdir, os.W_OK):
-        raise UserError(f"cannot write to the work directory {workdir}; choose another --workdir")
-
-
-def _check_new(workdir: str) -> None:
-    """Refuses to start at step 0 where checkpoints have been or somebody else's files are.
-
-    Raises:
-      DataError: a run saved checkpoints here, and they are gone.
-      UserError: the folder has files and is not the work directory of a run.
-    """
-    events = telemetry.events(workdir)
-    saved = [event["step"] for event in events if event.get("event") == "saved"]
-    if saved:
-        raise DataError(
-            f"{workdir} is the work directory of a run that saved step {max(saved)}, but has no checkpoint: is its storage mounted? "
-            f"Bring its folder {checkpoint.FOLDER}/ back, or choose another --workdir for a new run"
-        )
-    found = {path.name for path in Path(workdir).iterdir() if not path.name.startswith(".")}
-    if found - OWN_FILES and CONFIG not in found:
-        raise UserError(f"--workdir={workdir} is not empty and not the work directory of a run; choose another folder")
 
 
 def _open_dataset(wanted: Data, meta: checkpoint.Meta | None) -> tuple[SliceSource, checkpoint.Dataset, int]:
@@ -378,182 +321,254 @@ def train(run: Run, objective: base.Objective, batches: Callable[[Run], Iterator
       Interrupted: a second Ctrl-C; nothing is saved for it.
     """
     schedule = run.schedule
-    kind = jax.devices()[0].device_kind
     logger.info(
         f"{len(run.source):,} slices, canvas {run.canvas[0]}x{run.canvas[1]}; {objective.parameters / 1e6:.2f} M parameters; "
-        f"{run.mesh.size} x {kind} as {dict(run.mesh.shape)}; {schedule.total_steps:,} steps of {schedule.batch_size}"
+        f"{run.mesh.size} x {jax.devices()[0].device_kind} as {dict(run.mesh.shape)}; {schedule.total_steps:,} steps of "
+        f"{schedule.batch_size}"
     )
-    patience = run.settings.devices.watchdog_seconds or NO_WATCHDOG_SECONDS
-    since = {"guard": base.new_guard()}
     if schedule.start_step >= schedule.total_steps:
-        saving.check_fits(run.workdir, objective.abstract_state, since=since)
-        logger.info(
-            f"nothing to do: {run.workdir} has reached step {schedule.start_step:,} of {schedule.total_steps:,}; a longer "
-            "--config.duration continues from there"
-        )
-        hosts.meet_at_the_end(patience)
-        return Outcome(True, schedule.start_step, schedule.examples_seen, telemetry.last_metrics(run.workdir))
+        return _nothing_to_do(run, objective)
+    with contextlib.ExitStack() as closing, hosts.leaving_at_once(closing, run.settings.devices.heartbeat_seconds):
+        dog = _take_work_directory(run, closing)
+        start = _Start(run, objective, closing, dog)
+        start.restore()
+        start.compile()
+        start.open_logs()
+        outcome = start.end(start.loop(batches))
+    if outcome.finished:
+        how, then = "finished", f"; checkpoints are in {run.workdir}/{checkpoint.FOLDER}"
+    else:
+        how, then = "stopped and saved", "; rerun the same command to resume"
+    of = "" if outcome.finished else f" of {schedule.total_steps:,}"
+    logger.info(f"{how} at step {outcome.step:,}{of} after {outcome.examples_seen:,} examples{then}")
+    return outcome
 
-    heartbeat = run.settings.devices.heartbeat_seconds
-    with contextlib.ExitStack() as closing, hosts.leaving_at_once(closing, heartbeat):
-        # ---- alone in the work directory, and together with the other hosts
-        preflight.check_dataset(run.source)
-        with preflight.probing(run.workdir):
-            hosts.check_agreement(
-                {
-                    **preflight.build(),
-                    "config": hosts.digest(json.dumps(run.config, sort_keys=True)),
-                    "dataset": run.dataset.fingerprint, "checkpoint": f"step {schedule.start_step}",
-                },
-                patience,
-            )  # fmt: skip
-            preflight.check_shared(run.workdir)
-            if hosts.is_first():
-                closing.enter_context(lease.holding(run.workdir))
-                if _saved_steps(run.workdir) != run.saved_steps:
-                    raise RestartError(f"another run has just saved in {run.workdir}; rerun the same command")
-            hosts.barrier("work directory", patience)
-        log_file = logs.LogFile(run.workdir, hosts.number(), take_descriptor=cli.owns_process())
-        if not cli.owns_process():  # else it is open until the process has ended
-            closing.callback(log_file.close)
-        dog = closing.enter_context(watchdog.Watchdog(run.settings.devices.watchdog_seconds, log_file))
 
-        dog.beat("restoring")
-        checkpointer = saving.Checkpointer(
+def _patience(run: Run) -> int | float:
+    """Seconds that a host waits for another one."""
+    return run.settings.devices.watchdog_seconds or NO_WATCHDOG_SECONDS
+
+
+def _since() -> dict[str, Any]:
+    """Parts of the state that checkpoints of earlier versions lack, and what they are there."""
+    return {"guard": base.new_guard()}
+
+
+def _nothing_to_do(run: Run, objective: base.Objective) -> Outcome:
+    """The run has finished before."""
+    schedule = run.schedule
+    saving.check_fits(run.workdir, objective.abstract_state, since=_since())
+    logger.info(
+        f"nothing to do: {run.workdir} has reached step {schedule.start_step:,} of {schedule.total_steps:,}; a longer "
+        "--config.duration continues from there"
+    )
+    hosts.meet_at_the_end(_patience(run))
+    return Outcome(True, schedule.start_step, schedule.examples_seen, telemetry.last_metrics(run.workdir))
+
+
+def _take_work_directory(run: Run, closing: contextlib.ExitStack) -> watchdog.Watchdog:
+    """Makes sure that all hosts do the same, and nobody else anything in the work directory; opens this host's log.
+
+    Raises:
+      UserError: the hosts differ.
+      RestartError: another run has the work directory, or a host is missing.
+    """
+    facts = {
+        "version": f"{curia_common.__version__} with jax {jax.__version__}",
+        "config": hosts.digest(json.dumps(run.config, sort_keys=True)),
+        "dataset": run.dataset.fingerprint,
+        "checkpoint": f"step {run.schedule.start_step}",
+    }
+    hosts.check_agreement(facts, _patience(run))
+    if hosts.is_first():
+        closing.enter_context(lease.holding(run.workdir))
+        if workdirs.saved_steps(run.workdir) != run.saved_steps:
+            raise RestartError(f"another run has just saved in {run.workdir}; rerun the same command")
+    hosts.barrier("work directory", _patience(run))
+    log_file = logs.LogFile(run.workdir, hosts.number(), take_descriptor=cli.owns_process())
+    if not cli.owns_process():  # else it is open until the process has ended
+        closing.callback(log_file.close)
+    return closing.enter_context(watchdog.Watchdog(run.settings.devices.watchdog_seconds, log_file))
+
+
+class _Start:
+    """One start of a run, in the order of its methods. What it opens is closed with `closing`."""
+
+    def __init__(
+        self, run: Run, objective: base.Objective, closing: contextlib.ExitStack, dog: watchdog.Watchdog
+    ) -> None:
+        self._run, self._objective, self._closing, self._dog = run, objective, closing, dog
+
+    # ---- state
+
+    def restore(self) -> None:
+        """Puts the state of the newest checkpoint, or a new one, on the devices."""
+        run = self._run
+        self._dog.beat("restoring")
+        self._checkpointer = saving.Checkpointer(
             run.workdir,
             keep=run.settings.keep,
             keep_every_steps=run.keep_every,
             keep_best=run.settings.keep_best or None,
         )
-        closing.callback(checkpointer.close)
-
-        def restored() -> base.State:
-            if not schedule.start_step:
-                return objective.initial_state(run.settings.seed)
-            return checkpointer.restore(objective.abstract_state, step=schedule.start_step, since=since)
-
-        # ---- state
-        state = restored()
-        if schedule.start_step:
-            logger.info(f"resuming from step {schedule.start_step:,} at example {schedule.examples_seen:,}")
+        self._closing.callback(self._checkpointer.close)
+        self._state = self._restored()
+        if run.schedule.start_step:
+            logger.info(f"resuming from step {run.schedule.start_step:,} at example {run.schedule.examples_seen:,}")
             if run.changes:
                 changes = (f"{name} {then!r} -> {now!r}" for name, (then, now) in run.changes.items())
                 logger.info("changed since: " + ", ".join(changes))
 
-        # ---- compile
-        dog.beat("compiling")
-        ledger = goodput.Ledger(run.workdir, schedule.start_step, run.began, writes=hosts.is_first())
-        closing.callback(ledger.close)
+    def _restored(self) -> base.State:
+        step = self._run.schedule.start_step
+        if not step:
+            return self._objective.initial_state(self._run.settings.seed)
+        return self._checkpointer.restore(self._objective.abstract_state, step=step, since=_since())
+
+    # ---- step
+
+    def compile(self) -> None:
+        """Compiles the train step."""
+        self._dog.beat("compiling")
+        self._open_ledger(self._run.began)
         began = time.perf_counter()
-        with ledger.spending("compiling"):
-            train_step = objective.compile()
+        with self._ledger.spending("compiling"):
+            self._train_step = self._objective.compile()
         text = f"compiled in {time.perf_counter() - began:.1f} s"
-        if (memory := train_step.memory_analysis()) is not None:
+        if (memory := self._train_step.memory_analysis()) is not None:
             text += f"; per device {memory.argument_size_in_bytes / 2**20:,.0f} MiB arguments, "
             text += f"{memory.temp_size_in_bytes / 2**20:,.0f} MiB temporaries"
         logger.info(text)
 
-        # ---- logs
-        peak, peak_source = telemetry.peak_flops()
-        meter = telemetry.Meter(
-            batch_size=schedule.batch_size, flops_per_example=objective.flops_per_example, peak=peak
+    def _checked_step(self) -> corruption.Step:
+        """The train step, some of which are checked for chips that compute wrongly."""
+        if not (every := self._run.settings.devices.check_every):
+            return self._train_step
+        start_step = self._run.schedule.start_step
+        return corruption.Check(
+            self._train_step, self._objective.abstract_state, self._run.mesh, start_step=start_step, every=every
         )
-        log = None
+
+    # ---- logs
+
+    def _open_ledger(self, began: float) -> None:
+        start_step = self._run.schedule.start_step
+        self._ledger = goodput.Ledger(self._run.workdir, start_step, began, writes=hosts.is_first())
+        self._closing.callback(self._ledger.close)
+
+    def open_logs(self) -> None:
+        """Opens metrics, events and progress on the first host."""
+        run, schedule = self._run, self._run.schedule
+        peak, peak_source = telemetry.peak_flops()
+        flops = self._objective.flops_per_example
+        self._meter = telemetry.Meter(batch_size=schedule.batch_size, flops_per_example=flops, peak=peak)
+        self._log: telemetry.Log | None = None
         if hosts.is_first():
-            log = telemetry.Log(run.workdir, start_step=schedule.start_step)
-            closing.callback(log.close)
+            self._log = telemetry.Log(run.workdir, start_step=schedule.start_step)
+            self._closing.callback(self._log.close)
             text = json.dumps(run.config, indent=2) + "\n"
-            Path(run.workdir, CONFIG).write_text(text, encoding="utf-8")
-            log.event(
+            Path(run.workdir, workdirs.CONFIG).write_text(text, encoding="utf-8")
+            self._log.event(
                 "resumed" if schedule.start_step else "started", step=schedule.start_step,
                 examples_seen=schedule.examples_seen, total_steps=schedule.total_steps, slices=len(run.source),
-                parameters=objective.parameters, mesh=dict(run.mesh.shape), hosts=hosts.count(), device=kind,
-                jax=jax.__version__, train_flops_per_image=objective.flops_per_example, peak_flops=peak,
+                parameters=self._objective.parameters, mesh=dict(run.mesh.shape), hosts=hosts.count(),
+                device=jax.devices()[0].device_kind, jax=jax.__version__, train_flops_per_image=flops, peak_flops=peak,
                 peak_source=peak_source, command=cli.command(), **({"changes": dict(run.changes)} if run.changes else {}),
             )  # fmt: skip
-        progress = closing.enter_context(
-            Progress("training", schedule.total_steps, "steps", done=schedule.start_step, enabled=log is not None)
+        self._progress = self._closing.enter_context(
+            Progress("training", schedule.total_steps, "steps", done=schedule.start_step, enabled=hosts.is_first())
         )
 
-        def measure(report: training.Report) -> None:
-            dog.beat(f"taking step {report.step + 1:,}")
-            meter.finished(input_wait=report.input_wait, save_wait=report.hook_wait)
-            ledger.waited(report.input_wait, report.hook_wait)
+    def _measure(self, report: training.Report) -> None:
+        """Hook of every step."""
+        self._dog.beat(f"taking step {report.step + 1:,}")
+        self._meter.finished(input_wait=report.input_wait, save_wait=report.hook_wait)
+        self._ledger.waited(report.input_wait, report.hook_wait)
 
-        def show(report: training.Report) -> None:
-            rates = meter.read()
-            if log is not None:
-                seen = schedule.examples_at(report.step)
-                spent = ledger.write(report.step)
-                log.metrics(report.step, {"examples_seen": seen, **report.metrics, **rates, "goodput": spent.goodput})
-            text = objective.progress_format.format(**report.metrics)
-            if rates:
-                text += f"  {rates['images_per_second']:,.0f} images/s  MFU {rates['mfu']:.1%}"
-            progress.update(float(report.step), text)
+    def _show(self, report: training.Report) -> None:
+        """Hook of the steps that are logged."""
+        rates = self._meter.read()
+        if self._log is not None:
+            seen = self._run.schedule.examples_at(report.step)
+            spent = self._ledger.write(report.step)
+            self._log.metrics(report.step, {"examples_seen": seen, **report.metrics, **rates, "goodput": spent.goodput})
+        text = self._objective.progress_format.format(**report.metrics)
+        if rates:
+            text += f"  {rates['images_per_second']:,.0f} images/s  MFU {rates['mfu']:.1%}"
+        self._progress.update(float(report.step), text)
 
-        shards_checked = []
-        if run.settings.data.check_shards:
-            shard_check = data.ShardCheck(run.source, first=time.time_ns() % 99_991 + hosts.number())
-            closing.callback(shard_check.close)
-            shards_checked = [training.Hook(lambda report: shard_check.check())]
+    # ---- loop
 
-        # ---- loop
-        take_step: corruption.Step = train_step
-        if every := run.settings.devices.check_every:
-            take_step = corruption.Check(
-                train_step, objective.abstract_state, run.mesh, start_step=schedule.start_step, every=every
-            )
-        dog.beat("taking the first step")
-        ledger.training()
-        received = closing.enter_context(signals.receiving())
-        profiler = closing.enter_context(profiling.Profiler(run.workdir, received))
+    def loop(self, batches: Callable[[Run], Iterator[base.Batch]]) -> bool:
+        """Trains; returns whether the run has finished. Where it diverges it goes back and on.
+
+        Raises:
+          DivergedError, Interrupted: as `train`.
+        """
+        take_step, hooks = self._checked_step(), self._hooks()
+        self._dog.beat("taking the first step")
+        self._ledger.training()
+        received = self._closing.enter_context(signals.receiving())
+        devices = self._run.settings.devices
+        self._closing.enter_context(preemption.Watch(devices.preemption_notice, received))
+        profiler = self._closing.enter_context(profiling.Profiler(self._run.workdir, received))
+        hooks.append(training.Hook(profiler.follow))
         while True:
+            run, guard = self._run, jax.device_get(self._state["guard"])
             saver = training.Saver(
-                checkpointer, schedule, run.meta, log,
+                self._checkpointer, run.schedule, run.meta, self._log,
                 patience=60 * run.settings.save_patience, refusals=run.settings.guard.patience,
+                first_loss=float(guard["first_loss"]) if guard["applied"] else None,
             )  # fmt: skip
-            hooks = [
-                *saver.hooks(run.save_every), *shards_checked, training.Hook(measure),
-                training.Hook(show, every=run.log_every), training.Hook(profiler.follow),
-            ]  # fmt: skip
             try:
                 with base.memory_errors():
-                    state, finished = training.fit(state, take_step, batches(run), schedule, hooks)
-                break
+                    self._state, finished = training.fit(
+                        self._state, take_step, batches(run), run.schedule, [*saver.hooks(run.save_every), *hooks]
+                    )
+                return finished
             except training.Diverged as diverged:
-                dog.beat("going back to an earlier checkpoint")
-                checkpointer.wait()
-                before = run.skipped
-                run = _rolled_back(run, diverged)
-                schedule = run.schedule
-                ledger.close()  # what is repeated counts as lost between two starts
-                ledger = goodput.Ledger(run.workdir, schedule.start_step, time.time(), writes=hosts.is_first())
-                closing.callback(ledger.close)
-                ledger.training()
-                if log is not None:
-                    log.event(
-                        "rolled-back", step=diverged.step, reason=diverged.reason, to_step=schedule.start_step,
-                        skipped=list(run.skipped[len(before)]),
-                    )  # fmt: skip
-                    log.go_back(schedule.start_step)
-                state = restored()
+                self._go_back(diverged)
             except KeyboardInterrupt:
                 raise Interrupted(
                     "second Ctrl-C: stopped at once; the same command resumes from the newest checkpoint"
                 ) from None
-        step = int(jax.device_get(state["step"]))
-        seen = schedule.examples_at(step)
-        if log is not None:
-            log.event("finished" if finished else "preempted", step=step, examples_seen=seen)
-        logger.info(ledger.write(step).text())
-        dog.beat("waiting for the other hosts to end")
-        hosts.meet_at_the_end(patience)
 
-    if finished:
-        folder = f"{run.workdir}/{checkpoint.FOLDER}"
-        logger.info(f"finished at step {step:,} after {seen:,} examples; checkpoints are in {folder}")
-    else:
-        logger.info(
-            f"stopped and saved at step {step:,} of {schedule.total_steps:,} after {seen:,} examples; rerun the same command to resume"
-        )
-    return Outcome(finished, step, seen, telemetry.last_metrics(run.workdir) | meter.total())
+    def _hooks(self) -> list[training.Hook | training.StateHook]:
+        hooks: list[training.Hook | training.StateHook] = []
+        if self._run.settings.data.check_shards:
+            check = data.ShardCheck(self._run.source, first=time.time_ns() % 99_991 + hosts.number())
+            self._closing.callback(check.close)
+            hooks.append(training.Hook(lambda report: check.check()))
+        return [*hooks, training.Hook(self._measure), training.Hook(self._show, every=self._run.log_every)]
+
+    def _go_back(self, diverged: training.Diverged) -> None:
+        """To the state of the last good checkpoint.
+
+        Raises:
+          DivergedError: it went back as often as it may.
+        """
+        self._dog.beat("going back to an earlier checkpoint")
+        self._checkpointer.wait()
+        before = self._run.skipped
+        self._run = _rolled_back(self._run, diverged)
+        self._ledger.close()  # what is repeated counts as lost between two starts
+        self._open_ledger(time.time())
+        self._ledger.training()
+        step = self._run.schedule.start_step
+        if self._log is not None:
+            self._log.event(
+                "rolled-back", step=diverged.step, reason=diverged.reason, to_step=step, skipped=list(self._run.skipped[len(before)])
+            )  # fmt: skip
+            self._log.go_back(step)
+        self._state = self._restored()
+
+    def end(self, finished: bool) -> Outcome:
+        """Writes how it ended, and waits for the other hosts."""
+        step = int(jax.device_get(self._state["step"]))
+        seen = self._run.schedule.examples_at(step)
+        if self._log is not None:
+            self._log.event("finished" if finished else "preempted", step=step, examples_seen=seen)
+        logger.info(self._ledger.write(step).text())
+        self._dog.beat("waiting for the other hosts to end")
+        hosts.meet_at_the_end(_patience(self._run))
+        return Outcome(finished, step, seen, telemetry.last_metrics(self._run.workdir) | self._meter.total())

@@ -143,6 +143,7 @@ class Devices(_Section):
       heartbeat_seconds: silence after which a host counts as lost.
       watchdog_seconds: time without progress after which a process ends; 0 never.
       check_every: steps between checks for chips that compute wrongly (corruption.py); 0 never.
+      preemption_notice: whose notices that a machine is taken away stop the run (preemption.py).
     """
 
     section = "devices"
@@ -153,6 +154,9 @@ class Devices(_Section):
     heartbeat_seconds: int = _field("a whole number of at least 10", lambda v: _whole(v, 10), 60)
     watchdog_seconds: Number = _field("a number of at least 0", lambda v: _number(v) and v >= 0, 1800)
     check_every: int = _field("a whole number of at least 0", _whole, 0)
+    preemption_notice: Literal["auto", "google", "none"] = _field(
+        "auto, google or none", lambda v: v in ("auto", "google", "none"), "auto"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ The checkpoint of step n has seen the batches 0 … n - 1 and no other, and the 
 reads the metrics of the step before.
 """
 
+import collections
 import dataclasses
 import math
 import time
@@ -25,6 +26,8 @@ from curia_jax import checkpoint, hosts, saving, telemetry
 logger = logs.get_logger(__name__)
 RETRY_SECONDS = 60  # after a save that failed
 REFUSED = "refused_updates"  # metric: updates refused in a row up to this step
+# A mean loss so many times that of the untrained model, over so many steps: training has made the model worse for good.
+WORSE, WORSE_STEPS = 1.5, 100
 
 State = TypeVar("State")
 Batch = TypeVar("Batch")
@@ -200,6 +203,7 @@ class Saver:
       log: None on all hosts but one.
       patience: seconds for which training goes on while saves fail.
       refusals: updates refused in a row that mean divergence.
+      first_loss: of the untrained model; None takes that of the first step.
 
     Attributes:
       saved_step: newest checkpoint; None where there is none.
@@ -214,8 +218,10 @@ class Saver:
         *,
         patience: int | float = math.inf,
         refusals: int | float = math.inf,
+        first_loss: float | None = None,
     ) -> None:
         self._checkpointer, self._schedule, self._meta, self._log = checkpointer, schedule, meta, log
+        self._first_loss, self._losses = first_loss, collections.deque[float](maxlen=WORSE_STEPS)
         self._patience, self._refusals, self._single_host = patience, refusals, jax.process_count() == 1
         self._metrics: Mapping[str, float] = {}
         self._failing_since: float | None = None
@@ -302,6 +308,19 @@ class Saver:
         for name, value in report.metrics.items():
             if not math.isfinite(value) and not refused:
                 raise Diverged(report.step, f"{name} is {value}")
+        if not refused and "loss" in report.metrics:
+            self._check_trend(report.step, report.metrics["loss"])
+
+    def _check_trend(self, step: int, loss: float) -> None:
+        """Raises Diverged where the model has been worse than an untrained one for long."""
+        self._first_loss = loss if self._first_loss is None else self._first_loss
+        self._losses.append(loss)
+        mean = math.fsum(self._losses) / WORSE_STEPS
+        if len(self._losses) == WORSE_STEPS and mean > WORSE * abs(self._first_loss):
+            raise Diverged(
+                step,
+                f"the mean loss of {WORSE_STEPS} steps is {mean:.3g}, that of the untrained model was {self._first_loss:.3g},",
+            )
 
     @staticmethod
     def _described(metrics: Mapping[str, float]) -> str:

@@ -60,6 +60,7 @@ class Loop:
         self.reports: dict[int, Report] = {}
         self.start_step, self.bad = start_step, bad
         self.log, self.patience, self.refusals = FakeLog(), float("inf"), float("inf")
+        self.first_loss: float | None = None
         self.checkpointer: saving.Checkpointer = FakeCheckpointer(self.notes, self.problems, start_step or None)
         self.on_pull: Callable[[int], None] = lambda number: None
         self.more_hooks: list[Hook | StateHook] = []
@@ -97,6 +98,7 @@ class Loop:
             self.log,
             patience=self.patience,
             refusals=self.refusals,
+            first_loss=self.first_loss,
         )
         hooks = [*saver.hooks(save_every), Hook(self.report, every=log_every), *self.more_hooks]
         return training.fit(self.state, self.step, self.batches(), schedule, hooks)
@@ -276,6 +278,28 @@ def test_too_many_refused_updates_in_a_row_end_the_loop() -> None:
         training.Diverged, match=r"3 updates in a row were refused, loss 0.5, gradient_norm 1 at step 6"
     ):
         loop.run(9)
+
+
+def test_loss_far_above_that_of_the_untrained_model_for_long_ends_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All losses are 0.5."""
+    monkeypatch.setattr(training, "WORSE_STEPS", 4)
+    loop = Loop(start_step=3)
+    loop.first_loss = 0.32
+    with pytest.raises(training.Diverged) as error:
+        loop.run(20, save_every=2)
+    assert str(error.value) == "the mean loss of 4 steps is 0.5, that of the untrained model was 0.32, at step 7"
+    assert loop.noted("save") == [4, 6]
+    for usual in (0.34, None):  # 0.5 / 1.5 = 0.333; None: the first of this start
+        loop = Loop()
+        loop.first_loss = usual
+        assert loop.run(20)[1]
+
+
+def test_short_rise_of_the_loss_is_no_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "WORSE_STEPS", 4)
+    loop = Loop(bad=("loss", 6, 1.4))
+    loop.first_loss = 0.5
+    assert loop.run(20)[1]  # (1.4 + 3 x 0.5) / 4 = 0.725
 
 
 # ---- signals
