@@ -4,10 +4,12 @@ The JobSet controller of the cluster starts the pods again; nothing of this proj
 
   jobset.yaml    the run
   nodepools.sh   makes the node pools where they are missing. Once for each topology; runs share them, and they shrink to nothing when idle
+  other_launchers.txt   the same run as one command of xpk, and of Cluster Toolkit
 """
 
 import json
 import shlex
+import signal
 import sys
 import urllib.parse
 from collections.abc import Iterator
@@ -15,13 +17,14 @@ from typing import Any
 
 import yaml
 
+from curia_common import tpu_environment
 from curia_common.errors import UserError
 from curia_common.exit_codes import ExitCode
 from launch import buckets, jobset, records, tools
 from launch.rendering import Rendering
 from launch.spec import LaunchSpec
 
-MANIFEST, NODE_POOLS = "jobset.yaml", "nodepools.sh"
+MANIFEST, NODE_POOLS, OTHERS = "jobset.yaml", "nodepools.sh", "other_launchers.txt"
 WORKLOAD_POLICY = ("v7x",)  # chips whose TPU slices are made by a placement policy instead of --tpu-topology
 
 
@@ -50,6 +53,7 @@ def render(spec: LaunchSpec) -> Rendering:
         files={
             MANIFEST: yaml.safe_dump(manifest, sort_keys=False, width=1000),
             NODE_POOLS: _script(_node_pools(spec)),
+            OTHERS: _other_launchers(spec),
         },
         commands=(_credentials(spec), _kubectl(spec, "create", f"--filename={MANIFEST}")),
         links=_links(spec),
@@ -210,6 +214,49 @@ def _script(steps: Iterator[tuple[tuple[str, ...], tuple[str, ...]]]) -> str:
     for ask, make in steps:
         lines.append(f"{shlex.join(ask)} >/dev/null 2>&1 ||\n  {shlex.join(make)}")
     return "\n".join(lines) + "\n"
+
+
+def _other_launchers(spec: LaunchSpec) -> str:
+    """The run as one command of other launchers, for clusters that they have made.
+
+    Both restart at exit codes that they are told, and count preemptions as restarts. Flags: github.com/AI-Hypercomputer/xpk 1.16
+    (src/xpk/parser/workload.py) and github.com/GoogleCloudPlatform/cluster-toolkit of June 2026 (cmd/job).
+    """
+    there, (location, cluster) = spec.topology, location_of(spec)
+    variables = {**tpu_environment.of(there.slices), **dict(spec.environment)}
+    command = shlex.join(
+        ("env", *(f"{name}={value}" for name, value in variables.items()), "python", *buckets.argv_of(spec))
+    )
+    project, zone, image = spec.filled("project"), spec.filled("zone"), spec.filled("image")
+    paid = {
+        "spot": ["--spot"],
+        "reserved": [f"--reservation={spec.reservation or '<reservation>'}"],
+        "on-demand": ["--on-demand"],
+    }
+    xpk = (
+        "xpk", "workload", "create", f"--cluster={cluster}", f"--project={project}", f"--zone={zone}", f"--workload={spec.run}",
+        f"--tpu-type={there.api_type}", f"--num-slices={there.slices}", f"--docker-image={image}", f"--max-restarts={spec.max_restarts}",
+        # Beside 42 and 127 to 255, at which it restarts anyway.
+        f"--restart-on-exit-codes={int(ExitCode.FAULT)},{int(ExitCode.RESTART)}",
+        f"--termination-grace-period-seconds={spec.grace_seconds}", *paid[spec.capacity], f"--command={command}",
+    )  # fmt: skip
+    codes = (
+        ExitCode.FAULT,
+        ExitCode.RESTART,
+        *(128 + number for number in (signal.SIGABRT, signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM)),
+    )
+    toolkit = (
+        "gcluster", "job", "submit", f"--cluster={cluster}", f"--location={location}", f"--project={project}", f"--name={spec.run}",
+        f"--compute-type={there.api_type}", f"--topology={there.shape_text}", f"--num-slices={there.slices}", f"--image={image}",
+        f"--restarts={spec.max_restarts}", f"--restart-on-exit-codes={','.join(str(int(code)) for code in codes)}",
+        f"--grace-period={spec.grace_seconds}s", *([f"--queue={spec.queue}"] if spec.queue else []), f"--command={command}",
+    )  # fmt: skip
+    mount = (
+        f"# Mount the shards at {buckets.PATH} by its own means (xpk: --storage, gcluster: --mount).\n"
+        if buckets.shards_of(spec)
+        else ""
+    )
+    return f"{mount}{shlex.join(xpk)}\n{shlex.join(toolkit)}\n"
 
 
 def _links(spec: LaunchSpec) -> dict[str, str]:

@@ -9,14 +9,21 @@ import pytest
 from curia_common import tpu_environment
 from curia_common.topologies import GENERATIONS
 
-# Describes two TPU slices of a chip, for which libtpu reads its flags, and lists their slices.
+# Describes two TPU slices of a chip, for which libtpu reads its flags, and compiles a sum over all of their devices for them, with the
+# options that training gives the compiler.
 PROGRAM = """
-import sys
+import sys, jax, numpy as np
 from jax.experimental.topologies import get_topology_desc
+from curia_jax import xla_flags
 kind, shape, options = sys.argv[1], sys.argv[2], {"num_slices": 2}
 if kind == "v4":
     options |= {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
 devices = get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}", **options).devices
+mesh = jax.sharding.Mesh(np.array(devices), ("all",))
+split, whole = (jax.sharding.NamedSharding(mesh, jax.P(name)) for name in ("all", None))
+given = jax.ShapeDtypeStruct((8 * len(devices), 128), "bfloat16", sharding=split)
+lowered = jax.jit(lambda x: x.T @ x, out_shardings=whole).lower(given)
+lowered.compile(compiler_options=xla_flags.compiler_options(devices[0].device_kind, 2))
 print(*sorted({device.slice_index for device in devices}))
 """
 # What lets libtpu load on a machine without a TPU.

@@ -1,6 +1,7 @@
 """Runs on GKE: what is rendered, and a cluster that creates, fails, and deletes them."""
 
 import os
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -99,6 +100,19 @@ def test_location_of_the_cluster_is_given_or_the_region_of_the_zone() -> None:
     assert gke.location_of(spec_of("gke", "v5e:4x4", cluster="us-east5-b/curia")) == ("us-east5-b", "curia")
 
 
+def test_other_launchers_restart_at_75_and_not_at_final_codes() -> None:
+    """Each is one line with flags that it has; xpk's own default would end a run at 75."""
+    text = gke.render(RENDERED["v5e_16x16_two_slices_spot"]).files["other_launchers.txt"]
+    xpk, toolkit = map(shlex.split, text.splitlines())
+    for words, name in ((xpk, "xpk workload create"), (toolkit, "gcluster job submit")):
+        given = fake_cloud.values_of(words)
+        assert set(given) <= {flag.lstrip("-") for flag in fake_cloud.FLAGS[name]}
+        codes = {int(code) for code in given["restart-on-exit-codes"].split(",")}
+        assert {1, 75} <= codes and not {0, 2, 64, 65, 66} & codes
+        assert given["num-slices"] == "2" and "JAX_PLATFORMS=tpu,cpu" in shlex.split(given["command"])
+    assert fake_cloud.values_of(xpk)["tpu-type"] == "v5litepod-256"
+
+
 # ---- the command, with a cluster
 
 
@@ -128,7 +142,7 @@ def test_dry_run_needs_no_cloud_and_marks_what_is_missing(tmp_path: Path, monkey
     words = ["--target=gke", "--topology=v5e-256", "--slices=2", "--spot", "--dry-run", f"--output={tmp_path / 'out'}"]
     assert command.main([*words, *TRAIN]) == 0
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["commands.sh", "jobset.yaml", "nodepools.sh", "spec.json"]
+    assert names == ["commands.sh", "jobset.yaml", "nodepools.sh", "other_launchers.txt", "spec.json"]
     assert "placeholders, which a submission needs: --image, --project, --zone, --cluster" in capsys.readouterr().err
 
 
