@@ -204,7 +204,7 @@ def read_meta(folder: Path) -> None:
 
     meta = checkpoint.read_meta(epath.Path(folder / checkpoint.FOLDER / "8"))
     config.changes(config.from_checkpoint(meta.config), {})
-    assert meta.position >= meta.examples_seen >= 0 and all(value + 1 for value in meta.metrics.values())
+    assert meta.position >= meta.examples_seen >= 0 and all(abs(value) >= 0 for value in meta.metrics.values())
     assert meta.to_json()
 
 
@@ -571,6 +571,11 @@ def show(outcome: Outcome, traces: bool) -> None:
     print(
         f"the process grew by {outcome.growth:,.0f} MB; its peak was {max(outcome.peaks, default=0):,.0f} MB above its start"
     )
+    longest = max(outcome.sizes, key=len, default=[])
+    quarters = (
+        ", ".join(f"{longest[len(longest) * quarter // 4 - 1]:,.0f}" for quarter in range(1, 5)) if longest else "none"
+    )
+    print(f"its size after each quarter: {quarters} MB")
     for text in outcome.problems():
         print(f"VIOLATED: {text}")
     for trace in outcome.traces.values() if traces else ():

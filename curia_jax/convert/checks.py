@@ -248,7 +248,7 @@ def import_package(name: str) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:400]
 
 
 def compare_transformers(folder: Path, layout: str, inputs: Inputs, wanted: Results) -> list[Check]:

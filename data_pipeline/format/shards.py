@@ -121,7 +121,7 @@ def read_shards(folder: Path) -> pa.Table:
             or not agree
         ):
             raise DataError(f"{path} is damaged: the numbers of {name[:60]!a} cannot be right; {REMEDY}")
-        if not name or Path(name).name != name or not name.isprintable():
+        if not 0 < len(name) < 200 or Path(name).name != name or not name.isprintable():
             raise DataError(f"{path} is damaged: {name[:60]!a} is not a file of this folder; {REMEDY}")
     return table
 
