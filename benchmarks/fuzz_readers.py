@@ -135,7 +135,9 @@ def write_sound(top: Path) -> None:
     fit = results.Fit(32, "validation split", 0.7, {"penalty_per_case": 1.0})
     source = results.Provenance("0" * 16, "window", ("mean",), (8, 8), (), 8, 64)
     scores = [
-        results.Score(study, name, "ridge", "auroc", 0.7, 0.6, 0.8, 3, 0, against, None if against else fit, source)
+        results.Score(
+            study, name, "ridge", "auroc", 0.7, 0.6, 0.8, 3, 0, against, "mean", None if against else fit, source
+        )
         for name, against in (("checkpoint", None), ("random", None), ("checkpoint", "random"))
     ]
     (other / "results.json").write_text(json.dumps(results.rows(scores)))

@@ -243,7 +243,7 @@ def stages(data: Path, place: Path) -> None:
     packed = [reader.read([n])[0] for n in range(reader.num_records())]
     stored = [dicom_pixels.read_stored(str(path))[0][0] for path in paths]
     with dicom_pixels.open_image(str(paths[0])) as image:
-        spot = image.geometry[0]
+        spot = image.header.geometry[0]
     slices = [to_uint16(one, spot.slope, spot.intercept, hu=True) for one in stored]
     pixels = [one[0] for one in slices]
     counts = [np.bincount(one.ravel()) for one in pixels]

@@ -27,7 +27,7 @@ MEANINGS = {
     ExitCode.USAGE: "wrong usage or configuration; nothing was changed",
     ExitCode.DIVERGED: "training diverged: a loss or norm is not finite",
     ExitCode.DATA: "input data, dataset or checkpoint is damaged, incomplete or not the expected one",
-    ExitCode.DOES_NOT_FIT: "the run does not fit the accelerators",
+    ExitCode.DOES_NOT_FIT: "the run does not fit the accelerators, or a host is not as launched",
     ExitCode.RESTART: "stopped by a signal, failing storage or a lost host, finished work is saved; rerun the command to resume",
     ExitCode.INTERRUPTED: "second Ctrl-C: stopped at once",
 }

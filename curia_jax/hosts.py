@@ -9,6 +9,7 @@ import ctypes
 import faulthandler
 import functools
 import hashlib
+import json
 import os
 import re
 import signal
@@ -22,17 +23,15 @@ from jax._src import distributed  # the client of JAX's coordination service has
 
 from curia_common import cli, logs
 from curia_common.errors import RestartError, UserError
-from curia_common.exit_codes import ExitCode
+from curia_common.exit_codes import FINAL, ExitCode
+from curia_common.launching import ADDRESS, COUNT, NUMBER
 from curia_jax.settings import Devices
 
-ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 POLL_SECONDS = 0.5
 FAREWELL_SECONDS = 3.0  # that a failing host takes at most to tell the others
-# Starting again would end the same way, so the other hosts end with the same code.
-FINAL = (ExitCode.USAGE, ExitCode.DIVERGED, ExitCode.DATA, ExitCode.DOES_NOT_FIT)
 # In errors of collectives on CPU (Gloo), GPU (NCCL) and TPU (megascale) whose peer is gone.
 _LOST = re.compile(r"gloo|nccl|megascale|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED", re.IGNORECASE)
-_ENDED, _SEEN = "curia/ended", "curia/seen"
+_ENDED, _SEEN, _FACTS, _ATTEMPT = "curia/ended", "curia/seen", "curia/facts", "curia/attempt"
 _ending_together = False  # the hosts have met at the end of the run
 _stop_handler: Any = None
 _watcher: threading.Thread | None = None
@@ -144,19 +143,44 @@ def check_agreement(facts: Mapping[str, str], seconds: int | float) -> None:
     """
     if count() == 1:
         return
-    for index, value in enumerate(facts.values()):
-        _client().key_value_set(f"curia/facts/{index}/{number()}", value)
+    _client().key_value_set(f"{_FACTS}/{number()}", json.dumps(dict(facts)))
     barrier("start", seconds)
-    for index, fact in enumerate(facts):
-        found = {
-            int(key.rsplit("/", 1)[1]): value for key, value in _client().key_value_dir_get(f"curia/facts/{index}/")
-        }
-        other = next((host for host in sorted(found) if found[host] != found[0]), None)
+    values = _client().key_value_dir_get(f"{_FACTS}/")
+    found = {int(key.rsplit("/", 1)[1]): json.loads(value) for key, value in values}
+    for fact in facts:
+        other = next((host for host in sorted(found) if found[host].get(fact) != found[0].get(fact)), None)
         if other is not None:
             raise UserError(
-                f"hosts differ in {fact}: {found[0]} on host 0, {found[other]} on host {other}; start the same version with the "
-                "same config and work directory on every host"
+                f"hosts differ in {fact}: {found[0].get(fact)} on host 0, {found[other].get(fact)} on host {other}; start the same version "
+                "with the same config and work directory on every host"
             )
+
+
+def check_attempt(attempt: str, seconds: int | float) -> None:
+    """Checks that this process and the first one were started together.
+
+    Args:
+      attempt: of this process; "" where no launcher started it.
+      seconds: how long to wait for the first host.
+
+    Raises:
+      RestartError: they were not; the other hosts end when this one does.
+    """
+    if count() == 1:
+        return
+    if is_first():
+        tell(_ATTEMPT, attempt)
+    try:
+        first = _client().blocking_key_value_get(_ATTEMPT, int(1000 * seconds))
+    except jax.errors.JaxRuntimeError as error:
+        raise RestartError(
+            f"{name()} waited {seconds:g} s for host 0; its log says what it does; rerun the same command"
+        ) from error
+    if attempt != first:
+        raise RestartError(
+            f"{name()} is of attempt {attempt or 'none'}, but host 0 of attempt {first or 'none'}: a process of an earlier start was still "
+            "alive; rerun the same command"
+        )
 
 
 def tell(key: str, value: str) -> None:

@@ -21,8 +21,7 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-import curia_common
-from curia_common import cli, logs, processes, signals
+from curia_common import cli, launching, logs, processes, signals
 from curia_common.errors import DataError, DivergedError, RestartError, UserError
 from curia_common.exit_codes import ExitCode
 from curia_common.progress import Progress
@@ -34,6 +33,7 @@ from curia_jax import (
     hosts,
     lease,
     preemption,
+    preflight,
     profiling,
     saving,
     sharding,
@@ -207,21 +207,25 @@ def use_devices(devices: Devices) -> None:
     Raises:
       UserError: the platform or the other hosts cannot be found.
     """
+    launched = preflight.expected()
     if devices.platform != "auto":
         jax.config.update("jax_platforms", devices.platform)
     if devices.cpu_count:
         jax.config.update("jax_num_cpu_devices", devices.cpu_count)
     if devices.multihost:
         hosts.connect(devices)
-    elif os.environ.get(hosts.COUNT, "1") != "1":
+        hosts.check_attempt(launched.attempt if launched else "", devices.watchdog_seconds or NO_WATCHDOG_SECONDS)
+    elif os.environ.get(launching.COUNT, "1") != "1":
         raise UserError(
-            f"{hosts.COUNT} is {os.environ[hosts.COUNT]} but devices.multihost is False, so that each host would train alone in the same "
+            f"{launching.COUNT} is {os.environ[launching.COUNT]} but devices.multihost is False, so that each host would train alone in the same "
             "work directory; set --config.devices.multihost=true"
         )
     try:
         found = jax.device_count()
     except RuntimeError as error:
         raise UserError(f"devices.platform is {devices.platform!r}: {error}") from error
+    if launched is not None:
+        preflight.check_devices(launched)
     if jax.default_backend() == "cpu" and found > 1:
         # XLA loses the order of a CPU program's collectives when it reads the program from the cache (jaxlib 0.10.2), and
         # simulated devices then deadlock.
@@ -373,18 +377,21 @@ def _take_work_directory(run: Run, closing: contextlib.ExitStack) -> watchdog.Wa
       UserError: the hosts differ.
       RestartError: another run has the work directory, or a host is missing.
     """
-    facts = {
-        "version": f"{curia_common.__version__} with jax {jax.__version__}",
-        "config": hosts.digest(json.dumps(run.config, sort_keys=True)),
-        "dataset": run.dataset.fingerprint,
-        "checkpoint": f"step {run.schedule.start_step}",
-    }
-    hosts.check_agreement(facts, _patience(run))
-    if hosts.is_first():
-        closing.enter_context(lease.holding(run.workdir))
-        if workdirs.saved_steps(run.workdir) != run.saved_steps:
-            raise RestartError(f"another run has just saved in {run.workdir}; rerun the same command")
-    hosts.barrier("work directory", _patience(run))
+    preflight.check_dataset(run.source)
+    with preflight.probing(run.workdir):
+        facts = {
+            **preflight.build(),
+            "config": hosts.digest(json.dumps(run.config, sort_keys=True)),
+            "dataset": run.dataset.fingerprint,
+            "checkpoint": f"step {run.schedule.start_step}",
+        }
+        hosts.check_agreement(facts, _patience(run))
+        preflight.check_shared(run.workdir)
+        if hosts.is_first():
+            closing.enter_context(lease.holding(run.workdir))
+            if workdirs.saved_steps(run.workdir) != run.saved_steps:
+                raise RestartError(f"another run has just saved in {run.workdir}; rerun the same command")
+        hosts.barrier("work directory", _patience(run))
     log_file = logs.LogFile(run.workdir, hosts.number(), take_descriptor=cli.owns_process())
     if not cli.owns_process():  # else it is open until the process has ended
         closing.callback(log_file.close)

@@ -19,7 +19,7 @@ from pathlib import Path
 from curia_common import cli, logs
 from curia_common.errors import UserError
 from curia_common.exit_codes import ExitCode
-from launch import cost, records, source
+from launch import checks, cost, records, source
 from launch import spec as specs
 from launch.rendering import Target
 from launch.spec import LaunchSpec
@@ -41,9 +41,9 @@ def parser() -> argparse.ArgumentParser:
         "python -m launch",
         __doc__,
         examples="""
-python -m launch --target=local --topology=cpu:4x2 -- pretrain --config=demo --workdir=runs/first --config.data.shards=demo/shards
+python -m launch --target=local --topology=cpu:1x4 -- pretrain --config=demo --workdir=runs/first --config.data.shards=demo/shards
 python -m launch --target=local --topology=v5e:4x4 --dry-run -- pretrain --config=pretrain_vit_b16_224 --workdir=runs/b16
-python -m launch --target=gke --topology=v5e-256 --slices=2 --spot --dry-run --output=out -- pretrain --config=… --workdir=gs://bucket/run
+python -m launch --target=gke --topology=v5e-256 --slices=2 --spot --dry-run --output=out -- pretrain --config=… --config.mesh.replica=2 --workdir=gs://bucket/run
 python -m launch --target=queued-resources --topology=v4-64 --spot --project=… --zone=… --image=… -- pretrain --config=… --workdir=gs://bucket/run
 python -m launch --target=slurm --topology=gpu:4x8 -- pretrain --config=… --workdir=/shared/run --config.data.shards=/shared/shards
 python -m launch status first
@@ -99,6 +99,9 @@ python -m launch stop first""",
         "--ignore-fit", action="store_true", help="launch although the plan says that memory is too small"
     )
     made.add_argument("--allow-dirty", action="store_true", help="launch although files differ from the commit")
+    made.add_argument(
+        "--allow-changes", action="store_true", help="resume a work directory whose run had another config"
+    )
     made.add_argument("--yes", action="store_true", help="do not ask")
     made.add_argument(
         "--dry-run",
@@ -137,6 +140,7 @@ def launch(args: argparse.Namespace) -> int | None:
     plan = cost.read(args.plan, spec) if args.plan else None
     cost.check(plan, spec, max_cost=args.max_cost, ignore_fit=args.ignore_fit)
     rendering = target.render(spec)
+    checks.check(spec, "cpu" if spec.target == LOCAL else spec.topology.platform, allow_changes=args.allow_changes)
     if args.dry_run:
         if args.output:
             rendering.write(Path(args.output), spec)

@@ -24,7 +24,6 @@ from launch.spec import LaunchSpec
 STATE, OUTPUT, LOCK = "state.json", "output.log", "lock"
 POLL_SECONDS = 0.1
 LOOPBACK = "127.0.0.1"
-# Exit codes after which another start would end the same way.
 # What an earlier launcher may have left in the environment of this one.
 _LEFT = (ADDRESS, COUNT, NUMBER, "JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES")
 _LEFT_PREFIXES = (PREFIX, MEGASCALE, "TPU_")
@@ -116,11 +115,10 @@ class End:
     seconds: float
 
     def text(self) -> str:
-        """As messages call it."""
-        how = (
-            f"was killed by {signal.Signals(-self.code).name}" if self.code < 0 else f"ended with exit code {self.code}"
-        )
-        return f"process {self.process} {how}" + (f": {self.line}" if self.line else "")
+        """As messages call it. What a process wrote last before it was killed says nothing."""
+        if self.code < 0:
+            return f"process {self.process} was killed by {signal.Signals(-self.code).name}"
+        return f"process {self.process} ended with exit code {self.code}" + (f": {self.line}" if self.line else "")
 
 
 class Output:

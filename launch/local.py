@@ -23,7 +23,7 @@ from launch.gang import End, Gang, Output, Process, State
 from launch.rendering import Rendering
 from launch.spec import ALIKE, FAST_SECONDS, LaunchSpec, variables_as_words
 
-LONGEST_PAUSE = 60.0  # seconds between two attempts
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between two attempts
 SCRIPT = "pod.sh"
 _DRY_PORT = 8476
 
@@ -177,7 +177,7 @@ def _supervise(spec: LaunchSpec, working_directory: str) -> int:
                 )
             if state.restarts == spec.max_restarts:
                 _give_up(state, folder, end.code, f"no restart is left of --max-restarts={spec.max_restarts}: {why}")
-            pause = min(2.0 ** (len(failures) - 1), LONGEST_PAUSE) if failures else 0.0
+            pause = min(FIRST_PAUSE * 2 ** (len(failures) - 1), LONGEST_PAUSE) if failures else 0.0
             output.say(f"{why}; starting again" + (f" in {pause:g} s" if pause else ""))
             state = dataclasses.replace(state, phase="restarting", restarts=state.restarts + 1)
             state.write(folder)
@@ -193,7 +193,7 @@ def _give_up(state: State, folder: Path, code: int, why: str) -> NoReturn:
 
 def _alike(end: End) -> str:
     """Equal for ends that differ in numbers alone: steps, ports, times."""
-    return f"{end.code} {re.sub(r'[0-9]+', '#', end.line)}"
+    return f"{end.code} {re.sub(r'[0-9]+', '#', end.line) if end.code > 0 else ''}"
 
 
 def _newest_checkpoint(spec: LaunchSpec) -> int | None:

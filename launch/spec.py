@@ -23,14 +23,16 @@ class Command:
     Attributes:
       module: as `python -m` takes it.
       many_hosts: runs on all hosts of a pod together, and resumes.
+      has_fields: prints every field of its config with --fields.
     """
 
     module: str
     many_hosts: bool
+    has_fields: bool = False
 
 
 COMMANDS = {
-    "pretrain": Command("curia_jax.pretrain", many_hosts=True),
+    "pretrain": Command("curia_jax.pretrain", many_hosts=True, has_fields=True),
     "convert": Command("curia_jax.convert", many_hosts=False),
     "evaluate": Command("curia_jax.evaluate", many_hosts=False),
     "build": Command("data_pipeline.build", many_hosts=False),

@@ -75,3 +75,12 @@ def test_hosts_with_different_configs_are_refused(tmp_path: Path) -> None:
     assert all(
         "hosts differ in config: A on host 0, B on host 1; start the same version" in last_line(end) for end in ends
     )
+
+
+def test_process_of_an_earlier_attempt_ends_both_with_75(tmp_path: Path) -> None:
+    ends = two_hosts.run(tmp_path, "attempt")
+    assert [end.code for end in ends] == [75, 75]
+    assert last_line(ends[1]).startswith(
+        "error: host 1 of 2 is of attempt 2, but host 0 of attempt 1: a process of an earlier start"
+    )
+    assert "host 0 of 2 ends because host 1 ended with exit code 75" in last_line(ends[0])

@@ -22,14 +22,20 @@ folder, fault, who, watchdog_seconds = sys.argv[1], sys.argv[2], int(sys.argv[3]
 def action(args):
     import jax, jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec as P
-    from curia_jax import hosts, settings, watchdog
+    from curia_jax import hosts, preflight, settings, watchdog
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 1)
     hosts.connect(settings.Devices("cpu", 1, True, "", heartbeat_seconds=10))
     me = hosts.number()
+    hosts.check_attempt("2" if fault == "attempt" and me == who else "1", 60)
     mesh = jax.make_mesh((2,), ("hosts",), axis_types=(jax.sharding.AxisType.Auto,))
     with contextlib.ExitStack() as closing, hosts.leaving_at_once(closing, 10):
-        hosts.check_agreement({"config": "A" if fault != "skew" or me != who else "B"}, 60)
+        workdir = pathlib.Path(folder, "elsewhere" if fault == "elsewhere" and me == who else "work")
+        workdir.mkdir(exist_ok=True)
+        with preflight.probing(str(workdir)):
+            hosts.check_agreement({"config": "A" if fault != "skew" or me != who else "B"}, 60)
+            preflight.check_shared(str(workdir))
+            hosts.barrier("probe", 60)
         if fault == "late" and me == who:
             time.sleep(1000)
         hosts.barrier("work directory", 5 if fault == "late" else 60)

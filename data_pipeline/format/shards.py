@@ -392,6 +392,19 @@ class SliceSource:
             raise DataError(f"{where} is damaged; {REMEDY}") from error
         return data, 0 if self._single else int(number - self._first_slice[record]), where
 
+    def check_access(self) -> None:
+        """Reads a record of the first and of the last shard. Damage is left to whoever trains on it.
+
+        Raises:
+          OSError: a shard cannot be opened or read.
+        """
+        for number in {0, len(self) - 1}:
+            _, shard, _ = self._find(number)
+            with (self.folder / self._files[shard]).open("rb") as file:  # ArrayRecord hides why it cannot
+                file.read(1)
+            with contextlib.suppress(DataError):
+                self._read(number)
+
     def check_shards(self, first: int = 0, *, rest: int | float = 3) -> Iterator[str | None]:
         """Compares every shard with its published digest, from number `first` on, while others read.
 

@@ -10,7 +10,8 @@ tests/data_pipeline/sources/test_contract.py checks every one of them:
    only exist globally are changed for the length of a call and put back (see silence.py).
 3. `slices()` is called once and yields each slice once, in the order of the file; `Slice.rank` is the place in spatial order.
    The ranks of a file are 0, 1, … without gaps, unless the request names frames that the file does not have.
-4. Pixels are uint16 and real value = pixels * slope + intercept with slope > 0, exactly for whole numbers.
+4. Pixels are uint16 and real value = pixels * slope + intercept with slope > 0, exactly for whole numbers. `Slice.histogram`, where a
+   reader gives it, counts these pixels.
 5. At most one frame (or slab of a volume) is in memory at a time, but for compressed forms that a library decodes whole;
    scratch files lie in `request.scratch`.
 6. `facts` and `excluded` are known once the file is open; `decoder` and `stored_sha256` once `slices()` is exhausted.
@@ -23,7 +24,7 @@ from contextlib import AbstractContextManager
 from typing import Literal, Protocol
 
 import numpy as np
-from jaxtyping import UInt16
+from jaxtyping import Int, UInt16
 
 from data_pipeline.sources.geometry import Direction
 
@@ -77,6 +78,7 @@ class Slice:
       rescale: slope and intercept of the source; None where it does not say in which units its values are.
       below: HU below -1024, which are raised to it, and how many pixels had each; declared padding left out.
       padded: pixels of declared padding.
+      histogram: how many pixels have the stored value 0, 1, 2, …, up to the highest; None where the reader has not counted them.
     """
 
     rank: int
@@ -90,6 +92,7 @@ class Slice:
     rescale: tuple[float, float] | None = (1.0, 0.0)
     below: tuple[tuple[float, int], ...] = ()
     padded: int = 0
+    histogram: Int[np.ndarray, " levels"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import os
 import struct
@@ -13,7 +14,8 @@ import numpy as np
 import pydicom
 import SimpleITK
 from jaxtyping import Integer
-from pydicom.dataset import Dataset, FileDataset
+from pydicom.dataelem import RawDataElement
+from pydicom.dataset import Dataset
 from pydicom.filebase import DicomBytesIO
 from pydicom.filereader import read_partial
 from pydicom.pixels.decoders.base import get_decoder
@@ -22,6 +24,7 @@ from pydicom.tag import Tag
 from pydicom.uid import (
     HTJ2K,
     JPEG2000,
+    UID,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
@@ -43,6 +46,7 @@ from curia_common.errors import UserError
 from data_pipeline.format import records
 from data_pipeline.sources import mosaic
 from data_pipeline.sources.base import NO_MEMORY, ImageFacts, ReadError, ReadRequest, Slice, SourceFile
+from data_pipeline.sources.dicom_elements import read_plain
 from data_pipeline.sources.dicom_header import (
     DOUBLE_PIXEL_DATA,
     FLOAT_PIXEL_DATA,
@@ -62,6 +66,7 @@ from data_pipeline.sources.stored_values import (
     Padding,
     below_air,
     extract_bits,
+    levels,
     replace_padding,
     stored_sha256,
     to_uint16,
@@ -98,6 +103,8 @@ _PIXEL_TAGS = [Tag(word) for word in (
 )]  # fmt: skip
 # Overlay Bit Position (60xx,0102): before 2004 overlays could lie in bits of the pixel data that are not used.
 _OVERLAY_BITS = [Tag(0x6000 + group, 0x0102) for group in range(0, 0x20, 2)]
+_WANTED_TAGS = frozenset(map(int, _PIXEL_TAGS + _OVERLAY_BITS))
+_HEADERS_KEPT = 4
 _UNDEFINED = 0xFFFFFFFF
 _ITEM = 0xE000FFFE  # as a little-endian number of four bytes
 _DELIMITER = struct.pack("<LL", 0xE0DDFFFE, 0)
@@ -134,38 +141,41 @@ class DicomFile:
         self._request, self._image = request, image
 
     def slices(self) -> Iterator[Slice]:
-        image, hu = self._image, self.facts.units == "HU"
+        image, header, hu = self._image, self._image.header, self.facts.units == "HU"
         wanted = {frame: (rank, position) for rank, (frame, position) in enumerate(self._request.frames)}
         digest = Digest(self._request.digest)
         for number, (values, own) in enumerate(self._frames(digest)):
             if number not in wanted:
                 continue
-            padding = image.padding
-            if image.photometric == "MONOCHROME1" and not hu:
+            padding = header.padding
+            if header.photometric == "MONOCHROME1" and not hu:
                 # High values are meant to be seen dark. HU mean the same however they are shown.
-                mirror = -1 if image.signed else (1 << image.bits_stored) - 1
+                mirror = -1 if header.signed else (1 << header.bits_stored) - 1
                 values = mirror - values.astype(np.int64)
                 padding = padding and Padding(mirror - padding.high, mirror - padding.low)
-            place = image.geometry[0 if self._request.tiles else number]
-            image_values, padded = values, 0
+            place = header.geometry[0 if self._request.tiles else number]
+            # The one look at all pixels; what is counted later follows from how many have which value.
+            image_values, known, padded = values, levels(values), 0
             if padding is not None:
-                image_values, padded = replace_padding(values, padding, place.slope, place.intercept, hu=hu)
+                image_values, padded = replace_padding(values, known, padding, place.slope, place.intercept, hu=hu)
+                known = known if image_values is values else levels(image_values)
             pixels, slope, intercept, clipped = to_uint16(image_values, place.slope, place.intercept, hu=hu)
+            stored, *_ = to_uint16(known.values[None], place.slope, place.intercept, hu=hu)
             flags = self._request.flags | (clipped if image_values is values else records.CLIPPED)
             rank, position = wanted[number]
             yield Slice(
                 rank, pixels, slope, intercept, position, flags, own or digest.hex(),
                 (place.spacing[0], place.spacing[1]) if place.spacing else (0.0, 0.0),
                 rescale=(place.slope, place.intercept) if place.declared else None,
-                below=below_air(image_values, place.slope, place.intercept, padding) if hu and clipped else (),
-                padded=padded,
+                below=below_air(known, place.slope, place.intercept, padding) if hu and clipped else (),
+                padded=padded, histogram=np.bincount(stored[0], weights=known.counts).astype(np.int64),
             )  # fmt: skip
         self.stored_sha256, self.decoder = digest.hex(), image.decoder
 
     def _frames(self, digest: Digest) -> Iterator[tuple["Frame", str]]:
         """Frames, or slices of a mosaic, with their own digests; "" where the file has but one. All of the file goes into `digest`."""
         for values in self._image.stored():
-            own = digest.add(values, also_alone=self._image.frames > 1)
+            own = digest.add(values, also_alone=self._image.header.frames > 1)
             if not self._request.tiles:
                 yield values, own
                 continue
@@ -183,22 +193,24 @@ def open_dicom(request: ReadRequest) -> Iterator[SourceFile]:
 # ---- stored values
 
 
-@dataclasses.dataclass
-class Image:
-    """An open file: its frames, and what rescaling them takes.
+@dataclasses.dataclass(frozen=True, eq=False)
+class PixelHeader:
+    """What the header of a file says of its pixels.
 
     Attributes:
+      frame_bytes: of an uncompressed frame; bits of several frames can share a byte.
       bits_stored: of a value.
       signed: values are two's complement.
       high_bit: of a word of uncompressed pixel data, in which values can lie anywhere.
       overlays: numbers of the bits that hold overlays.
       padding: stored values that are no image; None where the header names none.
       geometry: one per frame; spacing and rescaling alone, positions are known from the header before.
-      decoder: libraries that decoded the frames, set while they are read.
+      dataset: for the decoders.
     """
 
-    path: str
+    syntax: str
     frames: int
+    frame_bytes: float
     photometric: str
     bits_stored: int
     signed: bool
@@ -206,10 +218,22 @@ class Image:
     overlays: frozenset[int]
     padding: Padding | None
     geometry: tuple[FrameGeometry, ...]
+    dataset: Dataset
+
+
+@dataclasses.dataclass
+class Image:
+    """An open file.
+
+    Attributes:
+      decoder: libraries that decoded the frames, set while they are read.
+    """
+
+    path: str
+    header: PixelHeader
     decoder: str
-    _dataset: FileDataset
     _representation: str  # of the pixel data
-    _source: BufferedIOBase  # at their first byte: the file, or its inflated content as pydicom wraps it
+    _source: BufferedIOBase  # at their first byte: the file, or its content
 
     def stored(self) -> Iterator[Frame]:
         """The stored values before any rescaling, frame by frame, so that only one frame is in memory.
@@ -219,15 +243,16 @@ class Image:
         Raises:
           ReadError: no decoder reads the pixels, or there are more frames than the header states.
         """
-        plugin = PLUGINS.get(self._dataset.file_meta.TransferSyntaxUID, "")
+        header = self.header
+        plugin = PLUGINS.get(UID(header.syntax), "")
         self.decoder = f"pydicom {pydicom.__version__} {plugin}".strip()
-        decoded = _decode_with_pydicom(self._dataset, self._representation, self._source, plugin)
+        decoded = _decode_with_pydicom(header, self._representation, self._source, plugin)
         count, second = 0, False
         while True:
             try:
                 with silenced():
                     values = next(decoded, None)
-                if values is None and count < self.frames:
+                if values is None and count < header.frames:
                     raise ValueError("fewer frames than the header states")
             except MemoryError as error:
                 raise ReadError(NO_MEMORY) from error
@@ -241,20 +266,20 @@ class Image:
                     raise ReadError(f"the pixels cannot be decoded (SimpleITK: {failure})") from error
                 second, name = True, f"SimpleITK {SimpleITK.Version.VersionString()}"
                 self.decoder = name if not count else f"{self.decoder}, {name}"
-                decoded = decode_with_simpleitk(self.path, self.geometry, start=count, first_failure=failure)
+                decoded = decode_with_simpleitk(self.path, header.geometry, start=count, first_failure=failure)
                 continue
             if values is None:
                 return
             count += 1
-            if count > self.frames:
-                raise ReadError(f"the header states {self.frames} frames, the file holds more")
+            if count > header.frames:
+                raise ReadError(f"the header states {header.frames} frames, the file holds more")
             if values.ndim != 2:
                 raise ReadError("colour image")
             if values.dtype.kind not in "iu":
                 raise ReadError(f"pixels are {values.dtype}, not integers")
-            if not second and self._dataset.file_meta.TransferSyntaxUID in _WORDS:
+            if not second and header.syntax in _WORDS:
                 values = extract_bits(
-                    values, self.bits_stored, self.high_bit, signed=self.signed, overlays=self.overlays
+                    values, header.bits_stored, header.high_bit, signed=header.signed, overlays=header.overlays
                 )
             yield values
 
@@ -269,13 +294,23 @@ def open_image(path: str) -> Iterator[Image]:
     with open(path, "rb") as file:
         small = os.fstat(file.fileno()).st_size <= IN_MEMORY_BYTES
         # The parser asks for its position after every element, a system call for a file and none for memory.
-        source = io.BytesIO(file.read()) if small else file
-        dataset, last = read_elements(source, _PIXEL_TAGS + _OVERLAY_BITS, stop=FLOAT_PIXEL_DATA)
+        content = file.read() if small else b""
         with guarded("malformed header ({place})"):  # values are parsed on access
-            # Of a deflated file pydicom keeps the inflated content, in a wrapper.
-            inflated = dataset.buffer.parent if isinstance(dataset.buffer, DicomBytesIO) else None
-            content = source if inflated is None else cast(BufferedIOBase, inflated)
-            image = _image(path, dataset, content, last)
+            plain = read_plain(content, _WANTED_TAGS, FLOAT_PIXEL_DATA, PLUGINS)
+            if plain is not None:
+                header = _plain_header(plain.syntax, plain.fields, plain.last)
+                image = _image(path, header, io.BytesIO(plain.content), plain.begin, plain.last)
+        if plain is None:
+            source = io.BytesIO(content) if small else file
+            dataset, last = read_elements(source, _PIXEL_TAGS + _OVERLAY_BITS, stop=FLOAT_PIXEL_DATA)
+            with guarded("malformed header ({place})"):
+                header = _pixel_header(dataset, transfer_syntax(dataset), last)
+                assert last is not None  # it has pixels
+                # Of a deflated file pydicom keeps the inflated content, in a wrapper.
+                if isinstance(dataset.buffer, DicomBytesIO):
+                    source = cast(BufferedIOBase, dataset.buffer.parent)
+                begin = source.tell() + (12 if last.representation in EXPLICIT_VR_LENGTH_32 else 8)
+                image = _image(path, header, source, begin, last)
         yield image
 
 
@@ -285,8 +320,13 @@ def read_stored(path: str) -> tuple[Integer[np.ndarray, "frames rows columns"], 
         return np.stack(list(image.stored())), image.decoder
 
 
-def _image(path: str, dataset: FileDataset, source: BufferedIOBase, last: Element | None) -> Image:
-    syntax = transfer_syntax(dataset)
+@functools.lru_cache(maxsize=_HEADERS_KEPT)
+def _plain_header(syntax: UID, fields: tuple[RawDataElement, ...], last: Element) -> PixelHeader:
+    """The header with these elements: in most series that of all slices, so that it is parsed once."""
+    return _pixel_header(Dataset({field.tag: field for field in fields}), syntax, last)
+
+
+def _pixel_header(dataset: Dataset, syntax: str, last: Element | None) -> PixelHeader:
     if not syntax:
         raise ReadError("no transfer syntax: how the pixels are encoded is unknown")
     if last is not None and last.tag in (FLOAT_PIXEL_DATA, DOUBLE_PIXEL_DATA):
@@ -298,33 +338,36 @@ def _image(path: str, dataset: FileDataset, source: BufferedIOBase, last: Elemen
     if whole_number(dataset, "SamplesPerPixel", 1) != 1:
         raise ReadError("colour image")
     frames, rows, columns = frame_sizes(dataset)
-    source.seek(12 if last.representation in EXPLICIT_VR_LENGTH_32 else 8, os.SEEK_CUR)
-    begin = source.tell()
-    source.seek(0, os.SEEK_END)
-    found = min(last.length, source.tell() - begin)
-    source.seek(begin)
-    if syntax in UNCOMPRESSED:
-        frame_bytes = rows * columns * whole_number(dataset, "BitsAllocated", 0) / 8
-        if found < int(frame_bytes * frames):
-            raise ReadError(f"truncated: the pixel data has {found:,} of {int(frame_bytes * frames):,} bytes")
-        if frame_bytes and found // frame_bytes > frames:
-            raise ReadError(f"the header states {frames} frames, the file holds more")
-    elif last.length == _UNDEFINED:
-        source = _ended_items(source, syntax)
-    else:  # against the standard; the end of the items has to be the end of the source
-        source = io.BytesIO(source.read(last.length))
     bits = whole_number(dataset, "BitsStored", 16)
     signed = whole_number(dataset, "PixelRepresentation", 0) == 1
-    return Image(
-        path=path, frames=frames, photometric=text(dataset, "PhotometricInterpretation"),
+    return PixelHeader(
+        syntax=syntax, frames=frames, frame_bytes=rows * columns * whole_number(dataset, "BitsAllocated", 0) / 8,
+        photometric=text(dataset, "PhotometricInterpretation"),
         bits_stored=bits, signed=signed, high_bit=whole_number(dataset, "HighBit", bits - 1),
         overlays=frozenset(int(dataset[tag].value or 0) for tag in _OVERLAY_BITS if tag in dataset),
-        padding=_padding(dataset, signed), geometry=frame_geometries(dataset, frames),
-        decoder="", _dataset=dataset, _representation=last.representation or "OW", _source=source,
+        padding=_padding(dataset, signed), geometry=frame_geometries(dataset, frames), dataset=dataset,
     )  # fmt: skip
 
 
-def _padding(dataset: FileDataset, signed: bool) -> Padding | None:
+def _image(path: str, header: PixelHeader, source: BufferedIOBase, begin: int, last: Element) -> Image:
+    """The image whose pixels begin at an offset of `source`."""
+    source.seek(0, os.SEEK_END)
+    found = min(last.length, source.tell() - begin)
+    source.seek(begin)
+    if header.syntax in UNCOMPRESSED:
+        wanted = int(header.frame_bytes * header.frames)
+        if found < wanted:
+            raise ReadError(f"truncated: the pixel data has {found:,} of {wanted:,} bytes")
+        if header.frame_bytes and found // header.frame_bytes > header.frames:
+            raise ReadError(f"the header states {header.frames} frames, the file holds more")
+    elif last.length == _UNDEFINED:
+        source = _ended_items(source, header.syntax)
+    else:  # against the standard; the end of the items has to be the end of the source
+        source = io.BytesIO(source.read(last.length))
+    return Image(path, header, "", last.representation or "OW", source)
+
+
+def _padding(dataset: Dataset, signed: bool) -> Padding | None:
     """Writers disagree on whether the two elements are signed where pixels are: 63536 is -2000 in 16 bits."""
     if dataset.get("PixelPaddingValue") in (None, ""):
         return None
@@ -371,14 +414,15 @@ def _ended_items(source: BufferedIOBase, syntax: str) -> BufferedIOBase:
 # ---- decoders: frames, to be advanced under silenced()
 
 
-def _decode_with_pydicom(dataset: Dataset, representation: str, source: BufferedIOBase, plugin: str) -> Iterator[Frame]:
-    syntax = dataset.file_meta.TransferSyntaxUID
-    options = as_pixel_options(dataset, pixel_keyword="PixelData", pixel_vr=representation)
-    if syntax in UNCOMPRESSED:
+def _decode_with_pydicom(
+    header: PixelHeader, representation: str, source: BufferedIOBase, plugin: str
+) -> Iterator[Frame]:
+    options = as_pixel_options(header.dataset, pixel_keyword="PixelData", pixel_vr=representation)
+    if header.syntax in UNCOMPRESSED:
         options["view_only"] = True  # nobody writes to what was read, so it needs no copy
-    if syntax in _WORDS:
+    if header.syntax in _WORDS:
         options["correct_unused_bits"] = False  # extract_bits does more
-    for values, _ in get_decoder(syntax).iter_array(
+    for values, _ in get_decoder(header.syntax).iter_array(
         cast(BinaryIO, source), raw=True, decoding_plugin=plugin, **options
     ):
         yield values

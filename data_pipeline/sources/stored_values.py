@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Integer, Shaped, UInt16
+from jaxtyping import Bool, Int, Integer, Shaped, UInt16
 
 from data_pipeline.format import records
 from data_pipeline.sources.base import ReadError
@@ -15,6 +15,8 @@ AIR_HU = -1024
 HIGHEST_HU = 3071  # of 12 bits; metal saturates there
 CLOSE = 0.1  # of the range of an MR: padding so little below it is as good as background
 LEVELS = 1 << 16
+_COUNTED_TOGETHER = 1 << 15
+_WIDEST_COUNTED = 1 << 20  # more levels than this are sorted instead of counted, which takes memory for each
 
 
 class Padding(NamedTuple):
@@ -140,30 +142,57 @@ def extract_bits(
     return values.astype(words.dtype)
 
 
+class Levels(NamedTuple):
+    """The distinct values of an image, ascending, and how many pixels have each."""
+
+    values: Shaped[np.ndarray, " levels"]
+    counts: Int[np.ndarray, " levels"]
+
+
+def levels(values: Shaped[np.ndarray, "..."]) -> Levels:
+    """Counts the values of an image."""
+    if values.dtype.kind == "f" or not values.size:
+        return Levels(*np.unique(values, return_counts=True))
+    low, high = int(values.min()), int(values.max())
+    if high - low >= _WIDEST_COUNTED:
+        return Levels(*np.unique(values, return_counts=True))
+    # Differences wrap around to what they are without a sign.
+    flat, unsigned = values.ravel(), f"u{values.dtype.itemsize}"
+    counts = np.zeros(high - low + 1, np.intp)
+    piece = max(_COUNTED_TOGETHER, len(counts))
+    for start in range(0, flat.size, piece):
+        above_low = (flat[start : start + piece] - flat.dtype.type(low)).view(unsigned).astype(np.intp, copy=False)
+        counts += np.bincount(above_low, minlength=len(counts))
+    found = np.flatnonzero(counts)
+    return Levels(found + low, counts[found])
+
+
 def replace_padding(
-    values: Integer[np.ndarray, "rows columns"], padding: Padding, slope: float, intercept: float, *, hu: bool
-) -> tuple[Integer[np.ndarray, "rows columns"], int]:
+    values: Integer[np.ndarray, "rows columns"], known: Levels, padding: Padding, slope: float, intercept: float, *, hu: bool
+) -> tuple[Integer[np.ndarray, "rows columns"], int]:  # fmt: skip
     """Puts air, or in other units the lowest value of the image, where a slice is padded.
 
     A padding value that the image may have too is believed only in regions that touch the border, where padding lies.
 
     Args:
+      known: levels(values).
       slope, intercept: real value = value * slope + intercept.
 
     Returns:
       The values, and how many pixels are padding.
     """
     ends = padding.low * slope + intercept, padding.high * slope + intercept
-    inside = (values >= padding.low) & (values <= padding.high)
-    count = int(np.count_nonzero(inside))
+    is_padding = _within(known, padding)
+    count = int(known.counts[is_padding].sum())
     # to_uint16 raises what lies below air.
-    if not count or inside.all() or (hu and max(ends) <= AIR_HU):
+    if not count or is_padding.all() or (hu and max(ends) <= AIR_HU):
         return values, count
-    image = values[~inside]
-    lowest, highest = int(image.min()), int(image.max())
+    image = known.values[~is_padding]
+    lowest, highest = int(image[0]), int(image[-1])
     if not hu and 0 <= lowest - padding.high and lowest - padding.low <= (highest - lowest) * CLOSE:
         return values, count
     air = math.floor((AIR_HU - intercept) / slope) if hu else lowest
+    inside = (values >= padding.low) & (values <= padding.high)
     if min(ends) <= HIGHEST_HU if hu else lowest <= padding.high and padding.low <= highest:
         from scipy import ndimage  # slow to import, and rarely needed
 
@@ -177,15 +206,20 @@ def replace_padding(
 
 
 def below_air(
-    values: Shaped[np.ndarray, "rows columns"], slope: float, intercept: float, padding: Padding | None = None
+    known: Levels, slope: float, intercept: float, padding: Padding | None = None
 ) -> tuple[tuple[float, int], ...]:
     """HU below -1024, which `to_uint16` raises, and how many pixels have each; declared padding left out."""
-    unique, counts = np.unique(values[values * slope + intercept < AIR_HU], return_counts=True)
+    below = known.values * slope + intercept < AIR_HU
+    if padding is not None:
+        below &= ~_within(known, padding)
     return tuple(
         (value * slope + intercept, count)
-        for value, count in zip(unique.tolist(), counts.tolist(), strict=True)
-        if padding is None or not padding.low <= value <= padding.high
+        for value, count in zip(known.values[below].tolist(), known.counts[below].tolist(), strict=True)
     )
+
+
+def _within(known: Levels, padding: Padding) -> Bool[np.ndarray, " levels"]:
+    return (known.values >= padding.low) & (known.values <= padding.high)
 
 
 def to_uint16(

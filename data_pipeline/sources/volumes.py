@@ -14,7 +14,16 @@ from data_pipeline.format import records
 from data_pipeline.sources import hu, nifti, nrrd_metaimage, voxels
 from data_pipeline.sources.base import NO_MEMORY, ImageFacts, ReadError, ReadRequest, Slice, SourceFile
 from data_pipeline.sources.geometry import FARTHEST_MM, PLANES, Direction
-from data_pipeline.sources.stored_values import AIR_HU, LEVELS, Digest, DigestKind, below_air, stored_sha256, to_uint16
+from data_pipeline.sources.stored_values import (
+    AIR_HU,
+    LEVELS,
+    Digest,
+    DigestKind,
+    below_air,
+    levels,
+    stored_sha256,
+    to_uint16,
+)
 
 SUFFIXES = nifti.SUFFIXES + nrrd_metaimage.SUFFIXES
 SPACING_MM = (0.001, 200.0)  # of neighbouring voxels; what lies outside has another unit than its header states
@@ -81,7 +90,8 @@ class VolumeFile:
             source = digest.add(plane, also_alone=True) if integers else ""
             clipped, below = 0, ()
             if is_hu and plane.min() < AIR_HU:
-                below = below_air(np.rint(plane), 1.0, 0.0)
+                rounded = np.rint(plane)
+                below = below_air(levels(rounded[rounded < AIR_HU]), 1.0, 0.0)
             if plane.min() < low or plane.max() > high:
                 clipped, plane = records.CLIPPED, np.clip(plane.astype(np.int64 if integers else np.float64), low, high)
             steps = plane if as_is else np.rint((plane.astype(np.float64) - intercept) / slope).astype(np.int64)

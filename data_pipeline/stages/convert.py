@@ -496,8 +496,8 @@ def _read_file(
         facts = source.facts
         for item in source.slices():
             item = _reduce(item, context.conversion.size)
-            # The only look at all pixels: rules, statistics and the card's histograms follow from how many have which value.
-            histogram = np.bincount(item.pixels.ravel())
+            # Rules, statistics and the card's histograms follow from how many pixels have which value.
+            histogram = np.bincount(item.pixels.ravel()) if item.histogram is None else item.histogram
             values = units.slice_values(item, histogram, lossy=file.lossy) if facts.modality in ("CT", "MR") else None
             reason = _exclude(item, histogram, facts.units, values) or (same if item.source in seen else None)
             encoded = None
@@ -551,7 +551,7 @@ def _reduce(item: Slice, size: int | None) -> Slice:
     share = height * width / (rows * columns)
     return dataclasses.replace(
         item, pixels=pixels, spacing=spacing, flags=item.flags | records.RESIZED, padded=round(item.padded * share),
-        below=tuple((value, round(count * share)) for value, count in item.below),
+        histogram=None, below=tuple((value, round(count * share)) for value, count in item.below),
     )  # fmt: skip
 
 

@@ -160,6 +160,8 @@ def test_real_values_are_exact_and_pixels_uint16(sample: Sample) -> None:
         assert one.pixels.dtype == np.uint16 and one.slope > 0
         found = one.pixels.astype(np.float64) * one.slope + one.intercept
         np.testing.assert_allclose(found, real, rtol=0, atol=0 if sample.exact else 0.501 * step)
+        if one.histogram is not None:
+            np.testing.assert_array_equal(one.histogram, np.bincount(one.pixels.ravel()))
 
 
 def test_ranks_are_a_permutation_in_spatial_order(sample: Sample) -> None:

@@ -137,6 +137,22 @@ def test_values_below_air_are_reported_before_they_are_raised(write_dicom, tmp_p
     assert one.rescale is None
 
 
+@pytest.mark.parametrize("slope", [1, -1, 2, "0.5", "-0.37"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {}, {"RescaleIntercept": -1024}, {"PixelPaddingValue": 3000, "PixelPaddingRangeLimit": 4095},
+        {"PhotometricInterpretation": "MONOCHROME1"},
+    ],
+    ids=["plain", "below air", "padded", "inverted"],
+)  # fmt: skip
+def test_histogram_counts_the_pixels_as_they_are_stored(write_dicom, tmp_path: Path, slope, fields: dict) -> None:
+    for modality in ("CT", "MR"):
+        path = write_dicom(tmp_path / "a.dcm", PIXELS, **{"RescaleSlope": slope, "RescaleIntercept": 0} | fields)
+        (one,) = slices_of(path, modality=modality)
+        np.testing.assert_array_equal(one.histogram, np.bincount(one.pixels.ravel()))
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
@@ -238,14 +254,17 @@ def test_too_many_elements_raise_read_error(write_dicom, tmp_path: Path) -> None
 def test_memory_error_becomes_read_error_with_remedy(write_dicom, tmp_path: Path, monkeypatch) -> None:
     path = write_dicom(tmp_path / "a.dcm")
 
-    def read_partial(*arguments, **more) -> None:
+    def out_of_memory(*arguments, **more) -> None:
         raise MemoryError
 
     for module, name, function in (
-        (dicom_header, "read_partial", read_partial),
+        (dicom_pixels, "read_plain", out_of_memory),
+        (dicom_header, "read_partial", out_of_memory),
         (dicom_pixels, "get_decoder", failing_decoder(MemoryError())),
     ):
         with monkeypatch.context() as patch:
+            if name == "read_partial":
+                patch.setattr(dicom_pixels, "read_plain", lambda *unused: None)
             patch.setattr(module, name, function)
             with pytest.raises(ReadError, match="more memory than a worker may take.*--memory-gb"):
                 read_stored(str(path))

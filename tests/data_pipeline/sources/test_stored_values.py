@@ -1,3 +1,4 @@
+import collections
 import hashlib
 
 import numpy as np
@@ -10,6 +11,7 @@ from data_pipeline.sources.stored_values import (
     Padding,
     below_air,
     extract_bits,
+    levels,
     replace_padding,
     stored_sha256,
     to_uint16,
@@ -121,7 +123,19 @@ def test_signed_values_beyond_bits_stored_raise_read_error() -> None:
         extract_bits(np.zeros((2, 2), "<u2"), 12, 16, signed=False)
 
 
-# ---- padding
+# ---- levels and padding
+
+
+@pytest.mark.parametrize("kind", ["u1", "i1", "<i2", ">i2", "u2", "i4", "u4", "i8", "f4"])
+def test_levels_are_the_distinct_values_with_their_counts(kind: str) -> None:
+    span = (-3.5e38, 3.5e38) if kind == "f4" else (np.iinfo(kind).min, np.iinfo(kind).max)
+    for low, high in (span, (max(span[0], -300), min(span[1], 70_000))):
+        values = np.random.default_rng(1).integers(0, 9, (30, 20)).astype(kind)
+        values[0, 0], values[-1, -1] = max(low, -1e38), min(high, 1e38) if kind == "f4" else high
+        wanted = collections.Counter(values.ravel().tolist())
+        found = levels(values[:, ::-1])
+        assert dict(zip(found.values.tolist(), found.counts.tolist(), strict=True)) == wanted
+        assert found.values.tolist() == sorted(wanted)
 
 
 def padded(value: int) -> tuple[np.ndarray, np.ndarray]:
@@ -137,7 +151,7 @@ def test_padding_of_a_ct_becomes_air(value: int, kind: str) -> None:
     values, outside = padded(value)
     values[30, 30] = max(value, 0) if value < 4096 else 1  # within the body this is tissue or metal
     real = values - 1024
-    replaced, count = replace_padding(values.astype(kind), Padding(value, value), 1.0, -1024.0, hu=True)
+    replaced, count = replace_padding(values.astype(kind), levels(values), Padding(value, value), 1.0, -1024.0, hu=True)
     pixels, slope, intercept, clipped = to_uint16(replaced, 1.0, -1024.0, hu=True)
     np.testing.assert_array_equal(pixels * slope + intercept, np.where(outside, -1024, np.maximum(real, -1024)))
     assert count == np.count_nonzero(outside) and clipped == (records.CLIPPED if value < 0 else 0)
@@ -145,17 +159,17 @@ def test_padding_of_a_ct_becomes_air(value: int, kind: str) -> None:
 
 def test_padding_of_an_mr_becomes_the_lowest_value() -> None:
     values, outside = padded(65535)
-    replaced, count = replace_padding(values, Padding(65535, 65535), 1.0, 0.0, hu=False)
+    replaced, count = replace_padding(values, levels(values), Padding(65535, 65535), 1.0, 0.0, hu=False)
     lowest = values[~outside].min()
     np.testing.assert_array_equal(replaced, np.where(outside, lowest, values))
     assert count == np.count_nonzero(outside)
     values[~outside] += 1
     values[outside] = 0  # as good as background
-    replaced, count = replace_padding(values, Padding(0, 0), 1.0, 0.0, hu=False)
+    replaced, count = replace_padding(values, levels(values), Padding(0, 0), 1.0, 0.0, hu=False)
     assert replaced is values and count == np.count_nonzero(outside)
 
 
 def test_values_below_air_are_counted_without_padding() -> None:
     values = np.array([[0, 5, 5], [1024, 900, 7]], np.int32)
-    assert below_air(values, 1.0, -1030.0) == ((-1030.0, 1), (-1025.0, 2))
-    assert below_air(values, 1.0, -1030.0, Padding(0, 0)) == ((-1025.0, 2),)
+    assert below_air(levels(values), 1.0, -1030.0) == ((-1030.0, 1), (-1025.0, 2))
+    assert below_air(levels(values), 1.0, -1030.0, Padding(0, 0)) == ((-1025.0, 2),)

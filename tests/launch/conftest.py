@@ -1,0 +1,11 @@
+"""Settings of the launcher's tests."""
+
+import pytest
+
+from launch import spec
+
+
+@pytest.fixture(autouse=True)
+def no_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The config of a launch is not asked of the command, which takes a process; tests/launch/test_checks.py does that."""
+    monkeypatch.setitem(spec.COMMANDS, "pretrain", spec.Command("curia_jax.pretrain", many_hosts=True))
