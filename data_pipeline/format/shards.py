@@ -102,7 +102,7 @@ def read_shards(folder: Path) -> pa.Table:
     table = files.read_table(path, _SHARD_TYPES, nullable=("slice_counts",))
     for row in table.to_pylist():
         counts, name = row["slice_counts"], row["file"]
-        sizes = min(row["records"], row["slices"], row["bytes"], row["largest_height"], row["largest_width"])
+        sizes = (row["records"], row["slices"], row["largest_height"], row["largest_width"])
         largest = max(row["largest_height"], row["largest_width"])
         if counts is None:
             agree = row["slices"] == row["records"]
@@ -113,8 +113,10 @@ def read_shards(folder: Path) -> pa.Table:
                 and sum(counts) == row["slices"]
             )
         # A record has bytes, so that this also bounds how much memory the table of records takes.
+        # A shard of whose slices none is left is a file without records.
         if (
-            sizes < 1
+            row["bytes"] < 1
+            or (min(sizes) < 1 and any(sizes))
             or largest > codec.LONGEST_SIDE
             or row["records"] > row["bytes"]
             or row["addition"] < 0

@@ -7,6 +7,7 @@ real exams; `python -m benchmarks.units` prints what the rule says of each and h
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import numpy as np
@@ -54,12 +55,17 @@ class Profile:
             self.bins + other.bins, min(self.low, other.low), max(self.high, other.high), self.padding + other.padding
         )
 
+    @functools.cached_property
+    def _up_to(self) -> list[int]:
+        """Pixels in the first n bins, for n from 0."""
+        return [0, *np.cumsum(self.bins).tolist()]
+
     def share(self, low: int, high: int) -> float:
         """Pixels from `low` to below `high`, multiples of 10, as a share of all that are no padding."""
-        total = int(self.bins.sum())
-        first, last = (np.clip((np.array([low, high]) - _LOWEST) // _STEP + 1, 0, _BINS)).tolist()
-        first = 0 if low < _LOWEST else first
-        return int(self.bins[first : _BINS if high > _HIGHEST else last].sum()) / total if total else 0.0
+        first = 0 if low < _LOWEST else min((low - _LOWEST) // _STEP + 1, _BINS)
+        last = _BINS if high > _HIGHEST else max((high - _LOWEST) // _STEP + 1, 0)
+        total = self._up_to[-1]
+        return (self._up_to[last] - self._up_to[first]) / total if total else 0.0
 
 
 EMPTY = Profile(np.zeros(_BINS, np.int64), float("inf"), float("-inf"), 0)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -281,6 +282,18 @@ def test_damaged_table_is_named(copy: Path) -> None:
     (copy / shards.SHARDS).write_bytes((copy / shards.SHARDS).read_bytes()[:100])
     with pytest.raises(DataError, match="shards.parquet is damaged"):
         shards.SliceSource(copy, "train")
+
+
+def test_shard_of_which_nothing_is_left_is_sound(copy: Path) -> None:
+    table = pq.read_table(copy / "shards.parquet")
+    first = table.slice(0, 1).to_pylist()[0]
+    empty = first | {"records": 0, "slices": 0, "largest_height": 0, "largest_width": 0, "slice_counts": []}
+    pq.write_table(pa.Table.from_pylist([empty], schema=table.schema), copy / "shards.parquet")
+    assert shards.read_shards(copy)["records"].to_pylist() == [0]
+    for wrong in ({"records": 1}, {"slices": 1}, {"largest_height": 1}, {"bytes": 0}):
+        pq.write_table(pa.Table.from_pylist([empty | wrong], schema=table.schema), copy / "shards.parquet")
+        with pytest.raises(DataError, match="cannot be right"):
+            shards.read_shards(copy)
 
 
 def test_opening_reads_no_shard(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
