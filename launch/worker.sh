@@ -72,7 +72,8 @@ next_generation() {
   local ran=$1 now
   if [ "$number" -eq 0 ]; then
     now=$(read_object generation)
-    now=$((${now:-0} + 1))
+    # Never back to a number that was used, though the bucket does not answer.
+    now=$(((${now:-0} > ran ? ${now:-0} : ran) + 1))
     write_object generation "$now"
   else
     until now=$(read_object generation) && [ "${now:-0}" -gt "$ran" ]; do
@@ -102,38 +103,40 @@ run_once() {
 }
 
 main() {
-  local number ran generation code began last=none alike=0 failures=0
+  local number ran generation code began outcome last=none alike=0 failures=0
   number=$(number_of_this_worker)
   prepare_machine
   # A machine that has just been made has run none of the starts there were before it was asked for.
-  ran=$(cat "$STATE/ran" 2>/dev/null || metadata curia-generation)
-  while [ -z "$(read_object "outcome-$number")" ]; do
+  ran=$(cat "$STATE/ran" 2>/dev/null || metadata curia-generation || echo 0)
+  outcome=$(read_object "outcome-$number")
+  while [ -z "$outcome" ]; do
     clear_devices
-    generation=$(next_generation "$ran") || break
-    ran=$generation
-    say "start $generation of worker $number"
-    began=$SECONDS
-    run_once "$generation"
-    code=$?
-    say "start $generation ended with exit code $code"
-    [ "$(systemctl is-system-running)" = stopping ] && return # the machine is being taken away
-    if [[ " $FINAL " == *" $code "* ]]; then
-      write_object "outcome-$number" "$number $code"
-    elif stopping; then
-      break
-    else
+    if generation=$(next_generation "$ran"); then
+      ran=$generation
+      say "start $generation of worker $number"
+      began=$SECONDS
+      run_once "$generation"
+      code=$?
+      say "start $generation ended with exit code $code"
+      [ "$(systemctl is-system-running)" = stopping ] && return # the machine is being taken away
       failures=$((failures + 1))
       if [ "$code" = "$last" ] && [ $((SECONDS - began)) -lt "$FAST" ]; then alike=$((alike + 1)); else alike=1; fi
       last=$code
-      if [ "$alike" -ge "$ALIKE" ]; then
-        write_object "outcome-$number" "$number $code it failed $alike times in a row within $FAST s"
-      elif [ "$failures" -gt "$MAX_RESTARTS" ]; then
-        write_object "outcome-$number" "$number $code it failed more than $MAX_RESTARTS times"
-      fi
-      sleep "$PAUSE"
     fi
+    if [[ " $FINAL " == *" ${code:-none} "* ]]; then
+      outcome=$code
+    elif stopping; then
+      outcome="75 stopped"
+    elif [ "$alike" -ge "$ALIKE" ]; then
+      outcome="$code it failed $alike times in a row within $FAST s"
+    elif [ "$failures" -gt "$MAX_RESTARTS" ]; then
+      outcome="$code it failed more than $MAX_RESTARTS times"
+    else
+      sleep "$PAUSE"
+      continue
+    fi
+    write_object "outcome-$number" "$number $outcome"
   done
-  stopping && [ -z "$(read_object "outcome-$number")" ] && write_object "outcome-$number" "$number 75 stopped"
   # Machines that have nothing left to do cost as much as before. The supervisor deletes them, unless it is gone.
   if [ "$number" -eq 0 ]; then
     sleep "$LINGER"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch import queued_resources as qr
+from tests.launch import fake_cloud
 from tests.launch.clouds import make_cloud, spec_of
 from tests.launch.fake_cloud import Cloud
 
@@ -149,6 +150,14 @@ def test_other_worker_joins_the_start_of_the_first_and_none_before(cloud: Cloud,
     assert machine.attempts() == ["5", "6"]
     assert cloud.objects()["outcome-7"] == "7 0"
     assert cloud.calls("gcloud compute") == []  # the first worker's matter
+
+
+def test_silent_bucket_does_not_set_the_number_of_starts_back(cloud: Cloud, tmp_path: Path) -> None:
+    cloud.write("generation", "7")
+    cloud.fail("gcloud storage cat", fake_cloud.BUSY, times=2)  # looks for an outcome, and for the number
+    machine = Machine(tmp_path, cloud, [0], before=7)
+    machine.run()
+    assert machine.attempts() == ["8"] and cloud.objects()["generation"] == "8"
 
 
 def test_rebooted_worker_does_not_run_a_start_twice(cloud: Cloud, tmp_path: Path) -> None:
