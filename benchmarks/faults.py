@@ -40,7 +40,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,9 +135,9 @@ class Start:
             own = {"JAX_PROCESS_ID": str(number)} if place.processes > 1 else {}
             own["FAULTS"] = json.dumps((injected or {}).get(number, []))
             with self._file(number).open("wb") as err:
-                self.processes.append(
-                    subprocess.Popen(command, cwd=ROOT, env={**environment, **own}, stdout=err, stderr=err)
-                )
+                process = subprocess.Popen(command, cwd=ROOT, env={**environment, **own}, stdout=err, stderr=err)
+            place.bench.add(process)
+            self.processes.append(process)
         self._ends: dict[int, float] = {}
 
     def _file(self, number: int) -> Path:
@@ -348,6 +348,8 @@ class Bench:
         self._locks: dict[Any, threading.Lock] = {}
         self._lock = threading.Lock()
         self._undisturbed: dict[tuple[int, int], Undisturbed] = {}
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._stopped = False
         self.shards = shards or self._phantom()
 
     def _phantom(self) -> Path:
@@ -368,6 +370,26 @@ class Bench:
                 subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True, capture_output=True)
             built.rename(self.folder / "shards")
         return self.folder / "shards"
+
+    def add(self, process: subprocess.Popen[bytes]) -> None:
+        """Notes a process of a start."""
+        with self._lock:
+            if self._stopped:
+                process.kill()
+            self._processes.append(process)
+
+    @contextlib.contextmanager
+    def stopping(self, threads: concurrent.futures.Executor) -> Iterator[None]:
+        """Where the block is interrupted, no further fault is brought on, and no process is left behind."""
+        try:
+            yield
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            with self._lock:
+                self._stopped = True
+                for process in self._processes:
+                    process.kill()
+            raise
 
     def _alone(self, key: Any) -> threading.Lock:
         with self._lock:
@@ -987,6 +1009,7 @@ def parser() -> argparse.ArgumentParser:
         "python -m benchmarks.faults", __doc__, examples="""
 python -m benchmarks.faults
 python -m benchmarks.faults --all --json=faults.json
+python -m benchmarks.faults --all --show
 python -m benchmarks.faults --only=checkpoint,shard --processes=1""",
     )  # fmt: skip
     made.add_argument("--all", action="store_true", help="the whole counts")
@@ -996,6 +1019,7 @@ python -m benchmarks.faults --only=checkpoint,shard --processes=1""",
         "--folder", type=Path, help="of what is finished; default: curia_faults in the folder for temporary files"
     )
     made.add_argument("--shards", type=Path, help="dataset to train on; default: that of a phantom, made in --folder")
+    made.add_argument("--show", action="store_true", help="print the table of what is finished, and do nothing more")
     made.add_argument("--workers", type=int, default=2, help="faults brought on at the same time")
     cli.add_json(made, f"list of {', '.join(Row._fields)}")
     return made
@@ -1016,10 +1040,13 @@ def faults(args: argparse.Namespace) -> int:
     done = {key: tries for key, tries in done.items() if key in {task[:4] for task in todo}}
     left = [task for task in todo if task[:4] not in done]
     counted, total = sum(map(len, done.values())), sum(task.tries for task in left)
+    if args.show:
+        left = []
     with (
         path.open("a") as file,
-        Progress("faults", counted + total, "tries", done=counted) as progress,
+        Progress("faults", counted + total, "tries", done=counted, enabled=not args.show) as progress,
         concurrent.futures.ThreadPoolExecutor(args.workers) as threads,
+        bench.stopping(threads),
     ):
         running = {threads.submit(perform, bench, task): task for task in left}
         for future in concurrent.futures.as_completed(running):

@@ -48,6 +48,8 @@ def test_fault_that_is_not_survived_is_shown_and_exit_code_1(
     # One lies on the disk and one in memory, where there is such a file system.
     assert sum(row["tried"] for row in rows) == 2 and sum(row["survived"] for row in rows) == 1
     shown = capsys.readouterr().out
+    assert faults.main([*words, "--show"]) == 1  # and brings nothing on
+    assert "1 of 2 survived" in capsys.readouterr().out
     assert "flood, 1 processes" in shown and "it started again at step 0" in shown and "1 of 2 survived" in shown
 
 
