@@ -18,7 +18,7 @@ COPY requirements/image-${VARIANT}.txt requirements/
 RUN pip install --requirement requirements/image-${VARIANT}.txt
 
 COPY . .
-# The commit it was built from, as docker inspect shows it.
+# The commit it was built from, as docker inspect and a launch from inside show it.
 ARG REVISION
 RUN test -n "${REVISION}" && pip install --no-deps --no-build-isolation .
 ENV CURIA_REVISION=${REVISION}
