@@ -1,6 +1,7 @@
 """Scores frozen features of backbones on tasks, with intervals, against a random encoder, the pixels and their histogram.
 
-The task shards/LABEL is a label of the shard folder that --data names, or modality, plane or body_part. Slices without a value
+The task shards/LABEL is a label of the shard folder that --data names, or modality, plane or body_part; shards/LABEL:value
+predicts a number, such as an age, with kNN and ridge. Slices without a value
 are left out. Heads learn from the train split. Their settings, and which of --features they get, are chosen on the validation
 split (or by cross-validation over patients where that lacks a class), then each head is fitted on both and scores the test
 split once. Every figure has a 95 % interval from a bootstrap over patients; differences of the first backbone to each other
@@ -67,6 +68,11 @@ def parser() -> cli.Parser:
         "mean+std; after the final norm, or after blocks: mean@6+12 (%(default)s)",
     )  # fmt: skip
     made.add_argument(
+        "--labels", default="1.0", metavar="SHARE,…",
+        help="how many training labels heads get: shares of the patients such as 0.01,0.1,1.0, or cases of each class such as "
+        "5; less than all is repeated with three subsets, the same for every backbone (%(default)s)",
+    )  # fmt: skip
+    made.add_argument(
         "--image-sizes", metavar="N,…", help="sides of the encoder's image in px, with commas; features of several sizes are "
         "concatenated (default: as trained)",
     )  # fmt: skip
@@ -94,7 +100,7 @@ def evaluate(args: argparse.Namespace) -> int:
     heads = _choice("head", args.heads, tuple(scoring.HEADS))
     floors = _choice("floor", args.floors, results.FLOORS) if args.floors else []
     readouts = [features.Readout.parse(word) for word in _words("features", args.features)]
-    sizes = _sizes(args.image_sizes)
+    sizes, few = _sizes(args.image_sizes), _few(args.labels)
     for option, low in (("batch_size", 1), ("draws", 1), ("seed", 0)):
         cli.at_least(f"--{option.replace('_', '-')}", getattr(args, option), low)
     output = Path(args.output)
@@ -115,7 +121,7 @@ def evaluate(args: argparse.Namespace) -> int:
     )  # fmt: skip
 
     # ---- tasks
-    settings = shard_tasks.Settings(tuple(heads), args.cases, args.draws, args.seed, args.batch_size)
+    settings = shard_tasks.Settings(tuple(heads), args.cases, args.draws, args.seed, few, args.batch_size)
     cache = Path(args.cache) if args.cache else output / runner.CACHE
     jobs = [
         shard_tasks.job(dataset, name.removeprefix(results.SHARDS), models, settings, cache) for name in names
@@ -143,6 +149,26 @@ def _choice(what: str, text: str, known: tuple[str, ...]) -> list[str]:
         if name not in known:
             raise UserError(f"no {what} {name!r}; there are: {', '.join(known)}")
     return names
+
+
+def _few(text: str) -> tuple[int | float, ...]:
+    """Shares, which have a point, and numbers of cases."""
+    found: list[int | float] = []
+    for word in _words("labels", text):
+        amount = int(word) if word.isdecimal() else _number(word)
+        if amount is None or not (amount >= 1 if isinstance(amount, int) else 0 < amount <= 1):
+            raise UserError(
+                f"--labels={text}: write shares above 0 up to 1.0, or whole numbers of cases, such as 0.1,1.0,5"
+            )
+        found.append(amount)
+    return tuple(found)
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
 
 
 def _sizes(text: str | None) -> list[tuple[int, int]]:

@@ -1,12 +1,13 @@
 """Labels of a shard folder: which exist, whether one can be probed, and their class numbers."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int, Shaped
+from jaxtyping import Float, Int, Shaped
 
 from curia_common.errors import UserError
 from data_pipeline.format import files
@@ -14,7 +15,12 @@ from data_pipeline.format import files
 # Columns of every shard folder that can be probed like a label.
 TECHNICAL = ("modality", "plane", "body_part")
 _UNKNOWN = ("", "unknown")
+# After a label's name: predict it as a number.
+VALUE = ":value"
+# Labels with more different numbers than this are probably values.
+_MOST_CLASSES = 10
 PREFIX = "label_"
+_NEAR = "near_duplicate_of"
 # What the dataset counts as a patient where nothing names one, by the value of its column `patient_from`.
 KNOWN_PATIENTS = "patients"
 _INSTEAD = {"study": "studies", "series": "series", "file": "files"}
@@ -51,6 +57,8 @@ class Task:
       splits: split name -> its labelled slices, possibly none.
       groups: what the pseudonyms of patients stand for: "patients", or what is known instead, such as
         "files (patients unknown)".
+      is_value: whether the label is a number to predict; then there are no classes.
+      near_duplicates: labelled series of the test split that look like one to learn from.
     """
 
     name: str
@@ -58,9 +66,13 @@ class Task:
     unseen: tuple[str, ...]
     splits: Mapping[str, Labelled]
     groups: str = KNOWN_PATIENTS
+    is_value: bool = False
+    near_duplicates: int = 0
 
-    def targets(self, split: str) -> Int[np.ndarray, " n"]:
-        """Class number of each labelled slice."""
+    def targets(self, split: str) -> Int[np.ndarray, " n"] | Float[np.ndarray, " n"]:
+        """Class number, or value, of each labelled slice."""
+        if self.is_value:
+            return self.splits[split].names.astype(np.float64)
         number = {name: i for i, name in enumerate(self.classes + self.unseen)}
         return np.array([number[name] for name in self.splits[split].names.tolist()], np.int64)
 
@@ -87,21 +99,22 @@ def available(index: pa.Table) -> list[str]:
 
 
 def task(index: pa.Table, label: str, name: str | None = None) -> Task:
-    """One label as a classification task.
+    """One label as a task: its classes, or with VALUE after its name the number that it is.
 
     Slices without a value (null, empty, "unknown") are left out.
 
     Args:
       index: rows in the order of the slices of each split.
-      label: a label, or one of TECHNICAL.
+      label: a label, or one of TECHNICAL; VALUE may follow.
       name: of the task; default is the label.
 
     Raises:
       UserError: there is no such label, or it cannot be probed (see `obstacle`).
     """
-    if label not in available(index):
-        raise UserError(f"no label {label!r} in the shards; there are: {', '.join(available(index))}")
-    found = _task(index, label, name or label)
+    column = label.removesuffix(VALUE)
+    if column not in available(index):
+        raise UserError(f"no label {column!r} in the shards; there are: {', '.join(available(index))}")
+    found = _task(index, column, name or label, is_value=column != label)
     reason = _obstacle(found)
     if reason:
         raise UserError(f"label {label!r} cannot be probed: {reason}")
@@ -113,7 +126,7 @@ def obstacle(index: pa.Table, label: str) -> str | None:
     return _obstacle(_task(index, label, label))
 
 
-def _task(index: pa.Table, label: str, name: str) -> Task:
+def _task(index: pa.Table, label: str, name: str, *, is_value: bool = False) -> Task:
     column = PREFIX + label if PREFIX + label in index.column_names else label
     split_of = _strings(index, "split")
     values, patients, series = (_strings(index, c) for c in (column, "patient", "series"))
@@ -124,10 +137,26 @@ def _task(index: pa.Table, label: str, name: str) -> Task:
         slices = np.flatnonzero(known[rows])
         chosen = rows[slices]
         splits[split] = Labelled(slices, values[chosen], patients[chosen], series[chosen])
+    who, alike = groups(index.filter(pa.array(known))), _near_duplicates(index, splits)
+    if is_value:
+        return Task(name, (), (), splits, who, is_value=True, near_duplicates=alike)
     # Text order: "0" < "1", "no" < "yes", so that the positive class comes second.
     learned = sorted({*splits[FIT].names.tolist(), *splits[HELD_OUT].names.tolist()})
     unseen = sorted(set(splits[TEST].names.tolist()) - set(learned))
-    return Task(name, tuple(learned), tuple(unseen), splits, groups(index.filter(pa.array(known))))
+    return Task(name, tuple(learned), tuple(unseen), splits, who, near_duplicates=alike)
+
+
+def _near_duplicates(index: pa.Table, splits: Mapping[str, Labelled]) -> int:
+    """Labelled test series of a group of near-duplicates that training or validation has one of, too."""
+    if _NEAR not in index.column_names:
+        return 0
+    series, first = _strings(index, "series").tolist(), _strings(index, _NEAR).tolist()
+    group = {name: like or name for name, like in zip(series, first, strict=True)}
+    learned, test = (
+        {str(name) for split in names for name in splits[split].series} for names in ((FIT, HELD_OUT), (TEST,))
+    )
+    seen = {group[name] for name in learned}
+    return sum(group[name] in seen for name in test)
 
 
 def groups(index: pa.Table) -> str:
@@ -153,6 +182,11 @@ def _obstacle(task: Task) -> str | None:
         return "no slice has a value"
     test, fit, held_out = (task.splits[split] for split in (TEST, FIT, HELD_OUT))
     names, patients = (np.concatenate([getattr(fit, f), getattr(held_out, f)]) for f in ("names", "patients"))
+    if task.is_value:
+        text = [name for name in (*names.tolist(), *test.names.tolist()) if not _is_number(name)]
+        if text:
+            return f"{text[0]!r} is not a number"
+    # What follows holds for values too: a value that never changes, or a single patient, is nothing to learn or to test on.
     for title, found in (("test split", np.unique(test.names)), ("training and validation splits", np.unique(names))):
         if len(found) == 0:
             return f"the {title} has no slice with a value; build the shards from more patients"
@@ -162,13 +196,25 @@ def _obstacle(task: Task) -> str | None:
             )
     if len(np.unique(test.patients)) < 2:
         return "the test split has a single labelled patient; an interval needs at least 2"
+    if task.is_value:
+        return (
+            None
+            if len(np.unique(patients)) > 1
+            else "the training and validation splits have a single labelled patient"
+        )
     if selection_on_validation(fit.names, held_out.names):
         return None
+    numbers = len(task.classes) > _MOST_CLASSES and all(map(_is_number, task.classes))
     single = [str(c) for c in np.unique(names) if len(np.unique(patients[names == c])) < 2]
     if single:
         return (
             f"class {single[0]!r} occurs in a single patient outside the test split and the validation split lacks a "
             "class, so that a probe's settings cannot be chosen by patients"
+            + (
+                f"; its {len(task.classes)} classes are numbers: {task.name}{VALUE} predicts the number"
+                if numbers
+                else ""
+            )
         )
     return None
 
@@ -182,3 +228,10 @@ def selection_on_validation(fit: Shaped[np.ndarray, " n"], held_out: Shaped[np.n
     """
     wanted = set(fit.tolist())
     return len(wanted) > 1 and wanted <= set(held_out.tolist())
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False

@@ -1,4 +1,4 @@
-"""Classification metrics and their intervals from a bootstrap over patients.
+"""Metrics of classes and values, and their intervals from a bootstrap over patients.
 
 Every metric takes resampling weights, so that one vectorised call gives its value in all bootstrap draws: all cases of a
 patient who is drawn twice count twice. Axes: d draws, n cases, c classes.
@@ -6,17 +6,24 @@ patient who is drawn twice count twice. Axes: d draws, n cases, c classes.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
+from curia_jax.evaluate import statistics
+
 Weights = Float[np.ndarray, "d n"]
 Scores = Float[np.ndarray, "n c"]
 Targets = Int[np.ndarray, " n"]
-Metric = Callable[[Targets, Scores, Weights], Float[np.ndarray, " d"]]
+Numbers = Float[np.ndarray, " n"]
+# Of class numbers, or of values.
+Metric = Callable[[Any, Scores, Weights], Float[np.ndarray, " d"]]
 
 # Numbers in an array of weights at a time; 4 million float64 are 32 MB.
 CHUNK = 4_000_000
+# An interval from fewer patients, in all or of a class, or with a larger share of undefined draws, is doubted.
+FEW, FEW_OF_CLASS, FEW_DRAWS = 10, 5, 0.05
 
 
 def accuracy(targets: Targets, scores: Scores, weights: Weights) -> Float[np.ndarray, " d"]:
@@ -64,6 +71,37 @@ def _binary_auroc(
     return _ratio((weights[:, positive] * below).sum(axis=1), pairs)
 
 
+def brier(targets: Targets, scores: Scores, weights: Weights) -> Float[np.ndarray, " d"]:
+    """Mean squared error of probabilities: of the second of two classes, or summed over more (Brier 1950).
+
+    Targets may exceed the columns of `scores`: classes without a score, whose probability is 0.
+    """
+    classes = max(scores.shape[1], int(targets.max()) + 1)
+    errors = np.eye(classes)[targets][:, : scores.shape[1]] - scores
+    total = np.square(errors).sum(axis=1) + (targets >= scores.shape[1])
+    return _ratio(weights @ (total / 2 if classes == 2 else total), weights.sum(axis=1))
+
+
+def rmse(targets: Numbers, scores: Scores, weights: Weights) -> Float[np.ndarray, " d"]:
+    """Root of the mean squared error of the one column of `scores`."""
+    return np.sqrt(_ratio(weights @ np.square(scores[:, 0] - targets), weights.sum(axis=1)))
+
+
+def mae(targets: Numbers, scores: Scores, weights: Weights) -> Float[np.ndarray, " d"]:
+    """Mean absolute error of the one column of `scores`."""
+    return _ratio(weights @ np.abs(scores[:, 0] - targets), weights.sum(axis=1))
+
+
+def r2(targets: Numbers, scores: Scores, weights: Weights) -> Float[np.ndarray, " d"]:
+    """1 minus the squared error over that of the mean of the same cases. NaN in draws of one value."""
+    total = weights.sum(axis=1)
+    mean = _ratio(weights @ targets, total)
+    spread = weights @ np.square(targets) - total * np.square(mean)
+    # The difference of two sums is not exactly 0 where all values are equal.
+    spread = np.where(spread > 1e-12 * (weights @ np.square(targets)), spread, 0.0)
+    return 1.0 - _ratio(weights @ np.square(scores[:, 0] - targets), spread)
+
+
 def _ratio(numerator: Float[np.ndarray, " d"], denominator: Float[np.ndarray, " d"]) -> Float[np.ndarray, " d"]:
     return np.divide(numerator, denominator, out=np.full_like(numerator, np.nan), where=denominator > 0)
 
@@ -73,7 +111,13 @@ def _mean_of_finite(values: Float[np.ndarray, "d c"]) -> Float[np.ndarray, " d"]
     return _ratio(np.where(finite, values, 0.0).sum(axis=1), finite.sum(axis=1).astype(np.float64))
 
 
-METRICS: dict[str, Metric] = {"auroc": auroc, "accuracy": accuracy, "balanced_accuracy": balanced_accuracy}
+METRICS: dict[str, Metric] = {
+    "auroc": auroc,
+    "accuracy": accuracy,
+    "balanced_accuracy": balanced_accuracy,
+    "brier": brier,
+}
+VALUE_METRICS: dict[str, Metric] = {"rmse": rmse, "mae": mae, "r2": r2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +131,8 @@ class Estimate:
       draws: number of bootstrap draws.
       degenerate: draws in which the metric is undefined; they are left out of the percentiles.
       partial: draws that miss a class but still define the metric, over the remaining classes.
+      doubt: why the interval means little, in words; None if nothing speaks against it.
+      p: of a difference, the two-sided p-value of none; NaN otherwise.
     """
 
     value: float
@@ -95,6 +141,8 @@ class Estimate:
     draws: int
     degenerate: int
     partial: int
+    doubt: str | None = None
+    p: float = float("nan")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,26 +168,42 @@ class Bootstrap:
         rng = np.random.default_rng(seed)
         return cls(rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws), patient)
 
-    def estimate(self, metric: Metric, targets: Targets, scores: Scores, against: Scores | None = None) -> Estimate:
+    def estimate(
+        self,
+        metric: Metric,
+        targets: Targets | Numbers,
+        scores: Scores,
+        against: Scores | None = None,
+    ) -> Estimate:
         """The metric of `scores`, or its difference `scores` minus `against`, with a percentile interval.
 
         Args:
-          targets: class number of each case.
-          scores: a score per class, larger is likelier; only their order matters.
+          targets: of each case, as the metric takes them.
+          scores: of each case, as the metric takes them.
           against: scores of another model for the same cases.
         """
-        values = self._values(metric, targets, scores)
+        values = self.values(metric, targets, scores)
         if against is not None:
-            values -= self._values(metric, targets, against)
+            values -= self.values(metric, targets, against)
         value, resampled = float(values[0]), values[1:]
         defined = np.isfinite(resampled)
         low = high = float("nan")
-        if self.counts.shape[1] > 1 and defined.any():
+        patients = len(np.unique(self.patient))
+        if patients > 1 and defined.any():
             low, high = (float(v) for v in np.percentile(resampled[defined], [2.5, 97.5]))
-        lost = self._draws_that_lose_a_class(targets)
-        return Estimate(value, low, high, len(resampled), int(np.sum(~defined)), int(np.sum(lost & defined)))
+        lost = np.zeros(len(resampled), bool)
+        fewest = patients
+        if np.issubdtype(targets.dtype, np.integer):
+            of_class = [np.unique(self.patient[targets == label]) for label in np.unique(targets)]
+            lost = np.any([self.counts[:, some].sum(axis=1) == 0 for some in of_class], axis=0)
+            fewest = min(map(len, of_class))
+        degenerate = int(np.sum(~defined))
+        found = Estimate(value, low, high, len(resampled), degenerate, int(np.sum(lost & defined)))
+        differs = against is not None
+        p = statistics.bootstrap_p(resampled) if differs else found.p
+        return dataclasses.replace(found, doubt=_doubt(found, patients, fewest, differs=differs), p=p)
 
-    def _values(self, metric: Metric, targets: Targets, scores: Scores) -> Float[np.ndarray, " draws_and_one"]:
+    def values(self, metric: Metric, targets: Targets | Numbers, scores: Scores) -> Float[np.ndarray, " draws_and_one"]:
         """The metric on all cases, then in every draw."""
         counts = np.concatenate([np.ones_like(self.counts[:1]), self.counts])
         rows = max(1, CHUNK // len(targets))
@@ -150,9 +214,16 @@ class Bootstrap:
             ]
         )
 
-    def _draws_that_lose_a_class(self, targets: Targets) -> Bool[np.ndarray, " draws"]:
-        lost = np.zeros(len(self.counts), bool)
-        for label in np.unique(targets):
-            of_class = np.unique(self.patient[targets == label])
-            lost |= self.counts[:, of_class].sum(axis=1) == 0
-        return lost
+
+def _doubt(estimate: Estimate, patients: int, fewest: int, *, differs: bool) -> str | None:
+    """Why the interval means little; None if nothing speaks against it."""
+    if not np.isfinite(estimate.low):
+        return None
+    if patients < FEW or fewest < FEW_OF_CLASS:
+        of_class = f", and {fewest} of the rarest class" if fewest < patients else ""
+        return f"{patients} resampled groups{of_class} are too few for an interval"
+    if estimate.low == estimate.high and not differs:
+        return "every draw gives the same value, so that the interval has no width"
+    if estimate.degenerate > FEW_DRAWS * estimate.draws:
+        return f"the metric is undefined in {estimate.degenerate} of {estimate.draws} draws"
+    return None

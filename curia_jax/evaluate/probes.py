@@ -12,6 +12,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
+from curia_common.errors import UserError
 from curia_jax.evaluate.results import Setting
 from curia_jax.evaluate.selection import Bank, Features, Numbers, Prediction, Scores, choose_and_predict
 from curia_jax.evaluate.targets import Classes, Targets
@@ -33,9 +34,10 @@ def knn(bank: Bank, queries: Float[np.ndarray, "queries d"]) -> Prediction:
     """k nearest neighbours by cosine similarity of standardised features, weighted by softmax(similarity / 0.07).
 
     The weights are those of facebookresearch/dinov3. One more neighbour has the class frequencies, or the mean value, of the
-    cases, so that no probability is 0. Chosen on the held-out cases: k of NEIGHBOURS, up to the number of cases.
+    cases, so that no probability is 0. Chosen on the held-out cases: k of NEIGHBOURS, up to the number of cases; where nothing
+    can be chosen, their square root.
     """
-    smallest = min(len(fit) for fit, _ in bank.folds)
+    smallest = min((len(fit) for fit, _ in bank.folds), default=len(bank.targets))
     neighbours = [k for k in NEIGHBOURS if k <= smallest] or [smallest]
 
     def predict(fit: Numbers, held: Features, settings: Sequence[Setting]) -> list[Scores]:
@@ -44,7 +46,9 @@ def knn(bank: Bank, queries: Float[np.ndarray, "queries d"]) -> Prediction:
         votes = _vote(*_standardise(bank.features[fit], held), targets, ks)
         return [(k * vote + targets.mean(axis=0)) / (k + 1) for k, vote in zip(ks, votes, strict=True)]
 
-    return choose_and_predict(bank, queries, [{"k": k} for k in neighbours], predict)
+    return choose_and_predict(
+        bank, queries, [{"k": k} for k in neighbours], predict, default={"k": max(1, round(len(bank.targets) ** 0.5))}
+    )
 
 
 def _columns(bank: Bank, fit: Numbers) -> Float[np.ndarray, "fit outputs"]:
@@ -98,7 +102,8 @@ def ridge(bank: Bank, queries: Float[np.ndarray, "queries d"]) -> Prediction:
             return list(np.asarray(_ridge_scores(*map(jnp.asarray, (x, targets, q, penalties)))))
 
     settings: list[Setting] = [{"penalty_per_case": penalty} for penalty in RIDGE_PENALTIES]
-    return choose_and_predict(bank, queries, settings, predict, probabilities=False)
+    default: Setting = {"penalty_per_case": 1.0}
+    return choose_and_predict(bank, queries, settings, predict, default=default, probabilities=False)
 
 
 @jax.jit
@@ -128,7 +133,8 @@ def logistic(bank: Bank, queries: Float[np.ndarray, "queries d"]) -> Prediction:
     worse.
     """
     targets = bank.targets
-    assert isinstance(targets, Classes)
+    if not isinstance(targets, Classes):
+        raise UserError("logistic regression learns classes; use ridge for values")
 
     def predict(fit: Numbers, held: Features, settings: Sequence[Setting]) -> Iterator[Scores]:
         labels = targets.labels[fit]
@@ -149,10 +155,13 @@ def logistic(bank: Bank, queries: Float[np.ndarray, "queries d"]) -> Prediction:
                     scores[:, present] = model.set_params(C=setting["C"]).fit(x, labels).predict_proba(q)
             yield scores
 
-    return choose_and_predict(bank, queries, [{"C": c} for c in INVERSE_PENALTIES], predict, patience=_PATIENCE)
+    settings: list[Setting] = [{"C": c} for c in INVERSE_PENALTIES]
+    return choose_and_predict(bank, queries, settings, predict, default={"C": 1.0}, patience=_PATIENCE)
 
 
-def _standardise(x: Float[np.ndarray, "n d"], queries: Float[np.ndarray, "q d"]) -> tuple[np.ndarray, np.ndarray]:
+def _standardise(
+    x: Float[np.ndarray, "n d"], queries: Float[np.ndarray, "q d"]
+) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "q d"]]:
     """Mean 0 and deviation 1 of every feature over `x`, float64; the same for the queries."""
     x, queries = x.astype(np.float64), queries.astype(np.float64)
     mean, deviation = x.mean(axis=0), x.std(axis=0)

@@ -42,9 +42,10 @@ class Study:
       train_n, train_patients: slices that probes learn from, and their patients.
       groups: what counts as a patient: "patients", or "files (patients unknown)" and the like.
       protocol: by which heads are trained and their settings chosen.
-      labels: share of the training cases whose labels the heads get.
+      labels: share of the training patients whose labels the heads get, or number of cases of each class.
       events: test cases of the positive class; None with more than two classes.
       data_sha256: digest of images, labels and splits.
+      near_duplicates: test series that look like one that heads learn from.
     """
 
     task: str
@@ -62,11 +63,24 @@ class Study:
     labels: int | float = 1.0
     events: int | None = None
     data_sha256: str = ""
+    near_duplicates: int = 0
 
     @property
     def title(self) -> str:
         """The task's name for people."""
         return self.task.removeprefix(SHARDS)
+
+    @property
+    def few_text(self) -> str:
+        """ "", or how many labels the heads learned from and which: ", 10 % of the labels (seed 1)"."""
+        if self.labels == 1.0 and isinstance(self.labels, float):
+            return ""
+        amount = (
+            f"{self.labels} labels of every class"
+            if isinstance(self.labels, int)
+            else f"{self.labels:.3g} of the labels"
+        )
+        return f", {amount} (seed {self.seed})"
 
     @property
     def interval(self) -> str:
@@ -150,6 +164,10 @@ class Score:
       against: the other backbone of a paired difference, `backbone` minus `against`; None for a value.
       features: those that were chosen for the probe of `backbone`; None for the class frequencies.
       fit: of the probe; None for differences and the class frequencies.
+      p: of a difference: two-sided p-value of none, by DeLong's method for the AUROC of two classes where no patient has two cases, by
+        the bootstrap otherwise.
+      p_holm: the same, corrected by Holm's method over the tasks of the command.
+      doubt: why the interval means little; None if nothing speaks against it.
     """
 
     study: Study
@@ -165,6 +183,9 @@ class Score:
     features: str | None = None
     fit: Fit | None = None
     provenance: Provenance | None = None
+    p: float | None = None
+    p_holm: float | None = None
+    doubt: str | None = None
 
     @property
     def value_text(self) -> str:
@@ -219,12 +240,15 @@ class _Own:
     against: str | None
     head: str
     features: str | None
-    metric: Literal["auroc", "accuracy", "balanced_accuracy"]
+    metric: Literal["auroc", "accuracy", "balanced_accuracy", "brier", "rmse", "mae", "r2"]
     value: float | None
     low: float | None
     high: float | None
     degenerate_draws: int
     draws_without_a_class: int
+    p: float | None
+    p_holm: float | None
+    doubt: str | None
 
 
 _OF_SCORE = tuple(field.name for field in dataclasses.fields(_Own))

@@ -12,12 +12,14 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
 from curia_common import logs
 from curia_common.errors import StorageError, UserError, fault_location
 from curia_common.exit_codes import ExitCode
+from curia_jax.evaluate import statistics
 from curia_jax.evaluate.results import FAILED, NOT_RUN, RESULTS, TABLE, NotScored, Row, Score, rows, to_csv
 from data_pipeline.format import files
 
@@ -99,8 +101,8 @@ def run(jobs: Sequence[Job], output: Path) -> Outcome:
             log.info(f"failed: unforeseen fault ({fault_location(error)}); please report it")
             found += rows([NotScored(job.task, job.protocol, FAILED, f"unforeseen fault ({fault_location(error)})")])
             exit_code = ExitCode.FAULT
-        _publish(found, output)
-    return Outcome(found, exit_code)
+        _publish(with_holm(found), output)
+    return Outcome(with_holm(found), exit_code)
 
 
 def _rows(job: Job, output: Path) -> list[Row]:
@@ -124,6 +126,22 @@ def _rows(job: Job, output: Path) -> list[Row]:
     files.write_table(folder / f"{job.protocol}-predictions.parquet", predictions)
     files.write_text(done, json.dumps({"key": key, "rows": made}, indent=1) + "\n")
     return made
+
+
+def with_holm(rows: Sequence[Row]) -> list[Row]:
+    """The rows with `p_holm`: corrected over the tasks that compare the same two backbones by the same head and metric."""
+    families: dict[tuple[Any, ...], list[int]] = {}
+    for number, row in enumerate(rows):
+        if row.get("p") is not None:
+            family = tuple(
+                row[name] for name in ("protocol", "backbone", "against", "head", "metric", "labels", "seed")
+            )
+            families.setdefault(family, []).append(number)
+    corrected = list(rows)
+    for members in families.values():
+        for number, p in zip(members, statistics.holm([rows[member]["p"] for member in members]), strict=True):
+            corrected[number] = {**rows[number], "p_holm": p}
+    return corrected
 
 
 def _publish(found: Sequence[Row], output: Path) -> None:

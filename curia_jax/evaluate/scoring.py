@@ -11,11 +11,13 @@ from jaxtyping import Float, Int, Shaped
 
 from curia_common import logs
 from curia_common.errors import UserError
-from curia_jax.evaluate import labels, metrics, probes, selection
+from curia_jax.evaluate import labels, metrics, probes, selection, statistics, subsets
 from curia_jax.evaluate.results import FLOORS, MAJORITY, Fit, Score, Study
-from curia_jax.evaluate.targets import Classes
+from curia_jax.evaluate.targets import Classes, Targets, Values
 
 HEADS: Mapping[str, selection.Head] = {"knn": probes.knn, "ridge": probes.ridge, "logistic": probes.logistic}
+# Of HEADS, those that learn values.
+OF_VALUES = ("knn", "ridge")
 # Split -> backbone -> readout -> one row per labelled slice of the split.
 Features = Mapping[str, Mapping[str, Mapping[str, Float[np.ndarray, "_n _d"]]]]  # of different sizes
 
@@ -27,11 +29,12 @@ class Cases:
     """What the metrics count: slices, or series with the mean score of their slices.
 
     Attributes:
-      targets, patients, series: of each case.
+      targets: class numbers, or values.
+      patients, series: of each case.
       case: index of the case of each test slice.
     """
 
-    targets: Int[np.ndarray, " n"]
+    targets: Int[np.ndarray, " n"] | Float[np.ndarray, " n"]
     patients: Shaped[np.ndarray, " n"]
     series: Shaped[np.ndarray, " n"]
     case: Int[np.ndarray, " slices"]
@@ -63,6 +66,21 @@ class Cases:
         return sums / np.bincount(self.case)[:, None]
 
 
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """What the heads of a task predicted, by backbone and head.
+
+    Attributes:
+      scores: mean over the slices of each case.
+      decided: probabilities times the weights of the decision.
+      fits: how the head was fitted, and the readout that was chosen.
+    """
+
+    scores: dict[tuple[str, str], Float[np.ndarray, "n outputs"]]
+    decided: dict[tuple[str, str], Float[np.ndarray, "n outputs"]]
+    fits: dict[tuple[str, str], tuple[Fit, str]]
+
+
 def score(
     task: labels.Task,
     features: Features,
@@ -71,6 +89,7 @@ def score(
     unit: str = "slice",
     draws: int = 2000,
     seed: int = 0,
+    few: Sequence[int | float] = (1.0,),
     data_sha256: str = "",
 ) -> tuple[list[Score], pa.Table]:
     """Scores of a task, and the prediction of every test case.
@@ -79,105 +98,200 @@ def score(
       task: labelled slices.
       features: of every backbone, the first being the one that is compared with the others; a split without any slice may be
         missing. Of several readouts, the one with the smallest loss on the held-out cases is used.
-      heads: of HEADS.
+      heads: of HEADS; those that cannot learn values are left out where the label is one.
       unit: "slice" or "series".
       draws, seed: of the bootstrap; the seed also decides the folds.
+      few: how many labels heads learn from: shares of the patients of each class, or numbers of cases of each class. Less than
+        all is repeated with subsets.SEEDS seeds from `seed` on, each with subsets of its own that are the same for every backbone.
       data_sha256: for the results.
 
     Returns:
       Scores: first those of each backbone, then the first minus each other, then the class frequencies. And a table with
-      task, backbone, head, series, patient, target, predicted (the likeliest class), decided (at the thresholds that were chosen on
-      the held-out cases) and scores (one per class).
+      task, backbone, head, labels, seed, series, patient, target, predicted (the likeliest class, or the value), decided (the class at
+      the thresholds that were chosen on the held-out cases) and scores (one per class, or the value).
 
     Raises:
       UserError: a probe cannot be fitted, or `unit` does not fit the labels.
     """
+    if task.is_value:
+        heads = [head for head in heads if head in OF_VALUES]
+        if not heads:
+            raise UserError(f"{task.name} is a value, which {' and '.join(OF_VALUES)} can learn; name one in --heads")
     cases = Cases.of(task, unit)
+    results, tables = [], []
+    for amount in few:
+        for own in (seed,) if _is_everything(amount) else range(seed, seed + subsets.SEEDS):
+            rows, is_held_out = _learning(task, amount, own)
+            found, predicted = _score_once(
+                task, features, cases, rows, is_held_out, heads=heads, unit=unit, draws=draws, seed=own, amount=amount,
+                data_sha256=data_sha256,
+            )  # fmt: skip
+            results += found
+            tables += [_table(task, backbone, head, amount, own, cases, predicted) for backbone, head in predicted.fits]
+    return results, pa.concat_tables(tables)
+
+
+def _learning(
+    task: labels.Task, amount: int | float, seed: int
+) -> tuple[Int[np.ndarray, " m"], Shaped[np.ndarray, " m"]]:
+    """Numbers of the slices that heads learn from, training and validation together, and which are of validation.
+
+    A share is taken of both splits; a number of cases of the training split, which leaves nothing to validate on.
+    """
+    count = len(task.splits[labels.FIT].slices)
+    parts = [
+        np.arange(len(task.splits[split].slices)) if _is_everything(amount)
+        else _subset(_targets(task, split), task.splits[split].patients, amount, seed)
+        for split in (labels.FIT, labels.HELD_OUT)
+        if len(task.splits[split].slices) and (split == labels.FIT or isinstance(amount, float))
+    ]  # fmt: skip
+    rows = np.concatenate([part + count * number for number, part in enumerate(parts)])
+    return rows, rows >= count
+
+
+def _is_everything(amount: int | float) -> bool:
+    """The share 1.0, and not one case of each class."""
+    return isinstance(amount, float) and amount == 1
+
+
+def _subset(
+    targets: Targets, patients: Shaped[np.ndarray, " n"], amount: int | float, seed: int
+) -> Int[np.ndarray, " m"]:
+    if isinstance(amount, float):
+        return subsets.fraction(targets, patients, amount, seed)
+    if not isinstance(targets, Classes):
+        raise UserError(f"{amount} cases of every class: the label is a value; write a share instead, such as 0.1")
+    return subsets.shots(targets, patients, amount, seed)
+
+
+def _targets(task: labels.Task, *splits: str) -> Targets:
+    values = np.concatenate([task.targets(split) for split in splits])
+    return Values(values) if task.is_value else Classes(values, len(task.classes))
+
+
+def _score_once(
+    task: labels.Task, features: Features, cases: Cases, rows: Int[np.ndarray, " m"], is_held_out: Shaped[np.ndarray, " m"],
+    *, heads: Sequence[str], unit: str, draws: int, seed: int, amount: int | float, data_sha256: str,
+) -> tuple[list[Score], Predictions]:  # fmt: skip
+    """Scores of heads that learn from some of the slices."""
     bootstrap = metrics.Bootstrap.over(cases.patients, draws=draws, seed=seed)
-    fit, held_out = (task.splits[split] for split in (labels.FIT, labels.HELD_OUT))
-    learned = Classes(np.concatenate([task.targets(labels.FIT), task.targets(labels.HELD_OUT)]), len(task.classes))
-    patients = np.concatenate([fit.patients, held_out.patients])
-    is_held_out = np.arange(len(learned)) >= len(fit.slices)
+    learned = _targets(task, labels.FIT, labels.HELD_OUT)[rows]
+    splits = (labels.FIT, labels.HELD_OUT)
+    patients = np.concatenate([task.splits[split].patients for split in splits])[rows]
     study = Study(
         task=task.name, n=len(cases.targets), patients=len(np.unique(cases.patients)), unit=unit, classes=task.classes,
         classes_not_learned=task.unseen, draws=draws, seed=seed, train_n=len(learned),
-        train_patients=len(np.unique(patients)), groups=task.groups,
+        train_patients=len(np.unique(patients)), groups=task.groups, labels=amount,
         events=int(np.sum(cases.targets == 1)) if len(task.classes) == 2 else None, data_sha256=data_sha256,
+        near_duplicates=task.near_duplicates,
     )  # fmt: skip
-
-    def measure(backbone: str, head: str, against: str | None = None) -> list[Score]:
-        fit, readout = fits.get((backbone, head), (None, None))
-        scores = []
-        for name, metric in metrics.METRICS.items():
-            # Balanced accuracy is that of the decisions that balance recalls, accuracy that of the likeliest class.
-            scores_of = decided if metric is metrics.balanced_accuracy else predicted
-            found = bootstrap.estimate(
-                metric, cases.targets, scores_of[backbone, head], None if against is None else scores_of[against, head]
-            )
-            value, low, high = map(_finite, (found.value, found.low, found.high))
-            scores.append(
-                Score(
-                    study, backbone, head, name, value, low, high, found.degenerate, found.partial, against, readout,
-                    None if against else fit,
-                )
-            )  # fmt: skip
-        return scores
-
-    results: list[Score] = []
-    predicted: dict[tuple[str, str], Float[np.ndarray, "n classes"]] = {}
-    decided: dict[tuple[str, str], Float[np.ndarray, "n classes"]] = {}
-    fits: dict[tuple[str, str], tuple[Fit, str]] = {}  # with the readout
+    predicted = Predictions({}, {}, {})
     backbones = list(features[labels.TEST])
     for backbone in backbones:
         banks = {}
         for readout in features[labels.TEST][backbone]:
-            inputs = np.concatenate(
-                [features[split][backbone][readout] for split in (labels.FIT, labels.HELD_OUT) if split in features]
-            )
-            banks[readout] = selection.bank(inputs, learned, patients, is_held_out, seed=seed, groups=task.groups)
+            inputs = np.concatenate([features[split][backbone][readout] for split in splits if split in features])
+            banks[readout] = selection.bank(inputs[rows], learned, patients, is_held_out, seed=seed, groups=task.groups)
         for head in heads:
             began = time.monotonic()
             tried = {
                 readout: HEADS[head](bank, features[labels.TEST][backbone][readout]) for readout, bank in banks.items()
             }
-            readout = min(tried, key=lambda name: tried[name].selection_loss)  # of equally good ones the first
+            # Of equally good ones, or where nothing can be chosen, the first.
+            readout = min(tried, key=lambda name: _or_highest(tried[name].selection_loss))
             bank, prediction = banks[readout], tried[readout]
             log.info(f"  {backbone}, {head}: {readout}, {time.monotonic() - began:.1f} s")
-            predicted[backbone, head] = cases.mean(prediction.scores)
-            decided[backbone, head] = predicted[backbone, head] * prediction.decision
-            score = _finite(prediction.selection_score)
-            fits[backbone, head] = Fit(bank.features.shape[1], bank.selection, score, prediction.chosen), readout
-            results += measure(backbone, head)
-    names = np.array(task.classes + task.unseen)
-    table = pa.concat_tables(
-        _predictions(task.name, backbone, head, cases, names, values, decided[backbone, head])
-        for (backbone, head), values in predicted.items()
-    )
-    for other in backbones[1:] if backbones[0] not in FLOORS else ():
+            of = backbone, head
+            predicted.scores[of] = cases.mean(prediction.scores)
+            predicted.decided[of] = predicted.scores[of] * prediction.decision
+            selection_score = _finite(prediction.selection_score)
+            width = features[labels.TEST][backbone][readout].shape[1]
+            predicted.fits[of] = Fit(width, bank.selection, selection_score, prediction.chosen), readout
+    floor = MAJORITY, "none"
+    predicted.scores[floor] = predicted.decided[floor] = probes.floor(learned, len(cases.targets))
+
+    results: list[Score] = []
+    compared = [(backbone, None) for backbone in backbones]
+    compared += [(backbones[0], other) for other in backbones[1:] if backbones[0] not in FLOORS]
+    for backbone, other in compared:
         for head in heads:
-            results += measure(backbones[0], head, other)
-    predicted[MAJORITY, "none"] = decided[MAJORITY, "none"] = probes.floor(learned, len(cases.targets))
-    return results + measure(MAJORITY, "none"), table
+            results += _measure(
+                study, cases, bootstrap, predicted, (backbone, head), None if other is None else (other, head)
+            )
+    return results + _measure(study, cases, bootstrap, predicted, floor, None), predicted
 
 
-def _predictions(
-    task: str, backbone: str, head: str, cases: Cases, names: Shaped[np.ndarray, " names"],
-    scores: Float[np.ndarray, "n classes"], decided: Float[np.ndarray, "n classes"],
-) -> pa.Table:  # fmt: skip
-    count = len(cases.targets)
+def _measure(
+    study: Study, cases: Cases, bootstrap: metrics.Bootstrap, predicted: Predictions, of: tuple[str, str],
+    against: tuple[str, str] | None,
+) -> list[Score]:  # fmt: skip
+    """Every metric of a head, or its difference to the same head on another backbone."""
+    fit, readout = predicted.fits.get(of, (None, None))
+    scores = []
+    for name, metric in (metrics.METRICS if study.classes else metrics.VALUE_METRICS).items():
+        # Balanced accuracy is that of the decisions that balance recalls, accuracy that of the likeliest class.
+        by_head = predicted.decided if metric is metrics.balanced_accuracy else predicted.scores
+        found = bootstrap.estimate(metric, cases.targets, by_head[of], None if against is None else by_head[against])
+        value, low, high = map(_finite, (found.value, found.low, found.high))
+        p = None
+        if against is not None and low is not None:
+            p = found.p
+            if metric is metrics.auroc and _independent(cases) and study.classes and by_head[of].shape[1] == 2:
+                p = _delong(cases, by_head[of], by_head[against], p)
+        scores.append(
+            Score(
+                study, of[0], of[1], name, value, low, high, found.degenerate, found.partial,
+                None if against is None else against[0], readout, None if against else fit, p=p, doubt=found.doubt,
+            )
+        )  # fmt: skip
+    return scores
+
+
+def _independent(cases: Cases) -> bool:
+    """Whether no patient has two cases."""
+    return len(np.unique(cases.patients)) == len(cases.patients)
+
+
+def _delong(
+    cases: Cases, scores: Float[np.ndarray, "n 2"], against: Float[np.ndarray, "n 2"], otherwise: float
+) -> float:
+    """DeLong's p-value of two classes; `otherwise` where a class has fewer than two cases or is not one of the two."""
+    positive = cases.targets == 1
+    if cases.targets.max() > 1 or min(positive.sum(), (~positive).sum()) < 2:
+        return otherwise
+    return statistics.delong(positive, scores[:, 1] - scores[:, 0], against[:, 1] - against[:, 0]).p
+
+
+def _table(
+    task: labels.Task, backbone: str, head: str, amount: int | float, seed: int, cases: Cases, predicted: Predictions
+) -> pa.Table:
+    count, scores = len(cases.targets), predicted.scores[backbone, head]
+    if task.is_value:
+        target, likeliest, decided = cases.targets.astype(str), scores[:, 0].astype(str), scores[:, 0].astype(str)
+    else:
+        names = np.array(task.classes + task.unseen)
+        decided = names[predicted.decided[backbone, head].argmax(axis=1)]
+        target, likeliest = names[cases.targets], names[scores.argmax(axis=1)]
     return pa.table(
         {
-            "task": [task] * count,
+            "task": [task.name] * count,
             "backbone": [backbone] * count,
             "head": [head] * count,
+            "labels": [float(amount)] * count,
+            "seed": [seed] * count,
             "series": cases.series,
             "patient": cases.patients,
-            "target": names[cases.targets],
-            "predicted": names[scores.argmax(axis=1)],
-            "decided": names[decided.argmax(axis=1)],
+            "target": target,
+            "predicted": likeliest,
+            "decided": decided,
             "scores": list(scores),
         }
     )
+
+
+def _or_highest(loss: float) -> float:
+    """An undefined loss is worse than any."""
+    return loss if math.isfinite(loss) else math.inf
 
 
 def _finite(value: float) -> float | None:

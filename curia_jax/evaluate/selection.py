@@ -16,7 +16,7 @@ from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 from curia_jax.evaluate import metrics
 from curia_jax.evaluate.labels import selection_on_validation
 from curia_jax.evaluate.results import Setting
-from curia_jax.evaluate.targets import Classes, Targets
+from curia_jax.evaluate.targets import Classes, Targets, Values
 
 Numbers = Int[np.ndarray, " fit"]
 Features = Float[np.ndarray, "queries d"]
@@ -54,8 +54,9 @@ class Prediction:
       decision: weights of the classes, chosen on the held-out cases; the class with the largest probability times weight is
         the decision that balances recalls. Ones for values.
       chosen: the settings chosen on the held-out cases.
-      selection_loss: log loss or squared error of the chosen settings, mean over the held-out cases.
-      selection_score: their macro AUROC; NaN for values.
+      selection_loss: log loss or squared error of the chosen settings, mean over the held-out
+        cases; NaN without any.
+      selection_score: their macro AUROC; NaN for values, and without held-out cases.
     """
 
     scores: Scores
@@ -80,23 +81,27 @@ def bank(
     """A bank whose settings are chosen on the cases marked `held_out`, the validation split.
 
     Where these lack a class of the other cases, or there are none, settings are chosen by cross-validation over patients
-    in 5 folds (fewer with fewer patients, of the rarest class), training and validation cases together.
+    in 5 folds (fewer with fewer patients, of the rarest class), training and validation cases together. With a single patient of
+    a class nothing can be chosen, and there are no folds.
 
     Args:
-      targets, patients: classes are at least two, each of several patients, as `labels.task` has checked.
+      targets: classes are at least two.
       groups: what counts as a patient, in words.
     """
     held_out = np.asarray(held_out, bool)
-    if isinstance(targets, Classes):
-        usable = selection_on_validation(targets.labels[~held_out], targets.labels[held_out])
-        per_class = [len(np.unique(patients[targets.labels == label])) for label in np.unique(targets.labels)]
-        split = StratifiedGroupKFold
-    else:
+    if isinstance(targets, Values):
         usable, per_class, split = 1 < held_out.sum() < len(targets) - 1, [len(np.unique(patients))], GroupKFold
+    else:
+        strata = targets.strata
+        usable = selection_on_validation(strata[~held_out], strata[held_out])
+        per_class = [len(np.unique(patients[strata == label])) for label in np.unique(strata)]
+        split = StratifiedGroupKFold
     if usable:
         folds = ((np.flatnonzero(~held_out), np.flatnonzero(held_out)),)
         return Bank(features, targets, folds, "validation split")
     count = min(5, *per_class)
+    if count < 2:
+        return Bank(features, targets, (), "default settings (too few patients to choose)")
     folds = split(count, shuffle=True, random_state=seed).split(features, targets.strata, patients)
     return Bank(features, targets, tuple(folds), f"{count}-fold over {groups}")
 
@@ -107,6 +112,7 @@ def choose_and_predict(
     settings: Sequence[Setting],
     predict: Callable[[Numbers, Features, Sequence[Setting]], Iterable[Scores]],
     *,
+    default: Setting,
     probabilities: bool = True,
     patience: int | None = None,
 ) -> Prediction:
@@ -117,9 +123,19 @@ def choose_and_predict(
 
     Args:
       predict: (numbers of the cases to fit, features to score, settings) -> scores for each setting.
+      default: the setting where the bank has no folds.
       probabilities: whether scores of classes are probabilities; others become so by a `Scaling`.
       patience: the sweep ends after as many settings in a row that are worse than the best before them; None tries all.
     """
+    everything = np.arange(len(bank.targets))
+    if not bank.folds:
+        (scores,) = predict(everything, queries, [default])
+        if not isinstance(bank.targets, Classes):
+            return Prediction(scores, np.ones(scores.shape[1]), default, float("nan"), float("nan"))
+        frequencies = bank.targets.frequencies
+        scores = scores if probabilities else Scaling(1.0, 0.0, frequencies)(scores)
+        weights = 1 / np.where(frequencies > 0, frequencies, 1.0)
+        return Prediction(scores, weights, default, float("nan"), float("nan"))
     held = np.concatenate([held for _, held in bank.folds])
     targets = bank.targets[held]
     best, loss, held_scores, scaling = 0, float("inf"), np.zeros((0, 0)), None
@@ -133,7 +149,7 @@ def choose_and_predict(
             best, loss, held_scores, scaling = number, mean, scores, found
         elif patience is not None and number - best >= patience:
             break
-    (scores,) = predict(np.arange(len(bank.targets)), queries, [settings[best]])
+    (scores,) = predict(everything, queries, [settings[best]])
     chosen = dict(settings[best])
     if scaling:
         scores = scaling(scores)

@@ -26,6 +26,7 @@ class Settings:
       heads: of scoring.HEADS.
       cases: "slice", or "series" where scores are averaged over its slices.
       draws, seed: of the bootstrap; the seed also decides the folds.
+      few: how many labels heads learn from; see scoring.score.
       batch_size: slices at a time.
     """
 
@@ -33,6 +34,7 @@ class Settings:
     cases: str
     draws: int
     seed: int
+    few: tuple[int | float, ...]
     batch_size: int
 
 
@@ -56,7 +58,7 @@ class Dataset:
         """Raises UserError where there is no such label."""
         known = labels.available(self.index)
         for name in names:
-            if name not in known:
+            if name.removesuffix(labels.VALUE) not in known:
                 raise UserError(f"no label {name!r} in the shards; there are: {', '.join(known)}")
 
 
@@ -91,7 +93,14 @@ def job(
     def run() -> tuple[list[Score], pa.Table]:
         task = labels.task(dataset.index, label, name)
         counts = ", ".join(f"{len(part.slices):,} {split}" for split, part in task.splits.items())
-        runner.log.info(f"{len(task.classes)} classes, slices: {counts}; intervals over {task.groups}")
+        runner.log.info(
+            f"{'values' if task.is_value else f'{len(task.classes)} classes'}, slices: {counts}; intervals over {task.groups}"
+        )
+        if task.near_duplicates:
+            runner.log.warning(
+                f"{task.near_duplicates:,} series of the test split look like one that heads learn from, so that scores may be too "
+                "good; column near_duplicate_of of index.parquet names them"
+            )
         stores = {
             (split, model.name): FeatureStore(
                 cache, model, features.ShardImages(dataset.sources[split]), settings.batch_size
@@ -107,7 +116,7 @@ def job(
                 found.setdefault(split, {})[model] = store.get(task.splits[split].slices, progress.step)
         scores, predictions = scoring.score(
             task, found, heads=settings.heads, unit=settings.cases, draws=settings.draws, seed=settings.seed,
-            data_sha256=dataset.sha256,
+            few=settings.few, data_sha256=dataset.sha256,
         )  # fmt: skip
         provenance = {model.name: model.provenance for model in models}
         return [dataclasses.replace(one, provenance=provenance.get(one.backbone)) for one in scores], predictions

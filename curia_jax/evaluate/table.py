@@ -8,6 +8,8 @@ from rich.table import Table
 
 from curia_jax.evaluate.results import Score
 
+DOUBTED = "?"  # behind an interval that means little
+
 
 def show(scores: Sequence[Score]) -> None:
     """Prints values with their 95 % intervals, then the paired differences."""
@@ -24,8 +26,10 @@ def show(scores: Sequence[Score]) -> None:
         lines: dict[tuple[str, str, str], dict[str, str]] = {}
         for score in chosen:
             features = f"{score.backbone} - {score.against}" if paired else score.backbone
-            line = lines.setdefault((score.study.title, features, score.head), {})
-            line[score.metric] = f"{score.value_text} {score.interval_text}"
+            line = lines.setdefault((score.study.title + score.study.few_text, features, score.head), {})
+            line[score.metric] = f"{score.value_text} {score.interval_text}{DOUBTED if score.doubt else ''}"
         for key, values in lines.items():
             table.add_row(*key, *(values.get(name, "") for name in metrics))
         console.print(table)
+    for doubt in dict.fromkeys(score.doubt for score in scores if score.doubt):
+        console.print(f"{DOUBTED} {doubt}")

@@ -68,7 +68,7 @@ def report(args: argparse.Namespace) -> None:
         raise UserError(f"--output={args.output} is a folder; name a file in it")
     run = run_log.read(args.run)
     controls = args.control.split(",") if args.control else []
-    every_score = results.read(args.results)
+    every_score = [score for score in results.read(args.results) if not score.study.few_text]
     scores = [score for score in every_score if score.study.task not in controls]
     story = timeline.read(args.timeline) if args.timeline else None
     index = labels.read_index(args.shards)

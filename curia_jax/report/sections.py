@@ -18,7 +18,10 @@ from curia_jax.report.run_log import RunLog
 from curia_jax.report.timeline import Timeline
 
 SPLITS = ("train", "validation", "test")
-METRICS = {"auroc": "AUROC", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"}
+METRICS = {
+    "auroc": "AUROC", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "brier": "Brier score",
+    "rmse": "RMSE", "mae": "MAE", "r2": "R²",
+}  # fmt: skip
 BACKBONES = {RANDOM: "random encoder", PIXELS: "pixels", HISTOGRAM: "histogram of the pixels", MAJORITY: "no image"}
 MODALITIES = {
     "CT": "each slice in the window named below it (centre/width in HU).",
@@ -144,8 +147,9 @@ def _score_table(scores: Sequence[Score]) -> str:
     study = scores[0].study
     classes = [*study.classes[:MOST_CLASSES], *(["…"] if len(study.classes) > MOST_CLASSES else [])]
     units = "slices" if study.unit == "slice" else "series"
+    kind = f"{len(study.classes)} classes ({', '.join(classes)})" if classes else "a value"
     caption = (
-        f"{study.title}: {len(study.classes)} classes ({', '.join(classes)}). Learned from {study.train_n:,} slices of "
+        f"{study.title}: {kind}. Learned from {study.train_n:,} slices of "
         f"{study.count_groups(study.train_patients)}, tested on {study.n:,} {units} of "
         f"{study.count_groups(study.patients)}."
     )

@@ -30,7 +30,7 @@ def write_exams(folder: Path) -> None:
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:40, :40] - 19.5
     folder.mkdir()
-    rows = [["file", "patient", "split", "shape", "sex"]]
+    rows = [["file", "patient", "split", "shape", "sex", "age"]]
     for patient in range(PATIENTS):
         split = "train" if patient < 10 else "validation" if patient < 14 else "test"
         disc = np.hypot(y / (12 + 2 * (patient % 2)), x / 14) < 1
@@ -41,7 +41,9 @@ def write_exams(folder: Path) -> None:
                 nibabel.Nifti1Image(volume, np.diag([2.0, 2.0, 5.0, 1.0])), folder / f"{modality}{patient}.nii"
             )
             sex = "f" if patient < PATIENTS - 6 else "m"  # the test split holds "m" alone
-            rows.append([f"{modality}{patient}.nii", f"p{patient}", split, "tall" if patient % 2 else "flat", sex])
+            rows.append(
+                [f"{modality}{patient}.nii", f"p{patient}", split, "tall" if patient % 2 else "flat", sex, 30 + patient]
+            )
     with (folder / "labels.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
 
@@ -61,7 +63,7 @@ def study(tmp_path_factory) -> Path:
     write_exams(folder / "exams")
     code = build.main(
         ["--input", str(folder / "exams"), "--output", str(folder / "shards"), "--workers", "1", "--labels",
-         str(folder / "exams/labels.csv"), "--label-columns", "shape", "sex", "--split-column", "split", "--patient-column",
+         str(folder / "exams/labels.csv"), "--label-columns", "shape", "sex", "age", "--split-column", "split", "--patient-column",
          "patient"]
     )  # fmt: skip
     assert code == 0
@@ -127,6 +129,19 @@ def test_second_run_computes_only_what_changed(study, tmp_path, capsys, monkeypa
     # Another head needs the same features.
     assert run(study, tmp_path, "--heads=knn", *words[1:]) == 0
     assert {row["head"] for row in read(tmp_path)} == {"knn", "none"}
+
+
+def test_few_labels_and_a_value_are_scored(study, tmp_path, capsys) -> None:
+    words = ["--tasks=shards/shape,shards/age:value", "--heads=ridge,logistic", "--floors=pixels", "--features=mean"]
+    assert run(study, tmp_path, *words, "--labels=0.5,1.0", "--draws=100") == 0
+    rows = read(tmp_path)
+    by_task = {task: [row for row in rows if row["task"] == task] for task in ("shards/shape", "shards/age:value")}
+    assert {(row["labels"], row["seed"]) for row in by_task["shards/shape"]} == {(0.5, 0), (0.5, 1), (0.5, 2), (1.0, 0)}
+    assert {row["metric"] for row in by_task["shards/age:value"]} == {"rmse", "mae", "r2"}
+    assert {row["head"] for row in by_task["shards/age:value"]} == {"ridge", "none"}
+    # Two tasks compare by the same head, but not by the same metric: nothing to correct for.
+    assert all(row["p_holm"] == row["p"] for row in rows)
+    assert "6 resampled groups, and 3 of the rarest class are too few" in capsys.readouterr().err
 
 
 def test_several_tasks_series_and_layers_are_scored(study, tmp_path) -> None:
@@ -196,7 +211,7 @@ def test_permuted_test_labels_change_no_prediction(study, tmp_path) -> None:
     [
         (
             ["--tasks=shards/shpae"],
-            "error: no label 'shpae' in the shards; there are: shape, sex, modality, plane, body_part\n",
+            "error: no label 'shpae' in the shards; there are: shape, sex, age, modality, plane, body_part\n",
         ),
         (["--tasks=shape"], "error: no task 'shape'; write shards/LABEL for a label"),
         (["--heads=svm"], "error: no head 'svm'; there are: knn, ridge, logistic\n"),
@@ -206,6 +221,9 @@ def test_permuted_test_labels_change_no_prediction(study, tmp_path) -> None:
         (["--features=mean@9"], "error: no layer 9; this encoder has layers 1 to 2\n"),
         (["--features=mean@0"], "error: no layer 0; this encoder has layers 1 to 2\n"),
         (["--features=mean@first"], "error: features 'mean@first': after @ write last, or numbers of blocks"),
+        (["--labels=1.5"], "error: --labels=1.5: write shares above 0 up to 1.0, or whole numbers of cases"),
+        (["--labels=0"], "error: --labels=0: write shares above 0 up to 1.0, or whole numbers of cases"),
+        (["--labels=all"], "error: --labels=all: write shares above 0 up to 1.0, or whole numbers of cases"),
         (["--draws=0"], "error: --draws is 0; it has to be at least 1\n"),
         (["--batch-size=0"], "error: --batch-size is 0; it has to be at least 1\n"),
         (["--seed=-1"], "error: --seed is -1; it has to be at least 0\n"),

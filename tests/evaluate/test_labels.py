@@ -106,3 +106,31 @@ def test_patients_of_unlabelled_slices_do_not_count() -> None:
     index = an_index(lesion=("yes", "no", "yes", "no", "yes", None, "yes", "no"))
     index = index.append_column("patient_from", pa.array(["id"] * 5 + ["file"] + ["id"] * 2))
     assert labels.task(index, "lesion").groups == "patients"
+
+
+def test_value_is_read_as_a_number_where_the_name_says_so() -> None:
+    index = an_index(lesion=("34", "35.5", "61", "48", "50", None, "71", "29"))
+    task = labels.task(index, "lesion:value")
+    assert task.is_value and task.classes == ()
+    assert task.targets("train").tolist() == [34.0, 35.5, 61.0, 48.0] and task.targets("validation").tolist() == [50.0]
+
+
+def test_value_that_is_text_is_named() -> None:
+    with pytest.raises(UserError, match="label 'lesion:value' cannot be probed: 'yes' is not a number"):
+        labels.task(an_index(), "lesion:value")
+
+
+def test_classes_that_are_numbers_name_the_way_to_predict_them() -> None:
+    ages = tuple(str(30 + n) for n in range(16))
+    index = an_index("t" * 12 + "vvss", lesion=ages, patients="abcdefghijklmnop")
+    with pytest.raises(UserError, match="its 14 classes are numbers: lesion:value predicts the number"):
+        labels.task(index, "lesion")
+    assert labels.task(index, "lesion:value").is_value
+
+
+def test_near_duplicates_between_learning_and_test_are_counted() -> None:
+    index = an_index()
+    # Test series g looks like training series a, as does training series b; test series h like nothing.
+    like = [None, "series a", None, None, None, None, "series a", None]
+    assert labels.task(index.append_column("near_duplicate_of", [like]), "lesion").near_duplicates == 1
+    assert labels.task(index, "lesion").near_duplicates == 0

@@ -2,7 +2,15 @@
 
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    brier_score_loss,
+    mean_absolute_error,
+    r2_score,
+    roc_auc_score,
+    root_mean_squared_error,
+)
 
 from curia_jax.evaluate import metrics
 from curia_jax.evaluate.metrics import Bootstrap
@@ -166,3 +174,71 @@ def test_chunked_evaluation_equals_whole(monkeypatch):
     whole = bootstrap.estimate(metrics.auroc, targets, scores)
     monkeypatch.setattr(metrics, "CHUNK", 1)
     assert bootstrap.estimate(metrics.auroc, targets, scores) == whole
+
+
+# ---- values, probabilities, few patients
+
+
+def weights_of(n: int):
+    return np.random.default_rng(0).integers(0, 4, (3, n)).astype(float)
+
+
+def test_errors_of_values_equal_sklearn_with_weights():
+    rng = np.random.default_rng(0)
+    values = rng.normal(50, 10, 80)
+    scores = (values + rng.normal(size=80))[:, None]
+    for metric, oracle in (
+        (metrics.rmse, root_mean_squared_error),
+        (metrics.mae, mean_absolute_error),
+        (metrics.r2, r2_score),
+    ):
+        wanted = [oracle(values, scores[:, 0], sample_weight=w) for w in weights_of(80)]
+        np.testing.assert_allclose(metric(values, scores, weights_of(80)), wanted, rtol=1e-10)
+
+
+def test_r2_of_one_value_is_undefined():
+    assert np.isnan(once(metrics.r2, np.full(3, 0.1), np.ones((3, 1))))
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_brier_equals_sklearn(classes):
+    targets, scores, _ = cases(3, classes=classes)
+    p = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+    if classes == 2:
+        wanted = [brier_score_loss(targets, p[:, 1], sample_weight=w) for w in weights_of(len(p))]
+    else:
+        squares = np.square(np.eye(4)[targets] - p).sum(axis=1)
+        wanted = [np.average(squares, weights=w) for w in weights_of(len(p))]
+    np.testing.assert_allclose(metrics.brier(targets, p, weights_of(len(p))), wanted, rtol=1e-10)
+
+
+def test_brier_of_class_without_a_score():
+    # Probability 0 of what came true.
+    assert once(metrics.brier, np.array([2]), np.array([[0.5, 0.5]])) == pytest.approx(0.25 + 0.25 + 1)
+
+
+def test_bootstrap_takes_values():
+    values = np.arange(70.0)
+    found = Bootstrap.over(np.arange(70) // 2, draws=300).estimate(metrics.rmse, values, values[:, None] + 1)
+    assert (found.value, found.low, found.high) == (1, 1, 1) and "no width" in str(found.doubt)
+
+
+@pytest.mark.parametrize(
+    ("positives", "negatives", "doubt"),
+    [
+        (2, 2, "4 resampled groups, and 2 of the rarest class are too few"),
+        (3, 40, "and 3 of the rarest"),
+        (20, 20, None),
+    ],
+)
+def test_interval_from_too_few_patients_is_doubted(positives, negatives, doubt):
+    targets = np.repeat([1, 0], [positives, negatives])
+    scores = np.eye(2)[targets] + np.random.default_rng(0).normal(size=(len(targets), 2))
+    found = Bootstrap.over(np.arange(len(targets))).estimate(metrics.auroc, targets, scores)
+    assert (found.doubt is None) if doubt is None else doubt in found.doubt
+
+
+def test_interval_without_width_is_doubted():
+    targets = np.repeat([1, 0], 20)
+    found = Bootstrap.over(np.arange(40)).estimate(metrics.auroc, targets, np.eye(2)[targets])
+    assert (found.low, found.high) == (1, 1) and "no width" in found.doubt

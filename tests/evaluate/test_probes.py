@@ -9,6 +9,7 @@ from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
 from sklearn.metrics import balanced_accuracy_score, log_loss
 from sklearn.preprocessing import StandardScaler
 
+from curia_common.errors import UserError
 from curia_jax.evaluate import probes, selection
 from curia_jax.evaluate.targets import Classes, Values
 
@@ -227,3 +228,20 @@ def test_class_without_training_cases_scores_lowest(probe):
 def test_floor_predicts_frequencies_or_the_mean():
     np.testing.assert_array_equal(probes.floor(Classes(np.array([0, 1, 1, 1]), 3), 2), [[0.25, 0.75, 0]] * 2)
     np.testing.assert_array_equal(probes.floor(Values(np.array([1.0, 2.0, 6.0])), 2), [[3.0]] * 2)
+
+
+def test_logistic_regression_of_values_is_refused():
+    x = np.random.default_rng(0).normal(size=(9, 2))
+    with pytest.raises(UserError, match="use ridge for values"):
+        probes.logistic(selection.Bank(x, Values(np.arange(9.0)), ((np.arange(6), np.arange(6, 9)),), ""), x)
+
+
+@pytest.mark.parametrize("probe", PROBES)
+def test_one_patient_of_a_class_gives_default_settings(probe):
+    x, y = blobs(0, 12, classes=2, spread=0.5)
+    bank = selection.bank(x, Classes(y, 2), np.where(y == 1, 0, np.arange(12)), np.zeros(12, bool))
+    assert bank.folds == () and bank.selection == "default settings (too few patients to choose)"
+    queries, targets = blobs(1, 60, classes=2, spread=0.5)
+    found = probe(bank, queries)
+    assert np.isnan(found.selection_loss)
+    assert ((found.scores * found.decision).argmax(axis=1) == targets).mean() > 0.9

@@ -76,3 +76,11 @@ def test_read_rejects_other_files(tmp_path, text: str) -> None:
 def test_read_names_missing_file(tmp_path) -> None:
     with pytest.raises(UserError, match="no file .*none.json"):
         results.read(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("labels", "text"),
+    [(1.0, ""), (0.1, ", 0.1 of the labels (seed 2)"), (1, ", 1 labels of every class (seed 2)")],
+)
+def test_few_labels_are_named(labels, text: str) -> None:
+    assert make_score(labels=labels, seed=2).study.few_text == text

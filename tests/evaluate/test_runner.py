@@ -75,3 +75,13 @@ def test_rows_are_in_the_order_of_the_jobs(tmp_path) -> None:
     rows = runner.run([job("b"), job("a")], tmp_path).rows
     assert [row["task"] for row in rows] == ["b", "a"]
     assert [score.study.task for score in results.read(tmp_path / "results.json")] == ["b", "a"]
+
+
+def test_p_values_are_corrected_over_the_tasks_of_a_comparison() -> None:
+    scores = [
+        make_score("a", against="random", p=0.02), make_score("b", against="random", p=0.03),
+        make_score("a", against="pixels", p=0.04), make_score("a"),
+    ]  # fmt: skip
+    rows = runner.with_holm(results.rows(scores))
+    assert [row["p_holm"] for row in rows] == [0.04, 0.04, 0.04, None]
+    assert [row["p"] for row in rows] == [0.02, 0.03, 0.04, None]

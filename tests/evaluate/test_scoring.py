@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from curia_common.errors import UserError
-from curia_jax.evaluate import labels, results, scoring
+from curia_jax.evaluate import labels, results, scoring, statistics
 
 SLICES = {"train": 90, "validation": 45, "test": 60}
 BACKBONES = {"run": 0.8, "random": 2.0, "pixels": 4.0}  # noise around the class centres
@@ -40,12 +40,12 @@ def test_rows_have_documented_fields_in_order() -> None:
     task, features = a_study()
     rows = results.rows(scoring.score(task, features)[0])
     json.dumps(rows, allow_nan=False)
-    assert len(rows) == (3 * 3 + 2 * 3 + 1) * 3
+    assert len(rows) == (3 * 3 + 2 * 3 + 1) * 4
     for row in rows:
         assert tuple(row)[:17] == results.COLUMNS and row["status"] == "ok" and row["reason"] is None
         assert row["low"] <= row["value"] <= row["high"]
         assert (row["task"], row["n"], row["patients"], row["draws"]) == ("kind", 60, 20, 2000)
-    assert {row["metric"] for row in rows} == {"auroc", "accuracy", "balanced_accuracy"}
+    assert {row["metric"] for row in rows} == {"auroc", "accuracy", "balanced_accuracy", "brier"}
 
 
 def test_differences_are_those_of_values() -> None:
@@ -171,3 +171,120 @@ def test_events_are_the_positive_test_cases() -> None:
     task, features = a_study(classes=2)
     scores, _ = scoring.score(task, features, heads=["ridge"])
     assert {(score.study.n, score.study.events) for score in scores} == {(60, 30)}
+
+
+# ---- values
+
+
+def ages(seed: int = 0):
+    """A task whose label is a number, and features that show it."""
+    rng = np.random.default_rng(seed)
+    rows, features = [], {}
+    direction = rng.normal(size=8)
+    for split, count in SLICES.items():
+        age = np.round(rng.uniform(20, 90, count // 3), 1).repeat(3)
+        rows += [
+            {"split": split, "patient": f"{split}{i // 3}", "series": f"{split}{i // 3}", "label_age": str(age[i])}
+            for i in range(count)
+        ]
+        made = {
+            name: age[:, None] / 20 * direction + noise * rng.normal(size=(count, 8))
+            for name, noise in BACKBONES.items()
+        }
+        features[split] = {name: {"mean": values.astype(np.float32)} for name, values in made.items()}
+    return labels.task(pa.Table.from_pylist(rows), "age:value", "shards/age:value"), features
+
+
+def test_value_is_predicted_and_its_error_is_in_its_unit() -> None:
+    task, features = ages()
+    scores, table = scoring.score(task, features)
+    rows = results.rows(scores)
+    assert {row["head"] for row in rows} == {"knn", "ridge", "none"}
+    assert {row["metric"] for row in rows} == {"rmse", "mae", "r2"} and {row["events"] for row in rows} == {None}
+    mine = [case for case in table.to_pylist() if (case["backbone"], case["head"]) == ("run", "ridge")]
+    errors = np.array([float(case["target"]) - case["scores"][0] for case in mine])
+    found = {row["metric"]: row for row in pick(rows, backbone="run", head="ridge", against=None)}
+    assert found["rmse"]["value"] == pytest.approx(np.sqrt(np.mean(errors**2)))
+    assert found["mae"]["value"] == pytest.approx(np.mean(np.abs(errors)))
+    assert found["r2"]["value"] > 0.8 > 0.1 > pick(rows, backbone="majority", metric="r2")[0]["value"]
+    assert pick(rows, backbone="majority", metric="mae")[0]["value"] == pytest.approx(
+        np.mean(np.abs(task.targets("test") - np.r_[task.targets("train"), task.targets("validation")].mean()))
+    )
+    json.dumps(rows, allow_nan=False)
+
+
+def test_value_without_a_head_for_it_is_refused() -> None:
+    task, features = ages()
+    with pytest.raises(UserError, match="age:value is a value, which knn and ridge can learn"):
+        scoring.score(task, features, heads=["logistic"])
+
+
+# ---- few labels
+
+
+def test_few_labels_are_three_subsets_the_same_for_every_backbone() -> None:
+    task, features = a_study()
+    scores, table = scoring.score(task, features, heads=["ridge"], few=(0.5, 1.0), draws=100)
+    rows = [row for row in results.rows(scores) if row["metric"] == "auroc" and row["against"] is None]
+    assert {(row["labels"], row["seed"]) for row in rows} == {(0.5, 0), (0.5, 1), (0.5, 2), (1.0, 0)}
+    # 30 and 15 patients of three classes: 5 and 3 of each, three slices a patient.
+    assert {row["train_patients"] for row in rows if row["labels"] == 0.5} == {24}
+    assert {row["train_n"] for row in rows if row["labels"] == 0.5} == {72}
+    alone, _ = scoring.score(task, features, heads=["ridge"], draws=100)
+    everything = [row for row in rows if row["labels"] == 1.0]
+    assert [row["value"] for row in everything] == [
+        row["value"] for row in results.rows(alone) if row["metric"] == "auroc" and row["against"] is None
+    ]
+    halves = {row["seed"]: row["value"] for row in rows if row["labels"] == 0.5 and row["backbone"] == "random"}
+    assert len(set(halves.values())) == 3
+    assert set(zip(table["labels"].to_pylist(), table["seed"].to_pylist(), strict=True)) == {
+        (0.5, 0), (0.5, 1), (0.5, 2), (1.0, 0)
+    }  # fmt: skip
+
+
+def test_shots_learn_from_so_many_cases_of_each_class() -> None:
+    task, features = a_study()
+    scores, _ = scoring.score(task, features, heads=["ridge"], few=(4, 1), draws=50)
+    rows = results.rows(scores)
+    assert {(row["labels"], row["train_n"], row["train_patients"]) for row in rows} == {(4, 12, 12), (1, 3, 3)}
+    chosen = {row["labels"]: row["selection"] for row in rows if "selection" in row}
+    assert chosen == {4: "4-fold over patients", 1: "default settings (too few patients to choose)"}
+    json.dumps(rows, allow_nan=False)
+
+
+def test_shots_of_a_value_are_refused() -> None:
+    task, features = ages()
+    with pytest.raises(UserError, match="5 cases of every class: the label is a value"):
+        scoring.score(task, features, few=(5,))
+
+
+# ---- differences
+
+
+def test_difference_has_a_p_value_and_a_value_has_none() -> None:
+    task, features = a_study()
+    scores, _ = scoring.score(task, features, heads=["ridge"])
+    for score in scores:
+        assert (score.p is None) == (score.against is None)
+    clear = next(s for s in scores if s.against == "pixels" and s.metric == "auroc")
+    assert clear.low and clear.low > 0 and clear.p == pytest.approx(2 / 2001)
+
+
+def test_delong_decides_where_every_patient_has_one_case() -> None:
+    task, features = a_study(classes=2, per_series=1)
+    scores, table = scoring.score(task, features, heads=["ridge"])
+    found = next(s for s in scores if s.against == "random" and s.metric == "auroc")
+    by_backbone = {
+        name: np.array([case["scores"][1] for case in table.to_pylist() if case["backbone"] == name])
+        for name in ("run", "random")
+    }
+    wanted = statistics.delong(task.targets("test") == 1, by_backbone["run"], by_backbone["random"])
+    assert found.p == pytest.approx(wanted.p, rel=1e-9)
+
+
+def test_few_test_patients_make_the_interval_doubtful() -> None:
+    task, features = a_study(per_series=10)
+    scores, _ = scoring.score(task, features, heads=["ridge"])
+    assert {s.doubt for s in scores if s.backbone == "run"} == {
+        "6 resampled groups, and 2 of the rarest class are too few for an interval"
+    }

@@ -50,7 +50,7 @@ def test_setting_with_best_log_loss_wins_over_better_ranking():
     flat = np.array([0.10, 0.11, 0.12, 0.13, 0.14])
     scores = [np.stack([1 - p, p], axis=1) for p in (flat, good)]
     bank = selection.Bank(features(5), Classes(y, 2), ((np.arange(5), np.arange(5)),), "")
-    found = selection.choose_and_predict(bank, features(5), [{"k": 0}, {"k": 1}], constant(scores))
+    found = selection.choose_and_predict(bank, features(5), [{"k": 0}, {"k": 1}], constant(scores), default={})
     assert found.chosen == {"k": 1} and found.selection_score == 1.0
     assert found.selection_loss == pytest.approx(log_loss(y, good))
     assert found.decision[0] / found.decision.sum() == pytest.approx(0.75)  # half way between 0.6 and 0.9
@@ -68,7 +68,7 @@ def test_sweep_ends_after_settings_that_only_get_worse():
 
     bank = selection.Bank(features(4), Classes(y, 2), ((np.arange(4), np.arange(4)),), "")
     settings = [{"p": p} for p in (0.6, 0.7, 0.65, 0.8, 0.5, 0.4, 0.9)]
-    found = selection.choose_and_predict(bank, features(4), settings, predict, patience=2)
+    found = selection.choose_and_predict(bank, features(4), settings, predict, default={}, patience=2)
     assert found.chosen == {"p": 0.8} and tried == [0.6, 0.7, 0.65, 0.8, 0.5, 0.4, 0.8]
 
 
