@@ -30,7 +30,7 @@ INGEST = [
 ]
 CLOUD = ["boto3>=1.35", "obstore>=0.11"]
 BEAM = ["apache-beam>=2.70,<3"]
-EVALUATE = ["matplotlib>=3.9", "scikit-learn>=1.6", "scipy>=1.14", "threadpoolctl>=3.5"]
+EVALUATE = ["matplotlib>=3.9", "pyyaml>=6", "scikit-learn>=1.6", "scipy>=1.14", "threadpoolctl>=3.5"]
 TEST = [
     "beartype>=0.20",
     "flask>=3",  # moto's server, a bucket to test with

@@ -1,6 +1,6 @@
 """What happens to pixels on the device: rescale, window, crop, flip, normalise; random views follow from a key alone."""
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ class Batch(TypedDict):
       slope, intercept: real value = stored * slope + intercept.
       low, high: 0.5 and 99.5 percentile of the slice, real values.
       hu: real values are Hounsfield units.
+      mask: 1 inside the region that a task is about; only of tasks that have one.
     """
 
     pixels: UInt16[Array, "batch rows columns"]
@@ -31,6 +32,7 @@ class Batch(TypedDict):
     low: Float32[Array, " batch"]
     high: Float32[Array, " batch"]
     hu: Bool[Array, " batch"]
+    mask: NotRequired[Float32[Array, "batch rows columns"]]
 
 
 def evaluation_view(batch: Batch, settings: Augment, size: tuple[int, int]) -> Float[Array, "batch height width 1"]:

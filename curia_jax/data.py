@@ -51,6 +51,7 @@ class HostBatch(TypedDict):
       damaged: number of the slice that could not be read, where another one is in its place; -1 elsewhere. Only in
         `training_batches`.
       valid: False for padding; only in `evaluation_batches`.
+      mask: 1 inside the region that a task is about; only of tasks that have one.
     """
 
     pixels: UInt16[np.ndarray, "batch height width"]
@@ -63,6 +64,7 @@ class HostBatch(TypedDict):
     slice: Int64[np.ndarray, " batch"]
     damaged: NotRequired[Int64[np.ndarray, " batch"]]
     valid: NotRequired[Bool[np.ndarray, " batch"]]
+    mask: NotRequired[Float32[np.ndarray, "batch height width"]]
 
 
 # What travels to the device, with the type it has there.

@@ -1,8 +1,9 @@
 """Scores frozen features of backbones on tasks, with intervals, against a random encoder, the pixels and their histogram.
 
-The task shards/LABEL is a label of the shard folder that --data names, or modality, plane or body_part; shards/LABEL:value
-predicts a number, such as an age, with kNN and ridge. Slices without a value
-are left out. Heads learn from the train split. Their settings, and which of --features they get, are chosen on the validation
+A task is one of CuriaBench (--list shows them), whose data is a folder of its name in --data; or FILE.py, your own (see
+docs/evaluate.md); or shards/LABEL, a label of the shard folder that --data names, or modality, plane or body_part;
+shards/LABEL:value predicts a number, such as an age, with kNN and ridge. Slices without a value are left out. Heads learn
+from the train split. Their settings, and which of --features they get, are chosen on the validation
 split (or by cross-validation over patients where that lacks a class), then each head is fitted on both and scores the test
 split once. Every figure has a 95 % interval from a bootstrap over patients; differences of the first backbone to each other
 are paired.
@@ -11,7 +12,7 @@ are paired.
 difference), head, features, labels (share of the training labels), metric, value, low, high (ends of the interval; null where
 undefined), n and events (test cases, and positive ones), seed, data_sha256, status (ok, not_run, failed) and reason; a folder
 for each task with its predictions; and the features, so that the same command again computes only what has changed.
-A task that fails is a row with its reason; the others finish, and the exit code is 65.
+A task that fails is a row with its reason; the others finish, and the exit code is 65. A task of --suite without data is not run.
 """
 
 import argparse
@@ -24,6 +25,8 @@ from curia_common.errors import UserError
 from curia_common.exit_codes import ExitCode
 
 EXAMPLES = """
+python -m curia_jax.evaluate --list
+python -m curia_jax.evaluate --suite=curiabench --data=curiabench --backbones=runs/b16,runs/l16 --output=results
 python -m curia_jax.evaluate --tasks=shards/situs --data=demo/shards --backbones=demo/run --output=results
 python -m curia_jax.evaluate --tasks=shards/modality,shards/plane --data=demo/shards --backbones=demo/run --output=results --heads=ridge
 python -m curia_jax.evaluate --tasks=shards/situs --data=demo/shards --backbones=runs/a,runs/b --output=results --cases=series
@@ -51,16 +54,22 @@ class _Replaced(argparse.Action):
 
 def parser() -> cli.Parser:
     made = cli.parser("python -m curia_jax.evaluate", __doc__, examples=EXAMPLES, codes=(ExitCode.DATA,))
-    made.add_argument("--tasks", required=True, metavar="TASK,…", help="what to score: shards/LABEL")
-    made.add_argument("--data", required=True, metavar="DIR", help="folder that data_pipeline.build wrote")
     made.add_argument(
-        "--backbones", required=True, metavar="RUN,…",
+        "--list", action="store_true", help="show the tasks of CuriaBench and where their data comes from"
+    )
+    made.add_argument("--tasks", metavar="TASK,…", help="what to score: names of --list, FILE.py, shards/LABEL")
+    made.add_argument("--suite", choices=("curiabench",), help="score all its tasks")
+    made.add_argument(
+        "--data", metavar="DIR", help="folder with a folder for each task, or that data_pipeline.build wrote"
+    )
+    made.add_argument(
+        "--backbones", metavar="RUN,…",
         help="work directories of curia_jax.pretrain, or folders of a step; the first is compared with the others",
     )  # fmt: skip
     made.add_argument(
         "--floors", default="random,pixels,histogram", help="what every backbone is compared with (%(default)s)"
     )
-    made.add_argument("--output", required=True, metavar="DIR", help="folder of the results")
+    made.add_argument("--output", metavar="DIR", help="folder of the results")
     made.add_argument("--heads", default="knn,ridge,logistic", help="probes, with commas (%(default)s)")
     made.add_argument(
         "--features", default="cls,mean,mean+std", metavar="FEATURES,…",
@@ -94,7 +103,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    from curia_jax.evaluate import backbones, features, results, runner, scoring, shard_tasks, table
+    from curia_jax.evaluate import backbones, features, results, runner, scoring, shard_tasks, suite, table
+    from curia_jax.evaluate import tasks as known_tasks
+
+    if args.list:
+        table.show_tasks(known_tasks.CURIABENCH)
+        return ExitCode.DONE
 
     # ---- what was typed, before any work
     heads = _choice("head", args.heads, tuple(scoring.HEADS))
@@ -103,29 +117,38 @@ def evaluate(args: argparse.Namespace) -> int:
     sizes, few = _sizes(args.image_sizes), _few(args.labels)
     for option, low in (("batch_size", 1), ("draws", 1), ("seed", 0)):
         cli.at_least(f"--{option.replace('_', '-')}", getattr(args, option), low)
+    for option in ("data", "backbones", "output"):
+        if getattr(args, option) is None:
+            raise UserError(f"--{option} is missing; see --help")
+    if not Path(args.data).is_dir():
+        raise UserError(f"--data={args.data} is not a folder")
+    if args.tasks is None and args.suite is None:
+        raise UserError("nothing to score; give --tasks=TASK,… or --suite=curiabench; --list shows the tasks")
+    words = _words("tasks", args.tasks) if args.tasks is not None else []
+    asked = {word: known_tasks.find(word) for word in words if not word.startswith(results.SHARDS)}
     output = Path(args.output)
     runner.check_output(output)
-    names = _words("tasks", args.tasks)
-    wrong = [name for name in names if not name.startswith(results.SHARDS)]
-    if wrong:
-        raise UserError(f"no task {wrong[0]!r}; write {results.SHARDS}LABEL for a label of the shards in --data")
 
     given = _words("backbones", args.backbones)
     backbones.check(given)
 
     # ---- labels, before weights: they are quick to read and often what is wrong
-    dataset = shard_tasks.open_dataset(args.data)
-    dataset.check([name.removeprefix(results.SHARDS) for name in names])
+    label_names = [word.removeprefix(results.SHARDS) for word in words if word.startswith(results.SHARDS)]
+    dataset = shard_tasks.open_dataset(args.data) if label_names else None
+    if dataset:
+        dataset.check(label_names)
     models = backbones.open_backbones(
         given, floors, readouts=readouts, image_sizes=sizes
     )  # fmt: skip
 
     # ---- tasks
-    settings = shard_tasks.Settings(tuple(heads), args.cases, args.draws, args.seed, few, args.batch_size)
+    settings = runner.Settings(tuple(heads), args.cases, args.draws, args.seed, few, args.batch_size)
     cache = Path(args.cache) if args.cache else output / runner.CACHE
-    jobs = [
-        shard_tasks.job(dataset, name.removeprefix(results.SHARDS), models, settings, cache) for name in names
-    ]  # fmt: skip
+    jobs = [shard_tasks.job(dataset, name, models, settings, cache) for name in label_names if dataset]
+    of_suite = known_tasks.SUITES[args.suite] if args.suite else ()
+    for task in (*asked.values(), *(task for task in of_suite if task.name not in words)):
+        named = task in asked.values()
+        jobs.append(suite.job(task, Path(args.data), models, settings, cache, named=named))
     outcome = runner.run(jobs, output)
     cli.write_json(args.json, outcome.rows)
     table.show([results.Score.from_row(row) for row in outcome.rows if row["status"] == results.OK])

@@ -58,7 +58,11 @@ class JaxBackbone:
     def features(self, batch: data.HostBatch) -> dict[str, Float[Array, "batch _features"]]:
         """Features of a batch by the name of their readout. Returns before they are computed."""
         compute, params = self._compiled
-        return compute(params, data.to_devices(batch, self._shardings[0]))
+        split = self._shardings[0]
+        on_devices = data.to_devices(batch, split)
+        if "mask" in batch:
+            on_devices["mask"] = jax.device_put(batch["mask"], split)
+        return compute(params, on_devices)
 
 
 def open_backbones(

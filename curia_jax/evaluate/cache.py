@@ -7,13 +7,14 @@ are another folder. A part is written as soon as it is full: a command that is s
 
 import dataclasses
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from curia_common import logs
+from curia_common.progress import Progress
 from curia_jax.evaluate import features
 from data_pipeline.format import files
 
@@ -101,3 +102,28 @@ class FeatureStore:
         with files.written(self.path / f"part-{free:05d}.npz", False) as file:
             np.savez(file, **part)  # pyright: ignore[reportArgumentType] - no name is "allow_pickle"
         self._read().append(part)
+
+
+def gather(
+    images: Mapping[str, tuple[features.Images, Int[np.ndarray, " _n"]]],
+    models: Sequence[features.Backbone],
+    folder: Path,
+    batch_size: int,
+) -> dict[str, dict[str, dict[str, Float[np.ndarray, "_n _features"]]]]:
+    """Split -> backbone -> readout -> features, in the order of the image numbers.
+
+    Args:
+      images: of each split, with the numbers of those that are wanted.
+      folder: of all stores.
+    """
+    stores = {
+        (split, model.name): (FeatureStore(folder, model, source, batch_size), numbers)
+        for split, (source, numbers) in images.items()
+        for model in models
+    }
+    missing = sum(len(store.missing(numbers)) for store, numbers in stores.values())
+    found: dict[str, dict[str, dict[str, np.ndarray]]] = {split: {} for split in images}
+    with Progress("features", missing, "slices", enabled=missing > 0) as progress:
+        for (split, model), (store, numbers) in stores.items():
+            found[split][model] = store.get(numbers, progress.step)
+    return found

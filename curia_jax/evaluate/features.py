@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from curia_common.errors import DataError, UserError
 from curia_jax import augment, data
@@ -30,6 +30,7 @@ class Readout:
     Attributes:
       pooling: statistics that are concatenated, of POOLINGS: "cls"; the "mean" of the patch tokens; their standard deviation,
         "std", which keeps some of what the mean loses (both together: Snyder et al. 2018, doi 10.1109/ICASSP.2018.8461375).
+        Where a task has masks, mean and std are over the patches inside; see `patches_inside`.
       layers: outputs that are pooled and concatenated: LAST, that of the final norm, or numbers of blocks from 1 to the depth,
         whose outputs are taken before any norm.
     """
@@ -96,9 +97,18 @@ def encoder_view(
     if wrong:
         raise UserError(f"no layer {wrong[0]}; this encoder has layers 1 to {config.depth}")
 
-    def pool(tokens: Float[Array, "batch tokens width"], statistics: Sequence[str]) -> Float[Array, "batch features"]:
+    def pool(
+        tokens: Float[Array, "batch tokens width"],
+        inside: Bool[Array, "batch patches"] | None,
+        statistics: Sequence[str],
+    ) -> Float[Array, "batch features"]:
         patches = tokens[:, 1:]
-        pooled = {"cls": lambda: tokens[:, 0], "mean": lambda: patches.mean(axis=1), "std": lambda: patches.std(axis=1)}
+        where = None if inside is None else inside[:, :, None]
+        pooled = {
+            "cls": lambda: tokens[:, 0],
+            "mean": lambda: jnp.mean(patches, axis=1, where=where),
+            "std": lambda: jnp.std(patches, axis=1, where=where),
+        }
         return jnp.concatenate([pooled[name]() for name in statistics], axis=1)
 
     try:
@@ -112,36 +122,87 @@ def encoder_view(
         for encoder_config in encoders:
             images = augment.evaluation_view(batch, settings, encoder_config.image_size)
             encoder = vit.bind(encoder_config, params)
+            inside = patches_inside(batch["mask"], batch["extent"], encoder_config.grid) if "mask" in batch else None
             last, hidden = encoder.encode(encoder.embed(images), [block - 1 for block in blocks])
             outputs: dict[int | str, Float[Array, "batch tokens width"]] = {LAST: last}
             outputs |= dict(zip(blocks, hidden, strict=True))
             for readout in readouts:
-                parts[str(readout)] += [pool(outputs[layer], readout.pooling) for layer in readout.layers]
+                parts[str(readout)] += [pool(outputs[layer], inside, readout.pooling) for layer in readout.layers]
         return {name: jnp.concatenate(values, axis=1) for name, values in parts.items()}
 
     return View(compute, params)
 
 
+MASK_SIDE = 512  # px, to which the official evaluator resizes masks
+
+
+def patches_inside(
+    mask: Float[Array, "batch rows columns"], extent: Int[Array, "batch 2"], grid: tuple[int, int]
+) -> Bool[Array, "batch patches"]:
+    """Patches that a mask reaches, row by row, by the rule of the official evaluator (raidium-med/curia).
+
+    The mask is resized to MASK_SIDE, bilinear and antialiased; inside is what is above 0.5, or above half the maximum where
+    that is nothing. A patch is inside where any of its MASK_SIDE // grid pixels a side is. That works for grids whose patches
+    fill MASK_SIDE; others are resized to a whole number of pixels a patch. Where no patch is left, which the official evaluator
+    refuses, it is the one at the centre of the mask.
+
+    Args:
+      mask: 1 inside, on the canvas.
+      extent: rows and columns of the image proper, px.
+      grid: patches down and across.
+    """
+    steps = [max(1, MASK_SIDE // count) for count in grid]
+    height, width = (
+        MASK_SIDE if MASK_SIDE // step == count else count * step for step, count in zip(steps, grid, strict=True)
+    )
+    box = _whole(extent)
+    resized = augment.resize(mask, extent, box, (height, width), "bilinear")
+    threshold = jnp.minimum(0.5, resized.max(axis=(1, 2)) / 2)
+    covered = resized[:, : grid[0] * steps[0], : grid[1] * steps[1]] > threshold[:, None, None]
+    inside = covered.reshape(len(mask), grid[0], steps[0], grid[1], steps[1]).any(axis=(2, 4)).reshape(len(mask), -1)
+    total = jnp.maximum(mask.sum(axis=(1, 2)), 1e-6)
+    places = []
+    for axis, count in enumerate(grid):
+        centre = (mask.sum(axis=2 - axis) * (jnp.arange(mask.shape[1 + axis]) + 0.5)).sum(axis=1) / total
+        places.append(jnp.clip((centre / extent[:, axis] * count).astype(jnp.int32), 0, count - 1))
+    nearest = jnp.arange(grid[0] * grid[1]) == (places[0] * grid[1] + places[1])[:, None]
+    return jnp.where(inside.any(axis=1, keepdims=True), inside, nearest)
+
+
+def _whole(extent: Int[Array, "batch 2"]) -> Float[Array, "batch 4"]:
+    """The box of the whole image."""
+    return jnp.concatenate([jnp.zeros_like(extent), extent], axis=1).astype(jnp.float32)
+
+
+def _coverage(batch: augment.Batch, side: int) -> Float[Array, "batch side side"]:
+    """Share of each pixel of the resized slice that is inside the mask; ones without a mask."""
+    if "mask" not in batch:
+        return jnp.ones((len(batch["pixels"]), side, side))
+    box = _whole(batch["extent"])
+    return augment.resize(batch["mask"], batch["extent"], box, (side, side), "bilinear")
+
+
 def pixel_view(settings: Augment) -> View:
-    """The slice itself, prepared as for the encoder, in PIXELS x PIXELS values."""
+    """The slice itself, prepared as for the encoder, in PIXELS x PIXELS values; 0 outside a mask."""
 
     def compute(_: Params, batch: augment.Batch) -> dict[str, Float[Array, "batch _features"]]:
-        image = augment.evaluation_view(batch, settings, (PIXELS, PIXELS))
+        image = augment.evaluation_view(batch, settings, (PIXELS, PIXELS)) * _coverage(batch, PIXELS)[..., None]
         return {f"{PIXELS}x{PIXELS} px": image.reshape(len(batch["pixels"]), -1)}
 
     return View(compute, {})
 
 
 def histogram_view(settings: Augment) -> View:
-    """Shares of the slice's pixels in BINS equal bins of the prepared intensities: what brightness alone tells."""
+    """Shares of the slice's pixels, or of those in the mask, in BINS equal bins of the prepared intensities."""
 
     def compute(_: Params, batch: augment.Batch) -> dict[str, Float[Array, "batch _features"]]:
         image = augment.evaluation_view(batch, settings, (COUNTED, COUNTED))
         unit = (image * settings.image_std + settings.image_mean).reshape(len(batch["pixels"]), -1)
         # Resampling overshoots a little: what leaves [0, 1] is in the outer bins.
         bins = jnp.clip((unit * BINS).astype(jnp.int32), 0, BINS - 1)
-        counts = jax.vmap(lambda row: jnp.bincount(row, length=BINS))(bins)
-        return {f"{BINS} bins": counts / bins.shape[1]}
+        weights = _coverage(batch, COUNTED).reshape(bins.shape)
+        counts = jax.vmap(lambda row, weights: jnp.bincount(row, weights, length=BINS))(bins, weights)
+        return {f"{BINS} bins": counts / counts.sum(axis=1, keepdims=True)}
 
     return View(compute, {})
 

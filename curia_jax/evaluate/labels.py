@@ -115,7 +115,7 @@ def task(index: pa.Table, label: str, name: str | None = None) -> Task:
     if column not in available(index):
         raise UserError(f"no label {column!r} in the shards; there are: {', '.join(available(index))}")
     found = _task(index, column, name or label, is_value=column != label)
-    reason = _obstacle(found)
+    reason = obstacle_of(found)
     if reason:
         raise UserError(f"label {label!r} cannot be probed: {reason}")
     return found
@@ -123,7 +123,7 @@ def task(index: pa.Table, label: str, name: str | None = None) -> Task:
 
 def obstacle(index: pa.Table, label: str) -> str | None:
     """The reason why a label of the index cannot be probed; None if it can. Rows may be in any order."""
-    return _obstacle(_task(index, label, label))
+    return obstacle_of(_task(index, label, label))
 
 
 def _task(index: pa.Table, label: str, name: str, *, is_value: bool = False) -> Task:
@@ -177,7 +177,8 @@ def _strings(index: pa.Table, column: str) -> Shaped[np.ndarray, " n"]:
     return np.array(["" if value is None else str(value) for value in index.column(column).to_pylist()], dtype=np.str_)
 
 
-def _obstacle(task: Task) -> str | None:
+def obstacle_of(task: Task) -> str | None:
+    """The reason why a task cannot be probed; None if it can."""
     if not any(len(part.slices) for part in task.splits.values()):
         return "no slice has a value"
     test, fit, held_out = (task.splits[split] for split in (TEST, FIT, HELD_OUT))

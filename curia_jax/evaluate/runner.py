@@ -29,6 +29,26 @@ log = logs.get_logger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
+class Settings:
+    """How tasks are scored.
+
+    Attributes:
+      heads: of scoring.HEADS.
+      cases: "slice", or "series" where scores are averaged over its slices.
+      draws, seed: of the bootstrap; the seed also decides the folds.
+      few: how many labels heads learn from; see scoring.score.
+      batch_size: slices at a time.
+    """
+
+    heads: tuple[str, ...]
+    cases: str
+    draws: int
+    seed: int
+    few: tuple[int | float, ...]
+    batch_size: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Job:
     """A task by one protocol.
 

@@ -10,32 +10,11 @@ import pyarrow as pa
 
 import curia_common
 from curia_common.errors import UserError
-from curia_common.progress import Progress
 from curia_jax.evaluate import backbones, features, labels, runner, scoring
-from curia_jax.evaluate.cache import FeatureStore
+from curia_jax.evaluate.cache import gather
 from curia_jax.evaluate.results import SHARDS, Score
 from data_pipeline.format import shards
 from data_pipeline.format.shards import SliceSource
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How tasks are scored.
-
-    Attributes:
-      heads: of scoring.HEADS.
-      cases: "slice", or "series" where scores are averaged over its slices.
-      draws, seed: of the bootstrap; the seed also decides the folds.
-      few: how many labels heads learn from; see scoring.score.
-      batch_size: slices at a time.
-    """
-
-    heads: tuple[str, ...]
-    cases: str
-    draws: int
-    seed: int
-    few: tuple[int | float, ...]
-    batch_size: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +59,7 @@ def open_dataset(folder: str | Path) -> Dataset:
 
 
 def job(
-    dataset: Dataset, label: str, models: Sequence[backbones.JaxBackbone], settings: Settings, cache: Path
+    dataset: Dataset, label: str, models: Sequence[backbones.JaxBackbone], settings: runner.Settings, cache: Path
 ) -> runner.Job:
     """The task that a label is.
 
@@ -101,19 +80,12 @@ def job(
                 f"{task.near_duplicates:,} series of the test split look like one that heads learn from, so that scores may be too "
                 "good; column near_duplicate_of of index.parquet names them"
             )
-        stores = {
-            (split, model.name): FeatureStore(
-                cache, model, features.ShardImages(dataset.sources[split]), settings.batch_size
-            )
+        images = {
+            split: (features.ShardImages(dataset.sources[split]), part.slices)
             for split, part in task.splits.items()
             if len(part.slices)
-            for model in models
         }
-        missing = sum(len(store.missing(task.splits[split].slices)) for (split, _), store in stores.items())
-        found: dict[str, dict[str, dict[str, np.ndarray]]] = {}
-        with Progress("features", missing, "slices", enabled=missing > 0) as progress:
-            for (split, model), store in stores.items():
-                found.setdefault(split, {})[model] = store.get(task.splits[split].slices, progress.step)
+        found = gather(images, models, cache, settings.batch_size)
         scores, predictions = scoring.score(
             task, found, heads=settings.heads, unit=settings.cases, draws=settings.draws, seed=settings.seed,
             few=settings.few, data_sha256=dataset.sha256,

@@ -1,4 +1,4 @@
-"""Scores as a table on standard error."""
+"""Scores as a table on standard error, and the tasks on standard output."""
 
 import sys
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from curia_jax.evaluate.results import Score
+from curia_jax.evaluate.tasks import Official, Task
 
 DOUBTED = "?"  # behind an interval that means little
 
@@ -33,3 +34,23 @@ def show(scores: Sequence[Score]) -> None:
         console.print(table)
     for doubt in dict.fromkeys(score.doubt for score in scores if score.doubt):
         console.print(f"{DOUBTED} {doubt}")
+
+
+def show_tasks(tasks: Sequence[Task]) -> None:
+    """Prints what each task is and how to get its data."""
+    for task in tasks:
+        target = f"{task.classes} classes" if task.classes else task.target
+        lines = [
+            f"{task.name}: {task.title}",
+            f"    input     {task.modality}, {task.form}; target: {target}; {', '.join(task.metrics) or 'no published metric'}",
+            f"    official  {_official(task.official)}",
+            f"    data      {task.access}; made of {task.origin} ({task.licence})",
+            *([f"    not run   {task.not_run}"] if task.not_run else []),
+        ]
+        print("\n".join(lines))
+
+
+def _official(official: Official | None) -> str:
+    if official is None:
+        return "not released"
+    return f"{official.head}, {official.epochs} epochs, rate {official.base_rate:g}, batch {official.batch}"

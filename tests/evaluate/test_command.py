@@ -213,7 +213,7 @@ def test_permuted_test_labels_change_no_prediction(study, tmp_path) -> None:
             ["--tasks=shards/shpae"],
             "error: no label 'shpae' in the shards; there are: shape, sex, age, modality, plane, body_part\n",
         ),
-        (["--tasks=shape"], "error: no task 'shape'; write shards/LABEL for a label"),
+        (["--tasks=shape"], "error: no task 'shape'; --list shows those of CuriaBench, shards/LABEL is a label"),
         (["--heads=svm"], "error: no head 'svm'; there are: knn, ridge, logistic\n"),
         (["--backbones=resnet"], "error: no backbone 'resnet': it is neither a folder nor one of the floors"),
         (["--floors=age"], "error: no floor 'age'; there are: random, pixels, histogram\n"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -189,3 +190,69 @@ def test_several_image_sizes_are_concatenated(model) -> None:
 def test_image_size_that_is_no_multiple_of_patch_is_refused(model) -> None:
     with pytest.raises(UserError, match=r"--image-sizes: image size \(20, 20\) is not a multiple of the patch size"):
         features.encoder_view(model[0].encoder, model[1]["encoder"], SETTINGS, image_sizes=[(20, 20)])
+
+
+# ---- masks
+
+
+def inside(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    found = features.patches_inside(jnp.asarray(mask[None], jnp.float32), jnp.asarray([mask.shape]), grid)
+    return np.asarray(found)[0].reshape(grid)
+
+
+@pytest.mark.parametrize("grid", [(32, 32), (14, 14), (6, 6), (48, 48)])
+def test_one_pixel_reaches_its_patch_alone(grid: tuple[int, int]) -> None:
+    for y, x in ((0, 0), (0, 47), (47, 0), (20, 30)):
+        mask = np.zeros((48, 48))
+        mask[y, x] = 1
+        found = np.argwhere(inside(mask, grid))
+        wanted = (np.array([y, x]) + 0.5) / 48 * grid
+        # Its patch is there, and none further than the pixel's own size and its blur.
+        assert (np.abs(found + 0.5 - wanted).max(axis=1) < 0.5 + grid[0] / 48).all()
+        assert len(found) >= 1
+
+
+def test_patches_are_those_with_any_pixel_at_512_px() -> None:
+    mask = np.zeros((512, 512))
+    mask[100:140, 15:17], mask[500, 500] = 1, 1
+    wanted = mask.reshape(32, 16, 32, 16).any(axis=(1, 3))
+    np.testing.assert_array_equal(inside(mask, (32, 32)), wanted)
+
+
+def test_mask_that_vanishes_when_resized_is_found_at_half_its_maximum() -> None:
+    mask = np.zeros((2048, 2048))
+    mask[1030, 70] = 1
+    assert np.argwhere(inside(mask, (32, 32))).tolist() == [[16, 1]]
+
+
+def test_mean_of_a_masked_task_is_over_the_patches_inside(model) -> None:
+    model_config, params = model
+    view = features.encoder_view(
+        model_config.encoder, params["encoder"], SETTINGS, readouts=[readout("mean"), readout("std"), readout("cls")]
+    )
+    batch = next(data.evaluation_batches(Slices(2), np.arange(2), batch_size=2, canvas=(20, 24)))
+    on_device: Any = {name: jnp.asarray(batch[name]) for name in data.DEVICE_FIELDS}
+    masks = np.zeros((2, 20, 24), np.float32)
+    masks[0, :10, :12] = masks[1, :, 12:] = 1  # the first of four patches; both on the right
+    masks[1, 16:] = 0  # outside of the second slice, which has 16 rows
+    found = view.compute(view.params, {**on_device, "mask": jnp.asarray(masks)})
+    tokens, _ = direct(model, 2)
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    np.testing.assert_allclose(found["mean"], [tokens[0, 1], tokens[1, [2, 4]].mean(axis=0)], **close)
+    np.testing.assert_allclose(found["std"], [np.zeros(16), tokens[1, [2, 4]].std(axis=0)], **close)
+    np.testing.assert_allclose(found["cls"], tokens[:, 0], **close)
+
+
+def test_floors_of_a_masked_task_see_the_region_alone() -> None:
+    batch = next(data.evaluation_batches(Slices(1), np.arange(1), batch_size=1, canvas=(20, 24)))
+    on_device: Any = {name: jnp.asarray(batch[name]) for name in data.DEVICE_FIELDS}
+    mask = np.zeros((1, 20, 24), np.float32)
+    mask[:, :, :12] = 1
+    outside = jnp.where(mask > 0, on_device["pixels"], 0)
+    for view in (features.pixel_view(SETTINGS), features.histogram_view(SETTINGS)):
+        (first,) = view.compute({}, {**on_device, "mask": jnp.asarray(mask)}).values()
+        # Pixels far from the region do not matter; within two pixels of its edge the resampling mixes.
+        changed = jnp.where(jnp.arange(24) < 16, on_device["pixels"], outside.astype(jnp.uint16))
+        (second,) = view.compute({}, {**on_device, "pixels": changed, "mask": jnp.asarray(mask)}).values()
+        np.testing.assert_allclose(first, second, atol=1e-5)
+        assert np.abs(np.asarray(first)).max() > 0

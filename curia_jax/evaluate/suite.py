@@ -1,0 +1,88 @@
+"""Jobs of tasks whose data is a folder in the published schema."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+import curia_common
+from curia_common.errors import DataError, UserError
+from curia_jax.evaluate import backbones, labels, runner, scoring, task_data
+from curia_jax.evaluate.cache import gather
+from curia_jax.evaluate.results import Score
+from curia_jax.evaluate.task_data import TaskImages
+from curia_jax.evaluate.tasks import Task
+
+OURS = "ours"
+
+
+def job(
+    task: Task,
+    folder: Path,
+    models: Sequence[backbones.JaxBackbone],
+    settings: runner.Settings,
+    cache: Path,
+    *,
+    named: bool,
+) -> runner.Job:
+    """A task by the protocol `ours`.
+
+    Args:
+      folder: of all tasks' data.
+      models: the first is compared with the others.
+      cache: folder of features.
+      named: the user asked for this very task, so that it fails without data; otherwise it is not run.
+    """
+    if task.not_run:
+        return runner.Job(task.name, OURS, not_run=task.not_run)
+    try:
+        files = task_data.find(folder, task.name)
+    except DataError as error:
+        return _failing(task, error)
+    if files is None:
+        reason = f"{folder} has no data of {task.name}; get it from: {task.access}"
+        return _failing(task, UserError(reason)) if named else runner.Job(task.name, OURS, not_run=reason)
+
+    def run() -> tuple[list[Score], pa.Table]:
+        cases = task_data.read_cases(task, files)
+        images = {split: TaskImages(task, files, split) for split, part in cases.splits.items() if len(part.slices)}
+        slices = {split: source.numbers for split, source in images.items()}
+        counts = ", ".join(f"{len(part.slices):,} {split}" for split, part in cases.splits.items())
+        runner.log.info(f"{len(cases.classes)} classes, cases: {counts}; intervals over {cases.groups}")
+        by_slice = gather(
+            {split: (source, slices[split]) for split, source in images.items()}, models, cache, settings.batch_size
+        )
+        by_case = {
+            split: {model: task_data.pooled(slices[split], values) for model, values in by_model.items()}
+            for split, by_model in by_slice.items()
+        }
+        scores, predictions = scoring.score(
+            cases, by_case, heads=settings.heads, unit=_unit(cases, settings.cases), draws=settings.draws,
+            seed=settings.seed, few=settings.few, data_sha256=files.sha256,
+        )  # fmt: skip
+        provenance = {model.name: model.provenance for model in models}
+        return [dataclasses.replace(one, provenance=provenance.get(one.backbone)) for one in scores], predictions
+
+    decides = [
+        curia_common.__version__, OURS, dataclasses.asdict(task), files.sha256,
+        [(model.name, model.digest) for model in models], dataclasses.asdict(settings),
+    ]  # fmt: skip
+    return runner.Job(task.name, OURS, json.dumps(decides), run)
+
+
+def _failing(task: Task, error: UserError) -> runner.Job:
+    def run() -> tuple[list[Score], pa.Table]:
+        raise error
+
+    return runner.Job(task.name, OURS, run=run)
+
+
+def _unit(cases: labels.Task, asked: str) -> str:
+    """What a case is: the series, where several rows are of one and agree in their class."""
+    test = cases.splits[labels.TEST]
+    _, first, of = np.unique(test.series, return_index=True, return_inverse=True)
+    agree = bool((test.names == test.names[first][of]).all())
+    return "series" if len(first) < len(of) and agree else asked

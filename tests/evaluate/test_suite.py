@@ -1,0 +1,140 @@
+"""Tasks of CuriaBench, and one of one's own, through the command."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from curia_jax.evaluate import __main__ as evaluate
+from curia_jax.evaluate import tasks
+from tests.evaluate import published
+from tests.evaluate.test_command import save_checkpoint
+
+OWN = """
+from curia_jax.evaluate.tasks import IMAGE, MR, Task
+
+TASK = Task(
+    name="contrast", title="contrast agent", origin="our hospital", licence="ours", access="the archive",
+    modality=MR, form=IMAGE, classes=2,
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Path:
+    """A folder with run/ and data/, which has an image task, a masked one with several slices per series, a masked volume."""
+    folder = tmp_path_factory.mktemp("suite")
+    save_checkpoint(folder / "run")
+    data = folder / "data"
+    published.write(data / "ich", published.task())
+    published.write(data / "kits", published.task(masked=True))
+    for split in published.SPLITS:
+        rows = published.rows(split, masked=True, per_patient=3)
+        for n, row in enumerate(rows):
+            row["series_id"] = f"{split} {n // 3}"
+            del row["patient"]
+        published.write(data / "kits", {split: rows})
+    published.write(data / "luna16-3D", published.task(slices=4, masked=True, seed=2))
+    published.write(data / "contrast", published.task(seed=3))
+    return folder
+
+
+def run(study: Path, output: Path, *words: str) -> int:
+    words = (f"--data={study / 'data'}", f"--backbones={study / 'run'}", f"--output={output}", *words)
+    return evaluate.main([*words, "--floors=pixels,histogram", "--heads=ridge", "--features=mean"])
+
+
+def read(output: Path) -> list[dict]:
+    return json.loads((output / "results.json").read_text())
+
+
+@pytest.mark.long
+def test_suite_scores_tasks_with_data_and_says_why_the_others_are_not_run(study, tmp_path, capsys) -> None:
+    assert run(study, tmp_path, "--suite=curiabench") == 0
+    rows = read(tmp_path)
+    assert {row["task"] for row in rows} == {task.name for task in tasks.CURIABENCH}
+    by_status = {
+        status: {row["task"] for row in rows if row["status"] == status} for status in ("ok", "not_run", "failed")
+    }
+    assert by_status["ok"] == {"ich", "kits", "luna16-3D"} and not by_status["failed"]
+    reasons = {row["task"]: row["reason"] for row in rows if row["status"] == "not_run"}
+    assert "dense features" in reasons["registration"]
+    assert "has no data of oasis; get it from: Hugging Face: raidium/CuriaBench, config oasis" in reasons["oasis"]
+
+    def auroc(task: str, backbone: str) -> dict:
+        wanted = (task, backbone, "auroc", None)
+        return next(r for r in rows if (r["task"], r["backbone"], r["metric"], r["against"]) == wanted)
+
+    # What tells the classes is how bright the region is: the histogram sees it where it looks inside the mask.
+    for task in ("ich", "kits", "luna16-3D"):
+        assert auroc(task, "histogram")["value"] == 1
+        assert auroc(task, str(study / "run"))["data_sha256"] == auroc(task, "pixels")["data_sha256"]
+    assert (auroc("ich", "pixels")["n"], auroc("ich", "pixels")["patients"]) == (12, 6)
+    kits = auroc("kits", "pixels")
+    assert (kits["n"], kits["unit"], kits["groups"]) == (4, "series", "series (patients unknown)")
+    assert auroc("luna16-3D", "pixels")["n"] == 12
+    assert "done before" not in capsys.readouterr().err
+
+    before = (tmp_path / "results.json").read_bytes()
+    assert run(study, tmp_path, "--suite=curiabench") == 0
+    assert capsys.readouterr().err.count("done before") == 3 and (tmp_path / "results.json").read_bytes() == before
+
+
+def test_task_of_ones_own_is_a_file_of_ten_lines(study, tmp_path) -> None:
+    (tmp_path / "contrast.py").write_text(OWN)
+    assert len(OWN.splitlines()) <= 10
+    assert run(study, tmp_path / "out", f"--tasks={tmp_path / 'contrast.py'}") == 0
+    rows = read(tmp_path / "out")
+    assert {(row["task"], row["status"]) for row in rows} == {("contrast", "ok")}
+    found = next(r for r in rows if (r["backbone"], r["metric"], r["against"]) == ("pixels", "auroc", None))
+    assert found["n"] == 12 and found["events"] == 6
+
+
+def test_damaged_task_is_a_row_and_the_others_finish(study, tmp_path) -> None:
+    data = tmp_path / "data"
+    splits = published.task()
+    splits["val"][4]["image"] = np.zeros((1, 1), np.float32)
+    published.write(data / "ich", splits)
+    published.write(data / "covidx-ct", published.task())
+    words = (f"--data={data}", "--tasks=ich,covidx-ct,oasis")
+    assert run(study, tmp_path / "out", *words) == 65
+    rows = read(tmp_path / "out")
+    failed = {row["task"]: row["reason"] for row in rows if row["status"] == "failed"}
+    assert failed["ich"].startswith("ich: row 4 of validation has an image of 1x1 px")
+    assert "has no data of oasis" in failed["oasis"]
+    assert {row["task"] for row in rows if row["status"] == "ok"} == {"covidx-ct"}
+
+
+def test_list_shows_the_19_tasks_and_where_their_data_comes_from(capsys) -> None:
+    assert evaluate.main(["--list"]) == 0
+    shown = capsys.readouterr().out
+    assert len(tasks.CURIABENCH) == 19 and len({task.name for task in tasks.CURIABENCH}) == 19
+    assert all(task.name in shown and task.origin in shown and task.licence in shown for task in tasks.CURIABENCH)
+    assert "linear, 1500 epochs, rate 0.002, batch 64" in shown and "raidium/CuriaBench, config kneeMRI" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--tasks=ihc"], "error: no task 'ihc'; --list shows those of CuriaBench"),
+        (["--tasks=none.py"], "error: no file none.py; a task of your own is a Python file that sets TASK"),
+        ([], "error: nothing to score; give --tasks=TASK,… or --suite=curiabench"),
+        (["--tasks=ich", "--data=nowhere"], "error: --data=nowhere is not a folder"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exits_2(study, tmp_path, capsys, words: list[str], line: str) -> None:
+    assert run(study, tmp_path, *words) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(line) and shown.count("\n") == 1
+
+
+def test_file_without_a_task_is_refused(study, tmp_path, capsys) -> None:
+    (tmp_path / "empty.py").write_text("TASK = 3\n")
+    assert run(study, tmp_path / "out", f"--tasks={tmp_path / 'empty.py'}") == 2
+    assert "sets no TASK of type curia_jax.evaluate.tasks.Task" in capsys.readouterr().err
+
+
+def test_missing_options_are_named(tmp_path, capsys) -> None:
+    assert evaluate.main([f"--data={tmp_path}", "--tasks=ich", f"--output={tmp_path / 'out'}"]) == 2
+    assert capsys.readouterr().err == "error: --backbones is missing; see --help\n"

@@ -1,0 +1,208 @@
+"""Data of tasks in the published schema: found, checked row by row, and read as batches."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from curia_common.errors import DataError, UserError
+from curia_jax.evaluate import task_data, tasks
+from curia_jax.evaluate.task_data import MOST_SLICES, TaskImages
+from curia_jax.evaluate.tasks import Task
+from tests.evaluate import published
+
+PLAIN = Task("ich", "", "", "", "", tasks.CT, tasks.IMAGE, classes=2)
+MASKED = dataclasses.replace(PLAIN, form=tasks.MASKED_IMAGE)
+VOLUME = dataclasses.replace(PLAIN, form=tasks.VOLUME, slices=3, modality=tasks.MR)
+
+
+def opened(folder, task: Task, splits) -> task_data.Files:
+    published.write(folder / task.name, splits)
+    files = task_data.find(folder, task.name)
+    assert files is not None
+    return files
+
+
+def batches(images: TaskImages, numbers: np.ndarray, size: int) -> list[Any]:
+    return list(images.batches(numbers, size))
+
+
+def values(batch: Any, row: int) -> np.ndarray:
+    height, width = batch["extent"][row]
+    return batch["pixels"][row, :height, :width] * np.float64(batch["slope"][row]) + batch["intercept"][row]
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("layout", ["names", "readme", "readme of all", "saved by datasets"])
+def test_files_are_found_in_every_layout(tmp_path, layout: str) -> None:
+    published.write(tmp_path / "ich", published.task())
+    config = "  data_files:\n" + "".join(
+        f"  - split: {s}\n    path: {{0}}{s}-*.parquet\n" for s in ("train", "val", "test")
+    )
+    if layout == "readme":
+        (tmp_path / "ich/README.md").write_text("---\nconfigs:\n- config_name: default\n" + config.format("") + "---\n")
+    if layout == "readme of all":
+        other = "- config_name: kits\n  data_files:\n  - split: train\n    path: none.parquet\n"
+        text = "---\nconfigs:\n" + other + "- config_name: ich\n" + config.format("ich/") + "---\n"
+        (tmp_path / "README.md").write_text(text)
+    if layout == "saved by datasets":
+        for split in ("train", "val", "test"):
+            (parquet,) = (tmp_path / "ich").glob(f"{split}-*")
+            (tmp_path / "ich" / split).mkdir()
+            table = pq.read_table(parquet)
+            with pa.ipc.new_stream(str(tmp_path / "ich" / split / "data-00000-of-00001.arrow"), table.schema) as file:
+                file.write_table(table)
+            parquet.unlink()
+    files = task_data.find(tmp_path, "ich")
+    assert files is not None and set(files.by_split) == {"train", "validation", "test"}
+    cases = task_data.read_cases(PLAIN, files)
+    assert cases.classes == ("0", "1") and cases.groups == "patients"
+    assert [len(cases.splits[split].slices) for split in ("train", "validation", "test")] == [24, 12, 12]
+    images = TaskImages(PLAIN, files, "test")
+    assert images.numbers.tolist() == [row * MOST_SLICES for row in range(12)]
+    assert files.sha256 != dataclasses.replace(files, sha256="").sha256
+
+
+def test_missing_folder_is_none_and_missing_split_is_named(tmp_path) -> None:
+    assert task_data.find(tmp_path, "ich") is None
+    rows = published.task()
+    published.write(tmp_path / "ich", {"train": rows["train"], "val": rows["val"]})
+    with pytest.raises(DataError, match="ich has no files of the split 'test'; there are: train, validation"):
+        task_data.find(tmp_path, "ich")
+
+
+def test_digest_changes_with_a_target(tmp_path) -> None:
+    splits = published.task()
+    first = opened(tmp_path / "a", PLAIN, splits)
+    assert opened(tmp_path / "b", PLAIN, splits).sha256 == first.sha256
+    splits["test"][0]["target"] = 1 - splits["test"][0]["target"]
+    assert opened(tmp_path / "c", PLAIN, splits).sha256 != first.sha256
+
+
+# ---- traps
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "message"),
+    [
+        (PLAIN, {"image": np.zeros((1, 1))}, "row 7 of test has an image of 1x1 px, as upload makes of a missing file"),
+        (PLAIN, {"image": np.full((24, 24), np.nan)}, "row 7 of test has pixels that are not finite"),
+        (PLAIN, {"image": None}, "row 7 of test has no image"),
+        (MASKED, {"mask": np.ones((24, 20))}, r"row 7 of test has a mask of shape \(24, 20\), but an image of shape \(24, 24\)"),
+        (MASKED, {"mask": np.zeros((24, 24))}, "row 7 of test has an empty mask"),
+        (MASKED, {"mask": None}, "row 7 of test has no mask"),
+        (VOLUME, {}, r"row 0 of test has an image of shape \(24, 24\); the task takes \(rows, columns, slices\)"),
+        (dataclasses.replace(PLAIN, modality=tasks.BOTH), {}, "test has no column modality"),
+    ],
+)  # fmt: skip
+def test_images_that_cannot_be_used_are_refused_with_their_row(
+    tmp_path, task: Task, changes: dict, message: str
+) -> None:
+    splits = published.task(masked=task.masked)
+    splits["test"][7] |= changes
+    images = TaskImages(task, opened(tmp_path, task, splits), "test")
+    with pytest.raises(DataError, match=message):
+        _ = images.numbers
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target": float("nan")}, "the target of row 7 of test is nan, which is no class"),
+        ({"target": None}, "the target of row 7 of test is None, which is no class"),
+        ({"target": 5.0}, "row 7 of test is of class '5', which no row of train has"),
+        ({"patient": "train 3"}, "row 7 of test is of the same patient as row 6 of train; split by patient"),
+    ],
+)
+def test_cases_that_give_wrong_figures_are_refused(tmp_path, changes: dict, message: str) -> None:
+    splits = {
+        split: [row | {"target": float(row["target"])} for row in rows] for split, rows in published.task().items()
+    }
+    splits["test"][7] |= changes
+    with pytest.raises(DataError, match=message):
+        task_data.read_cases(PLAIN, opened(tmp_path, PLAIN, splits))
+
+
+def test_single_class_is_refused_with_the_reason(tmp_path) -> None:
+    splits = {split: [row | {"target": 1} for row in rows] for split, rows in published.task().items()}
+    with pytest.raises(UserError, match="ich cannot be scored: every labelled slice of the test split is of class '1'"):
+        task_data.read_cases(PLAIN, opened(tmp_path, PLAIN, splits))
+
+
+def test_series_and_files_stand_for_unknown_patients(tmp_path) -> None:
+    for column, groups in (("series_id", "series (patients unknown)"), ("filename", "files (patients unknown)")):
+        splits = {
+            split: [{**row, column: f"{split} {n // 3}", "patient": None} for n, row in enumerate(rows)]
+            for split, rows in published.task(per_patient=3).items()
+        }
+        for rows in splits.values():
+            for row in rows:
+                del row["patient"]
+        cases = task_data.read_cases(PLAIN, opened(tmp_path / column, PLAIN, splits))
+        assert cases.groups == groups and len(set(cases.splits["test"].patients.tolist())) == 4
+
+
+# ---- images
+
+
+def test_whole_numbers_are_exact_and_others_within_their_16_bits(tmp_path) -> None:
+    splits = published.task()
+    rng = np.random.default_rng(0)
+    whole = rng.integers(-1024, 3071, (24, 24)).astype(np.float32)
+    fine = rng.normal(0, 1, (20, 22)).astype(np.float32)
+    splits["test"][0]["image"], splits["test"][1]["image"] = whole, fine
+    images = TaskImages(PLAIN, opened(tmp_path, PLAIN, splits), "test")
+    (batch,) = batches(images, images.numbers[:2], 4)
+    assert batch["valid"].tolist() == [True, True, False, False] and batch["hu"].all() and "mask" not in batch
+    np.testing.assert_array_equal(values(batch, 0), whole)
+    np.testing.assert_allclose(values(batch, 1), fine, atol=float(np.ptp(fine)) / 131070 * 1.01)
+    np.testing.assert_allclose([batch["low"][1], batch["high"][1]], np.percentile(fine, (0.5, 99.5)), rtol=1e-6)
+
+
+def test_batches_hold_the_wanted_slices_of_volumes_with_their_masks(tmp_path) -> None:
+    task = dataclasses.replace(VOLUME, form=tasks.MASKED_VOLUME)
+    splits = published.task(slices=5, masked=True)
+    image, mask = splits["test"][2]["image"], splits["test"][2]["mask"]
+    mask[:, :, :3] = 0  # slices 3 and 4 are left: the middle is 4, and 5 does not exist
+    images = TaskImages(task, opened(tmp_path, task, splits), "test")
+    row = [number % MOST_SLICES for number in images.numbers if number // MOST_SLICES == 2]
+    assert row == [3, 4]
+    wanted = images.numbers[np.isin(images.numbers // MOST_SLICES, (2, 5))]
+    found = batches(images, wanted, 2)
+    assert np.concatenate([batch["slice"][batch["valid"]] for batch in found]).tolist() == wanted.tolist()
+    assert not found[0]["hu"].any()
+    scale = float(np.ptp(image)) / 131070 * 1.01
+    np.testing.assert_allclose(values(found[0], 0), image[:, :, 3], atol=scale)
+    np.testing.assert_array_equal(found[0]["mask"][0], mask[:, :, 3])
+
+
+def test_units_of_a_row_come_from_its_modality(tmp_path) -> None:
+    task = dataclasses.replace(PLAIN, modality=tasks.BOTH)
+    splits = {s: [row | {"modality": m} for row in rows] for (s, rows), m in zip(published.task().items(), ("CT", "CT", "MR"), strict=True)}  # fmt: skip
+    files = opened(tmp_path, task, splits)
+    for split, hu in (("train", True), ("test", False)):
+        images = TaskImages(task, files, split)
+        assert batches(images, images.numbers, 4)[0]["hu"].tolist() == [hu] * 4
+
+
+def test_chosen_slices_surround_the_middle_of_volume_or_mask() -> None:
+    assert task_data.chosen_slices(7, None, 3) == [2, 3, 4]
+    assert task_data.chosen_slices(2, None, 3) == [0, 1]
+    assert task_data.chosen_slices(3, None, None) == [0, 1, 2]
+    mask = np.zeros((2, 2, 9), bool)
+    mask[0, 0, [5, 6, 7]] = True
+    assert task_data.chosen_slices(9, mask, 1) == [6]
+    assert task_data.chosen_slices(9, mask, 5) == [5, 6, 7]
+    assert task_data.chosen_slices(9, mask, None) == [5, 6, 7]
+
+
+def test_pooled_is_the_mean_over_the_slices_of_each_row() -> None:
+    numbers = np.array([0, 1, 2, MOST_SLICES + 4, 3 * MOST_SLICES, 3 * MOST_SLICES + 9])
+    values = np.arange(12, dtype=np.float32).reshape(6, 2)
+    found = task_data.pooled(numbers, {"mean": values})["mean"]
+    np.testing.assert_allclose(found, [values[:3].mean(0), values[3], values[4:].mean(0)])
