@@ -496,6 +496,9 @@ def _read_file(
         facts = source.facts
         for item in source.slices():
             item = _reduce(item, context.conversion.size)
+            rows, columns = item.pixels.shape
+            if max(rows, columns) > codec.LONGEST_SIDE:
+                raise ReadError(f"{rows:,} x {columns:,} px; a side of a slice may have {codec.LONGEST_SIDE:,}")
             # Rules, statistics and the card's histograms follow from how many pixels have which value.
             histogram = np.bincount(item.pixels.ravel()) if item.histogram is None else item.histogram
             values = units.slice_values(item, histogram, lossy=file.lossy) if facts.modality in ("CT", "MR") else None

@@ -527,3 +527,9 @@ def test_memory_does_not_grow_with_series_length(tmp_path: Path, write_series, m
     peak(6)  # what is loaded at the first use
     # A slice has 131,072 bytes of pixels.
     assert peak(46) - peak(6) < 40 * 131_072 / 4
+
+
+def test_side_longer_than_the_codec_holds_quarantines_the_file(converted, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 70_000)).astype(np.uint8)).save(path)
+    assert converted(path).outcome(path) == ("quarantined", "40 x 70,000 px; a side of a slice may have 65,535")
