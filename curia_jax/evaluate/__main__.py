@@ -8,7 +8,8 @@ split (or by cross-validation over patients where that lacks a class), then each
 split once. Every figure has a 95 % interval from a bootstrap over patients; differences of the first backbone to each other
 are paired.
 
---output gets results.json and results.csv, whose rows have task, protocol, backbone, against (the other side of a paired
+--output gets report.html, which compares all backbones and shows ROC, reliability, confusion and cases that went right and wrong of every task; table.tex, its first table
+for LaTeX; results.json and results.csv, whose rows have task, protocol, backbone, against (the other side of a paired
 difference), head, features, labels (share of the training labels), metric, value, low, high (ends of the interval; null where
 undefined), n and events (test cases, and positive ones), seed, data_sha256, status (ok, not_run, failed) and reason; a folder
 for each task with its predictions; and the features, so that the same command again computes only what has changed.
@@ -16,6 +17,7 @@ A task that fails is a row with its reason; the others finish, and the exit code
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,8 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    from curia_jax.evaluate import backbones, features, results, runner, scoring, shard_tasks, suite, table
+    from curia_jax.evaluate import backbones, features, labels, results, runner, scoring, shard_tasks, suite, table
     from curia_jax.evaluate import tasks as known_tasks
+    from curia_jax.report import evaluation, examples
 
     if args.list:
         table.show_tasks(known_tasks.CURIABENCH)
@@ -150,12 +153,17 @@ def evaluate(args: argparse.Namespace) -> int:
         named = task in asked.values()
         jobs.append(suite.job(task, Path(args.data), models, settings, cache, named=named))
     outcome = runner.run(jobs, output)
+    images = {}
+    if dataset:
+        from_test = functools.partial(examples.from_shards, dataset.sources[labels.TEST])
+        images = dict.fromkeys([f"{results.SHARDS}{name}" for name in label_names], from_test)
+    evaluation.write(output, outcome.rows, cli.command(), images)
     cli.write_json(args.json, outcome.rows)
     table.show([results.Score.from_row(row) for row in outcome.rows if row["status"] == results.OK])
     failed = [row for row in outcome.rows if row["status"] == results.FAILED]
     for row in failed:
         log.info(f"failed: {row['task']}: {row['reason']}")
-    log.info(f"results: {output / results.RESULTS}")
+    log.info(f"results: {output / results.RESULTS}; report: {output / evaluation.REPORT}")
     return outcome.exit_code
 
 

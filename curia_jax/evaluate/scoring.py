@@ -31,12 +31,14 @@ class Cases:
     Attributes:
       targets: class numbers, or values.
       patients, series: of each case.
+      slices: of each case, its index in the test split; the middle slice of a series.
       case: index of the case of each test slice.
     """
 
     targets: Int[np.ndarray, " n"] | Float[np.ndarray, " n"]
     patients: Shaped[np.ndarray, " n"]
     series: Shaped[np.ndarray, " n"]
+    slices: Int[np.ndarray, " n"]
     case: Int[np.ndarray, " slices"]
 
     @classmethod
@@ -49,7 +51,7 @@ class Cases:
         test = task.splits[labels.TEST]
         targets = task.targets(labels.TEST)
         if unit == "slice":
-            return cls(targets, test.patients, test.series, np.arange(len(targets)))
+            return cls(targets, test.patients, test.series, test.slices, np.arange(len(targets)))
         series, first, case = np.unique(test.series, return_index=True, return_inverse=True)
         mixed = np.flatnonzero(targets != targets[first][case])
         if len(mixed):
@@ -57,7 +59,9 @@ class Cases:
                 f"slices of series {test.series[mixed[0]]} have different values of {task.name!r}, so that the series "
                 "has no single one; score it with --cases=slice"
             )
-        return cls(targets[first], test.patients[first], series, case)
+        members = [np.flatnonzero(case == number) for number in range(len(series))]
+        middle = np.array([test.slices[of_series[len(of_series) // 2]] for of_series in members])
+        return cls(targets[first], test.patients[first], series, middle, case)
 
     def mean(self, scores: Float[np.ndarray, "slices classes"]) -> Float[np.ndarray, "n classes"]:
         """Mean score over the slices of each case."""
@@ -107,8 +111,9 @@ def score(
 
     Returns:
       Scores: first those of each backbone, then the first minus each other, then the class frequencies. And a table with
-      task, backbone, head, labels, seed, series, patient, target, predicted (the likeliest class, or the value), decided (the class at
-      the thresholds that were chosen on the held-out cases) and scores (one per class, or the value).
+      task, backbone, head, labels, seed, series, slice (index in the test split; of a series its middle one), patient, target, predicted
+      (the likeliest class, or the value), decided (the class at the thresholds that were chosen on the held-out cases) and scores (one
+      per class, or the value).
 
     Raises:
       UserError: a probe cannot be fitted, or `unit` does not fit the labels.
@@ -280,6 +285,7 @@ def _table(
             "labels": [float(amount)] * count,
             "seed": [seed] * count,
             "series": cases.series,
+            "slice": cases.slices,
             "patient": cases.patients,
             "target": target,
             "predicted": likeliest,

@@ -15,26 +15,14 @@ from matplotlib.ticker import MaxNLocator
 
 from curia_common import windows
 from curia_jax import augment, data
-from curia_jax.evaluate.results import HISTOGRAM, MAJORITY, PIXELS, RANDOM, SHARDS, Score
+from curia_jax.evaluate.results import MAJORITY, SHARDS, Score
 from curia_jax.models import mae, vit
 from curia_jax.report.run_log import Metrics
+from curia_jax.report.style import BASELINE, FLOORS, OURS, SOFT, STYLE, WIDTH
 from curia_jax.settings import Augment
 from curia_jax.trained_model import TrainedModel
 from data_pipeline.format.records import DecodedSlice
 from data_pipeline.format.shards import SliceSource
-
-INK, SOFT, LINE = "#1b2430", "#5b6675", "#dde2e8"
-OURS = "#1d5fa8"  # a run, and the backbones that a user named
-FLOORS = {RANDOM: "#c2762b", PIXELS: "#6b7785", HISTOGRAM: "#a9b2bc"}
-BASELINE = "#c2762b"
-# Inches; narrow relative to the font, so that it is legible on a phone.
-WIDTH = 6.8
-_STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif", "font.size": 11, "text.color": INK, "legend.frameon": False,
-    "axes.labelcolor": INK, "axes.edgecolor": "#b9c2cc", "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "axes.axisbelow": True, "grid.color": LINE, "grid.linewidth": 0.8,
-    "xtick.color": SOFT, "ytick.color": SOFT, "figure.facecolor": "white", "savefig.facecolor": "white",
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +49,7 @@ def loss_curve(lines: Sequence[Metrics], interruptions: Sequence[int]) -> Figure
     Args:
       interruptions: examples seen when the run was resumed.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
         axes = figure.subplots()
         seen, loss, baseline = zip(
@@ -85,7 +73,7 @@ def loss_curve(lines: Sequence[Metrics], interruptions: Sequence[int]) -> Figure
 
 def throughput(lines: Sequence[Metrics], interruptions: Sequence[int]) -> Figure:
     """Images per second over examples seen; `interruptions` as in `loss_curve`."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 2.2), layout="constrained")
         axes = figure.subplots()
         rates = [(line.examples_seen, line.images_per_second) for line in lines if line.images_per_second is not None]
@@ -202,7 +190,7 @@ def reconstructions(examples: Sequence[Reconstruction], *, raw: bool = False) ->
     side = (WIDTH - (len(titles) - 1) * gap) / len(titles)
     row = side * height / width + line
     total = row * len(examples) + line
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, total))
         for number, example in enumerate(examples):
             visible = np.ma.masked_where(~example.visible, example.original)
@@ -238,7 +226,7 @@ def forest(scores: Sequence[Score], metric: str) -> Figure:
         for task in dict.fromkeys(score.study.task for score in scores)
     }
     heights = [0.21 * max(len(part) for part in pair) + 0.75 for pair in lines.values()]
-    style: dict[Any, Any] = {**_STYLE, "font.size": 9.5}
+    style: dict[Any, Any] = {**STYLE, "font.size": 9.5}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
         grid = figure.subplots(len(lines), 2, squeeze=False, height_ratios=heights)

@@ -139,11 +139,12 @@ def scores(
         parts.append("<p>No label of these shards could be probed.</p>")
     parts += [page.paragraph(f"Not probed: {name}, because {reason}.") for name, reason in not_probed.items()]
     for task in dict.fromkeys(score.study.task for score in scores):
-        parts.append(_score_table([score for score in scores if score.study.task == task]))
+        parts.append(score_table([score for score in scores if score.study.task == task]))
     return "".join(parts)
 
 
-def _score_table(scores: Sequence[Score]) -> str:
+def score_table(scores: Sequence[Score]) -> str:
+    """All heads and backbones of a task, and the differences."""
     study = scores[0].study
     classes = [*study.classes[:MOST_CLASSES], *(["…"] if len(study.classes) > MOST_CLASSES else [])]
     units = "slices" if study.unit == "slice" else "series"

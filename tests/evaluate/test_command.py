@@ -114,6 +114,10 @@ def test_every_backbone_and_head_is_scored_reproducibly(study, tmp_path, capsys)
     area = roc_auc_score([c["target"] == "tall" for c in mine], [c["scores"][1] - c["scores"][0] for c in mine])
     assert best["value"] == pytest.approx(area, abs=1e-12)
 
+    page = (outputs[0] / "report.html").read_text()
+    assert "ROC, reliability and confusion of shape" in page and f"--data={study / 'shards'}" in page
+    assert (outputs[0] / "table.tex").read_text().count(" & auroc & ") == 1
+
     shown = capsys.readouterr()
     assert shown.out == "" and "paired difference" in shown.err and re.search(r"features: \d+ slices in", shown.err)
 

@@ -1,0 +1,123 @@
+"""Which backbone does how well in which task: the figure of each, its rank, and a table in LaTeX."""
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+
+from curia_jax.evaluate.results import MAJORITY, Score
+
+# The first of these that a task has is what its backbones are ranked by.
+RANKED_BY = ("auroc", "c_index", "rmse", "accuracy")
+_TEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        **{sign: "\\" + sign for sign in "&%$#_{}"},
+    }
+)
+LOWER_IS_BETTER = ("rmse", "mae", "brier", "log_loss")
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A task.
+
+    Attributes:
+      metric: that the backbones are ranked by.
+      scores: by backbone, with the head that was best on the held-out cases.
+      ranks: of the backbones that have a value and see the image, 1 being the best; equal values share a rank.
+    """
+
+    title: str
+    metric: str
+    scores: Mapping[str, Score]
+    ranks: Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """All tasks by one protocol; figures of different protocols are not comparable.
+
+    Attributes:
+      backbones: in the order of the results.
+    """
+
+    protocol: str
+    backbones: tuple[str, ...]
+    lines: tuple[Line, ...]
+
+    def mean_rank(self, backbone: str) -> float | None:
+        """Over the tasks in which every backbone has a rank; None without one. Values of different metrics have no mean."""
+        ranked = [b for b in self.backbones if b != MAJORITY]
+        whole = [line for line in self.lines if all(b in line.ranks for b in ranked)]
+        return statistics.fmean(line.ranks[backbone] for line in whole) if whole and backbone in ranked else None
+
+
+def compare(scores: Sequence[Score]) -> list[Comparison]:
+    """The comparison of every protocol, of scores with all labels."""
+    values = [score for score in scores if score.against is None and all_labels(score.study.labels)]
+    found = []
+    for protocol in dict.fromkeys(score.study.protocol for score in values):
+        own = [score for score in values if score.study.protocol == protocol]
+        tasks = dict.fromkeys(score.study.task for score in own)
+        lines = [_line([score for score in own if score.study.task == task]) for task in tasks]
+        found.append(Comparison(protocol, tuple(dict.fromkeys(score.backbone for score in own)), tuple(lines)))
+    return found
+
+
+def all_labels(labels: int | float) -> bool:
+    """Whether heads learned from every label: 1.0 is a share, 1 a number of cases of each class."""
+    return isinstance(labels, float) and labels == 1.0
+
+
+def chosen_head(scores: Sequence[Score], backbone: str) -> str | None:
+    """Of a backbone in a task, the head with the best score on the held-out cases; the test is not looked at."""
+    own = [score for score in scores if score.backbone == backbone and score.against is None]
+    if not own:
+        return None
+    return max(own, key=lambda score: (score.fit and score.fit.selection_auroc) or 0.0).head
+
+
+def _line(scores: Sequence[Score]) -> Line:
+    metrics = [score.metric for score in scores]
+    metric = next((name for name in RANKED_BY if name in metrics), metrics[0])
+    heads = {score.backbone: chosen_head(scores, score.backbone) for score in scores}
+    chosen = {s.backbone: s for s in scores if s.metric == metric and s.head == heads[s.backbone]}
+    sign = 1 if metric in LOWER_IS_BETTER else -1
+    values = {name: sign * s.value for name, s in chosen.items() if s.value is not None and name != MAJORITY}
+    ranks = {name: 1 + sum(other < value for other in values.values()) for name, value in values.items()}
+    return Line(scores[0].study.title, metric, chosen, ranks)
+
+
+def latex(comparisons: Sequence[Comparison]) -> str:
+    """A table of each protocol, for the package booktabs; the best value of a task is bold."""
+    return "\n".join(_latex(comparison) for comparison in comparisons)
+
+
+def _latex(comparison: Comparison) -> str:
+    head = " & ".join(map(_tex, ("task", "metric", *comparison.backbones)))
+    lines = []
+    for line in comparison.lines:
+        cells = [_tex(line.title), _tex(line.metric)]
+        for backbone in comparison.backbones:
+            score = line.scores.get(backbone)
+            if score is None or score.value is None:
+                cells.append("--")
+                continue
+            value = f"\\textbf{{{score.value_text}}}" if line.ranks.get(backbone) == 1 else score.value_text
+            cells.append(f"{value} {score.interval_text}")
+        lines.append(" & ".join(cells) + r" \\")
+    ranks = [comparison.mean_rank(backbone) for backbone in comparison.backbones]
+    mean = " & ".join(["mean rank", "", *("--" if rank is None else f"{rank:.2f}" for rank in ranks)])
+    return "\n".join(
+        [
+            f"% protocol {comparison.protocol}; value [95 % interval]",
+            r"\begin{tabular}{ll" + "l" * len(comparison.backbones) + "}", r"\toprule", head + r" \\", r"\midrule",
+            *lines, r"\midrule", mean + r" \\", r"\bottomrule", r"\end{tabular}", "",
+        ]
+    )  # fmt: skip
+
+
+def _tex(text: str) -> str:
+    return text.translate(_TEX)

@@ -1,0 +1,168 @@
+"""The report of `python -m curia_jax.evaluate`: one HTML page that loads nothing, and a LaTeX table beside it.
+
+Neither paths of exams, patients nor series are shown.
+"""
+
+import datetime
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import curia_common
+from curia_common.errors import DataError
+from curia_jax.evaluate.results import MAJORITY, OK, Row, Score
+from curia_jax.report import comparison, curves, examples, page
+from curia_jax.report.comparison import LOWER_IS_BETTER, Comparison, Line
+from curia_jax.report.sections import BACKBONES, METRICS, score_table
+
+REPORT, LATEX, PICTURES = "report.html", "table.tex", "report_pictures"  # in the output folder
+
+
+def write(output: Path, rows: Sequence[Row], command: str, images: Mapping[str, examples.Images]) -> None:
+    """Writes report.html, its pictures and table.tex.
+
+    Args:
+      output: has a folder for each task with its predictions; see runner.py.
+      rows: of results.json.
+      command: that made them.
+      images: of tasks, by name; without them no cases are shown.
+
+    Raises:
+      DataError: predictions that cannot be read.
+    """
+    scores = [Score.from_row(row) for row in rows if row["status"] == OK]
+    not_scored = [row for row in rows if row["status"] != OK]
+    comparisons = comparison.compare(scores)
+    pictures = output / PICTURES
+    pictures.mkdir(exist_ok=True)
+    parts = [_tables(found) for found in comparisons]
+    parts.append(_not_scored(not_scored))
+    studies = dict.fromkeys((score.study.task, score.study.protocol) for score in scores)
+    for task, protocol in studies:
+        own = [s for s in scores if (s.study.task, s.study.protocol) == (task, protocol)]
+        predictions = _predictions(output, own)
+        name = f"{task.replace('/', '-')}-{protocol}"
+        sources = {}
+        if predictions:
+            sources["curves"] = page.embed(curves.task_figure(predictions), pictures / f"{name}.png")
+        if predictions and task in images:
+            chosen = examples.choose(next(iter(predictions.values())), images[task])
+            sources["examples"] = page.embed(examples.figure(chosen), pictures / f"{name}-examples.png")
+        parts.append(_task(own, sources))
+    parts.append(_provenance(scores, command))
+    now = datetime.datetime.now().astimezone()
+    tasks = page.count(len({task for task, _ in studies}), "task")
+    lead = f"{tasks} scored; {now.strftime('%-d %B %Y, %H:%M %Z')}."
+    footer = (
+        f"Curia JAX {curia_common.__version__}, python -m curia_jax.evaluate. For research; not a medical device, and no figure here "
+        "supports a clinical decision."
+    )
+    (output / REPORT).write_text(page.page("Frozen features, task by task", lead, parts, footer), encoding="utf-8")
+    (output / LATEX).write_text(comparison.latex(comparisons), encoding="utf-8")
+
+
+def _tables(found: Comparison) -> str:
+    """All tasks by all backbones."""
+    rows = []
+    for line in found.lines:
+        cells = [_cell(line, backbone) for backbone in found.backbones]
+        rows.append(page.row(page.cell(line.title), page.cell(METRICS.get(line.metric, line.metric)), *cells))
+    ranks = [found.mean_rank(backbone) for backbone in found.backbones]
+    shown = [page.number("" if rank is None else f"{rank:.2f}") for rank in ranks]
+    rows.append(page.row(page.cell("mean rank"), page.cell(""), *shown, style="first"))
+    lower = [line.metric for line in found.lines if line.metric in LOWER_IS_BETTER]
+    caption = (
+        "Each backbone with the head that was best by AUROC on the held-out cases, of values with the first; the interval is the 95 % interval, #1 the best of the task. "
+        + (f"Lower is better for {', '.join(dict.fromkeys(lower))}. " if lower else "")
+        + "The mean rank is over the tasks in which every backbone has a value; values of different metrics have no mean."
+    )
+    names = [BACKBONES.get(backbone, backbone) for backbone in found.backbones]
+    return f"<h2>All tasks, protocol {page.escape(found.protocol)}</h2>" + page.table(
+        caption, ["task", "metric"], names, rows
+    )
+
+
+def _cell(line: Line, backbone: str) -> str:
+    score = line.scores.get(backbone)
+    if score is None:
+        return page.number("")
+    rank = f" #{line.ranks[backbone]}" if backbone in line.ranks else ""
+    return page.number(score.value_text, f"{score.interval_text}{rank}")
+
+
+def _not_scored(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    lines = [
+        page.row(*(page.cell(str(row[name])) for name in ("task", "protocol", "status", "reason"))) for row in rows
+    ]
+    return "<h2>Without a score</h2>" + page.table("", ["task", "protocol", "status", "reason"], [], lines)
+
+
+def _task(scores: Sequence[Score], images: Mapping[str, str]) -> str:
+    """`images` are the sources of the pictures that there are: curves, examples."""
+    study = scores[0].study
+    parts = [f"<h2>{page.escape(study.title)}, protocol {page.escape(study.protocol)}</h2>"]
+    if "curves" in images:
+        caption = (
+            "Test cases. Each backbone with the head that was best on the held-out cases; the confusion is that of the first, coloured "
+            "by the share of the true class."
+        )
+        parts.append(page.figure(images["curves"], caption, f"ROC, reliability and confusion of {study.title}"))
+    if "examples" in images:
+        caption = (
+            "Test cases that the first backbone got right and wrong: those it was surest of, one of each patient. CT in a reading window, "
+            "other slices between their 0.5 and 99.5 percentile."
+        )
+        parts.append(page.figure(images["examples"], caption, f"right and wrong cases of {study.title}"))
+    parts.append(score_table(scores))
+    return "".join(parts)
+
+
+def _provenance(scores: Sequence[Score], command: str) -> str:
+    """Where every number comes from."""
+    rows = []
+    for score in {(s.study.task, s.study.protocol, s.backbone): s for s in scores if s.provenance}.values():
+        made = score.provenance
+        assert made is not None
+        step = "" if made.step is None else f"{made.step:,}"
+        rows.append(
+            page.row(
+                page.cell(score.study.title), page.cell(BACKBONES.get(score.backbone, score.backbone)), page.code(made.weights_sha256[:16]),
+                page.code(score.study.data_sha256[:16]), page.number(step), page.number(str(score.study.seed)),
+            )
+        )  # fmt: skip
+    table = page.table(
+        f"Curia JAX {curia_common.__version__}. Digests are the first 16 digits of SHA-256; results.json has all of them, and the "
+        "settings of every head.",
+        ["task", "backbone", "weights", "data"], ["step", "seed"], rows,
+    )  # fmt: skip
+    return f"<h2>Where the numbers come from</h2><pre>{page.escape(command)}</pre>{table}"
+
+
+def _predictions(output: Path, scores: Sequence[Score]) -> Mapping[str, curves.Predictions]:
+    """Of every backbone of a task of classes, with the head that was chosen; empty for other tasks."""
+    study = scores[0].study
+    if not study.classes:
+        return {}
+    path = output / study.task / f"{study.protocol}-predictions.parquet"
+    try:
+        table = pq.read_table(path, columns=["backbone", "head", "labels", "target", "scores", "patient", "slice"])
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} cannot be read; delete the folder of the task and rerun the same command") from error
+    numbers = {name: number for number, name in enumerate(study.classes)}
+    lines = table.to_pylist()
+    found = {}
+    for backbone in dict.fromkeys(score.backbone for score in scores if score.backbone != MAJORITY):
+        head = comparison.chosen_head(scores, backbone)
+        own = [line for line in lines if (line["backbone"], line["head"], line["labels"]) == (backbone, head, 1.0)]
+        if own:
+            targets = np.array([numbers.get(line["target"], len(numbers)) for line in own])
+            found[backbone] = curves.Predictions(
+                study.classes, targets, np.array([line["scores"] for line in own], float),
+                np.array([line["patient"] for line in own]), np.array([line["slice"] for line in own]),
+            )  # fmt: skip
+    return found
