@@ -123,7 +123,7 @@ class SourceFile(Protocol):
       facts: known from the start.
       excluded: why it has no slices though it can be read (a label map, say); "" where it has some.
       decoder: name of the library that decoded the pixels.
-      stored_sha256: of all stored pixels; "" where they are no whole numbers.
+      stored_sha256: of all stored pixels; "" where they are not whole numbers.
     """
 
     facts: ImageFacts

@@ -188,7 +188,7 @@ def read_dicomdir(path: str) -> list[str]:
     """The files that a DICOMDIR names, each a relative path of plain parts, in its order.
 
     Raises:
-      ReadError: it is no DICOMDIR, is damaged, or names a file outside its folder.
+      ReadError: it is not a DICOMDIR, is damaged, or names a file outside its folder.
     """
     with open(path, "rb") as file:
         dataset, _ = read_elements(file, [Tag("DirectoryRecordSequence")], stop=FLOAT_PIXEL_DATA)

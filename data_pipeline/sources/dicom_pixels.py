@@ -203,7 +203,7 @@ class PixelHeader:
       signed: values are two's complement.
       high_bit: of a word of uncompressed pixel data, in which values can lie anywhere.
       overlays: numbers of the bits that hold overlays.
-      padding: stored values that are no image; None where the header names none.
+      padding: stored values that are not part of the image; None where the header names none.
       geometry: one per frame; spacing and rescaling alone, positions are known from the header before.
       dataset: for the decoders.
     """

@@ -41,7 +41,7 @@ class Profile:
 
     Attributes:
       bins: pixels below -2400, then in steps of 10 up to 2400, then above.
-      low, high: lowest and highest value that is no padding; inf and -inf where everything is padding.
+      low, high: lowest and highest value that is not padding; inf and -inf where everything is padding.
       padding: pixels left out.
     """
 
@@ -61,7 +61,7 @@ class Profile:
         return [0, *np.cumsum(self.bins).tolist()]
 
     def share(self, low: int, high: int) -> float:
-        """Pixels from `low` to below `high`, multiples of 10, as a share of all that are no padding."""
+        """Pixels from `low` to below `high`, multiples of 10, as a share of all that are not padding."""
         first = 0 if low < _LOWEST else min((low - _LOWEST) // _STEP + 1, _BINS)
         last = _BINS if high > _HIGHEST else max((high - _LOWEST) // _STEP + 1, 0)
         total = self._up_to[-1]

@@ -20,7 +20,7 @@ _WIDEST_COUNTED = 1 << 20  # more levels than this are sorted instead of counted
 
 
 class Padding(NamedTuple):
-    """Stored values that are no image, from `low` to `high` (DICOM PS3.3 C.7.5.1.1.2)."""
+    """Stored values that are not part of the image, from `low` to `high` (DICOM PS3.3 C.7.5.1.1.2)."""
 
     low: int
     high: int

@@ -125,7 +125,7 @@ class Volume:
       spacing: between rows, columns and slices, mm.
       plane: of the slices: the plane with the smallest spacing within it, axial for isotropic volumes.
       survey: of all values.
-      excluded: why it is no image though it can be read, or "".
+      excluded: why it is not an image though it can be read, or "".
     """
 
     spacing: tuple[float, float, float]

@@ -93,7 +93,7 @@ def check_shape(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, int, int]
     """The shape of three axes; more than three may be there if they are of one plane.
 
     Raises:
-      ReadError: it is that of no volume, or values are no numbers.
+      ReadError: it is that of no volume, or values are not numbers.
     """
     if len(shape) > 3:
         shape = tuple(n for n in shape if n != 1)

@@ -24,7 +24,7 @@ from data_pipeline.stages.label_values import LabelValue
 LABEL = "label_"  # begins the names of label columns
 COUNTED = ("split", "modality", "units", "plane", "body_part", "manufacturer")
 FATES = ("kept", "excluded", "duplicate", "quarantined")
-# Of the histograms of intensities. Values that are no HU: 0 is the series' 0.5 percentile, 1 its 99.5 percentile.
+# Of the histograms of intensities. Values that are not HU: 0 is the series' 0.5 percentile, 1 its 99.5 percentile.
 EDGES = {"HU": np.arange(-1024, 3073, 32, dtype=np.float64), "relative": np.round(np.linspace(-0.25, 1.5, 71), 6)}
 SPACING_EDGES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.5, 10.0)  # mm
 SIDE_EDGES = (0.0, 64.0, 128.0, 192.0, 256.0, 320.0, 384.0, 512.0, 768.0, 1024.0)  # px
@@ -93,7 +93,7 @@ class LabelCount:
         self._low = self._high = np.nan
 
     def add(self, splits: Sequence[str], values: pa.ChunkedArray) -> None:
-        """Counts the values of some slices; None is no label."""
+        """Counts the values of some slices; None is not a label."""
         rows = [(split, value) for split, value in zip(splits, values.to_pylist(), strict=True) if value is not None]
         self._slices.update(split for split, _ in rows)
         numbers = [value for _, value in rows if not isinstance(value, str)]

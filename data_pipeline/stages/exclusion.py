@@ -108,7 +108,7 @@ def exclude_pixels(
 
     Args:
       stored, counts: the distinct values of `pixels`, in order, and how many pixels have them.
-      to_hu: slope and intercept to HU; None where values are no HU.
+      to_hu: slope and intercept to HU; None where values are not HU.
     """
     if min(pixels.shape) < MINIMUM_SIDE:
         return f"smaller than {MINIMUM_SIDE} px"

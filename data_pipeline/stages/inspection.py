@@ -16,7 +16,7 @@ from data_pipeline.stages import card, contact_sheet, inventory
 COUNTED = ("split", "modality", "units", "plane", "body_part", "manufacturer")
 SERIES_SHOWN = 20
 KEY = ("series", "plane", "index")  # identifies a slice in all datasets that were built with one key
-PLACE = ("shard", "record", "slot")  # where a slice is stored, which is no property of it
+PLACE = ("shard", "record", "slot")  # where a slice is stored, which is not a property of it
 FLAGS = {
     records.IRREGULAR: "irregular", records.LOSSY: "lossy", records.CLIPPED: "clipped", records.RESIZED: "resized",
     records.MODALITY_INFERRED: "modality inferred", records.REFORMATTED: "reformatted",

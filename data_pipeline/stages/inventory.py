@@ -60,7 +60,7 @@ class FileFacts:
     """Whitelisted header fields of a file; the defaults where it has no header.
 
     Attributes:
-      modality: "CT", "MR" or "OT"; "auto" where neither the file nor the user says; "" of what is no image.
+      modality: "CT", "MR" or "OT"; "auto" where neither the file nor the user says; "" of what is not an image.
       instance: pseudonym of the SOP instance.
       rows, columns: px.
       body_part: a defined term in lower case, or "".

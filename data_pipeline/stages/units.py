@@ -16,8 +16,8 @@ from data_pipeline.sources.base import Slice
 
 Evidence = Literal["proved", "declared", "guessed"]
 
-NO_HU = "values are no HU"
-UNLIKE_SERIES = "values are no HU, unlike those of the other slices"
+NO_HU = "values are not HU"
+UNLIKE_SERIES = "values are not HU, unlike those of the other slices"
 UNKNOWN_UNITS = (
     "nothing says that values are HU: the header gives no rescale to HU, and air and tissue are not where HU have them"
 )

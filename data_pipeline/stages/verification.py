@@ -228,7 +228,7 @@ def _index_problems(folder: Path, table: Sequence[ShardRow]) -> list[str]:
             problems.append(f"{shards.INDEX} has {rows:,} rows for {row.file}, {shards.SHARDS} {row.slices:,} slices")
     for (name, split), rows in sorted(found.items()):
         problems.append(
-            f"{shards.INDEX} has {rows:,} rows for {name} in split {split}, which is no shard of the dataset"
+            f"{shards.INDEX} has {rows:,} rows for {name} in split {split}, which is not a shard of the dataset"
         )
     pairs = index.group_by(["patient", "split"]).aggregate([]).to_pylist()
     splits = collections.defaultdict(list)
@@ -306,7 +306,7 @@ def _manifest_problems(folder: Path, names: set[str], files: Mapping[str, int]) 
         fates[row["fate"]] += row["count_all"]
         if row["fate"] == "kept" and row["shard"] not in names:
             problems.append(
-                f"{shards.MANIFEST} keeps {row['count_all']:,} files in {row['shard'] or 'no shard'}, which is no shard of the dataset"
+                f"{shards.MANIFEST} keeps {row['count_all']:,} files in {row['shard'] or 'no shard'}, which is not a shard of the dataset"
             )
     for fate in sorted(set(files) | set(fates)):
         if files.get(fate, 0) != fates[fate]:

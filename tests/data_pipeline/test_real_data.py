@@ -160,7 +160,7 @@ def test_geometry_defects_are_flagged_by_their_own_reason(rows, folder: str, pro
         assert problem in problems
         assert problems & own <= {problem}
         # The CT of this set holds 8-bit values instead of HU, which is another reason and does not hide the first.
-        assert row["fate"] == "kept" or row["reason"] == "values are no HU"
+        assert row["fate"] == "kept" or row["reason"] == "values are not HU"
 
 
 def test_tilted_head_is_flagged_and_kept(rows) -> None:
@@ -235,7 +235,7 @@ def test_localizers_and_mislabelled_files_are_excluded(rows, real_data: Path) ->
         assert row["reason"] == ("localizer or screen" if localizer else "not a CT or MR image object")
     mislabelled = under(rows, "dicom/odd/mislabelled_modality_ct_but_mr")
     assert len(mislabelled) == 17
-    assert {(row["fate"], row["reason"]) for row in mislabelled} == {("excluded", "values are no HU")}
+    assert {(row["fate"], row["reason"]) for row in mislabelled} == {("excluded", "values are not HU")}
 
 
 def test_damaged_files_have_fates(rows, golden) -> None:

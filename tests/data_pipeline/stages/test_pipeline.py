@@ -135,7 +135,7 @@ def test_unfinished_build_of_other_inputs_is_replaced(tmp_path: Path, build: Bui
 
 def test_output_and_key_inside_the_input_are_not_read(tmp_path: Path, build: Build, manifest) -> None:
     pictures(tmp_path, 2)
-    for _ in range(2):  # the key that the first makes beside its output is no input of the second
+    for _ in range(2):  # the key that the first makes beside its output is not an input of the second
         build(input=[str(tmp_path)], key_file=None)
     assert (tmp_path / "out.key").exists()
     assert sorted(manifest(tmp_path / "out")) == [str(tmp_path / "0.png"), str(tmp_path / "1.png")]

@@ -98,7 +98,7 @@ def test_stray_and_unlisted_shards_are_named(copy: Path, inline_workers: None) -
         ("mean", 1.0, "index.parquet has another mean than {shard} for 1 slices, the first in record 0"),
         ("source", "0" * 16, "index.parquet has another source than {shard} for 1 slices, the first in record 0"),
         ("height", 41, "index.parquet has another height than {shard} for 1 slices, the first in record 0"),
-        ("split", "test", "index.parquet has 1 rows for {shard} in split test, which is no shard of the dataset"),
+        ("split", "test", "index.parquet has 1 rows for {shard} in split test, which is not a shard of the dataset"),
         ("record", 99, "index.parquet has another record than {shard} for "),
     ],
 )
