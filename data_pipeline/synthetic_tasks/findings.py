@@ -52,7 +52,8 @@ def _organ_pictures(patient: Patient, contrast: str, regions: organs.Regions) ->
             if not areas.any():  # it lies between the slices
                 continue
             k = int(patient.r.choice(np.flatnonzero(areas >= 0.6 * areas.max())))
-            pictures.append(Picture(image[..., k], mask(where[k : k + 1]), every.index(organ), {"organ": organ}))
+            columns = {"organ": organ, "modality": "CT" if contrast == "CT" else "MR"}
+            pictures.append(Picture(image[..., k], mask(where[k : k + 1]), every.index(organ), columns))
     return pictures
 
 
@@ -62,6 +63,13 @@ def ct_organs(patient: Patient) -> list[Picture]:
 
 def mr_organs(patient: Patient) -> list[Picture]:
     return _organ_pictures(patient, str(patient.r.choice(("T1", "T2"))), organs.MR)
+
+
+def organs_across_modalities(patient: Patient) -> list[Picture]:
+    """The organs that CT and MR tasks share, to be learned from CT and tested on MR."""
+    if patient.split != "test":
+        return _organ_pictures(patient, "CT", organs.SHARED)
+    return _organ_pictures(patient, str(patient.r.choice(("T1", "T2"))), organs.SHARED)
 
 
 # ---- head

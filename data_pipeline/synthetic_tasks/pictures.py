@@ -21,12 +21,14 @@ class Patient(NamedTuple):
 
     Attributes:
       r: decides everything but the target.
+      split: "train", "val" or "test".
       number: among the patients of the split.
       target: class of a task of classes; 0 in others.
       size: rows and columns of the pictures.
     """
 
     r: np.random.Generator
+    split: str
     number: int
     target: int
     size: int

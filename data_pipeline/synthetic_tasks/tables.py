@@ -57,7 +57,7 @@ def _rows(task: Task, split: str, patients: Sequence[Sequence[Picture]]) -> pa.T
     pictures = [picture for _, _, picture in rows]
     patient_ids = [f"{task.config}-{split}-{number:04d}" for number, _, _ in rows]
     # Each picture of organ recognition asks about another organ: its series is the picture.
-    one_series = task.patient_has_class or not task.classes
+    one_series = not task.class_of_picture
     columns = {
         "image": _nested([picture.image for picture in pictures], pa.float32()),
         "mask": _nested([picture.mask for picture in pictures], pa.uint8()),
@@ -114,6 +114,11 @@ def _yaml(chosen: Sequence[Task], prefix: str) -> str:
 def _task_card(task: Task, counts: Mapping[str, Mapping[str, int]], seed: int, size: int) -> str:
     about = (task.draw.__doc__ or "The organs' names are those of TotalSegmentator.").split("\n\n")[0]
     classes = f"{len(task.classes)}, as in CuriaBench" if task.classes else "a value"
+    if task.modality == "CT and MR":
+        classes = f"{len(task.classes)}; CuriaBench's are not published"
+    units = {"CT": "HU", "MR": "MR signal, arbitrary units"}.get(
+        task.modality, "HU of CT, signal of MR; see `modality`"
+    )
     head = "| | " + " | ".join(SPLITS) + " |\n|---|" + "---:|" * len(SPLITS) + "\n"
     table = head + "".join(
         f"| {name} | " + " | ".join(f"{counts[split][name]:,}" for split in SPLITS) + " |\n" for name in counts["test"]
@@ -126,7 +131,7 @@ works, and nothing about radiology.
 
 - Target: {task.target}. Classes: {classes}.
 - What tells: {" ".join(about.split())}
-- `image`: {task.form}, {size} px, {"HU" if task.modality == "CT" else "MR signal, arbitrary units"}{", slices last" if "3D" in task.form else ""};
+- `image`: {task.form}, {size} px, {units}{", slices last" if "3D" in task.form else ""};
   `mask`: {"1 in what the target is about" if "mask" in task.form else "None"}; resample by `patient_id`, and average over `series_id`.
 - Seed {seed}.
 

@@ -20,13 +20,14 @@ class Task:
 
     Attributes:
       config: its name in CuriaBench, and that of its folder.
-      modality: "CT" or "MR".
+      modality: "CT", "MR" or "CT and MR".
       form: of the images: "2D", "2D + mask", "3D" or "3D + mask".
       target: what it is, in words.
       draw: the pictures of a patient.
       classes: names in the order of their numbers; empty for values.
       shares: of the classes among the patients; even unless given.
       factor: of the number of patients.
+      class_of_picture: the class is not the patient's, but that of the organ in the mask.
     """
 
     config: str
@@ -38,11 +39,7 @@ class Task:
     classes: tuple[str, ...] = ()
     shares: tuple[int, ...] = ()
     factor: int = 1
-
-    @property
-    def patient_has_class(self) -> bool:
-        """Whether the class is the patient's, and not that of the organ in the mask."""
-        return bool(self.classes) and len(self.classes) < 50
+    class_of_picture: bool = False
 
 
 def _names(regions: organs.Regions) -> tuple[str, ...]:
@@ -52,9 +49,11 @@ def _names(regions: organs.Regions) -> tuple[str, ...]:
 _GRADES = ("normal or mild", "moderate", "severe")
 TASKS = (
     Task("anatomy-ct", "CT organ recognition", "CT", "2D + mask", "the organ in the mask", findings.ct_organs,
-         _names(organs.CT)),
+         _names(organs.CT), class_of_picture=True),
     Task("anatomy-mri", "MR organ recognition", "MR", "2D + mask", "the organ in the mask", findings.mr_organs,
-         _names(organs.MR)),
+         _names(organs.MR), class_of_picture=True),
+    Task("anatomy-cross-modality", "Organ recognition, from CT to MR", "CT and MR", "2D + mask", "the organ in the mask",
+         findings.organs_across_modalities, _names(organs.SHARED), class_of_picture=True),
     Task("ixi", "Age", "MR", "2D", "age in years", findings.age),
     Task("luna16", "Lung nodule malignancy, in a slice", "CT", "2D + mask", "malignant", findings.nodule_slice,
          ("benign", "malignant")),
@@ -82,10 +81,7 @@ TASKS = (
     Task("oasis", "Alzheimer", "MR", "3D", "Alzheimer's disease", findings.alzheimer, ("no", "yes")),
 )  # fmt: skip
 # Tasks of CuriaBench that have no folder, and why.
-WITHOUT_FOLDER = {
-    "cross-modality organ recognition": "trains on anatomy-ct and is tested on anatomy-mri, and the reverse; the column `organ` names the shared classes",
-    "registration": "left out: the schema of its pairs is not published",
-}
+WITHOUT_FOLDER = {"registration": "the schema of its pairs is not published"}
 
 
 def choose(names: str | None) -> tuple[Task, ...]:
@@ -115,11 +111,11 @@ def draw(task: Task, split: str, test_patients: int, seed: int, size: int) -> It
     """The pictures of the patients of a split, in turn; they follow from the seed, whatever other tasks are written."""
     count = patients(task, split, test_patients)
     targets = np.zeros(count, int)
-    if task.patient_has_class:
+    if task.classes and not task.class_of_picture:
         shares = np.array(task.shares or (1,) * len(task.classes))
         targets = np.resize(np.repeat(np.arange(len(shares)), shares), count)
         generator(seed, task.config, split, "targets").shuffle(targets)
     for number in range(count):
         target = int(targets[number])
-        pictures = task.draw(Patient(generator(seed, task.config, split, number), number, target, size))
+        pictures = task.draw(Patient(generator(seed, task.config, split, number), split, number, target, size))
         yield [p if p.target is not None else p._replace(target=target) for p in pictures]

@@ -103,12 +103,12 @@ def test_lesion_lies_in_the_named_site() -> None:
             assert 40 < np.median(surroundings) < 200
 
 
-@pytest.mark.parametrize(("regions", "count"), [(organs.CT, 54), (organs.MR, 56)])
+@pytest.mark.parametrize(("regions", "count"), [(organs.CT, 54), (organs.MR, 56), (organs.SHARED, 47)])
 def test_all_organs_are_shown_in_every_region(regions: organs.Regions, count: int) -> None:
     names = [name for region in regions.values() for name in region]
     assert len(names) == len(set(names)) == count
     for region, wanted in regions.items():
-        patient = tasks.Patient(np.random.default_rng(0), 0, 0, 64)
+        patient = tasks.Patient(np.random.default_rng(0), "train", 0, 0, 64)
         canvas = view(patient, organs.OrganCanvas, at=np.linspace(-0.9, 0.9, 13))
         organs.REGIONS[region](canvas, patient.r)
         for name in wanted:
@@ -116,7 +116,7 @@ def test_all_organs_are_shown_in_every_region(regions: organs.Regions, count: in
 
 
 def test_left_organs_lie_on_the_right_of_the_picture() -> None:
-    patient = tasks.Patient(np.random.default_rng(1), 0, 0, 64)
+    patient = tasks.Patient(np.random.default_rng(1), "train", 0, 0, 64)
     canvas = view(patient, organs.OrganCanvas, at=[0.4, 0.1])
     organs.REGIONS["abdomen"](canvas, patient.r)
     image = expose(canvas, "CT", patient.r)
