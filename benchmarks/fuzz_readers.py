@@ -468,7 +468,9 @@ class Outcome:
     sizes: list[list[float]] = dataclasses.field(default_factory=list)
     peaks: list[float] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
-    seconds_of: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    seconds_of: collections.defaultdict[str, float] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(float)
+    )
 
     @property
     def growth(self) -> float:
