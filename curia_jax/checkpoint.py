@@ -27,7 +27,7 @@ from orbax.checkpoint import v1 as ocp
 import curia_common
 from curia_common import logs
 from curia_common.errors import DataError, UserError
-from curia_jax import json_records
+from curia_jax import json_records, storage
 
 logger = logs.get_logger(__name__)
 
@@ -238,7 +238,7 @@ class _Digests(NamedTuple):
     files: Mapping[str, tuple[int, str]]
 
 
-def sha256(path: Path) -> str:
+def sha256(path: epath.Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -250,25 +250,25 @@ def check(folder: str | Path | epath.Path, *, part: int = 0, parts: int = 1) -> 
       folder: of a step.
       part, parts: compares every `parts`-th file, from number `part` on; the sizes of all.
     """
-    root, meta = Path(folder), None
+    root, meta = storage.root(folder), None
     if not (root / COMMITTED).exists():
         return Verdict(str(root), "it was not finished", checked=False)
     try:
-        meta = read_meta(epath.Path(root))
+        meta = read_meta(root)
         if root.name.isdigit() and meta.step not in (None, int(root.name)):
             raise ValueError(f"it holds step {meta.step}: its folder has to be called {meta.step}")
         if meta.step is not None and meta.examples_seen < meta.step:
             raise ValueError(f"it says {meta.examples_seen} examples after {meta.step} steps")
         if not (root / DIGESTS).exists():
-            _read_state(epath.Path(root))
+            _read_state(root)
             return Verdict(str(root), None, checked=False)
         rows = json_records.record(_Digests, {"files": json_records.loads((root / DIGESTS).read_bytes())}).files
         for name, (size, _) in rows.items():
-            if not (root / name).resolve().is_relative_to(root.resolve()):
+            if name.startswith("/") or ".." in name.split("/"):
                 raise ValueError(f"{DIGESTS} names a file outside it")
             if not (root / name).is_file():
                 raise ValueError(f"{name} is missing")
-            if (found := (root / name).stat().st_size) != size:
+            if (found := (root / name).stat().length) != size:
                 raise ValueError(f"{name} has {found:,} bytes instead of {size:,}")
         mine = sorted(rows)[part::parts]
         with concurrent.futures.ThreadPoolExecutor() as threads:
@@ -284,7 +284,7 @@ def check(folder: str | Path | epath.Path, *, part: int = 0, parts: int = 1) -> 
 
 def examine(workdir: str) -> list[Verdict]:
     """Every checkpoint of a work directory, the newest first, and then what was not finished."""
-    folder = epath.Path(workdir).expanduser().absolute() / FOLDER
+    folder = storage.root(workdir) / FOLDER
     steps = finished_steps(folder)
     rest = [p for p in folder.iterdir() if p.is_dir() and p.name not in map(str, steps)] if folder.is_dir() else []
     return [check(folder / str(step)) for step in reversed(steps)] + [
@@ -333,7 +333,7 @@ def find(path: str, step: int | None = None) -> epath.Path:
 
 def _candidates(path: str, step: int | None) -> list[epath.Path]:
     """The folders that may be meant, the first choice first."""
-    folder = epath.Path(path).expanduser().absolute()
+    folder = storage.root(path)
     if not folder.exists():
         raise UserError(f"no checkpoint at {path}: there is no such folder")
     if (folder / FOLDER).exists():
@@ -376,7 +376,7 @@ def latest(workdir: str, *, good: bool = False) -> tuple[int, Meta] | None:
     Raises:
       DataError: there are checkpoints, and none is whole.
     """
-    folder = epath.Path(workdir).expanduser().absolute() / FOLDER
+    folder = storage.root(workdir) / FOLDER
     finished = finished_steps(folder)
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         # A file system may show a new folder to one host before the others.
@@ -406,12 +406,12 @@ def _read_state(folder: epath.Path, *, only: tuple[str, ...] | None = None) -> d
 def _check_claims(folder: epath.Path, tree: Any) -> None:
     """Raises ValueError where arrays are far larger than the files can hold: reading them would fill the memory."""
     claimed = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
-    stored = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+    stored = sum(file.path.stat().length or 0 for file in storage.files(folder))
     if claimed > _ALWAYS_FITS + _MOST_COMPRESSION * stored:
         raise ValueError(f"its arrays claim {claimed:,} bytes, its files have {stored:,}")
 
 
-def load(path: str | Path, step: int | None = None) -> Loaded:
+def load(path: str | Path | epath.Path, step: int | None = None) -> Loaded:
     """Reads parameters and config as numpy, whatever mesh they were saved from. Needs no accelerator.
 
     Args:

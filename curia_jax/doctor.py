@@ -8,12 +8,14 @@ import dataclasses
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from curia_common import cli, logs
 from curia_common.errors import UserError
 from curia_common.exit_codes import ExitCode
+
+if TYPE_CHECKING:
+    from etils import epath
 
 State = Literal["running", "finished", "stopped", "diverged", "interrupted", "not started"]
 WORDS: dict[State, str] = {
@@ -81,11 +83,9 @@ def examine(workdir: str) -> tuple[Diagnosis, str | None]:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    from etils import epath
+    from curia_jax import checkpoint, goodput, lease, storage, telemetry
 
-    from curia_jax import checkpoint, goodput, lease, telemetry
-
-    folder = Path(workdir)
+    folder = storage.root(workdir)
     if not folder.is_dir():
         raise UserError(f"no folder {workdir}; --workdir takes the work directory of curia_jax.pretrain")
     events = telemetry.events(workdir)
@@ -93,9 +93,9 @@ def examine(workdir: str) -> tuple[Diagnosis, str | None]:
     if not events and not verdicts and not (folder / logs.FOLDER).is_dir():
         raise UserError(f"{workdir} holds no run; --workdir takes the work directory of curia_jax.pretrain")
 
-    whole = sorted(int(Path(verdict.path).name) for verdict in verdicts if verdict.problem is None)
-    torn = {Path(verdict.path).name: verdict.problem for verdict in verdicts if verdict.problem is not None}
-    newest = epath.Path(workdir).expanduser().absolute() / checkpoint.FOLDER / str(whole[-1]) if whole else None
+    whole = sorted(int(verdict.path.rsplit("/", 1)[1]) for verdict in verdicts if verdict.problem is None)
+    torn = {verdict.path.rsplit("/", 1)[1]: verdict.problem for verdict in verdicts if verdict.problem is not None}
+    newest = folder / checkpoint.FOLDER / str(whole[-1]) if whole else None
     starts = [event for event in events if event.get("event") in ("started", "resumed")]
     owner = lease.owner(workdir)
     last = str(events[-1].get("event")) if events else ""
@@ -121,11 +121,11 @@ def _whole(value: Any) -> int | None:
     return int(value) if json_records.is_number(value) else None
 
 
-def last_error(folder: Path) -> str | None:
+def last_error(folder: "epath.Path") -> str | None:
     """The newest error in the logs of all hosts, with its host and time. Hosts that ended because of another one do not count."""
     errors = []
-    for path in sorted(folder.glob("host-*.log")):
-        for when, text in _ERROR.findall(path.read_text(encoding="utf-8", errors="replace")):
+    for path in sorted(folder.glob("host-*.log")) if folder.is_dir() else ():
+        for when, text in _ERROR.findall(path.read_bytes().decode("utf-8", "replace")):
             if "ends because host" not in text:
                 errors.append((when, f"{path.stem.replace('-', ' ')}, {when}: {text}"))
     return max(errors)[1] if errors else None

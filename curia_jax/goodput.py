@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from curia_common.progress import format_seconds
-from curia_jax import journal, json_records
+from curia_jax import journal, json_records, storage
 
 LEDGER = "goodput.jsonl"
 PHASES: tuple[str, ...] = ("starting", "compiling", "input_wait", "saving", "steps")
@@ -82,7 +82,7 @@ class Ledger:
       writes: only one host of a run does.
     """
 
-    def __init__(self, workdir: str, start_step: int, began: int | float, *, writes: bool = True) -> None:
+    def __init__(self, workdir: str | Path, start_step: int, began: int | float, *, writes: bool = True) -> None:
         self._earlier: list[Start] = []
         with contextlib.suppress(OSError):  # which must not end a run
             self._earlier = read(workdir)
@@ -127,10 +127,10 @@ class Ledger:
             self._file.close()
 
 
-def read(workdir: str) -> list[Start]:
+def read(workdir: str | Path) -> list[Start]:
     """All starts of a run, in their order; the last line of each."""
     starts: dict[str, Start] = {}
-    for line in journal.read(Path(workdir) / LEDGER, _NUMBERS).lines:
+    for line in journal.read(storage.root(workdir) / LEDGER, _NUMBERS).lines:
         seconds = line.get("seconds")
         if isinstance(seconds, dict) and all(json_records.is_number(seconds.get(name)) for name in PHASES):
             starts[str(line.get("id"))] = Start(

@@ -25,6 +25,7 @@ from curia_common import cli, logs
 from curia_common.errors import RestartError, UserError
 from curia_common.exit_codes import FINAL, ExitCode
 from curia_common.launching import ADDRESS, COUNT, NUMBER
+from curia_jax import storage
 from curia_jax.settings import Devices
 
 POLL_SECONDS = 0.5
@@ -270,6 +271,7 @@ def _follow(end: End) -> None:
         logs.say(f"error: {name()} ends because host {end.host} ended with exit code {end.code}: {end.text}")
         if logs.LogFile.current is not None:
             faulthandler.dump_traceback(logs.LogFile.current.stream)
+            storage.upload_now()
         if is_first():  # the others ask this process
             _wait_until_seen(count() - 2)
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from etils import epath
+
 from curia_common import logs
 from curia_jax import json_records
 
@@ -25,7 +27,7 @@ class Found(NamedTuple):
     unreadable: int
 
 
-def read(path: Path, numbers: tuple[str, ...] = ()) -> Found:
+def read(path: Path | epath.Path, numbers: tuple[str, ...] = ()) -> Found:
     """All readable lines of a file, in order; none where there is no file.
 
     Args:
@@ -33,7 +35,7 @@ def read(path: Path, numbers: tuple[str, ...] = ()) -> Found:
     """
     lines, unreadable = [], 0
     if path.is_file():
-        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for text in path.read_bytes().decode("utf-8", "replace").splitlines():
             line = _parse(text)
             if line is not None and all(json_records.is_number(line.get(name)) for name in numbers):
                 lines.append(line)

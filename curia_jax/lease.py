@@ -21,7 +21,7 @@ import tensorstore as ts
 from curia_common import cli, logs
 from curia_common.errors import RestartError
 from curia_common.exit_codes import ExitCode
-from curia_jax import json_records
+from curia_jax import json_records, storage
 
 FILE = "lock.json"
 LEASE_SECONDS = 60.0  # without a renewal; an owner on this machine that has died is known at once
@@ -60,7 +60,7 @@ def owner(workdir: str) -> str | None:
 class _Lock:
     def __init__(self, workdir: str) -> None:
         self._workdir = workdir
-        self._store = ts.KvStore.open({"driver": "file", "path": f"{Path(workdir).absolute()}/"}).result()
+        self._store = ts.KvStore.open(_place(workdir)).result()
         self._me = {"host": socket.gethostname(), "boot": _boot(), "process": os.getpid(), "began": time.time()}
         self._version: bytes | None = None  # of the file as this process wrote it
         self._using = threading.Lock()
@@ -125,6 +125,15 @@ class _Lock:
             return False
         self._version = written
         return True
+
+
+def _place(workdir: str) -> dict[str, str]:
+    """The work directory as tensorstore names it."""
+    folder = storage.root(workdir)
+    if not storage.is_bucket(folder):
+        return {"driver": "file", "path": f"{folder}/"}
+    bucket, _, path = str(folder).removeprefix(storage.SCHEME).partition("/")
+    return {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
 
 
 def describe(content: bytes) -> str:

@@ -17,7 +17,7 @@ from etils import epath
 import curia_common
 from curia_common.errors import DoesNotFitError
 from curia_common.launching import Contract
-from curia_jax import hosts
+from curia_jax import hosts, storage
 from data_pipeline.format.shards import SliceSource
 
 PROBE = ".preflight"
@@ -135,7 +135,7 @@ def check_dataset(source: SliceSource) -> None:
 
 
 def _probe(workdir: str, host: int) -> epath.Path:
-    return epath.Path(workdir).expanduser().absolute() / f"{PROBE}-{host}"
+    return storage.root(workdir) / f"{PROBE}-{host}"
 
 
 def _unusable(workdir: str, error: Exception) -> DoesNotFitError:

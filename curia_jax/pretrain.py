@@ -26,7 +26,7 @@ python -m curia_jax.pretrain --config=configs/demo.py --fields          list eve
         overrides=True,
     )
     made.add_argument("--config", required=True, help="config file or name; --config.field=value changes a field")
-    made.add_argument("--workdir", help="folder of this run; one with checkpoints is resumed")
+    made.add_argument("--workdir", help="folder of this run, or gs://bucket/run; one with checkpoints is resumed")
     made.add_argument("--fields", action="store_true", help="print the config's fields and values and exit")
     cli.add_json(
         made,

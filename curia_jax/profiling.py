@@ -11,21 +11,27 @@ from pathlib import Path
 import jax
 
 from curia_common import logs, signals
-from curia_jax import hosts, training
+from curia_jax import hosts, storage, training
 
 REQUEST, FOLDER = "profile.request", "profiles"
 STEPS, MOST_STEPS = 5, 1000
-POLL_SECONDS = 1.0
+POLL_SECONDS, BUCKET_POLL_SECONDS = 1.0, 10.0
 _KEY = "curia/profile"
 
 logger = logs.get_logger(__name__)
 
 
 class Profiler:
-    """Looks for requests from its start to the end of the block; `follow` is its hook of every step."""
+    """Looks for requests from its start to the end of the block; `follow` is its hook of every step.
 
-    def __init__(self, workdir: str, received: signals.Received) -> None:
-        self._workdir = Path(workdir)
+    Args:
+      output: folder of the profiles, if it is not the work directory.
+    """
+
+    def __init__(self, workdir: str, received: signals.Received, output: Path | None = None) -> None:
+        self._request_file = storage.root(workdir) / REQUEST
+        self._poll_seconds = BUCKET_POLL_SECONDS if storage.is_bucket(workdir) else POLL_SECONDS
+        self._output = Path(workdir) if output is None else output
         self._wanted = 0  # steps to trace
         self._until: int | None = None  # step after which the trace that is running ends
         self._done = threading.Event()
@@ -50,7 +56,7 @@ class Profiler:
                 self._stop()
         elif self._wanted:
             steps, self._wanted = self._wanted, 0
-            folder = self._workdir / FOLDER / f"step-{report.step + 1}" / f"host-{hosts.number()}"
+            folder = self._output / FOLDER / f"step-{report.step + 1}" / f"host-{hosts.number()}"
             try:
                 jax.profiler.start_trace(str(folder))
             except Exception as error:  # noqa: BLE001 - a profile must not end a run
@@ -70,11 +76,11 @@ class Profiler:
 
     def _request(self) -> None:
         """SIGUSR2: the same as the file."""
-        with contextlib.suppress(OSError):
-            (self._workdir / REQUEST).touch()
+        with contextlib.suppress(Exception):  # as in `_take_request`
+            self._request_file.write_text("")
 
     def _poll(self) -> None:
-        while not self._done.wait(POLL_SECONDS):
+        while not self._done.wait(self._poll_seconds):
             if hosts.is_first():
                 if steps := self._take_request():
                     hosts.tell(f"{_KEY}/{self._asked}", str(steps))
@@ -84,10 +90,9 @@ class Profiler:
 
     def _take_request(self) -> int:
         """Steps that a request file asks for, which it removes; 0 where there is none."""
-        path = self._workdir / REQUEST
         try:
-            text = path.read_text(encoding="utf-8", errors="replace").strip()
-            path.unlink()
-        except OSError:
+            text = self._request_file.read_bytes().decode("utf-8", "replace").strip()
+            self._request_file.unlink()
+        except Exception:  # noqa: BLE001 - whatever storage raises; it is looked at again
             return 0
         return min(int(text), MOST_STEPS) if text.isdecimal() and int(text) else STEPS

@@ -37,6 +37,7 @@ from curia_jax import (
     profiling,
     saving,
     sharding,
+    storage,
     telemetry,
     training,
     watchdog,
@@ -276,7 +277,7 @@ def _open_dataset(wanted: Data, meta: checkpoint.Meta | None) -> tuple[SliceSour
 def batches(run: Run) -> Iterator[base.Batch]:
     """Global batches on the devices, from the example after the checkpoint's on."""
     wanted = run.settings
-    processes.name_semaphores(f"{Path(run.workdir).absolute()} {hosts.number()}")
+    processes.name_semaphores(f"{storage.root(run.workdir)} {hosts.number()}")
     on_host = data.training_batches(
         run.source, batch_size=wanted.batch_size, canvas=run.canvas, seed=wanted.seed,
         examples_seen=run.meta(run.schedule.examples_seen).position - run.dataset_start,
@@ -333,8 +334,8 @@ def train(run: Run, objective: base.Objective, batches: Callable[[Run], Iterator
     if schedule.start_step >= schedule.total_steps:
         return _nothing_to_do(run, objective)
     with contextlib.ExitStack() as closing, hosts.leaving_at_once(closing, run.settings.devices.heartbeat_seconds):
-        dog = _take_work_directory(run, closing)
-        start = _Start(run, objective, closing, dog)
+        dog, folder = _take_work_directory(run, closing)
+        start = _Start(run, objective, closing, dog, folder)
         start.restore()
         start.compile()
         start.open_logs()
@@ -370,8 +371,11 @@ def _nothing_to_do(run: Run, objective: base.Objective) -> Outcome:
     return Outcome(True, schedule.start_step, schedule.examples_seen, telemetry.last_metrics(run.workdir))
 
 
-def _take_work_directory(run: Run, closing: contextlib.ExitStack) -> watchdog.Watchdog:
+def _take_work_directory(run: Run, closing: contextlib.ExitStack) -> tuple[watchdog.Watchdog, Path]:
     """Makes sure that all hosts do the same, and nobody else anything in the work directory; opens this host's log.
+
+    Returns:
+      The watchdog, and the folder for what is appended to (see storage.Spool).
 
     Raises:
       UserError: the hosts differ.
@@ -392,19 +396,24 @@ def _take_work_directory(run: Run, closing: contextlib.ExitStack) -> watchdog.Wa
             if workdirs.saved_steps(run.workdir) != run.saved_steps:
                 raise RestartError(f"another run has just saved in {run.workdir}; rerun the same command")
         hosts.barrier("work directory", _patience(run))
-    log_file = logs.LogFile(run.workdir, hosts.number(), take_descriptor=cli.owns_process())
+    own_log = f"{logs.FOLDER}/host-{hosts.number()}.log"
+    spool = storage.Spool(run.workdir, (own_log, *(workdirs.APPENDED if hosts.is_first() else ())))
+    if cli.owns_process():
+        cli.on_end(lambda code, line: spool.close())
+    closing.callback(spool.upload if cli.owns_process() else spool.close)
+    log_file = logs.LogFile(spool.folder, hosts.number(), take_descriptor=cli.owns_process())
     if not cli.owns_process():  # else it is open until the process has ended
         closing.callback(log_file.close)
-    return closing.enter_context(watchdog.Watchdog(run.settings.devices.watchdog_seconds, log_file))
+    return closing.enter_context(watchdog.Watchdog(run.settings.devices.watchdog_seconds, log_file)), spool.folder
 
 
 class _Start:
     """One start of a run, in the order of its methods. What it opens is closed with `closing`."""
 
     def __init__(
-        self, run: Run, objective: base.Objective, closing: contextlib.ExitStack, dog: watchdog.Watchdog
+        self, run: Run, objective: base.Objective, closing: contextlib.ExitStack, dog: watchdog.Watchdog, folder: Path
     ) -> None:
-        self._run, self._objective, self._closing, self._dog = run, objective, closing, dog
+        self._run, self._objective, self._closing, self._dog, self._folder = run, objective, closing, dog, folder
 
     # ---- state
 
@@ -460,7 +469,7 @@ class _Start:
 
     def _open_ledger(self, began: float) -> None:
         start_step = self._run.schedule.start_step
-        self._ledger = goodput.Ledger(self._run.workdir, start_step, began, writes=hosts.is_first())
+        self._ledger = goodput.Ledger(self._folder, start_step, began, writes=hosts.is_first())
         self._closing.callback(self._ledger.close)
 
     def open_logs(self) -> None:
@@ -471,10 +480,10 @@ class _Start:
         self._meter = telemetry.Meter(batch_size=schedule.batch_size, flops_per_example=flops, peak=peak)
         self._log: telemetry.Log | None = None
         if hosts.is_first():
-            self._log = telemetry.Log(run.workdir, start_step=schedule.start_step)
+            self._log = telemetry.Log(self._folder, start_step=schedule.start_step)
             self._closing.callback(self._log.close)
             text = json.dumps(run.config, indent=2) + "\n"
-            Path(run.workdir, workdirs.CONFIG).write_text(text, encoding="utf-8")
+            storage.write_text(storage.root(run.workdir) / workdirs.CONFIG, text)
             self._log.event(
                 "resumed" if schedule.start_step else "started", step=schedule.start_step,
                 examples_seen=schedule.examples_seen, total_steps=schedule.total_steps, slices=len(run.source),
@@ -518,7 +527,7 @@ class _Start:
         received = self._closing.enter_context(signals.receiving())
         devices = self._run.settings.devices
         self._closing.enter_context(preemption.Watch(devices.preemption_notice, received))
-        profiler = self._closing.enter_context(profiling.Profiler(self._run.workdir, received))
+        profiler = self._closing.enter_context(profiling.Profiler(self._run.workdir, received, self._folder))
         hooks.append(training.Hook(profiler.follow))
         while True:
             run, guard = self._run, jax.device_get(self._state["guard"])
@@ -578,4 +587,4 @@ class _Start:
         logger.info(self._ledger.write(step).text())
         self._dog.beat("waiting for the other hosts to end")
         hosts.meet_at_the_end(_patience(self._run))
-        return Outcome(finished, step, seen, telemetry.last_metrics(self._run.workdir) | self._meter.total())
+        return Outcome(finished, step, seen, telemetry.last_metrics(self._folder) | self._meter.total())

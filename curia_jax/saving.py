@@ -4,9 +4,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import json
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -16,10 +14,10 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from curia_common.errors import StorageError, UserError
-from curia_jax import checkpoint
+from curia_jax import checkpoint, storage
 
 State = TypeVar("State")
-REMOVED = "removed.txt"  # takes the place of the commit marker while a checkpoint is removed
+REMOVED = "removed.txt"  # in place of the commit marker while a checkpoint is removed
 # Orbax measures its time limit with a clock that may be set, and gives up a save where it jumps. Our limit runs on one that cannot.
 _ORBAX_SECONDS, _SAVE_SECONDS = 10 * 86_400, 1200
 
@@ -52,7 +50,7 @@ class Checkpointer:
         checkpoint.quiet()
         self._keep, self._keep_every, self._keep_best = keep, keep_every_steps, keep_best
         # Orbax accepts a relative path and fails at the first save.
-        self._folder = epath.Path(workdir).expanduser().absolute() / checkpoint.FOLDER
+        self._folder = storage.root(workdir) / checkpoint.FOLDER
         # Without this Orbax takes `meta` for a tree of arrays and writes each of its numbers as one.
         self._context = ocp.Context()
         self._context.checkpointables.registry = ocp.handlers.local_registry()
@@ -133,7 +131,7 @@ class Checkpointer:
             stay.update(sorted(values, key=lambda step: values[step])[:1])
         for step in steps:
             if step not in stay:
-                _remove(Path(self._folder / str(step)))
+                _remove(self._folder / str(step))
 
     def restore(self, abstract: State, *, step: int | None = None, since: Mapping[str, PyTree] | None = None) -> State:
         """A state on the devices.
@@ -170,34 +168,38 @@ class Checkpointer:
 
 def _remove_unfinished(folder: epath.Path) -> None:
     """Removes what saves and removals that failed or were killed have left."""
-    for path in map(Path, folder.iterdir()):
-        with contextlib.suppress(OSError):  # tried again at the next save
+    for path in folder.iterdir() if folder.is_dir() else ():
+        with contextlib.suppress(Exception):  # whatever storage raises: it is tried again at the next save
             if checkpoint.UNFINISHED in path.name:
-                shutil.rmtree(path)
-            elif path.name.isdigit() and ((path / REMOVED).exists() or not any(path.iterdir())):
+                storage.remove(path)
+            elif path.name.isdigit() and ((path / REMOVED).exists() or _is_unfinished(path)):
                 _remove(path)
 
 
-def _remove(folder: Path) -> None:
+def _is_unfinished(folder: epath.Path) -> bool:
+    """Whether this is what a save has left. In a bucket Orbax writes to the folder of the step itself, and its marker last."""
+    if storage.is_bucket(folder):
+        return not (folder / checkpoint.COMMITTED).exists()
+    return not any(folder.iterdir())
+
+
+def _remove(folder: epath.Path) -> None:
     """Removes a checkpoint. Where that is interrupted, what is left does not look like one, and says that it may go."""
-    if (folder / checkpoint.COMMITTED).exists():
-        (folder / checkpoint.COMMITTED).replace(folder / REMOVED)
+    (folder / REMOVED).write_text("")
+    (folder / checkpoint.COMMITTED).unlink(missing_ok=True)
     for path in folder.iterdir():
         if path.is_dir():
-            shutil.rmtree(path)
+            storage.remove(path)
         elif path.name != REMOVED:
             path.unlink()
-    shutil.rmtree(folder)
+    storage.remove(folder)
 
 
 def _write_digests(folder: epath.Path) -> None:
     """Writes the size and the SHA-256 of every file of a checkpoint beside them."""
-    root = Path(folder)
-    files = sorted(path for path in root.rglob("*") if path.is_file() and path.name != checkpoint.DIGESTS)
-    rows = {path.relative_to(root).as_posix(): [path.stat().st_size, checkpoint.sha256(path)] for path in files}
-    beside = root / f".{checkpoint.DIGESTS}.tmp"
-    beside.write_text(json.dumps(rows, indent=0), encoding="utf-8")
-    beside.replace(root / checkpoint.DIGESTS)
+    files = [file for file in storage.files(folder) if file.path.name != checkpoint.DIGESTS]
+    rows = {name: [path.stat().length, checkpoint.sha256(path)] for name, path in files}
+    storage.write_text(folder / checkpoint.DIGESTS, json.dumps(rows, indent=0))
 
 
 # ---- whether it fits

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from curia_common import logs
-from curia_jax import journal
+from curia_jax import journal, storage
 
 logger = logs.get_logger(__name__)
 
@@ -133,7 +133,7 @@ class Log:
       start_step: step of the checkpoint that the run resumes from; 0 for a new run.
     """
 
-    def __init__(self, workdir: str, *, start_step: int) -> None:
+    def __init__(self, workdir: str | Path, *, start_step: int) -> None:
         self._folder = Path(workdir)
         self._metrics = journal.Writer(self._folder / METRICS, lambda line: line["step"] <= start_step, ("step",))
         self._events = journal.Writer(self._folder / EVENTS, lambda line: True)
@@ -192,12 +192,12 @@ class Log:
                 self._board.close()
 
 
-def last_metrics(workdir: str) -> journal.Line:
+def last_metrics(workdir: str | Path) -> journal.Line:
     """The last readable line of `metrics.jsonl`; empty where there is none."""
-    lines = journal.read(Path(workdir) / METRICS, ("step",)).lines
+    lines = journal.read(storage.root(workdir) / METRICS, ("step",)).lines
     return lines[-1] if lines else {}
 
 
-def events(workdir: str) -> list[journal.Line]:
+def events(workdir: str | Path) -> list[journal.Line]:
     """The lines of `events.jsonl`; empty where there is none."""
-    return journal.read(Path(workdir) / EVENTS).lines
+    return journal.read(storage.root(workdir) / EVENTS).lines

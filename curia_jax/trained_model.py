@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 
 from curia_common.errors import DataError
 from curia_jax import checkpoint
@@ -37,7 +38,7 @@ class TrainedModel:
     seed: int
     step: int
     examples_seen: int
-    path: Path
+    path: epath.Path
 
     @property
     def run_name(self) -> str | None:
@@ -75,7 +76,7 @@ def load(path: str | Path, step: int | None = None) -> TrainedModel:
         seed=config.seed,
         step=loaded.step,
         examples_seen=loaded.examples_seen,
-        path=Path(loaded.path),
+        path=epath.Path(loaded.path),
     )
 
 

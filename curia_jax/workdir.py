@@ -1,13 +1,8 @@
 """The work directory of a run: whether it can be one, and whether it is a new one."""
 
-import os
-from pathlib import Path
-
-from etils import epath
-
 from curia_common import launching, logs
 from curia_common.errors import DataError, UserError
-from curia_jax import checkpoint, goodput, lease, profiling, telemetry
+from curia_jax import checkpoint, goodput, lease, profiling, storage, telemetry
 
 CONFIG = "config.json"
 # What a run may have left that was killed before it wrote its config.
@@ -23,27 +18,16 @@ OWN_FILES = {
     profiling.REQUEST,
     launching.RECORDS,
 }
+APPENDED = (telemetry.METRICS, telemetry.EVENTS, goodput.LEDGER)  # by the first host of every start
 
 
 def check(workdir: str) -> None:
     """Makes the folder where there is none, before hours are spent on results that could not be written.
 
     Raises:
-      UserError: it is an address, or cannot be written to.
+      UserError: it is an address that runs cannot use, or cannot be written to.
     """
-    if "://" in workdir:
-        raise UserError(
-            f"--workdir={workdir} is an address, not a folder; mount the bucket (Cloud Storage: gcsfuse --rename-dir-limit=100000) "
-            "and name the folder where it is mounted"
-        )
-    try:
-        Path(workdir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot make the work directory {workdir}: {error.strerror}; choose another --workdir"
-        ) from error
-    if not os.access(workdir, os.W_OK):
-        raise UserError(f"cannot write to the work directory {workdir}; choose another --workdir")
+    storage.check_writable(workdir)
 
 
 def check_new(workdir: str) -> None:
@@ -60,11 +44,12 @@ def check_new(workdir: str) -> None:
             f"{workdir} is the work directory of a run that saved step {max(saved)}, but has no checkpoint: is its storage mounted? "
             f"Bring its folder {checkpoint.FOLDER}/ back, or choose another --workdir for a new run"
         )
-    found = {path.name for path in Path(workdir).iterdir() if not path.name.startswith(".")}
+    folder = storage.root(workdir)
+    found = {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.is_dir() else set[str]()
     if found - OWN_FILES and CONFIG not in found:
         raise UserError(f"--workdir={workdir} is not empty and not the work directory of a run; choose another folder")
 
 
 def saved_steps(workdir: str) -> tuple[int, ...]:
     """Steps of the checkpoints that were finished, whole or not."""
-    return tuple(checkpoint.finished_steps(epath.Path(workdir).expanduser().absolute() / checkpoint.FOLDER))
+    return tuple(checkpoint.finished_steps(storage.root(workdir) / checkpoint.FOLDER))

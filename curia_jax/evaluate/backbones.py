@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 from jax.sharding import AxisType, NamedSharding
@@ -14,7 +13,7 @@ from jaxtyping import Array, Float
 
 import curia_common
 from curia_common.errors import UserError
-from curia_jax import config, data, trained_model
+from curia_jax import config, data, storage, trained_model
 from curia_jax.evaluate import features
 from curia_jax.evaluate.results import FLOORS, HISTOGRAM, PIXELS, RANDOM, Provenance
 from curia_jax.models import mae
@@ -118,7 +117,7 @@ def open_backbones(
 def check(given: Sequence[str]) -> None:
     """Raises UserError where a backbone that a user named is not there. Quick."""
     for path in given:
-        if not Path(path).exists():
+        if not storage.root(path).exists():
             raise UserError(
                 f"no backbone {path!r}: it is neither a folder nor one of the floors, which are always there "
                 f"({', '.join(FLOORS)}); name a work directory of curia_jax.pretrain, or the folder of a step"

@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report(args: argparse.Namespace) -> None:
     import pyarrow as pa
+    from etils import epath
 
     from curia_jax import trained_model
     from curia_jax.evaluate import labels, results
@@ -105,7 +106,10 @@ def report(args: argparse.Namespace) -> None:
     # ---- page
     artefacts = [
         (Path(args.shards), "slice shards (a TFDS dataset over ArrayRecord), index.parquet, manifest.parquet"),
-        (Path(args.run), "work directory: checkpoints, metrics.jsonl, events.jsonl, TensorBoard events, config.json"),
+        (
+            epath.Path(args.run),
+            "work directory: checkpoints, metrics.jsonl, events.jsonl, TensorBoard events, config.json",
+        ),
         *((path, f"safetensors for {LAYOUTS.get(path.name, path.name)}") for path in layouts),
         (Path(args.results), "scores"),
         (folder, "the pictures of this page"),

@@ -10,6 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from etils import epath
+
+from curia_jax import storage
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -112,12 +116,13 @@ def duration(seconds: int | float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def file_size(path: Path) -> str:
+def file_size(path: Path | epath.Path) -> str:
     """Of a file, or of all files in a folder; empty where there is none."""
-    if not path.exists():
+    place = epath.Path(path)
+    if not place.exists():
         return ""
-    files = [path] if path.is_file() else [inner for inner in path.rglob("*") if inner.is_file()]
-    size = float(sum(file.stat().st_size for file in files))
+    files = [place] if place.is_file() else [file.path for file in storage.files(place)]
+    size = float(sum(file.stat().length or 0 for file in files))
     if size < 1000:
         return f"{size:.0f} B"
     for unit in ("kB", "MB"):

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from etils import epath
+
 from curia_common import logs
 from curia_common.errors import DataError, UserError
-from curia_jax import journal, json_records
+from curia_jax import journal, json_records, storage
 
 logger = logs.get_logger(__name__)
 
@@ -97,15 +99,15 @@ class RunLog:
         return [event.examples_seen for event in self.events if event.event == "resumed"]
 
 
-def read(workdir: str | Path) -> RunLog:
+def read(workdir: str | Path | epath.Path) -> RunLog:
     """The log of a work directory. Lines that are torn or damaged are left out, with a warning.
 
     Raises:
       UserError: there is none, or the run has not taken a step.
       DataError: no line can be read, or none says what was run.
     """
-    metrics, _ = _records(Path(workdir) / "metrics.jsonl", Metrics)
-    events, lines = _records(Path(workdir) / "events.jsonl", Event)
+    metrics, _ = _records(storage.root(workdir) / "metrics.jsonl", Metrics)
+    events, lines = _records(storage.root(workdir) / "events.jsonl", Event)
     setups = [
         setup for line in lines if line.get("event") in ("started", "resumed") and (setup := _record(Setup, line))
     ]
@@ -114,7 +116,7 @@ def read(workdir: str | Path) -> RunLog:
     return RunLog(metrics, events, setups[0])
 
 
-def _records(path: Path, kind: type[Record]) -> tuple[tuple[Record, ...], list[journal.Line]]:
+def _records(path: epath.Path, kind: type[Record]) -> tuple[tuple[Record, ...], list[journal.Line]]:
     """The lines of a file that make records, as records and as they are."""
     if not path.is_file():
         raise UserError(f"no {path.name} in {path.parent}; --run takes the work directory of curia_jax.pretrain")

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
+from etils import epath
 
 from curia_jax.evaluate import labels
 from curia_jax.evaluate.results import HISTOGRAM, MAJORITY, PIXELS, RANDOM, Score
@@ -246,7 +247,7 @@ def stages(timeline: Timeline | None) -> str:
     return f"<h2>What was run, and what it cost</h2>{page.table(caption, ['stage', 'commands'], ['time'], rows)}"
 
 
-def artefacts(files: Sequence[tuple[Path, str]]) -> str:
+def artefacts(files: Sequence[tuple[Path | epath.Path, str]]) -> str:
     """`files` are paths, each with what it holds."""
     rows = [page.row(page.code(str(path)), page.cell(what), page.number(page.file_size(path))) for path, what in files]
     return f"<h2>Where everything is</h2>{page.table('', ['path', 'what'], ['size'], rows)}"

@@ -1,0 +1,137 @@
+"""A whole run whose work directory is in a bucket, and the faults that are particular to buckets."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from curia_common.errors import RestartError
+from curia_jax import checkpoint, doctor, lease, profiling, saving, sharding, storage, telemetry
+from curia_jax.convert import __main__ as convert
+from curia_jax.evaluate import backbones
+from curia_jax.report import run_log
+from tests import test_lease, test_run
+
+pytestmark = pytest.mark.bucket
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("one_device")
+def test_run_in_a_bucket_stops_resumes_and_ends_as_in_a_folder(
+    bucket: str, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert test_run.train(tmp_path / "folder", tiny_shards).exit_code == 0
+    assert test_run.train(bucket, tiny_shards, stop_at=3).exit_code == 75  # type: ignore[arg-type]
+    assert doctor.examine(bucket)[0].state == "stopped"
+    assert test_run.train(bucket, tiny_shards).exit_code == 0  # type: ignore[arg-type]
+
+    ours, theirs = (checkpoint.load(place) for place in (str(tmp_path / "folder"), bucket))
+    assert (ours.step, ours.examples_seen) == (theirs.step, theirs.examples_seen) == (6, 96)
+    found = sharding.paths(theirs.params)
+    assert all(np.array_equal(leaf, found[path]) for path, leaf in sharding.paths(ours.params).items())
+    rows = run_log.read(bucket).metrics
+    assert {row.step: row.loss for row in rows} == test_run.losses(tmp_path / "folder")
+    assert [event["event"] for event in telemetry.events(bucket) if event["event"] != "saved"] == [
+        "started", "preempted", "resumed", "finished",
+    ]  # fmt: skip
+    names = {file.name.split("/")[0] for file in storage.files(storage.root(bucket))}
+    assert names == {path.name for path in (tmp_path / "folder").iterdir() if not path.name.startswith(".")}
+
+    examined, spent = doctor.examine(bucket)
+    assert (examined.state, examined.steps, examined.torn, examined.owner) == ("finished", 6, {}, None)
+    assert examined.goodput is not None and spent is not None
+    backbones.check([bucket])  # as evaluate does before it opens them
+    assert backbones.open_backbones([bucket], (), readouts=[])[0].provenance.step == 6
+    words = [f"--checkpoint={bucket}", f"--output={tmp_path / 'weights'}", "--layout=vit"]
+    assert convert.main([*words, f"--json={tmp_path / 'weights.json'}"]) == 0
+    assert json.loads((tmp_path / "weights.json").read_text())["step"] == 6
+
+
+def _save(workdir: str, *steps: int) -> None:
+    saver = saving.Checkpointer(workdir, keep=2)
+    for step in steps:
+        state = {"step": jnp.int32(step), "params": {"kernel": jnp.arange(4000.0) + step}}
+        saver.save(step, state, checkpoint.Meta({"seed": 0}, 8 * step))
+    saver.close()
+    assert [ended.problem for ended in saver.ended()] == [None] * len(steps)
+
+
+def test_checkpoints_in_a_bucket_are_kept_checked_and_loaded(bucket: str) -> None:
+    _save(bucket, 2, 4, 6)
+    assert [(verdict.path, verdict.problem, verdict.checked) for verdict in checkpoint.examine(bucket)] == [
+        (f"{bucket}/checkpoints/{step}", None, True) for step in (6, 4)
+    ]
+    for place in (bucket, f"{bucket}/checkpoints", f"{bucket}/checkpoints/6"):
+        assert np.array_equal(checkpoint.load(place).params["kernel"], np.arange(4000.0, dtype=np.float32) + 6)
+
+
+def test_checkpoint_without_its_marker_is_passed_over_and_removed(bucket: str) -> None:
+    """As a run leaves it that is killed between the data and the marker."""
+    _save(bucket, 2, 4)
+    (storage.root(bucket) / "checkpoints/4" / checkpoint.COMMITTED).unlink()
+    assert checkpoint.load(bucket).step == 2
+    newest = checkpoint.latest(bucket)
+    assert newest is not None and newest[0] == 2
+    assert [verdict.problem for verdict in checkpoint.examine(bucket)] == [None, "it was not finished"]
+    _save(bucket, 6)
+    assert sorted(path.name for path in (storage.root(bucket) / "checkpoints").iterdir()) == ["2", "6"]
+
+
+def test_damaged_checkpoint_in_a_bucket_is_passed_over(bucket: str) -> None:
+    _save(bucket, 2, 4)
+    folder = storage.root(bucket) / "checkpoints/4"
+    largest = max(storage.files(folder), key=lambda file: file.path.stat().length or 0).path
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(bytes(data))
+    assert checkpoint.load(bucket).step == 2
+    assert "has other bytes than were saved" in str(checkpoint.examine(bucket)[0].problem)
+
+
+def test_second_run_in_a_bucket_is_refused_and_the_lock_of_a_dead_one_taken(bucket: str, tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", test_lease.HOLDER, bucket, "60"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+    try:
+        test_lease.wait_until_held(holder)
+        with (
+            pytest.raises(RestartError, match=rf"{bucket} is in use by process {holder.pid} on "),
+            lease.holding(bucket),
+        ):
+            pytest.fail("both hold it")
+    finally:
+        holder.kill()
+        holder.wait()
+    assert lease.owner(bucket) is None
+    with lease.holding(bucket):
+        assert json.loads((storage.root(bucket) / lease.FILE).read_text())["process"] == os.getpid()
+    assert not (storage.root(bucket) / lease.FILE).exists()
+
+
+def test_of_two_runs_that_start_at_once_in_a_bucket_one_gets_the_lock(bucket: str) -> None:
+    first, second = lease._Lock(bucket), lease._Lock(bucket)
+    missing = first.read().stamp.generation
+    assert first._write(missing) and not second._write(missing)
+    seen = second.read().stamp.generation
+    assert first._write(first._version or b"") and not second._write(seen)  # a renewal makes it another version
+    first.release()
+    assert second._write(second.read().stamp.generation)
+
+
+def test_new_run_needs_an_empty_place_in_the_bucket(bucket: str, tiny_shards: Path) -> None:
+    (storage.root(bucket) / "somebody's.txt").write_text("x")
+    with pytest.raises(Exception, match="is not empty and not the work directory of a run"):
+        test_run.prepare(bucket, tiny_shards)  # type: ignore[arg-type]
+
+
+def test_profile_is_requested_by_an_object(bucket: str, tmp_path: Path) -> None:
+    from curia_common import signals
+
+    with profiling.Profiler(bucket, signals.Received(threaded=False), tmp_path) as profiler:
+        (storage.root(bucket) / profiling.REQUEST).write_text("3")
+        assert profiler._take_request() == 3 and profiler._take_request() == 0
