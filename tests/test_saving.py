@@ -130,10 +130,10 @@ def test_interrupted_removal_is_finished_at_the_next_save(
         return call
 
     with monkeypatch.context() as patched:
-        for name in ("rename", "replace", "unlink", "rmdir"):
+        for name in ("rename", "replace", "unlink", "remove", "rmdir"):
             patched.setattr(os, name, counted(getattr(os, name)))
         with contextlib.suppress(Killed):
-            saving._remove(tmp_path / checkpoint.FOLDER / "1")
+            saving._remove(epath.Path(tmp_path / checkpoint.FOLDER / "1"))
     assert checkpoint.finished_steps(epath.Path(tmp_path / checkpoint.FOLDER)) == ([1] if nth == 0 else [])
     checkpointer.save(2, {"step": jnp.int32(2)}, Meta(CONFIG, 2))
     checkpointer.close()
