@@ -6,7 +6,7 @@ The metadata server of every machine says so at two addresses, which answer when
   instance/preempted           TRUE: a Spot machine ends within 30 s
   instance/maintenance-event   TERMINATE_ON_HOST_MAINTENANCE: a machine with accelerators will be stopped; minutes to an hour before
 
-Live migration is no reason to stop. Neither is maintenance that had been announced before the run began: stopping for it would
+Live migration does not stop a run. Neither does maintenance that had been announced before the run began: stopping for it would
 restart the run into the same notice, and SIGTERM comes when it is time.
 """
 
@@ -112,7 +112,7 @@ class Watch:
 
         Raises:
           OSError, HTTPException: no answer.
-          ValueError: an answer that is no metadata server's.
+          ValueError: an answer that does not come from a metadata server.
         """
         wait = "" if tag is None else f"?wait_for_change=true&timeout_sec={WAIT_SECONDS}&last_etag={tag}"
         request = urllib.request.Request(f"http://{self._server}/computeMetadata/v1/{path}{wait}", headers=_FLAVOR)

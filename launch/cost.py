@@ -58,7 +58,7 @@ def read(path: str, spec: LaunchSpec) -> Plan:
     """The plan of this run.
 
     Raises:
-      UserError: the file is no plan, or that of another run; the message has the command that plans this one.
+      UserError: the file is not a plan, or that of another run; the message has the command that plans this one.
     """
     again = f"plan this one: {plan_command(spec)}"
     try:
@@ -72,7 +72,7 @@ def read(path: str, spec: LaunchSpec) -> Plan:
     except OSError as error:
         raise UserError(f"--plan={path}: {error.strerror}; {again}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--plan={path} is no plan ({type(error).__name__}: {error}); {again}") from error
+        raise UserError(f"--plan={path} is not a plan ({type(error).__name__}: {error}); {again}") from error
     for what, planned, wanted in (
         ("topology", plan.topology, str(spec.topology)),
         ("config", Path(plan.config).stem, Path(spec.option("--config") or "").stem),

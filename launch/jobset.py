@@ -249,12 +249,12 @@ def _differences(value: Any, schema: Any, where: str) -> Iterator[str]:
     """Where a value is not as the schema says."""
     if isinstance(schema, _Several):
         if not isinstance(value, list):
-            yield f"{where} is no list"
+            yield f"{where} is not a list"
         for index, one in enumerate(value if isinstance(value, list) else ()):
             yield from _differences(one, dict(schema), f"{where}[{index}]")
     elif isinstance(schema, dict):
         if not isinstance(value, dict):
-            yield f"{where} is no mapping"
+            yield f"{where} is not a mapping"
             return
         yield from (f"{where}.{name} is not a field" for name in value if name not in schema)
         for name, inner in schema.items():

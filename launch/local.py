@@ -197,7 +197,7 @@ def _alike(end: End) -> str:
 
 
 def _newest_checkpoint(spec: LaunchSpec) -> int | None:
-    """Newest step that was saved, whole or not; None for none, and where the work directory is no folder."""
+    """Newest step that was saved, whole or not; None for none, and where the work directory is not a folder."""
     folder = Path(spec.workdir or "", "checkpoints")
     steps = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()] if spec.workdir else []
     return max(steps, default=None)

@@ -66,7 +66,7 @@ class LaunchSpec:
       max_restarts: how often all processes are started again after a failure; those after a preemption do not count.
       grace_seconds: what processes get to save and end, from SIGTERM to SIGKILL.
       environment: further variables of every process.
-      source: commit of the launched code, with "-dirty" where files differ from it; the version where it is no checkout.
+      source: commit of the launched code, with "-dirty" where files differ from it; the version where it is not a checkout.
     """
 
     target: str
@@ -195,7 +195,7 @@ def make(
     pairs = [word.partition("=") for word in environment]
     for (variable, equals, _), word in zip(pairs, environment, strict=True):
         if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
-            raise UserError(f"--env={word} is no variable; write --env=NAME=value")
+            raise UserError(f"--env={word} is not NAME=value; write --env=NAME=value")
     return LaunchSpec(
         target=target, run=_run_name(run, workdir, name), command=name, words=words, topology=there, workdir=workdir,
         capacity="spot" if spot else "reserved" if reserved else "on-demand", reservation=reservation, image=image,

@@ -198,7 +198,7 @@ def _class_name(task: Task, split: str, row: int, value: object) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if value is None or value == "" or isinstance(value, float):
-        raise DataError(f"{task.name}: the target of row {row} of {split} is {value}, which is no class")
+        raise DataError(f"{task.name}: the target of row {row} of {split} is {value}, which is not a class")
     return f"{value:03d}" if isinstance(value, int) and (task.classes or 0) > 10 else str(value)
 
 

@@ -88,7 +88,7 @@ def parse(text: str, slices: int = 1) -> Topology:
     found = topologies.parse(text, slices)
     if found.generation is None:
         raise UserError(
-            f"there is no plan for {found}: its devices are no TPUs; plan a TPU topology, such as v5e:16x16"
+            f"there is no plan for {found}: its devices are not TPUs; plan a TPU topology, such as v5e:16x16"
         )
     return Topology(found.kind, found.shape, found.slices)
 

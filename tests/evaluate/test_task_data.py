@@ -113,8 +113,8 @@ def test_images_that_cannot_be_used_are_refused_with_their_row(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"target": float("nan")}, "the target of row 7 of test is nan, which is no class"),
-        ({"target": None}, "the target of row 7 of test is None, which is no class"),
+        ({"target": float("nan")}, "the target of row 7 of test is nan, which is not a class"),
+        ({"target": None}, "the target of row 7 of test is None, which is not a class"),
         ({"target": 5.0}, "row 7 of test is of class '5', which no row of train has"),
         ({"patient": "train 3"}, "row 7 of test is of the same patient as row 6 of train; split by patient"),
     ],

@@ -56,7 +56,7 @@ def test_plan_of_another_run_is_refused(plan_file: Callable[..., str], changes: 
 
 def test_file_that_is_no_plan_is_refused(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("{}")
-    for name, reason in (("plan.json", "is no plan"), ("missing.json", "No such file")):
+    for name, reason in (("plan.json", "is not a plan"), ("missing.json", "No such file")):
         with pytest.raises(UserError, match=f"{name}.*{reason}.*; plan this one: python -m curia_jax.plan"):
             cost.read(str(tmp_path / name), SPEC)
 

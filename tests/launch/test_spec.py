@@ -66,7 +66,7 @@ def test_contract_has_the_counts_of_all_slices() -> None:
         ("pretrain --workdir=a", {"reservation": "r"}, "add --reserved"),
         ("pretrain --workdir=a", {"image": "curia:latest"}, "--image=curia:latest has no digest"),
         ("pretrain --workdir=a", {"run": "First"}, "--run=First cannot name a run; take up to 40 lower-case"),
-        ("pretrain --workdir=a", {"environment": ["A"]}, "--env=A is no variable; write --env=NAME=value"),
+        ("pretrain --workdir=a", {"environment": ["A"]}, "--env=A is not NAME=value; write --env=NAME=value"),
         ("pretrain --workdir=a", {"max_restarts": -1}, "--max-restarts is -1"),
         ("pretrain --workdir=a", {"grace_seconds": 0}, "--grace is 0"),
     ],
