@@ -106,8 +106,12 @@ def read(workdir: str | Path | epath.Path) -> RunLog:
       UserError: there is none, or the run has not taken a step.
       DataError: no line can be read, or none says what was run.
     """
-    metrics, _ = _records(storage.root(workdir) / "metrics.jsonl", Metrics)
-    events, lines = _records(storage.root(workdir) / "events.jsonl", Event)
+    folder = storage.root(workdir)
+    for name in ("metrics.jsonl", "events.jsonl"):
+        if not (folder / name).is_file():
+            raise UserError(f"no {name} in {workdir}; --run takes the work directory of curia_jax.pretrain")
+    metrics, _ = _records(folder / "metrics.jsonl", Metrics)
+    events, lines = _records(folder / "events.jsonl", Event)
     setups = [
         setup for line in lines if line.get("event") in ("started", "resumed") and (setup := _record(Setup, line))
     ]
@@ -118,8 +122,6 @@ def read(workdir: str | Path | epath.Path) -> RunLog:
 
 def _records(path: epath.Path, kind: type[Record]) -> tuple[tuple[Record, ...], list[journal.Line]]:
     """The lines of a file that make records, as records and as they are."""
-    if not path.is_file():
-        raise UserError(f"no {path.name} in {path.parent}; --run takes the work directory of curia_jax.pretrain")
     found = journal.read(path, ("time",))
     both = [(record, line) for line in found.lines if (record := _record(kind, line)) is not None]
     damaged = found.unreadable + len(found.lines) - len(both)

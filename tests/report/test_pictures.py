@@ -1,13 +1,13 @@
 """Figures of reports, and the slices and windows they show."""
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pytest
+from etils import epath
 
 from curia_common import windows
 from curia_jax import augment, config, data
@@ -59,7 +59,7 @@ SOURCE = Slices(
 def trained(**changes) -> TrainedModel:
     model = mae.config(**MODEL, **changes)
     params = mae.init(model, jax.random.key(0))
-    return TrainedModel(model, params, SETTINGS, seed=0, step=1, examples_seen=8, path=Path("1"))
+    return TrainedModel(model, params, SETTINGS, seed=0, step=1, examples_seen=8, path=epath.Path("1"))
 
 
 def test_middle_slices_of_different_planes_and_patients_are_chosen() -> None:
