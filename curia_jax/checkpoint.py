@@ -240,7 +240,7 @@ class _Digests(NamedTuple):
 
 def sha256(path: epath.Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType] - epath says only IO
 
 
 def check(folder: str | Path | epath.Path, *, part: int = 0, parts: int = 1) -> Verdict:
