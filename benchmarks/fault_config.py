@@ -1,18 +1,9 @@
 """Config of the runs of benchmarks/faults.py: a model that compiles in seconds, and the faults that its process brings on itself.
 
-The variable FAULTS holds them as JSON, a list of objects:
-
-  at     "batch" (a batch is pulled), or the name of an audit event of Python ("open", "os.rename", …) and a part of its path:
-         "open commit_success.txt"
-  nth    which of them, from 1 on
-  do     a signal for this process ("SIGKILL"); "raise", "hang"; "nan", which makes values of the batch NaN; "full" and
-         "free", which set the largest size of a file to 4 KiB and take the limit away again
-  delay  seconds from there to the signal
-  last   "nan" lasts to this batch
-
-The moment of the first one is appended to the file that the variable FAULT_TIME names.
+The variable FAULTS holds them as JSON, a list of objects with the fields of `Fault`. The moment of the first one is appended to the file that the variable FAULT_TIME names.
 """
 
+import dataclasses
 import json
 import os
 import resource
@@ -20,13 +11,32 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 from curia_jax.configs import demo  # pyright: ignore[reportMissingImports] - configs/, as it is installed
 
 FULL = 4096  # bytes, of the largest file while the disk is "full"
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """A fault that the process brings on itself.
+
+    Attributes:
+      at: "batch" (a batch is pulled), or the name of an audit event of Python and a part of its path: "open commit_success.txt".
+      do: a signal for this process ("SIGKILL"); "raise", "hang"; "nan", which makes values of the batch NaN; "full" and
+        "free", which limit the size of a file to FULL bytes and lift the limit.
+      nth: number of the batch or event, from 1 on.
+      delay: seconds from there to the fault.
+      last: last batch of "nan"; None for one batch.
+    """
+
+    at: str
+    do: str
+    nth: int = 1
+    delay: float = 0.0
+    last: int | None = None
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -47,14 +57,14 @@ def get_config() -> ml_collections.ConfigDict:
     config.mesh.fsdp = 1
     config.devices.cpu_count = 1
     config.devices.heartbeat_seconds = 10
-    _bring_on(json.loads(os.environ.get("FAULTS", "[]")))
+    _bring_on([Fault(**found) for found in json.loads(os.environ.get("FAULTS", "[]"))])
     return config
 
 
-def _bring_on(faults: list[dict[str, Any]]) -> None:
+def _bring_on(faults: list[Fault]) -> None:
     """Makes the faults happen when their time comes."""
-    at_batches = [fault for fault in faults if fault["at"] == "batch"]
-    at_events = [fault for fault in faults if fault["at"] != "batch"]
+    at_batches = [fault for fault in faults if fault.at == "batch"]
+    at_events = [fault for fault in faults if fault.at != "batch"]
     if at_batches:
         from curia_jax import data
 
@@ -64,20 +74,20 @@ def _bring_on(faults: list[dict[str, Any]]) -> None:
             nonlocal pulled
             pulled += 1
             for fault in at_batches:
-                if fault["do"] == "nan":
-                    if fault["nth"] <= pulled <= fault.get("last", fault["nth"]):
+                if fault.do == "nan":
+                    if fault.nth <= pulled <= (fault.last or fault.nth):
                         batch = {**batch, "slope": batch["slope"] * float("nan")}
-                elif fault["nth"] == pulled:
+                elif fault.nth == pulled:
                     _happen(fault)
             return to_devices(batch, sharding)
 
         data.to_devices = disturbed
     if at_events:
-        left = [fault["nth"] for fault in at_events]
+        left = [fault.nth for fault in at_events]
 
         def audited(event: str, values: tuple[Any, ...]) -> None:
             for number, fault in enumerate(at_events):
-                name, _, part = fault["at"].partition(" ")
+                name, _, part = fault.at.partition(" ")
                 if event == name and left[number] and any(part in str(value) for value in values[:2]):
                     left[number] -= 1
                     if not left[number]:
@@ -86,10 +96,10 @@ def _bring_on(faults: list[dict[str, Any]]) -> None:
         sys.addaudithook(audited)
 
 
-def _happen(fault: Mapping[str, Any]) -> None:
-    delay, do = fault.get("delay", 0.0), fault["do"]
-    if delay:
-        threading.Timer(delay, _happen, [{**fault, "delay": 0.0}]).start()
+def _happen(fault: Fault) -> None:
+    do = fault.do
+    if fault.delay:
+        threading.Timer(fault.delay, _happen, [dataclasses.replace(fault, delay=0.0)]).start()
         return
     if path := os.environ.get("FAULT_TIME"):
         with open(path, "a") as file:

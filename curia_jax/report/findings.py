@@ -51,7 +51,8 @@ class Finding:
             f"training has seen, a {self.score.head} probe on the frozen features tells {study.title} ({', '.join(study.classes)}) with "
             f"an AUROC of {self.score.value_text} {self.score.interval_text}"
         )
-        return f"{text}: {', and '.join(parts)}." if parts else f"{text}."
+        listed = ", ".join(parts[:-1]) + (", and " if parts[:-1] else "") + parts[-1] if parts else ""
+        return f"{text}: {listed}." if listed else f"{text}."
 
 
 def find(scores: Sequence[Score]) -> Mapping[str, Finding]:
