@@ -132,7 +132,7 @@ def write_sound(top: Path) -> None:
     other = top / "json"
     other.mkdir()
     study = results.Study("lesion", 60, 12, "slice", ("no", "yes"), (), 2000, 0, 200, 40)
-    fit = results.Fit(32, "validation split", 0.7, {"penalty_per_case": 1.0})
+    fit = results.Fit(32, "validation split", 0.5, 0.7, {"penalty_per_case": 1.0})
     source = results.Provenance("0" * 16, "window", ("mean",), (8, 8), (), 8, 64)
     scores = [
         results.Score(

@@ -145,11 +145,17 @@ def _outcome(
         logs.configure()
         check_json(getattr(args, "json", None))
         code = action(args) or ExitCode.DONE
+        sys.stdout.flush()  # a reader that has gone is noticed here, and not in Python's own end
         return int(code), None
     except UserError as error:
         return error.exit_code, f"error: {error}"
     except KeyboardInterrupt:
         return ExitCode.RESTART, stopped
+    except BrokenPipeError:
+        # The reader of standard output has seen enough: `… | head`. As a shell reports SIGPIPE, which Python ignores.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE, None
     except OSError as error:
         if error.errno is None:
             return _fault(error, quote_faults)

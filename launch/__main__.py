@@ -16,10 +16,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from curia_common import cli, logs
+from curia_common import cli, logs, source
 from curia_common.errors import UserError
 from curia_common.exit_codes import ExitCode
-from launch import checks, cost, records, source
+from launch import checks, cost, records
 from launch import spec as specs
 from launch.rendering import Target
 from launch.spec import LaunchSpec

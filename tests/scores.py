@@ -10,7 +10,7 @@ def make_score(task: str = "lesion", backbone: str = "run", head: str = "ridge",
     study = {
         "task": task, "n": 60, "patients": 12, "unit": "slice", "classes": ("no", "yes"), "classes_not_learned": (),
         "draws": 2000, "seed": 0, "train_n": 200, "train_patients": 40, "groups": "patients", "events": 25,
-        "labels": 1.0, "protocol": "ours", "data_sha256": "",
+        "labels": "100 %", "protocol": "ours", "data_sha256": "",
     }  # fmt: skip
     study |= {name: changes.pop(name) for name in tuple(changes) if name in study}
     fields = {
@@ -25,5 +25,5 @@ def make_score(task: str = "lesion", backbone: str = "run", head: str = "ridge",
     if backbone != "majority":
         fields["features"] = "mean"
     if "against" not in fields and backbone != "majority":
-        fields["fit"] = Fit(32, "validation split", fields["value"], {"penalty_per_case": 1.0})
+        fields["fit"] = Fit(32, "validation split", 0.5, fields["value"], {"penalty_per_case": 1.0})
     return Score(study=Study(**study), backbone=backbone, head=head, **fields)

@@ -159,8 +159,9 @@ def evaluate(args: argparse.Namespace) -> int:
         images = dict.fromkeys([f"{results.SHARDS}{name}" for name in label_names], from_test)
     evaluation.write(output, outcome.rows, cli.command(), images)
     cli.write_json(args.json, outcome.rows)
-    table.show([results.Score.from_row(row) for row in outcome.rows if row["status"] == results.OK])
-    failed = [row for row in outcome.rows if row["status"] == results.FAILED]
+    own = outcome.rows[: outcome.own]
+    table.show([results.Score.from_row(row) for row in own if row["status"] == results.OK])
+    failed = [row for row in own if row["status"] == results.FAILED]
     for row in failed:
         log.info(f"failed: {row['task']}: {row['reason']}")
     log.info(f"results: {output / results.RESULTS}; report: {output / evaluation.REPORT}")

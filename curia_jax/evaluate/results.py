@@ -11,6 +11,7 @@ from curia_common.errors import DataError, UserError
 from curia_jax import json_records
 
 PATIENTS = "patients"
+ALL_LABELS = "100 %"  # in the column `labels`
 # The backbones that every table has beside those that a user names: an encoder of the same shape with random weights, the
 # pixels, a histogram of the pixels. And the class frequencies, which need no image.
 FLOORS = RANDOM, PIXELS, HISTOGRAM = ("random", "pixels", "histogram")
@@ -28,6 +29,20 @@ Row = Mapping[str, Any]  # of the JSON file
 Setting = Mapping[str, float | int | bool]
 
 
+def labels_text(amount: int | float) -> str:
+    """How many labels heads learn from, as rows say it: "25 %" of the patients, or "k=5" cases of each class."""
+    return f"k={amount}" if isinstance(amount, int) else f"{100 * amount:.6g} %"
+
+
+def labels_amount(text: str) -> int | float:
+    """The number of cases of each class, an int, or the share of the patients, a float, that `labels_text` wrote.
+
+    Raises:
+      ValueError: it is neither.
+    """
+    return int(text.removeprefix("k=")) if text.startswith("k=") else float(text.removesuffix(" %")) / 100
+
+
 @dataclasses.dataclass(frozen=True)
 class Study:
     """What is scored, the same for every row of a task.
@@ -42,7 +57,7 @@ class Study:
       train_n, train_patients: slices that probes learn from, and their patients.
       groups: what counts as a patient: "patients", or "files (patients unknown)" and the like.
       protocol: by which heads are trained and their settings chosen.
-      labels: share of the training patients whose labels the heads get, or number of cases of each class.
+      labels: that the heads get, as `labels_text` writes it: share of the training patients, or cases of each class.
       events: test cases of the positive class; None with more than two classes.
       data_sha256: digest of images, labels and splits.
       near_duplicates: test series that look like one that heads learn from.
@@ -60,7 +75,7 @@ class Study:
     train_patients: int
     groups: str = PATIENTS
     protocol: str = "ours"
-    labels: int | float = 1.0
+    labels: str = ALL_LABELS
     events: int | None = None
     data_sha256: str = ""
     near_duplicates: int = 0
@@ -73,14 +88,11 @@ class Study:
     @property
     def few_text(self) -> str:
         """ "", or how many labels the heads learned from and which: ", 10 % of the labels (seed 1)"."""
-        if self.labels == 1.0 and isinstance(self.labels, float):
+        if self.labels == ALL_LABELS:
             return ""
-        amount = (
-            f"{self.labels} labels of every class"
-            if isinstance(self.labels, int)
-            else f"{self.labels:.3g} of the labels"
-        )
-        return f", {amount} (seed {self.seed})"
+        amount = labels_amount(self.labels)
+        words = f"{amount} labels of every class" if isinstance(amount, int) else f"{self.labels} of the labels"
+        return f", {words} (seed {self.seed})"
 
     @property
     def interval(self) -> str:
@@ -99,12 +111,15 @@ class Fit:
     Attributes:
       dimension: number of features.
       selection: how its settings and its features were chosen.
-      selection_auroc: macro AUROC of the chosen settings on the held-out cases; None where undefined.
+      selection_loss: log loss of classes, squared error of values, of the chosen settings, mean over the held-out cases; None
+        where nothing was chosen.
+      selection_auroc: macro AUROC of the same; None where undefined.
       chosen: the settings.
     """
 
     dimension: int
     selection: str
+    selection_loss: float | None
     selection_auroc: float | None
     chosen: Setting
 

@@ -1,7 +1,7 @@
 """Runs tasks one after the other and writes their rows as they come.
 
-The output folder holds results.json and results.csv, the rows of all tasks of the command; and for each task a folder with
-its rows and its predictions. A task whose rows are there and whose inputs have not changed is not run again.
+The output folder holds results.json and results.csv, the rows of all tasks of the command and of the earlier ones into this
+folder; and for each task a folder with its rows and its predictions. A task whose rows are there and whose inputs have not changed is not run again.
 """
 
 import dataclasses
@@ -17,10 +17,22 @@ from typing import Any
 import pyarrow as pa
 
 from curia_common import logs
-from curia_common.errors import StorageError, UserError, fault_location
+from curia_common.errors import DataError, StorageError, UserError, fault_location
 from curia_common.exit_codes import ExitCode
 from curia_jax.evaluate import statistics
-from curia_jax.evaluate.results import FAILED, NOT_RUN, RESULTS, TABLE, NotScored, Row, Score, rows, to_csv
+from curia_jax.evaluate.results import (
+    FAILED,
+    NOT_RUN,
+    OK,
+    RESULTS,
+    TABLE,
+    NotScored,
+    Row,
+    Score,
+    read_rows,
+    rows,
+    to_csv,
+)
 from data_pipeline.format import files
 
 CACHE = "cache"
@@ -71,11 +83,13 @@ class Outcome:
     """What became of the jobs.
 
     Attributes:
-      rows: of all jobs, in their order.
+      rows: of all jobs, in their order, then those of other tasks that earlier commands left in the folder.
+      own: how many of the rows are of the jobs.
       exit_code: DONE, or what the worst failure says.
     """
 
     rows: list[Row]
+    own: int
     exit_code: ExitCode
 
 
@@ -103,6 +117,7 @@ def run(jobs: Sequence[Job], output: Path) -> Outcome:
       OSError: the disk is full.
     """
     found: list[Row] = []
+    earlier = _earlier(jobs, output)
     exit_code = ExitCode.DONE
     for number, job in enumerate(jobs, start=1):
         log.info(f"[{number}/{len(jobs)}] {job.task}, protocol {job.protocol}")
@@ -121,8 +136,24 @@ def run(jobs: Sequence[Job], output: Path) -> Outcome:
             log.info(f"failed: unforeseen fault ({fault_location(error)}); please report it")
             found += rows([NotScored(job.task, job.protocol, FAILED, f"unforeseen fault ({fault_location(error)})")])
             exit_code = ExitCode.FAULT
-        _publish(with_holm(found), output)
-    return Outcome(with_holm(found), exit_code)
+        _publish(with_holm([*found, *earlier]), output)
+    return Outcome(with_holm([*found, *earlier]), len(found), exit_code)
+
+
+def _earlier(jobs: Sequence[Job], output: Path) -> list[Row]:
+    """Rows of results.json of tasks and protocols that are not among the jobs."""
+    try:
+        before = read_rows(output / RESULTS)
+        for row in before:
+            if row["status"] == OK:
+                Score.from_row(row)
+        known = {(job.task, job.protocol) for job in jobs}
+        return [row for row in before if (row["task"], row["protocol"]) not in known]
+    except FileNotFoundError:
+        return []
+    except (DataError, KeyError, ValueError) as error:
+        log.warning(f"{output / RESULTS} has rows that cannot be kept beside new ones ({error}); it is written anew")
+        return []
 
 
 def _rows(job: Job, output: Path) -> list[Row]:
@@ -149,7 +180,7 @@ def _rows(job: Job, output: Path) -> list[Row]:
 
 
 def with_holm(rows: Sequence[Row]) -> list[Row]:
-    """The rows with `p_holm`: corrected over the tasks that compare the same two backbones by the same head and metric."""
+    """The rows with `p_holm`: corrected over the tasks of the folder that compare the same two backbones by the same head and metric."""
     families: dict[tuple[Any, ...], list[int]] = {}
     for number, row in enumerate(rows):
         if row.get("p") is not None:

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, Shaped
 from curia_common import logs
 from curia_common.errors import UserError
 from curia_jax.evaluate import labels, metrics, probes, selection, statistics, subsets
-from curia_jax.evaluate.results import FLOORS, MAJORITY, Fit, Score, Study
+from curia_jax.evaluate.results import FLOORS, MAJORITY, Fit, Score, Study, labels_text
 from curia_jax.evaluate.targets import Classes, Targets, Values
 
 HEADS: Mapping[str, selection.Head] = {"knn": probes.knn, "ridge": probes.ridge, "logistic": probes.logistic}
@@ -183,10 +183,12 @@ def _score_once(
     learned = _targets(task, labels.FIT, labels.HELD_OUT)[rows]
     splits = (labels.FIT, labels.HELD_OUT)
     patients = np.concatenate([task.splits[split].patients for split in splits])[rows]
+    series = np.concatenate([task.splits[split].series for split in splits])[rows]
+    units = np.unique(series, return_inverse=True)[1] if unit == "series" else None
     study = Study(
         task=task.name, n=len(cases.targets), patients=len(np.unique(cases.patients)), unit=unit, classes=task.classes,
         classes_not_learned=task.unseen, draws=draws, seed=seed, train_n=len(learned),
-        train_patients=len(np.unique(patients)), groups=task.groups, labels=amount,
+        train_patients=len(np.unique(patients)), groups=task.groups, labels=labels_text(amount),
         events=int(np.sum(cases.targets == 1)) if len(task.classes) == 2 else None, data_sha256=data_sha256,
         near_duplicates=task.near_duplicates,
     )  # fmt: skip
@@ -196,7 +198,9 @@ def _score_once(
         banks = {}
         for readout in features[labels.TEST][backbone]:
             inputs = np.concatenate([features[split][backbone][readout] for split in splits if split in features])
-            banks[readout] = selection.bank(inputs[rows], learned, patients, is_held_out, seed=seed, groups=task.groups)
+            banks[readout] = selection.bank(
+                inputs[rows], learned, patients, is_held_out, seed=seed, groups=task.groups, units=units
+            )
         for head in heads:
             began = time.monotonic()
             tried = {
@@ -209,9 +213,9 @@ def _score_once(
             of = backbone, head
             predicted.scores[of] = cases.mean(prediction.scores)
             predicted.decided[of] = predicted.scores[of] * prediction.decision
-            selection_score = _finite(prediction.selection_score)
             width = features[labels.TEST][backbone][readout].shape[1]
-            predicted.fits[of] = Fit(width, bank.selection, selection_score, prediction.chosen), readout
+            held_out = _finite(prediction.selection_loss), _finite(prediction.selection_score)
+            predicted.fits[of] = Fit(width, bank.selection, *held_out, prediction.chosen), readout
     floor = MAJORITY, "none"
     predicted.scores[floor] = predicted.decided[floor] = probes.floor(learned, len(cases.targets))
 
@@ -282,7 +286,7 @@ def _table(
             "task": [task.name] * count,
             "backbone": [backbone] * count,
             "head": [head] * count,
-            "labels": [float(amount)] * count,
+            "labels": [labels_text(amount)] * count,
             "seed": [seed] * count,
             "series": cases.series,
             "slice": cases.slices,

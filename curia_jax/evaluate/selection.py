@@ -37,12 +37,14 @@ class Bank:
       targets: of each case.
       folds: pairs of case numbers (fit, held out) for choosing settings.
       selection: how the folds were made, for the results.
+      units: what decisions are about, by number: the series of each row; None where that is the row itself.
     """
 
     features: Float[np.ndarray, "n d"]
     targets: Targets
     folds: tuple[tuple[Int[np.ndarray, " _fit"], Int[np.ndarray, " _held"]], ...]  # of different sizes
     selection: str
+    units: Int[np.ndarray, " n"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,7 @@ def bank(
     *,
     seed: int = 0,
     groups: str = "patients",
+    units: Int[np.ndarray, " n"] | None = None,
 ) -> Bank:
     """A bank whose settings are chosen on the cases marked `held_out`, the validation split.
 
@@ -87,6 +90,7 @@ def bank(
     Args:
       targets: classes are at least two.
       groups: what counts as a patient, in words.
+      units: see `Bank`.
     """
     held_out = np.asarray(held_out, bool)
     if isinstance(targets, Values):
@@ -98,12 +102,12 @@ def bank(
         split = StratifiedGroupKFold
     if usable:
         folds = ((np.flatnonzero(~held_out), np.flatnonzero(held_out)),)
-        return Bank(features, targets, folds, "validation split")
+        return Bank(features, targets, folds, "validation split", units)
     count = min(5, *per_class)
     if count < 2:
-        return Bank(features, targets, (), "default settings (too few patients to choose)")
+        return Bank(features, targets, (), "default settings (too few patients to choose)", units)
     folds = split(count, shuffle=True, random_state=seed).split(features, targets.strata, patients)
-    return Bank(features, targets, tuple(folds), f"{count}-fold over {groups}")
+    return Bank(features, targets, tuple(folds), f"{count}-fold over {groups}", units)
 
 
 def choose_and_predict(
@@ -157,7 +161,18 @@ def choose_and_predict(
     if not isinstance(targets, Classes):
         return Prediction(scores, np.ones(scores.shape[1]), chosen, loss, float("nan"))
     area = float(metrics.auroc(targets.labels, held_scores, np.ones((1, len(targets))))[0])
-    return Prediction(scores, decision_weights(targets, held_scores), chosen, loss, area)
+    decided = (targets, held_scores) if bank.units is None else _by_unit(targets, held_scores, bank.units[held])
+    return Prediction(scores, decision_weights(*decided), chosen, loss, area)
+
+
+def _by_unit(
+    targets: Classes, scores: Scores, units: Int[np.ndarray, " n"]
+) -> tuple[Classes, Float[np.ndarray, "u classes"]]:
+    """Mean scores of the rows of each unit; rows of another class are another unit."""
+    _, first, unit = np.unique(units * targets.count + targets.labels, return_index=True, return_inverse=True)
+    sums = np.zeros((len(first), scores.shape[1]))
+    np.add.at(sums, unit, scores)
+    return targets[first], sums / np.bincount(unit)[:, None]
 
 
 @dataclasses.dataclass(frozen=True)

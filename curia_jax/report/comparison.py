@@ -1,10 +1,11 @@
 """Which backbone does how well in which task: the figure of each, its rank, and a table in LaTeX."""
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from curia_jax.evaluate.results import MAJORITY, Score
+from curia_jax.evaluate.results import ALL_LABELS, MAJORITY, Score
 
 # The first of these that a task has is what its backbones are ranked by.
 RANKED_BY = ("auroc", "c_index", "rmse", "accuracy")
@@ -56,7 +57,7 @@ class Comparison:
 
 def compare(scores: Sequence[Score]) -> list[Comparison]:
     """The comparison of every protocol, of scores with all labels."""
-    values = [score for score in scores if score.against is None and all_labels(score.study.labels)]
+    values = [score for score in scores if score.against is None and score.study.labels == ALL_LABELS]
     found = []
     for protocol in dict.fromkeys(score.study.protocol for score in values):
         own = [score for score in values if score.study.protocol == protocol]
@@ -66,17 +67,18 @@ def compare(scores: Sequence[Score]) -> list[Comparison]:
     return found
 
 
-def all_labels(labels: int | float) -> bool:
-    """Whether heads learned from every label: 1.0 is a share, 1 a number of cases of each class."""
-    return isinstance(labels, float) and labels == 1.0
-
-
 def chosen_head(scores: Sequence[Score], backbone: str) -> str | None:
-    """Of a backbone in a task, the head with the best score on the held-out cases; the test is not looked at."""
+    """Of a backbone in a task, the head with the smallest loss on the held-out cases; the test is not looked at."""
     own = [score for score in scores if score.backbone == backbone and score.against is None]
     if not own:
         return None
-    return max(own, key=lambda score: (score.fit and score.fit.selection_auroc) or 0.0).head
+    return min(own, key=held_out_loss).head
+
+
+def held_out_loss(score: Score) -> float:
+    """Of its head, on the held-out cases; infinite where nothing was chosen."""
+    loss = score.fit.selection_loss if score.fit else None
+    return math.inf if loss is None else loss
 
 
 def _line(scores: Sequence[Score]) -> Line:

@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import curia_common
+from curia_common import source
 from curia_common.errors import DataError
-from curia_jax.evaluate.results import MAJORITY, OK, Row, Score
+from curia_jax.evaluate.results import ALL_LABELS, MAJORITY, OK, Row, Score
 from curia_jax.report import comparison, curves, examples, page
 from curia_jax.report.comparison import LOWER_IS_BETTER, Comparison, Line
 from curia_jax.report.sections import BACKBONES, METRICS, score_table
@@ -75,7 +76,7 @@ def _tables(found: Comparison) -> str:
     rows.append(page.row(page.cell("mean rank"), page.cell(""), *shown, style="first"))
     lower = [line.metric for line in found.lines if line.metric in LOWER_IS_BETTER]
     caption = (
-        "Each backbone with the head that was best by AUROC on the held-out cases, of values with the first; the interval is the 95 % interval, #1 the best of the task. "
+        "Each backbone with the head that had the smallest loss on the held-out cases; the interval is the 95 % interval, #1 the best of the task. "
         + (f"Lower is better for {', '.join(dict.fromkeys(lower))}. " if lower else "")
         + "The mean rank is over the tasks in which every backbone has a value; values of different metrics have no mean."
     )
@@ -136,7 +137,7 @@ def _provenance(scores: Sequence[Score], command: str) -> str:
             )
         )  # fmt: skip
     table = page.table(
-        f"Curia JAX {curia_common.__version__}. Digests are the first 16 digits of SHA-256; results.json has all of them, and the "
+        f"Curia JAX {curia_common.__version__}, {source.describe()}. Digests are the first 16 digits of SHA-256; results.json has all of them, and the "
         "settings of every head.",
         ["task", "backbone", "weights", "data"], ["step", "seed"], rows,
     )  # fmt: skip
@@ -158,7 +159,9 @@ def _predictions(output: Path, scores: Sequence[Score]) -> Mapping[str, curves.P
     found = {}
     for backbone in dict.fromkeys(score.backbone for score in scores if score.backbone != MAJORITY):
         head = comparison.chosen_head(scores, backbone)
-        own = [line for line in lines if (line["backbone"], line["head"], line["labels"]) == (backbone, head, 1.0)]
+        own = [
+            line for line in lines if (line["backbone"], line["head"], line["labels"]) == (backbone, head, ALL_LABELS)
+        ]
         if own:
             targets = np.array([numbers.get(line["target"], len(numbers)) for line in own])
             found[backbone] = curves.Predictions(

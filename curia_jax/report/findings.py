@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from scipy import stats
 
 from curia_jax.evaluate.results import FLOORS, HISTOGRAM, MAJORITY, PIXELS, RANDOM, Score
+from curia_jax.report.comparison import held_out_loss
 
 # What a checkpoint is compared with, as a sentence says it.
 OTHERS = {
@@ -24,7 +25,7 @@ def first_backbone(scores: Sequence[Score]) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """The checkpoint's AUROC in one task, with the probe that was best on the validation cases.
+    """The checkpoint's AUROC in one task, with the probe that had the smallest loss on the held-out cases.
 
     Attributes:
       score: of the checkpoint.
@@ -62,9 +63,9 @@ def find(scores: Sequence[Score]) -> Mapping[str, Finding]:
     for score in scores:
         if (score.metric, score.backbone, score.against) != ("auroc", ours, None) or score.value is None:
             continue
-        selection = (score.fit and score.fit.selection_auroc) or 0.0
-        if score.study.task not in best or selection > best[score.study.task][0]:
-            best[score.study.task] = selection, score
+        loss = held_out_loss(score)
+        if score.study.task not in best or loss < best[score.study.task][0]:
+            best[score.study.task] = loss, score
     return {task: Finding(score, _differences(scores, score)) for task, (_, score) in best.items()}
 
 

@@ -207,6 +207,21 @@ def test_second_ctrl_c_exits_130_at_once_but_a_second_sigterm_waits() -> None:
     assert process.returncode == 130
 
 
+@pytest.mark.parametrize("lines", [3, 100_000])
+def test_reader_that_closes_the_pipe_is_no_error(lines: int) -> None:
+    program = (
+        "import sys, time\nfrom curia_common import cli\n"
+        f"def action(args):\n    time.sleep(0.5)\n    for n in range({lines}): print('line', n)\n"
+        "sys.exit(cli.run(cli.parser('list', 'Lists.', examples=''), action, None))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(30) == 128 + signal.SIGPIPE
+
+
 def test_commands_do_not_import_from_the_working_directory(tmp_path: Path) -> None:
     (tmp_path / "dl").mkdir()
     program = (

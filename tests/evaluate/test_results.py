@@ -80,7 +80,16 @@ def test_read_names_missing_file(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("labels", "text"),
-    [(1.0, ""), (0.1, ", 0.1 of the labels (seed 2)"), (1, ", 1 labels of every class (seed 2)")],
+    [("100 %", ""), ("10 %", ", 10 % of the labels (seed 2)"), ("k=1", ", 1 labels of every class (seed 2)")],
 )
 def test_few_labels_are_named(labels, text: str) -> None:
     assert make_score(labels=labels, seed=2).study.few_text == text
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"), [(1.0, "100 %"), (1, "k=1"), (0.25, "25 %"), (0.01, "1 %"), (0.005, "0.5 %"), (16, "k=16")]
+)
+def test_labels_tell_a_share_from_a_number_of_cases(amount: int | float, text: str) -> None:
+    assert results.labels_text(amount) == text
+    read = results.labels_amount(text)
+    assert read == pytest.approx(amount) and type(read) is type(amount)

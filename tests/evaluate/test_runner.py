@@ -77,6 +77,28 @@ def test_rows_are_in_the_order_of_the_jobs(tmp_path) -> None:
     assert [score.study.task for score in results.read(tmp_path / "results.json")] == ["b", "a"]
 
 
+def test_results_of_earlier_commands_into_the_folder_stay(tmp_path) -> None:
+    missing = runner.Job("registration", "ours", not_run="no dense features")
+    runner.run([job("a"), job("b"), missing], tmp_path)
+    outcome = runner.run([job("c"), job("b", key="2", fails=DataError("no mask"))], tmp_path)
+    assert [(row["task"], row["status"]) for row in outcome.rows] == [
+        ("c", "ok"), ("b", "failed"), ("a", "ok"), ("registration", "not_run"),
+    ]  # fmt: skip
+    assert outcome.own == 2 and outcome.exit_code == 65
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(outcome.rows))
+    # Another protocol is another row of the same task.
+    official = runner.Job("a", "official", "1", lambda: ([make_score("a", protocol="official")], PREDICTIONS))
+    both = runner.run([official], tmp_path).rows
+    assert [row["protocol"] for row in both if row["task"] == "a"] == ["official", "ours"]
+
+
+@pytest.mark.parametrize("content", ["{", '[{"status": "ok", "task": "a", "protocol": "ours", "labels": 1.0}]'])
+def test_results_of_another_version_are_replaced_with_a_warning(content: str, tmp_path, caplog) -> None:
+    (tmp_path / "results.json").write_text(content)
+    assert [row["task"] for row in runner.run([job("b")], tmp_path).rows] == ["b"]
+    assert "results.json has rows that cannot be kept" in caplog.text
+
+
 def test_p_values_are_corrected_over_the_tasks_of_a_comparison() -> None:
     scores = [
         make_score("a", against="random", p=0.02), make_score("b", against="random", p=0.03),

@@ -226,19 +226,19 @@ def test_few_labels_are_three_subsets_the_same_for_every_backbone() -> None:
     task, features = a_study()
     scores, table = scoring.score(task, features, heads=["ridge"], few=(0.5, 1.0), draws=100)
     rows = [row for row in results.rows(scores) if row["metric"] == "auroc" and row["against"] is None]
-    assert {(row["labels"], row["seed"]) for row in rows} == {(0.5, 0), (0.5, 1), (0.5, 2), (1.0, 0)}
+    assert {(row["labels"], row["seed"]) for row in rows} == {("50 %", 0), ("50 %", 1), ("50 %", 2), ("100 %", 0)}
     # 30 and 15 patients of three classes: 5 and 3 of each, three slices a patient.
-    assert {row["train_patients"] for row in rows if row["labels"] == 0.5} == {24}
-    assert {row["train_n"] for row in rows if row["labels"] == 0.5} == {72}
+    assert {row["train_patients"] for row in rows if row["labels"] == "50 %"} == {24}
+    assert {row["train_n"] for row in rows if row["labels"] == "50 %"} == {72}
     alone, _ = scoring.score(task, features, heads=["ridge"], draws=100)
-    everything = [row for row in rows if row["labels"] == 1.0]
+    everything = [row for row in rows if row["labels"] == "100 %"]
     assert [row["value"] for row in everything] == [
         row["value"] for row in results.rows(alone) if row["metric"] == "auroc" and row["against"] is None
     ]
-    halves = {row["seed"]: row["value"] for row in rows if row["labels"] == 0.5 and row["backbone"] == "random"}
+    halves = {row["seed"]: row["value"] for row in rows if row["labels"] == "50 %" and row["backbone"] == "random"}
     assert len(set(halves.values())) == 3
     assert set(zip(table["labels"].to_pylist(), table["seed"].to_pylist(), strict=True)) == {
-        (0.5, 0), (0.5, 1), (0.5, 2), (1.0, 0)
+        ("50 %", 0), ("50 %", 1), ("50 %", 2), ("100 %", 0)
     }  # fmt: skip
 
 
@@ -246,9 +246,9 @@ def test_shots_learn_from_so_many_cases_of_each_class() -> None:
     task, features = a_study()
     scores, _ = scoring.score(task, features, heads=["ridge"], few=(4, 1), draws=50)
     rows = results.rows(scores)
-    assert {(row["labels"], row["train_n"], row["train_patients"]) for row in rows} == {(4, 12, 12), (1, 3, 3)}
+    assert {(row["labels"], row["train_n"], row["train_patients"]) for row in rows} == {("k=4", 12, 12), ("k=1", 3, 3)}
     chosen = {row["labels"]: row["selection"] for row in rows if "selection" in row}
-    assert chosen == {4: "4-fold over patients", 1: "default settings (too few patients to choose)"}
+    assert chosen == {"k=4": "4-fold over patients", "k=1": "default settings (too few patients to choose)"}
     json.dumps(rows, allow_nan=False)
 
 

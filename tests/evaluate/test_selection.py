@@ -56,6 +56,23 @@ def test_setting_with_best_log_loss_wins_over_better_ranking():
     assert found.decision[0] / found.decision.sum() == pytest.approx(0.75)  # half way between 0.6 and 0.9
 
 
+def test_decisions_about_series_are_chosen_on_their_mean_scores():
+    # Of the four slices of each series one shows the lesion; a threshold for slices would call every series negative.
+    y = np.repeat([0, 1, 0, 1], 4)
+    p = np.array([0.1, 0.1, 0.2, 0.1, 0.1, 0.9, 0.1, 0.1, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1, 0.2, 0.8])
+    units = np.repeat([3, 1, 2, 0], 4)
+    cases = Classes(y, 2), ((np.arange(16), np.arange(16)),), ""
+    slices, series = (
+        selection.choose_and_predict(
+            selection.Bank(features(16), *cases, who), features(16), [{"k": 0}],
+            constant([np.stack([1 - p, p], axis=1)]), default={},
+        )
+        for who in (None, units)
+    )  # fmt: skip
+    assert series.decision[0] == pytest.approx((0.125 + 0.3) / 2)  # between the means 0.125 and 0.3
+    assert slices.decision[0] == pytest.approx(0.5)  # between 0.2 and 0.8
+
+
 def test_sweep_ends_after_settings_that_only_get_worse():
     y = np.array([0, 1, 0, 1])
     tried = []

@@ -12,7 +12,7 @@ from tests.scores import make_score
 def with_selection(value: float, selection: float, **settings) -> Score:
     score = make_score(value=value, **settings)
     assert score.fit is not None
-    return dataclasses.replace(score, fit=dataclasses.replace(score.fit, selection_auroc=selection))
+    return dataclasses.replace(score, fit=dataclasses.replace(score.fit, selection_loss=selection))
 
 
 def scores() -> list[Score]:
@@ -46,7 +46,7 @@ def test_mean_rank_is_over_tasks_with_all_backbones() -> None:
 
 def test_head_is_chosen_on_the_held_out_cases_not_on_the_test() -> None:
     found = [
-        with_selection(0.99, 0.6, head="knn"), with_selection(0.7, 0.8, head="ridge"),
+        with_selection(0.99, 0.8, head="knn"), with_selection(0.7, 0.6, head="ridge"),
         make_score(backbone="majority", head="none", value=0.5),
     ]  # fmt: skip
     assert comparison.chosen_head(found, "run") == "ridge"

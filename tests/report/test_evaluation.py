@@ -39,7 +39,7 @@ def output(tmp_path: Path) -> Path:
                             "patient": f"patient-{n}",
                             "target": "yes" if n % 2 else "no",
                             "slice": n,
-                            "labels": 1.0,
+                            "labels": "100 %",
                             "scores": [1 - positive, positive],
                         }
                     )

@@ -1,4 +1,4 @@
-"""Which code is launched."""
+"""Which code this is."""
 
 import os
 import subprocess

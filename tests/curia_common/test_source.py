@@ -1,12 +1,11 @@
-"""Which code a launch says it is of."""
+"""Which code is said to run."""
 
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from curia_common import __version__
-from launch import source
+from curia_common import __version__, source
 
 
 def test_checkout_is_named_by_its_commit_and_whether_it_is_changed(
