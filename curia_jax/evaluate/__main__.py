@@ -72,7 +72,11 @@ def parser() -> cli.Parser:
         "--floors", default="random,pixels,histogram", help="what every backbone is compared with (%(default)s)"
     )
     made.add_argument("--output", metavar="DIR", help="folder of the results")
-    made.add_argument("--heads", default="knn,ridge,logistic", help="probes, with commas (%(default)s)")
+    made.add_argument(
+        "--heads",
+        default="knn,ridge,logistic,cox",
+        help="probes, with commas; each for the targets it learns (%(default)s)",
+    )
     made.add_argument(
         "--features", default="cls,mean,mean+std", metavar="FEATURES,…",
         help="of the encoder, the best of which is chosen on validation: mean or std of the patch tokens, cls, or several: "

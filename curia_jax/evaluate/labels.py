@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from curia_common.errors import UserError
+from curia_jax.evaluate.targets import Times
 from data_pipeline.format import files
 
 # Columns of every shard folder that can be probed like a label.
@@ -36,12 +37,14 @@ class Labelled:
       slices: slice numbers within the split.
       names: class name of each.
       patients, series: pseudonyms of each.
+      events: of a time, whether the event was seen then, or follow-up ended; None for classes and values.
     """
 
     slices: Int[np.ndarray, " n"]
     names: Shaped[np.ndarray, " n"]
     patients: Shaped[np.ndarray, " n"]
     series: Shaped[np.ndarray, " n"]
+    events: Bool[np.ndarray, " n"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Task:
       groups: what the pseudonyms of patients stand for: "patients", or what is known instead, such as
         "files (patients unknown)".
       is_value: whether the label is a number to predict; then there are no classes.
+      is_time: whether it is a time to an event; the same.
       near_duplicates: labelled series of the test split that look like one to learn from.
     """
 
@@ -68,9 +72,13 @@ class Task:
     groups: str = KNOWN_PATIENTS
     is_value: bool = False
     near_duplicates: int = 0
+    is_time: bool = False
 
-    def targets(self, split: str) -> Int[np.ndarray, " n"] | Float[np.ndarray, " n"]:
-        """Class number, or value, of each labelled slice."""
+    def targets(self, split: str) -> Int[np.ndarray, " n"] | Float[np.ndarray, " n"] | Times:
+        """Class number, value or time of each labelled slice."""
+        events = self.splits[split].events
+        if events is not None:
+            return Times(self.splits[split].names.astype(np.float64), events)
         if self.is_value:
             return self.splits[split].names.astype(np.float64)
         number = {name: i for i, name in enumerate(self.classes + self.unseen)}
@@ -183,10 +191,14 @@ def obstacle_of(task: Task) -> str | None:
         return "no slice has a value"
     test, fit, held_out = (task.splits[split] for split in (TEST, FIT, HELD_OUT))
     names, patients = (np.concatenate([getattr(fit, f), getattr(held_out, f)]) for f in ("names", "patients"))
-    if task.is_value:
+    if task.is_value or task.is_time:
         text = [name for name in (*names.tolist(), *test.names.tolist()) if not _is_number(name)]
         if text:
             return f"{text[0]!r} is not a number"
+    if test.events is not None and not test.events.any():
+        return "the test split has no event, so that the order of no two times is known"
+    if fit.events is not None and not fit.events.any():
+        return "the training split has no event"
     # What follows holds for values too: a value that never changes, or a single patient, is nothing to learn or to test on.
     for title, found in (("test split", np.unique(test.names)), ("training and validation splits", np.unique(names))):
         if len(found) == 0:
@@ -197,7 +209,7 @@ def obstacle_of(task: Task) -> str | None:
             )
     if len(np.unique(test.patients)) < 2:
         return "the test split has a single labelled patient; an interval needs at least 2"
-    if task.is_value:
+    if task.is_value or task.is_time:
         return (
             None
             if len(np.unique(patients)) > 1

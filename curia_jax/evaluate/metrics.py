@@ -1,4 +1,4 @@
-"""Metrics of classes and values, and their intervals from a bootstrap over patients.
+"""Metrics of classes, values and times to an event, and their intervals from a bootstrap over patients.
 
 Every metric takes resampling weights, so that one vectorised call gives its value in all bootstrap draws: all cases of a
 patient who is drawn twice count twice. Axes: d draws, n cases, c classes.
@@ -12,12 +12,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from curia_jax.evaluate import statistics
+from curia_jax.evaluate.targets import Times
 
 Weights = Float[np.ndarray, "d n"]
 Scores = Float[np.ndarray, "n c"]
 Targets = Int[np.ndarray, " n"]
 Numbers = Float[np.ndarray, " n"]
-# Of class numbers, or of values.
+# Of class numbers, of values, or of times to an event.
 Metric = Callable[[Any, Scores, Weights], Float[np.ndarray, " d"]]
 
 # Numbers in an array of weights at a time; 4 million float64 are 32 MB.
@@ -102,6 +103,27 @@ def r2(targets: Numbers, scores: Scores, weights: Weights) -> Float[np.ndarray, 
     return 1.0 - _ratio(weights @ np.square(scores[:, 0] - targets), spread)
 
 
+def concordance(targets: Times, scores: Scores, weights: Weights) -> Float[np.ndarray, " d"]:
+    """Harrell's C: of the pairs whose order of events is known, those in which the earlier event has the higher risk.
+
+    A pair is known where the earlier time is an event, or both times are equal and one is an event. Equal risks count half. The
+    one column of `scores` is a risk: higher is sooner.
+    """
+    time, event, risk = targets.time, targets.event, scores[:, 0]
+    known, right = np.zeros(len(weights)), np.zeros(len(weights))
+    # For each event, the cases that come later; at most 32 MB of pairs at a time.
+    rows = max(1, CHUNK // len(time))
+    events = np.flatnonzero(event)
+    for start in range(0, len(events), rows):
+        some = events[start : start + rows, None]
+        later = (time > time[some]) | ((time == time[some]) & ~event)
+        higher = later * (0.5 * (risk[some] >= risk) + 0.5 * (risk[some] > risk))
+        of_event = weights[:, some[:, 0]]
+        known += (of_event * (weights @ later.T.astype(np.float64))).sum(axis=1)
+        right += (of_event * (weights @ higher.T)).sum(axis=1)
+    return _ratio(right, known)
+
+
 def _ratio(numerator: Float[np.ndarray, " d"], denominator: Float[np.ndarray, " d"]) -> Float[np.ndarray, " d"]:
     return np.divide(numerator, denominator, out=np.full_like(numerator, np.nan), where=denominator > 0)
 
@@ -118,6 +140,7 @@ METRICS: dict[str, Metric] = {
     "brier": brier,
 }
 VALUE_METRICS: dict[str, Metric] = {"rmse": rmse, "mae": mae, "r2": r2}
+TIME_METRICS: dict[str, Metric] = {"c_index": concordance}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,10 +191,14 @@ class Bootstrap:
         rng = np.random.default_rng(seed)
         return cls(rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws), patient)
 
+    def restricted(self, cases: Bool[np.ndarray, " n"]) -> "Bootstrap":
+        """The same draws for some of the cases, such as those of one scanner."""
+        return Bootstrap(self.counts, self.patient[cases])
+
     def estimate(
         self,
         metric: Metric,
-        targets: Targets | Numbers,
+        targets: Targets | Numbers | Times,
         scores: Scores,
         against: Scores | None = None,
     ) -> Estimate:
@@ -193,7 +220,9 @@ class Bootstrap:
             low, high = (float(v) for v in np.percentile(resampled[defined], [2.5, 97.5]))
         lost = np.zeros(len(resampled), bool)
         fewest = patients
-        if np.issubdtype(targets.dtype, np.integer):
+        if isinstance(targets, Times):
+            fewest = len(np.unique(self.patient[targets.event]))
+        elif np.issubdtype(targets.dtype, np.integer):
             of_class = [np.unique(self.patient[targets == label]) for label in np.unique(targets)]
             lost = np.any([self.counts[:, some].sum(axis=1) == 0 for some in of_class], axis=0)
             fewest = min(map(len, of_class))
@@ -203,7 +232,9 @@ class Bootstrap:
         p = statistics.bootstrap_p(resampled) if differs else found.p
         return dataclasses.replace(found, doubt=_doubt(found, patients, fewest, differs=differs), p=p)
 
-    def values(self, metric: Metric, targets: Targets | Numbers, scores: Scores) -> Float[np.ndarray, " draws_and_one"]:
+    def values(
+        self, metric: Metric, targets: Targets | Numbers | Times, scores: Scores
+    ) -> Float[np.ndarray, " draws_and_one"]:
         """The metric on all cases, then in every draw."""
         counts = np.concatenate([np.ones_like(self.counts[:1]), self.counts])
         rows = max(1, CHUNK // len(targets))

@@ -13,9 +13,11 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from curia_common.errors import UserError
+from curia_jax.evaluate import survival
 from curia_jax.evaluate.results import Setting
 from curia_jax.evaluate.selection import Bank, Features, Numbers, Prediction, Scores, choose_and_predict
-from curia_jax.evaluate.targets import Classes, Targets
+from curia_jax.evaluate.targets import Classes, Targets, Times, Values
+from curia_jax.evaluate.tokens import Tokens
 
 # A feature that varies less than this is constant; dividing by its deviation would amplify rounding errors.
 _CONSTANT = 1e-6
@@ -26,6 +28,7 @@ TEMPERATURE = 0.07
 # the next: of equally good settings the first is taken.
 RIDGE_PENALTIES = tuple(10.0 ** (half / 2) for half in range(8, -11, -1))
 # Half decades from 10^-6 to 10^5, the range of facebookresearch/dinov3's logistic regression.
+COX_PENALTIES = tuple(10.0 ** (half / 2) for half in range(4, -9, -1))
 _PATIENCE = 3
 INVERSE_PENALTIES = tuple(10.0 ** (half / 2) for half in range(-12, 11))
 
@@ -40,10 +43,12 @@ def knn(bank: Bank, queries: Float[np.ndarray, "queries d"]) -> Prediction:
     smallest = min((len(fit) for fit, _ in bank.folds), default=len(bank.targets))
     neighbours = [k for k in NEIGHBOURS if k <= smallest] or [smallest]
 
+    features = _features(bank)
+
     def predict(fit: Numbers, held: Features, settings: Sequence[Setting]) -> list[Scores]:
         targets = _columns(bank, fit)
         ks = tuple(int(setting["k"]) for setting in settings)
-        votes = _vote(*_standardise(bank.features[fit], held), targets, ks)
+        votes = _vote(*_standardise(features[fit], held), targets, ks)
         return [(k * vote + targets.mean(axis=0)) / (k + 1) for k, vote in zip(ks, votes, strict=True)]
 
     return choose_and_predict(
@@ -54,6 +59,8 @@ def knn(bank: Bank, queries: Float[np.ndarray, "queries d"]) -> Prediction:
 def _columns(bank: Bank, fit: Numbers) -> Float[np.ndarray, "fit outputs"]:
     """Classes one-hot, or the values."""
     targets = bank.targets[fit]
+    if isinstance(targets, Times):
+        raise UserError("kNN and ridge do not learn times to an event; use cox")
     return np.eye(targets.count)[targets.labels] if isinstance(targets, Classes) else targets.values[:, None]
 
 
@@ -93,8 +100,10 @@ def ridge(bank: Bank, queries: Float[np.ndarray, "queries d"]) -> Prediction:
     default device.
     """
 
+    features = _features(bank)
+
     def predict(fit: Numbers, held: Features, settings: Sequence[Setting]) -> list[Scores]:
-        x, q = _standardise(bank.features[fit], held)
+        x, q = _standardise(features[fit], held)
         penalties = len(fit) * np.array([setting["penalty_per_case"] for setting in settings])
         targets = _columns(bank, fit)
         targets = 2.0 * targets - 1.0 if isinstance(bank.targets, Classes) else targets
@@ -134,11 +143,13 @@ def logistic(bank: Bank, queries: Float[np.ndarray, "queries d"]) -> Prediction:
     """
     targets = bank.targets
     if not isinstance(targets, Classes):
-        raise UserError("logistic regression learns classes; use ridge for values")
+        raise UserError("logistic regression learns classes; use ridge for values, and cox for times to an event")
+
+    features = _features(bank)
 
     def predict(fit: Numbers, held: Features, settings: Sequence[Setting]) -> Iterator[Scores]:
         labels = targets.labels[fit]
-        x, q = _rotate(*_standardise(bank.features[fit], held))
+        x, q = _rotate(*_standardise(features[fit], held))
         present = np.unique(labels)
         # From strong to weak penalty, each fit starting from the last.
         model = LogisticRegression(max_iter=1000, tol=1e-6, warm_start=True)
@@ -157,6 +168,35 @@ def logistic(bank: Bank, queries: Float[np.ndarray, "queries d"]) -> Prediction:
 
     settings: list[Setting] = [{"C": c} for c in INVERSE_PENALTIES]
     return choose_and_predict(bank, queries, settings, predict, default={"C": 1.0}, patience=_PATIENCE)
+
+
+def cox(bank: Bank, queries: Float[np.ndarray, "queries d"]) -> Prediction:
+    """Cox regression on standardised features with a squared penalty; ties by Efron's method. Scores are log risks.
+
+    Chosen on the held-out cases: the penalty, of COX_PENALTIES from strong to weak, until _PATIENCE in a row are worse.
+    """
+    targets = bank.targets
+    if not isinstance(targets, Times):
+        raise UserError("cox learns times to an event; use ridge for values, and logistic for classes")
+
+    features = _features(bank)
+
+    def predict(fit: Numbers, held: Features, settings: Sequence[Setting]) -> Iterator[Scores]:
+        x, q = _rotate(*_standardise(features[fit], held))
+        coefficients = np.zeros(x.shape[1])
+        for setting in settings:
+            penalty = len(fit) * setting["penalty_per_case"]
+            coefficients = survival.fit_cox(x, targets.time[fit], targets.event[fit], penalty, coefficients)
+            yield (q @ coefficients)[:, None]
+
+    settings: list[Setting] = [{"penalty_per_case": penalty} for penalty in COX_PENALTIES]
+    return choose_and_predict(bank, queries, settings, predict, default={"penalty_per_case": 1.0}, patience=_PATIENCE)
+
+
+def _features(bank: Bank) -> Float[np.ndarray, "n d"]:
+    if isinstance(bank.features, Tokens):
+        raise UserError("this head takes one row of features per case, not lists of tokens; pool them first")
+    return bank.features
 
 
 def _standardise(
@@ -186,6 +226,9 @@ def _unit(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
 
 
 def floor(targets: Targets, queries: int) -> Scores:
-    """The baseline without an image: every case gets the class frequencies, or the mean value, of the training cases."""
-    constant = targets.frequencies if isinstance(targets, Classes) else np.array([targets.values.mean()])
+    """The baseline without an image: every case gets the class frequencies, the mean value, or the same risk."""
+    if isinstance(targets, Classes):
+        constant = targets.frequencies
+    else:
+        constant = np.array([targets.values.mean() if isinstance(targets, Values) else 0.0])
     return np.tile(constant, (queries, 1))

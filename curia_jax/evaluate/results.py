@@ -16,6 +16,7 @@ ALL_LABELS = "100 %"  # in the column `labels`
 # pixels, a histogram of the pixels. And the class frequencies, which need no image.
 FLOORS = RANDOM, PIXELS, HISTOGRAM = ("random", "pixels", "histogram")
 MAJORITY = "majority"
+CLINICAL = "clinical"  # of survival: columns such as age and stage, without an image
 OK, NOT_RUN, FAILED = "ok", "not_run", "failed"
 # Of every row, in this order; a row with status "ok" has further fields that say how its value was obtained.
 COLUMNS: tuple[str, ...] = (
@@ -58,7 +59,7 @@ class Study:
       groups: what counts as a patient: "patients", or "files (patients unknown)" and the like.
       protocol: by which heads are trained and their settings chosen.
       labels: that the heads get, as `labels_text` writes it: share of the training patients, or cases of each class.
-      events: test cases of the positive class; None with more than two classes.
+      events: test cases of the positive class, or with an event; None with more than two classes, and for values.
       data_sha256: digest of images, labels and splits.
       near_duplicates: test series that look like one that heads learn from.
     """
@@ -172,7 +173,7 @@ class Score:
     Attributes:
       backbone: where the features come from: as the user named it, or one of FLOORS; MAJORITY for the class frequencies.
       head: the probe; "none" for the class frequencies.
-      metric: auroc, accuracy or balanced_accuracy.
+      metric: of classes auroc, accuracy, balanced_accuracy, brier; of values rmse, mae, r2; of times c_index.
       value, low, high: the metric and the ends of its interval; None where undefined.
       degenerate_draws: bootstrap draws in which the metric is undefined; they are left out of the interval.
       draws_without_a_class: draws that miss a class and still define the metric.
@@ -255,7 +256,7 @@ class _Own:
     against: str | None
     head: str
     features: str | None
-    metric: Literal["auroc", "accuracy", "balanced_accuracy", "brier", "rmse", "mae", "r2"]
+    metric: Literal["auroc", "accuracy", "balanced_accuracy", "brier", "rmse", "mae", "r2", "c_index"]
     value: float | None
     low: float | None
     high: float | None

@@ -13,11 +13,13 @@ from curia_common import logs
 from curia_common.errors import UserError
 from curia_jax.evaluate import labels, metrics, probes, selection, statistics, subsets
 from curia_jax.evaluate.results import FLOORS, MAJORITY, Fit, Score, Study, labels_text
-from curia_jax.evaluate.targets import Classes, Targets, Values
+from curia_jax.evaluate.targets import Classes, Targets, Times, Values
 
-HEADS: Mapping[str, selection.Head] = {"knn": probes.knn, "ridge": probes.ridge, "logistic": probes.logistic}
-# Of HEADS, those that learn values.
-OF_VALUES = ("knn", "ridge")
+HEADS: Mapping[str, selection.Head] = {
+    "knn": probes.knn, "ridge": probes.ridge, "logistic": probes.logistic, "cox": probes.cox,
+}  # fmt: skip
+# Of HEADS, those that learn each kind of target.
+OF_CLASSES, OF_VALUES, OF_TIMES = ("knn", "ridge", "logistic"), ("knn", "ridge"), ("cox",)
 # Split -> backbone -> readout -> one row per labelled slice of the split.
 Features = Mapping[str, Mapping[str, Mapping[str, Float[np.ndarray, "_n _d"]]]]  # of different sizes
 
@@ -29,13 +31,13 @@ class Cases:
     """What the metrics count: slices, or series with the mean score of their slices.
 
     Attributes:
-      targets: class numbers, or values.
+      targets: class numbers, values or times.
       patients, series: of each case.
       slices: of each case, its index in the test split; the middle slice of a series.
       case: index of the case of each test slice.
     """
 
-    targets: Int[np.ndarray, " n"] | Float[np.ndarray, " n"]
+    targets: Int[np.ndarray, " n"] | Float[np.ndarray, " n"] | Times
     patients: Shaped[np.ndarray, " n"]
     series: Shaped[np.ndarray, " n"]
     slices: Int[np.ndarray, " n"]
@@ -53,7 +55,7 @@ class Cases:
         if unit == "slice":
             return cls(targets, test.patients, test.series, test.slices, np.arange(len(targets)))
         series, first, case = np.unique(test.series, return_index=True, return_inverse=True)
-        mixed = np.flatnonzero(targets != targets[first][case])
+        mixed = np.flatnonzero(test.names != test.names[first][case])
         if len(mixed):
             raise UserError(
                 f"slices of series {test.series[mixed[0]]} have different values of {task.name!r}, so that the series "
@@ -102,7 +104,7 @@ def score(
       task: labelled slices.
       features: of every backbone, the first being the one that is compared with the others; a split without any slice may be
         missing. Of several readouts, the one with the smallest loss on the held-out cases is used.
-      heads: of HEADS; those that cannot learn values are left out where the label is one.
+      heads: of HEADS; those that cannot learn this kind of target are left out.
       unit: "slice" or "series".
       draws, seed: of the bootstrap; the seed also decides the folds.
       few: how many labels heads learn from: shares of the patients of each class, or numbers of cases of each class. Less than
@@ -112,16 +114,13 @@ def score(
     Returns:
       Scores: first those of each backbone, then the first minus each other, then the class frequencies. And a table with
       task, backbone, head, labels, seed, series, slice (index in the test split; of a series its middle one), patient, target, predicted
-      (the likeliest class, or the value), decided (the class at the thresholds that were chosen on the held-out cases) and scores (one
+      (the likeliest class, the value, or the log risk), decided (the class at the thresholds that were chosen on the held-out cases) and scores (one
       per class, or the value).
 
     Raises:
       UserError: a probe cannot be fitted, or `unit` does not fit the labels.
     """
-    if task.is_value:
-        heads = [head for head in heads if head in OF_VALUES]
-        if not heads:
-            raise UserError(f"{task.name} is a value, which {' and '.join(OF_VALUES)} can learn; name one in --heads")
+    heads = _learners(task, heads)
     cases = Cases.of(task, unit)
     results, tables = [], []
     for amount in few:
@@ -134,6 +133,17 @@ def score(
             results += found
             tables += [_table(task, backbone, head, amount, own, cases, predicted) for backbone, head in predicted.fits]
     return results, pa.concat_tables(tables)
+
+
+def _learners(task: labels.Task, heads: Sequence[str]) -> list[str]:
+    """Those of the heads that learn what the label is."""
+    kind, able = "a class", OF_CLASSES
+    if task.is_time or task.is_value:
+        kind, able = ("a time to an event", OF_TIMES) if task.is_time else ("a value", OF_VALUES)
+    chosen = [head for head in heads if head in able]
+    if not chosen:
+        raise UserError(f"{task.name} is {kind}, which {' and '.join(able)} can learn; name one in --heads")
+    return chosen
 
 
 def _learning(
@@ -165,12 +175,16 @@ def _subset(
     if isinstance(amount, float):
         return subsets.fraction(targets, patients, amount, seed)
     if not isinstance(targets, Classes):
-        raise UserError(f"{amount} cases of every class: the label is a value; write a share instead, such as 0.1")
+        raise UserError(f"{amount} cases of every class: the label has no classes; write a share instead, such as 0.1")
     return subsets.shots(targets, patients, amount, seed)
 
 
 def _targets(task: labels.Task, *splits: str) -> Targets:
-    values = np.concatenate([task.targets(split) for split in splits])
+    parts = [task.targets(split) for split in splits]
+    if task.is_time:
+        times = [part for part in parts if isinstance(part, Times)]
+        return Times(np.concatenate([part.time for part in times]), np.concatenate([part.event for part in times]))
+    values = np.concatenate([part for part in parts if not isinstance(part, Times)])
     return Values(values) if task.is_value else Classes(values, len(task.classes))
 
 
@@ -189,7 +203,7 @@ def _score_once(
         task=task.name, n=len(cases.targets), patients=len(np.unique(cases.patients)), unit=unit, classes=task.classes,
         classes_not_learned=task.unseen, draws=draws, seed=seed, train_n=len(learned),
         train_patients=len(np.unique(patients)), groups=task.groups, labels=labels_text(amount),
-        events=int(np.sum(cases.targets == 1)) if len(task.classes) == 2 else None, data_sha256=data_sha256,
+        events=_events(task, cases.targets), data_sha256=data_sha256,
         near_duplicates=task.near_duplicates,
     )  # fmt: skip
     predicted = Predictions({}, {}, {})
@@ -230,6 +244,19 @@ def _score_once(
     return results + _measure(study, cases, bootstrap, predicted, floor, None), predicted
 
 
+def _events(task: labels.Task, targets: Int[np.ndarray, " n"] | Float[np.ndarray, " n"] | Times) -> int | None:
+    """Cases of the positive one of two classes, or with an event."""
+    if isinstance(targets, Times):
+        return int(targets.event.sum())
+    return int(np.sum(targets == 1)) if len(task.classes) == 2 else None
+
+
+def _metrics(cases: Cases, classes: Sequence[str]) -> Mapping[str, metrics.Metric]:
+    if isinstance(cases.targets, Times):
+        return metrics.TIME_METRICS
+    return metrics.METRICS if classes else metrics.VALUE_METRICS
+
+
 def _measure(
     study: Study, cases: Cases, bootstrap: metrics.Bootstrap, predicted: Predictions, of: tuple[str, str],
     against: tuple[str, str] | None,
@@ -237,7 +264,7 @@ def _measure(
     """Every metric of a head, or its difference to the same head on another backbone."""
     fit, readout = predicted.fits.get(of, (None, None))
     scores = []
-    for name, metric in (metrics.METRICS if study.classes else metrics.VALUE_METRICS).items():
+    for name, metric in _metrics(cases, study.classes).items():
         # Balanced accuracy is that of the decisions that balance recalls, accuracy that of the likeliest class.
         by_head = predicted.decided if metric is metrics.balanced_accuracy else predicted.scores
         found = bootstrap.estimate(metric, cases.targets, by_head[of], None if against is None else by_head[against])
@@ -265,6 +292,7 @@ def _delong(
     cases: Cases, scores: Float[np.ndarray, "n 2"], against: Float[np.ndarray, "n 2"], otherwise: float
 ) -> float:
     """DeLong's p-value of two classes; `otherwise` where a class has fewer than two cases or is not one of the two."""
+    assert not isinstance(cases.targets, Times)
     positive = cases.targets == 1
     if cases.targets.max() > 1 or min(positive.sum(), (~positive).sum()) < 2:
         return otherwise
@@ -275,8 +303,9 @@ def _table(
     task: labels.Task, backbone: str, head: str, amount: int | float, seed: int, cases: Cases, predicted: Predictions
 ) -> pa.Table:
     count, scores = len(cases.targets), predicted.scores[backbone, head]
-    if task.is_value:
-        target, likeliest, decided = cases.targets.astype(str), scores[:, 0].astype(str), scores[:, 0].astype(str)
+    if isinstance(cases.targets, Times) or task.is_value:
+        likeliest = decided = scores[:, 0].astype(str)
+        target = _times(cases.targets) if isinstance(cases.targets, Times) else cases.targets.astype(str)
     else:
         names = np.array(task.classes + task.unseen)
         decided = names[predicted.decided[backbone, head].argmax(axis=1)]
@@ -297,6 +326,11 @@ def _table(
             "scores": list(scores),
         }
     )
+
+
+def _times(times: Times) -> list[str]:
+    """As survival tables write them: "12.5", and "12.5+" where follow-up ended without the event."""
+    return [f"{time}{'' if event else '+'}" for time, event in zip(times.time.tolist(), times.event, strict=True)]
 
 
 def _or_highest(loss: float) -> float:

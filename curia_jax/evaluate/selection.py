@@ -6,6 +6,7 @@ test cases. It never gets a test target.
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import scipy.optimize
@@ -16,7 +17,8 @@ from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 from curia_jax.evaluate import metrics
 from curia_jax.evaluate.labels import selection_on_validation
 from curia_jax.evaluate.results import Setting
-from curia_jax.evaluate.targets import Classes, Targets, Values
+from curia_jax.evaluate.targets import Classes, Targets, Times, Values
+from curia_jax.evaluate.tokens import Tokens
 
 Numbers = Int[np.ndarray, " fit"]
 Features = Float[np.ndarray, "queries d"]
@@ -33,14 +35,14 @@ class Bank:
     """The cases that a head learns from.
 
     Attributes:
-      features: one row per case.
+      features: one row, or one list of tokens, per case.
       targets: of each case.
       folds: pairs of case numbers (fit, held out) for choosing settings.
       selection: how the folds were made, for the results.
       units: what decisions are about, by number: the series of each row; None where that is the row itself.
     """
 
-    features: Float[np.ndarray, "n d"]
+    features: Float[np.ndarray, "n d"] | Tokens
     targets: Targets
     folds: tuple[tuple[Int[np.ndarray, " _fit"], Int[np.ndarray, " _held"]], ...]  # of different sizes
     selection: str
@@ -52,13 +54,13 @@ class Prediction:
     """A head's result for the test cases.
 
     Attributes:
-      scores: class probabilities, or one value, per test case.
+      scores: class probabilities, one value or one log risk per test case.
       decision: weights of the classes, chosen on the held-out cases; the class with the largest probability times weight is
-        the decision that balances recalls. Ones for values.
+        the decision that balances recalls. Ones for values and times.
       chosen: the settings chosen on the held-out cases.
-      selection_loss: log loss or squared error of the chosen settings, mean over the held-out
+      selection_loss: log loss, squared error or negative log partial likelihood of the chosen settings, mean over the held-out
         cases; NaN without any.
-      selection_score: their macro AUROC; NaN for values, and without held-out cases.
+      selection_score: their macro AUROC; NaN for values and times, and without held-out cases.
     """
 
     scores: Scores
@@ -72,7 +74,7 @@ Head = Callable[[Bank, Float[np.ndarray, "queries d"]], Prediction]
 
 
 def bank(
-    features: Float[np.ndarray, "n d"],
+    features: Float[np.ndarray, "n d"] | Tokens,
     targets: Targets,
     patients: Shaped[np.ndarray, " n"],
     held_out: Shaped[np.ndarray, " n"],
@@ -98,7 +100,8 @@ def bank(
     else:
         strata = targets.strata
         usable = selection_on_validation(strata[~held_out], strata[held_out])
-        per_class = [len(np.unique(patients[strata == label])) for label in np.unique(strata)]
+        needed = [1] if isinstance(targets, Times) else np.unique(strata)
+        per_class = [len(np.unique(patients[strata == label])) for label in needed]
         split = StratifiedGroupKFold
     if usable:
         folds = ((np.flatnonzero(~held_out), np.flatnonzero(held_out)),)
@@ -112,9 +115,9 @@ def bank(
 
 def choose_and_predict(
     bank: Bank,
-    queries: Features,
+    queries: Features | Tokens,
     settings: Sequence[Setting],
-    predict: Callable[[Numbers, Features, Sequence[Setting]], Iterable[Scores]],
+    predict: Callable[[Numbers, Any, Sequence[Setting]], Iterable[Scores]],
     *,
     default: Setting,
     probabilities: bool = True,

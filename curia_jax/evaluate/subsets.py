@@ -18,7 +18,7 @@ SEEDS = 3
 def fraction(targets: Targets, patients: Shaped[np.ndarray, " n"], share: float, seed: int) -> Int[np.ndarray, " m"]:
     """Numbers of the cases of that share of the patients of each stratum, rounded up.
 
-    Strata are the classes, or fifths of the values. A patient with several belongs to the one that the fewest
+    Strata are the classes, fifths of the values, or whether there was an event. A patient with several belongs to the one that the fewest
     patients have.
 
     Args:

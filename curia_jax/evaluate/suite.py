@@ -12,7 +12,7 @@ import curia_common
 from curia_common.errors import DataError, UserError
 from curia_jax.evaluate import backbones, labels, runner, scoring, task_data
 from curia_jax.evaluate.cache import gather
-from curia_jax.evaluate.results import Score
+from curia_jax.evaluate.results import CLINICAL, Score
 from curia_jax.evaluate.task_data import TaskImages
 from curia_jax.evaluate.tasks import Task
 
@@ -51,7 +51,8 @@ def job(
         images = {split: TaskImages(task, files, split) for split, part in cases.splits.items() if len(part.slices)}
         slices = {split: source.numbers for split, source in images.items()}
         counts = ", ".join(f"{len(part.slices):,} {split}" for split, part in cases.splits.items())
-        runner.log.info(f"{len(cases.classes)} classes, cases: {counts}; intervals over {cases.groups}")
+        kind = f"{len(cases.classes)} classes" if cases.classes else task.target
+        runner.log.info(f"{kind}, cases: {counts}; intervals over {cases.groups}")
         by_slice = gather(
             {split: (source, slices[split]) for split, source in images.items()}, models, cache, settings.batch_size
         )
@@ -59,6 +60,9 @@ def job(
             split: {model: task_data.pooled(slices[split], values) for model, values in by_model.items()}
             for split, by_model in by_slice.items()
         }
+        if task.clinical:
+            for split, columns in task_data.clinical(task, files).items():
+                by_case[split][CLINICAL] = {"+".join(task.clinical): columns}
         scores, predictions = scoring.score(
             cases, by_case, heads=settings.heads, unit=_unit(cases, settings.cases), draws=settings.draws,
             seed=settings.seed, few=settings.few, data_sha256=files.sha256,

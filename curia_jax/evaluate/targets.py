@@ -1,9 +1,11 @@
-"""What heads learn: classes or values, each with the loss that chooses settings."""
+"""What heads learn: classes, values or times to an event, each with the loss that chooses settings."""
 
 import dataclasses
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+
+from curia_jax.evaluate import survival
 
 Scores = Float[np.ndarray, "n outputs"]
 # Probabilities below this count as this in the log loss, as in scikit-learn.
@@ -65,4 +67,32 @@ class Values:
         return float(np.square(scores[:, 0] - self.values).sum())
 
 
-Targets = Classes | Values
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Times to an event, or to the end of follow-up.
+
+    Attributes:
+      time: above 0, in any unit.
+      event: whether the event was seen at that time; otherwise the case is censored.
+    """
+
+    time: Float[np.ndarray, " n"]
+    event: Bool[np.ndarray, " n"]
+
+    def __len__(self) -> int:
+        return len(self.time)
+
+    def __getitem__(self, rows: Int[np.ndarray, " m"] | Bool[np.ndarray, " n"]) -> "Times":
+        return Times(self.time[rows], self.event[rows])
+
+    @property
+    def strata(self) -> Int[np.ndarray, " n"]:
+        """Whether there was an event."""
+        return self.event.astype(np.int64)
+
+    def loss(self, scores: Scores) -> float:
+        """Negative log partial likelihood of log risks, among these cases."""
+        return -survival.log_partial_likelihood(scores[:, 0], self.time, self.event)
+
+
+Targets = Classes | Values | Times

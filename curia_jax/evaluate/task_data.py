@@ -7,8 +7,9 @@ stand for files that were missing at upload; masks of another shape, or empty; p
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,7 @@ from curia_common.errors import DataError, UserError
 from curia_jax import data
 from curia_jax.buffers import BufferPool
 from curia_jax.evaluate import labels
-from curia_jax.evaluate.tasks import BOTH, CT, Task
+from curia_jax.evaluate.tasks import BOTH, CLASSES, CT, TIME, VALUE, Task
 from data_pipeline.format import shards
 
 # What the splits are called, by our names.
@@ -38,6 +39,7 @@ GROUPS = {
 }
 SPANS_SPLITS = ("patient", "patient_id", "series_id")  # a value in two splits is a leak; file names are used again
 IMAGE, MASK = "image", "mask"
+EVENT = "event"  # of a time: 1 where it was seen
 MOST_SLICES = 1 << 16  # of a volume; image number = row * MOST_SLICES + slice
 _TOGETHER = 16  # rows that are read at a time
 _LEVELS = 65535  # of 16 bits
@@ -145,28 +147,36 @@ def _columns(path: Path) -> list[str]:
 
 
 def read_cases(task: Task, files: Files) -> labels.Task:
-    """Classes, patients and series of all cases; the slice numbers are row numbers.
+    """Targets, patients and series of all cases; the slice numbers are row numbers.
 
     Raises:
-      DataError: a target is missing or not a number, a patient or series is in two splits, or a class is not in training.
+      DataError: a target is missing or not of its kind, a patient or series is in two splits, or a class is not in training.
       UserError: the test split cannot tell two classes apart.
     """
     first = next(iter(files.by_split.values()))[0]
     known = _columns(first)
     if "target" not in known:
         raise DataError(f"{task.name}: {first.name} has no column target; there are: {', '.join(known)}")
+    if task.target == TIME and EVENT not in known:
+        raise DataError(
+            f"{task.name}: {first.name} has no column {EVENT}, 1 where the event was seen at the time in target and 0 where follow-up ended"
+        )
+    read = _class_name if task.target == CLASSES else _number
     group = next((name for name in GROUPS if name in known), None)
     series = "series_id" if "series_id" in known else None
     splits = {}
     seen: dict[str, tuple[str, int]] = {}
     for split in labels.SPLITS:
         names: list[str] = []
+        events: list[bool] = []
         columns: dict[str, list[str]] = {"group": [], "series": []}
         for path in files.by_split.get(split, ()):
-            for table in _tables(path, [name for name in dict.fromkeys(("target", group, series)) if name]):
+            for table in _tables(path, [name for name in dict.fromkeys(("target", EVENT, group, series)) if name]):
                 first_row = len(names)
                 for row, value in enumerate(table.column("target").to_pylist(), start=first_row):
-                    names.append(_class_name(task, split, row, value))
+                    names.append(read(task, split, row, value))
+                if task.target == TIME:
+                    events += _events(task, split, first_row, table.column(EVENT).to_pylist())
                 for key, column in (("group", group), ("series", series)):
                     columns[key] += (
                         [str(value) for value in table.column(column).to_pylist()]
@@ -181,13 +191,24 @@ def read_cases(task: Task, files: Files) -> labels.Task:
                         f"{task.name}: row {row} of {split} is of the same {group} as row {there} of {other}; split by {group}"
                     )
         slices = np.arange(len(names))
-        splits[split] = labels.Labelled(slices, *(np.array(c, np.str_) for c in (names, *columns.values())))
+        seen_events = np.array(events, bool) if task.target == TIME else None
+        splits[split] = labels.Labelled(
+            slices, *(np.array(c, np.str_) for c in (names, columns["group"], columns["series"])), events=seen_events
+        )
+    groups = GROUPS[group] if group else "images (patients unknown)"
+    if task.target != CLASSES:
+        found = labels.Task(
+            task.name, (), (), splits, groups, is_value=task.target == VALUE, is_time=task.target == TIME
+        )
+        if reason := labels.obstacle_of(found):
+            raise UserError(f"{task.name} cannot be scored: {reason}")
+        return found
     learned = sorted(set(splits[labels.FIT].names.tolist()))
     for split in (labels.HELD_OUT, labels.TEST):
         for row, name in enumerate(splits[split].names.tolist()):
             if name not in learned:
                 raise DataError(f"{task.name}: row {row} of {split} is of class {name!r}, which no row of train has")
-    found = labels.Task(task.name, tuple(learned), (), splits, GROUPS[group] if group else "images (patients unknown)")
+    found = labels.Task(task.name, tuple(learned), (), splits, groups)
     if reason := labels.obstacle_of(found):
         raise UserError(f"{task.name} cannot be scored: {reason}")
     return found
@@ -200,6 +221,65 @@ def _class_name(task: Task, split: str, row: int, value: object) -> str:
     if value is None or value == "" or isinstance(value, float):
         raise DataError(f"{task.name}: the target of row {row} of {split} is {value}, which is not a class")
     return f"{value:03d}" if isinstance(value, int) and (task.classes or 0) > 10 else str(value)
+
+
+def _number(task: Task, split: str, row: int, value: object) -> str:
+    """A value, or a time above 0, as text."""
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else float("nan")
+    if not np.isfinite(number) or (task.target == TIME and number <= 0):
+        wanted = "a number" if task.target == VALUE else "a time above 0"
+        raise DataError(f"{task.name}: the target of row {row} of {split} is {value}, which is not {wanted}")
+    return repr(float(number))
+
+
+def _events(task: Task, split: str, first_row: int, values: Sequence[object]) -> list[bool]:
+    for row, value in enumerate(values, start=first_row):
+        if value not in (0, 1):
+            raise DataError(f"{task.name}: column {EVENT} of row {row} of {split} is {value}; it has to be 0 or 1")
+    return [bool(value) for value in values]
+
+
+def clinical(task: Task, files: Files) -> dict[str, Float32[np.ndarray, "_n _d"]]:
+    """The columns `task.clinical` of every split that has rows, as features: numbers as they are, text as one column for each
+    value of the training split. A missing number is the mean of the training split.
+
+    Raises:
+      DataError: a column is not there.
+    """
+    columns: dict[str, dict[str, list[object]]] = {
+        split: {name: [] for name in task.clinical} for split in files.by_split
+    }
+    for split, paths in files.by_split.items():
+        for path in paths:
+            for table in _tables(path, task.clinical):
+                for name in task.clinical:
+                    if name not in table.column_names:
+                        raise DataError(
+                            f"{task.name}: {path.name} has no column {name}, which the clinical floor needs"
+                        )
+                    columns[split][name] += table.column(name).to_pylist()
+    encoders = {name: _encoder(values) for name, values in columns[labels.FIT].items()}
+    return {
+        split: np.concatenate(
+            [np.array([encoders[name](value) for value in values], np.float32) for name, values in own.items()], axis=1
+        )
+        for split, own in columns.items()
+        if all(own.values())
+    }
+
+
+def _encoder(learned: Sequence[object]) -> Callable[[object], list[float]]:
+    """From a value of a column to features, by its values in the training split."""
+    words = sorted({value for value in learned if isinstance(value, str)})
+    if words:
+        return lambda value: [float(value == word) for word in words]
+    known = [float(value) for value in learned if _is_finite(value)]
+    mean = float(np.mean(known)) if known else 0.0
+    return lambda value: [float(value) if _is_finite(value) else mean]
+
+
+def _is_finite(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and bool(np.isfinite(value))
 
 
 # ---- images

@@ -2,7 +2,8 @@
 
 A task is one record. Its data is a folder of its name with the splits train, val and test as parquet or as `datasets` saved
 them. Columns: `image` (nested lists of floats: rows, columns, and slices last where there are several; HU for CT, raw values for
-MR), `mask` (of the same shape, or none), `target`, and where they are known `patient`, `series_id` and `filename`.
+MR), `mask` (of the same shape, or none), `target`, and where they are known `patient`, `series_id` and `filename`. Where the target
+is a time to an event, `event` is 1 where it was seen and 0 where follow-up ended.
 
 Names, classes and official settings are those of raidium-med/curia, read in November 2026. Licences are those of the origin;
 the copies on the hub are gated and for research only (RAIL-M).
@@ -55,6 +56,7 @@ class Task:
       classes: number of classes.
       slices: of a volume, centred on its middle or on that of its mask; None takes all.
       metrics: that are published.
+      clinical: columns that the floor without an image learns from, of tasks whose target is TIME.
       official: settings of the official head; None where they are not released.
       not_run: why the task cannot be scored; None if it can.
     """
@@ -70,6 +72,7 @@ class Task:
     classes: int | None = None
     slices: int | None = None
     metrics: tuple[str, ...] = ("accuracy", "auroc")
+    clinical: tuple[str, ...] = ()
     official: Official | None = None
     not_run: str | None = None
 
@@ -105,7 +108,6 @@ CURIABENCH = (
         name="ixi", title="age", origin="IXI", licence="CC BY-SA 3.0", access=HUB.format("ixi"), modality=MR, form=IMAGE,
         target=VALUE, metrics=("rmse", "mae", "r2"),
         official=Official("linear", epochs=1500, base_rate=0.002, cached=True),
-        not_run="targets that are values are not scored yet",
     ),
     Task(
         name="registration", title="alignment of two exams", origin="not published; probably Learn2Reg abdomen",
@@ -129,7 +131,7 @@ CURIABENCH = (
     Task(
         name="tcia-survival", title="survival with kidney cancer", origin="TCIA", licence="see the collection",
         access="not on the hub; TCIA has the collections", modality=CT, form=MASKED_IMAGE, target=TIME,
-        metrics=("concordance",), not_run="targets that are times to an event are not scored yet",
+        metrics=("c_index",), clinical=("age", "sex", "stage"),
     ),
     Task(
         name="neural_foraminal_narrowing", title="foraminal narrowing", origin="RSNA lumbar spine 2024",

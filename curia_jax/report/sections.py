@@ -12,7 +12,7 @@ import pyarrow as pa
 from etils import epath
 
 from curia_jax.evaluate import labels
-from curia_jax.evaluate.results import HISTOGRAM, MAJORITY, PIXELS, RANDOM, Score
+from curia_jax.evaluate.results import CLINICAL, HISTOGRAM, MAJORITY, PIXELS, RANDOM, Score
 from curia_jax.models import mae
 from curia_jax.report import findings, page
 from curia_jax.report.run_log import RunLog
@@ -21,9 +21,15 @@ from curia_jax.report.timeline import Timeline
 SPLITS = ("train", "validation", "test")
 METRICS = {
     "auroc": "AUROC", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "brier": "Brier score",
-    "rmse": "RMSE", "mae": "MAE", "r2": "R²",
+    "rmse": "RMSE", "mae": "MAE", "r2": "R²", "c_index": "C index",
 }  # fmt: skip
-BACKBONES = {RANDOM: "random encoder", PIXELS: "pixels", HISTOGRAM: "histogram of the pixels", MAJORITY: "no image"}
+BACKBONES = {
+    RANDOM: "random encoder",
+    PIXELS: "pixels",
+    HISTOGRAM: "histogram of the pixels",
+    MAJORITY: "no image",
+    CLINICAL: "clinical variables",
+}
 MODALITIES = {
     "CT": "each slice in the window named below it (centre/width in HU).",
     "MR": "each slice between its own 0.5 and 99.5 percentile.",

@@ -14,6 +14,7 @@ from sklearn.metrics import (
 
 from curia_jax.evaluate import metrics
 from curia_jax.evaluate.metrics import Bootstrap
+from curia_jax.evaluate.targets import Times
 
 # Sums of a few hundred float64 terms of order one.
 TOLERANCE = 1e-12
@@ -176,7 +177,7 @@ def test_chunked_evaluation_equals_whole(monkeypatch):
     assert repr(bootstrap.estimate(metrics.auroc, targets, scores)) == repr(whole)  # NaN for p
 
 
-# ---- values, probabilities, few patients
+# ---- values, probabilities, times
 
 
 def weights_of(n: int):
@@ -217,10 +218,73 @@ def test_brier_of_class_without_a_score():
     assert once(metrics.brier, np.array([2]), np.array([[0.5, 0.5]])) == pytest.approx(0.25 + 0.25 + 1)
 
 
-def test_bootstrap_takes_values():
+def a_follow_up(n: int = 70):
+    rng = np.random.default_rng(0)
+    risk = np.round(rng.normal(size=n), 1)
+    time = np.ceil(5 * rng.exponential(np.exp(-risk))) + 0.0
+    return Times(time, rng.random(n) < 0.6), risk[:, None]
+
+
+def test_concordance_equals_loop_with_ties_and_weights(monkeypatch):
+    times, risk = a_follow_up()
+    wanted = []
+    for weights in weights_of(70):
+        known = right = 0.0
+        for i in np.flatnonzero(times.event):
+            for j in range(70):
+                later = times.time[j] > times.time[i] or (times.time[j] == times.time[i] and not times.event[j])
+                if later:
+                    pair = weights[i] * weights[j]
+                    known += pair
+                    right += pair * (1.0 if risk[i, 0] > risk[j, 0] else 0.5 if risk[i, 0] == risk[j, 0] else 0.0)
+        wanted.append(right / known)
+    np.testing.assert_allclose(metrics.concordance(times, risk, weights_of(70)), wanted, rtol=1e-12)
+    monkeypatch.setattr(metrics, "CHUNK", 200)
+    np.testing.assert_allclose(metrics.concordance(times, risk, weights_of(70)), wanted, rtol=1e-12)
+
+
+def test_concordance_equals_scikit_survival():
+    sksurv = pytest.importorskip("sksurv.metrics", reason="scikit-survival is not installed (GPL, tests only)")
+    times, risk = a_follow_up()
+    wanted = sksurv.concordance_index_censored(times.event, times.time, risk[:, 0], tied_tol=0)[0]
+    assert once(metrics.concordance, times, risk) == pytest.approx(wanted, abs=1e-12)
+
+
+def test_concordance_is_one_minus_that_of_lifelines_scores():
+    lifelines = pytest.importorskip("lifelines.utils", reason="lifelines is not installed")
+    times, risk = a_follow_up()
+    times = Times(times.time + np.linspace(0, 0.5, 70), times.event)  # without ties, which lifelines counts otherwise
+    wanted = lifelines.concordance_index(times.time, -risk[:, 0], times.event)
+    assert once(metrics.concordance, times, risk) == pytest.approx(wanted, abs=1e-12)
+
+
+def test_concordance_without_events_is_undefined():
+    times, risk = a_follow_up()
+    assert np.isnan(once(metrics.concordance, Times(times.time, np.zeros(70, bool)), risk))
+
+
+def test_bootstrap_takes_values_and_times():
+    times, risk = a_follow_up()
+    patients = np.arange(70) // 2
+    found = Bootstrap.over(patients, draws=300).estimate(metrics.concordance, times, risk)
+    assert 0.6 < found.low < found.value < found.high < 1 and found.doubt is None
     values = np.arange(70.0)
-    found = Bootstrap.over(np.arange(70) // 2, draws=300).estimate(metrics.rmse, values, values[:, None] + 1)
+    found = Bootstrap.over(patients, draws=300).estimate(metrics.rmse, values, values[:, None] + 1)
     assert (found.value, found.low, found.high) == (1, 1, 1) and "no width" in str(found.doubt)
+
+
+def test_restricted_bootstrap_keeps_the_draws():
+    targets, scores, patients = cases(5)
+    bootstrap = Bootstrap.over(patients, draws=100)
+    some = np.arange(len(targets)) % 3 == 0
+    values = bootstrap.restricted(some).values(metrics.accuracy, targets[some], scores[some])
+    for counts, value in zip(bootstrap.counts[:5], values[1:6], strict=True):
+        weights = counts[bootstrap.patient] * some
+        assert value == pytest.approx(once_weighted(metrics.accuracy, targets, scores, weights))
+
+
+def once_weighted(metric, targets, scores, weights):
+    return float(metric(targets, scores, weights[None].astype(float))[0])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from sklearn.preprocessing import StandardScaler
 
 from curia_common.errors import UserError
 from curia_jax.evaluate import probes, selection
-from curia_jax.evaluate.targets import Classes, Values
+from curia_jax.evaluate.targets import Classes, Times, Values
+from curia_jax.evaluate.tokens import Tokens
 
 PROBES = [probes.knn, probes.ridge, probes.logistic]
 
@@ -230,10 +231,19 @@ def test_floor_predicts_frequencies_or_the_mean():
     np.testing.assert_array_equal(probes.floor(Values(np.array([1.0, 2.0, 6.0])), 2), [[3.0]] * 2)
 
 
-def test_logistic_regression_of_values_is_refused():
+def test_wrong_targets_and_tokens_are_refused_with_the_head_to_use():
+    folds = ((np.arange(6), np.arange(6, 9)),)
     x = np.random.default_rng(0).normal(size=(9, 2))
+    times = selection.Bank(x, Times(np.arange(1.0, 10.0), np.ones(9, bool)), folds, "")
+    with pytest.raises(UserError, match="use cox"):
+        probes.ridge(times, x)
     with pytest.raises(UserError, match="use ridge for values"):
-        probes.logistic(selection.Bank(x, Values(np.arange(9.0)), ((np.arange(6), np.arange(6, 9)),), ""), x)
+        probes.logistic(selection.Bank(x, Values(np.arange(9.0)), folds, ""), x)
+    with pytest.raises(UserError, match="cox learns times"):
+        probes.cox(selection.Bank(x, Values(np.arange(9.0)), folds, ""), x)
+    tokens = Tokens.of([x[:1]] * 9)
+    with pytest.raises(UserError, match="not lists of tokens"):
+        probes.ridge(selection.Bank(tokens, Values(np.arange(9.0)), folds, ""), x)
 
 
 @pytest.mark.parametrize("probe", PROBES)

@@ -1,5 +1,6 @@
 """Scores of synthetic features: their rows, differences and independence of the test labels."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -51,7 +52,7 @@ def test_rows_have_documented_fields_in_order() -> None:
 def test_differences_are_those_of_values() -> None:
     task, features = a_study()
     rows = results.rows(scoring.score(task, features)[0])
-    for head in scoring.HEADS:
+    for head in scoring.OF_CLASSES:
         ours, theirs = (pick(rows, backbone=b, head=head, metric="auroc", against=None)[0] for b in ("run", "random"))
         difference = pick(rows, against="random", head=head, metric="auroc")[0]
         assert difference["backbone"] == "run"
@@ -115,7 +116,7 @@ def test_series_of_two_classes_is_refused() -> None:
 
 def test_settings_come_from_folds_without_validation() -> None:
     task, features = a_study()
-    nothing = labels.Labelled(*(part[:0] for part in vars(task.splits["validation"]).values()))
+    nothing = labels.Labelled(*(part[:0] for part in vars(task.splits["validation"]).values() if part is not None))
     alone = labels.Task("kind", task.classes, (), {**task.splits, "validation": nothing})
     del features["validation"]
     scores, _ = scoring.score(alone, features, heads=["ridge"])
@@ -124,7 +125,7 @@ def test_settings_come_from_folds_without_validation() -> None:
 
 def test_intervals_and_folds_are_over_files_where_patients_are_unknown() -> None:
     task, features = a_study()
-    nothing = labels.Labelled(*(part[:0] for part in vars(task.splits["validation"]).values()))
+    nothing = labels.Labelled(*(part[:0] for part in vars(task.splits["validation"]).values() if part is not None))
     unknown = "files (patients unknown)"
     alone = labels.Task("kind", task.classes, (), {**task.splits, "validation": nothing}, unknown)
     del features["validation"]
@@ -254,7 +255,7 @@ def test_shots_learn_from_so_many_cases_of_each_class() -> None:
 
 def test_shots_of_a_value_are_refused() -> None:
     task, features = ages()
-    with pytest.raises(UserError, match="5 cases of every class: the label is a value"):
+    with pytest.raises(UserError, match="5 cases of every class: the label has no classes"):
         scoring.score(task, features, few=(5,))
 
 
@@ -288,3 +289,50 @@ def test_few_test_patients_make_the_interval_doubtful() -> None:
     assert {s.doubt for s in scores if s.backbone == "run"} == {
         "6 resampled groups, and 2 of the rarest class are too few for an interval"
     }
+
+
+# ---- times to an event
+
+
+def survival_times(seed: int = 0):
+    """Times whose hazard the features of `run` show; those of `clinical` show a part of it."""
+    rng = np.random.default_rng(seed)
+    splits, features = {}, {}
+    for split, count in SLICES.items():
+        risk = rng.normal(size=count)
+        time, end = rng.exponential(np.exp(-1.5 * risk)), rng.exponential(3.0, count)
+        who = np.array([f"{split}{n}" for n in range(count)])
+        names = np.minimum(time, end).astype(str)
+        splits[split] = labels.Labelled(np.arange(count), names, who, who, time <= end)
+        features[split] = {
+            name: {"mean": (risk[:, None] + noise * rng.normal(size=(count, 4))).astype(np.float32)}
+            for name, noise in {"run": 0.3, "clinical": 3.0}.items()
+        }
+    return labels.Task("tcia-survival", (), (), splits, is_time=True), features
+
+
+def test_times_are_scored_by_concordance_with_their_events() -> None:
+    from sksurv.metrics import concordance_index_censored
+
+    task, features = survival_times()
+    scores, table = scoring.score(task, features, draws=200)
+    rows = results.rows(scores)
+    assert {(row["head"], row["metric"]) for row in rows} == {("cox", "c_index"), ("none", "c_index")}
+    times = task.targets("test")
+    assert {row["events"] for row in rows} == {int(times.event.sum())}
+    (ours,), (clinical,) = (pick(rows, backbone=name, against=None) for name in ("run", "clinical"))
+    mine = [row for row in table.to_pylist() if row["backbone"] == "run"]
+    wanted = concordance_index_censored(times.event, times.time, np.array([row["scores"][0] for row in mine]))[0]
+    assert ours["value"] == pytest.approx(wanted, abs=1e-9) and ours["value"] > clinical["value"] > 0.5
+    assert pick(rows, backbone="majority")[0]["value"] == 0.5
+    assert pick(rows, against="clinical")[0]["value"] == pytest.approx(ours["value"] - clinical["value"])
+    assert [row["target"].endswith("+") for row in mine] == (~times.event).tolist()
+    json.dumps(rows, allow_nan=False)
+
+
+def test_times_without_an_event_in_the_test_are_refused() -> None:
+    task, _ = survival_times()
+    test = task.splits["test"]
+    censored = dataclasses.replace(test, events=np.zeros(len(test.slices), bool))
+    none = dataclasses.replace(task, splits={**task.splits, "test": censored})
+    assert labels.obstacle_of(none) == "the test split has no event, so that the order of no two times is known"

@@ -5,7 +5,7 @@ import pytest
 
 from curia_common.errors import UserError
 from curia_jax.evaluate import subsets
-from curia_jax.evaluate.targets import Classes, Values
+from curia_jax.evaluate.targets import Classes, Times, Values
 
 
 def a_study(patients: int = 200, per_patient: int = 3):
@@ -15,7 +15,7 @@ def a_study(patients: int = 200, per_patient: int = 3):
     return Classes(labels, 2), names
 
 
-@pytest.mark.parametrize("share", [0.01, 0.05, 0.10, 0.25, 0.50, 1.0])
+@pytest.mark.parametrize("share", (0.01, 0.05, 0.10, 0.25, 0.50, 1.0))
 def test_fraction_keeps_patients_whole_and_classes_in_their_shares(share: float) -> None:
     targets, patients = a_study()
     rows = subsets.fraction(targets, patients, share, seed=0)
@@ -62,10 +62,13 @@ def test_patient_of_two_classes_belongs_to_the_rarer_one() -> None:
     assert set(labels[rows]) == {0, 1} and len(np.unique(patients[rows])) == 2
 
 
-def test_values_are_spread_over_the_subset() -> None:
+def test_values_and_times_are_spread_over_the_subset() -> None:
     values = np.arange(100.0)
     rows = subsets.fraction(Values(values), np.arange(100), 0.1, seed=0)
     assert len(rows) == 10 and sorted(values[rows] // 20) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    event = np.arange(100) % 4 == 0
+    rows = subsets.fraction(Times(values + 1, event), np.arange(100), 0.2, seed=0)
+    assert (len(rows), event[rows].sum()) == (20, 5)
 
 
 def test_shots_are_of_different_patients() -> None:

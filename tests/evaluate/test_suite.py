@@ -41,8 +41,8 @@ def study(tmp_path_factory) -> Path:
 
 
 def run(study: Path, output: Path, *words: str) -> int:
-    words = (f"--data={study / 'data'}", f"--backbones={study / 'run'}", f"--output={output}", *words)
-    return evaluate.main([*words, "--floors=pixels,histogram", "--heads=ridge", "--features=mean"])
+    words = ("--floors=pixels,histogram", "--heads=ridge", "--features=mean", *words)
+    return evaluate.main([f"--data={study / 'data'}", f"--backbones={study / 'run'}", f"--output={output}", *words])
 
 
 def read(output: Path) -> list[dict]:
@@ -89,6 +89,40 @@ def test_task_of_ones_own_is_a_file_of_ten_lines(study, tmp_path) -> None:
     assert {(row["task"], row["status"]) for row in rows} == {("contrast", "ok")}
     found = next(r for r in rows if (r["backbone"], r["metric"], r["against"]) == ("pixels", "auroc", None))
     assert found["n"] == 12 and found["events"] == 6
+
+
+@pytest.mark.long
+def test_age_and_survival_are_scored_against_their_floors(study, tmp_path) -> None:
+    data = tmp_path / "data"
+    # MR is shown between percentiles: a quarter of the image is brighter, not all of it.
+    ages, survival = published.task(masked=True), published.task(masked=True)
+    for split in published.SPLITS:
+        for n, (age, case) in enumerate(zip(ages[split], survival[split], strict=True)):
+            bright = age["target"]  # the class that the image shows
+            age["target"] = 30.0 + 20 * bright + n % 3
+            case.update(target=2.0 + 20 * (1 - bright) + n % 3, event=int(n % 4 > 0))
+            case.update(age=60 + (n * 7) % 20, sex="fm"[n % 2], stage=1 + n % 4)
+    published.write(data / "ixi", ages)
+    published.write(data / "tcia-survival", survival)
+    words = (f"--data={data}", "--tasks=ixi,tcia-survival", "--heads=knn,ridge,logistic,cox")
+    assert run(study, tmp_path / "out", *words) == 0
+    rows = read(tmp_path / "out")
+    assert all(row["status"] == "ok" for row in rows)
+
+    def value(task: str, backbone: str, metric: str, head: str) -> float:
+        wanted = (task, backbone, metric, head, None)
+        (found,) = (r for r in rows if (r["task"], r["backbone"], r["metric"], r["head"], r["against"]) == wanted)
+        return found["value"]
+
+    # Brightness tells 20 years apart and one year not at all; the floor is the mean of the training cases.
+    assert value("ixi", "histogram", "rmse", "ridge") < 1.5 < 9 < value("ixi", "majority", "rmse", "none")
+    assert {row["head"] for row in rows if row["task"] == "ixi"} == {"knn", "ridge", "none"}
+    assert value("tcia-survival", "histogram", "c_index", "cox") > 0.8
+    assert value("tcia-survival", "majority", "c_index", "none") == 0.5
+    clinical = next(r for r in rows if r["backbone"] == "clinical" and r["against"] is None)
+    assert (clinical["head"], clinical["features"], clinical["events"]) == ("cox", "age+sex+stage", 9)
+    assert any(row["against"] == "clinical" for row in rows)
+    assert "clinical variables" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_damaged_task_is_a_row_and_the_others_finish(study, tmp_path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from curia_common.errors import DataError, UserError
 from curia_jax.evaluate import task_data, tasks
+from curia_jax.evaluate.targets import Times
 from curia_jax.evaluate.task_data import MOST_SLICES, TaskImages
 from curia_jax.evaluate.tasks import Task
 from tests.evaluate import published
@@ -206,3 +207,83 @@ def test_pooled_is_the_mean_over_the_slices_of_each_row() -> None:
     values = np.arange(12, dtype=np.float32).reshape(6, 2)
     found = task_data.pooled(numbers, {"mean": values})["mean"]
     np.testing.assert_allclose(found, [values[:3].mean(0), values[3], values[4:].mean(0)])
+
+
+# ---- values and times
+
+AGE = Task("ixi", "", "", "", "", tasks.MR, tasks.IMAGE, target=tasks.VALUE)
+SURVIVAL = Task("tcia", "", "", "", "", tasks.CT, tasks.IMAGE, target=tasks.TIME, clinical=("age", "stage"))
+
+
+def survival() -> dict[str, list[dict[str, Any]]]:
+    """Months, every third a censored one; age is missing in row 1 of each split, and the test has a stage of its own."""
+    splits = published.task()
+    for split, rows in splits.items():
+        for n, row in enumerate(rows):
+            age, stage = None if n == 1 else 50.0 + n, "IV" if split == "test" and n == 0 else ("I", "II")[n % 2]
+            row.update(target=1.5 * (n + 1), event=int(n % 3 > 0), age=age, stage=stage)
+    return splits
+
+
+def test_values_are_read_as_numbers(tmp_path) -> None:
+    splits = published.task()
+    for rows in splits.values():
+        for n, row in enumerate(rows):
+            row["target"] = 20.25 + n
+    cases = task_data.read_cases(AGE, opened(tmp_path, AGE, splits))
+    assert cases.is_value and cases.classes == () and cases.groups == "patients"
+    np.testing.assert_array_equal(cases.targets("test"), 20.25 + np.arange(12))
+
+
+def test_times_have_their_events_and_clinical_columns(tmp_path) -> None:
+    files = opened(tmp_path, SURVIVAL, survival())
+    cases = task_data.read_cases(SURVIVAL, files)
+    times = cases.targets("test")
+    assert cases.is_time and isinstance(times, Times)
+    assert times.time.tolist() == [1.5 * (n + 1) for n in range(12)]
+    assert times.event.tolist() == [n % 3 > 0 for n in range(12)]
+    found = task_data.clinical(SURVIVAL, files)
+    ages = [50.0 + n for n in range(24) if n != 1]
+    # A missing age is the mean of the training split; a stage that training lacks is none of its stages.
+    np.testing.assert_allclose(found["train"][:3], [[50, 1, 0], [np.mean(ages), 0, 1], [52, 1, 0]], rtol=1e-6)
+    np.testing.assert_allclose(found["test"][0], [50, 0, 0])
+    assert {split: len(rows) for split, rows in found.items()} == {"train": 24, "validation": 12, "test": 12}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"target": 0.0}, "the target of row 2 of test is 0.0, which is not a time above 0"),
+        ({"target": None}, "the target of row 2 of test is None, which is not a time above 0"),
+        ({"event": 2}, "column event of row 2 of test is 2; it has to be 0 or 1"),
+        ({"event": None}, "column event of row 2 of test is None; it has to be 0 or 1"),
+    ],
+)
+def test_time_or_event_that_is_none_is_refused(change: dict[str, Any], words: str, tmp_path) -> None:
+    splits = survival()
+    splits["test"][2].update(change)
+    with pytest.raises(DataError, match=words):
+        task_data.read_cases(SURVIVAL, opened(tmp_path, SURVIVAL, splits))
+
+
+def test_missing_columns_of_survival_are_named(tmp_path) -> None:
+    splits = survival()
+    for rows in splits.values():
+        for row in rows:
+            del row["event"]
+            del row["stage"]
+    files = opened(tmp_path, SURVIVAL, splits)
+    with pytest.raises(DataError, match="has no column event, 1 where the event was seen"):
+        task_data.read_cases(SURVIVAL, files)
+    with pytest.raises(DataError, match="has no column stage, which the clinical floor needs"):
+        task_data.clinical(SURVIVAL, files)
+
+
+def test_value_that_is_no_number_is_refused(tmp_path) -> None:
+    splits = published.task()
+    for rows in splits.values():
+        for n, row in enumerate(rows):
+            row["target"] = 30.0 + n
+    splits["train"][3]["target"] = float("nan")
+    with pytest.raises(DataError, match="the target of row 3 of train is nan, which is not a number"):
+        task_data.read_cases(AGE, opened(tmp_path, AGE, splits))
