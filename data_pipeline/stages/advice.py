@@ -14,6 +14,7 @@ _UNPACK = "unpack it and name the folder"
 _ADVICE: tuple[tuple[str, str], ...] = tuple(
     (pattern, what)
     for what, patterns in {
+        "nothing to do; if they are reformats, export at least 5 of them": ("localizer: one of fewer than",),
         NOTHING: (
             "not a CT or MR image object", "neither CT nor MR", "no pixel data", "colour image", "several frames in a single-frame",
             "localizer", "projection", "burned-in", "a CT that is not axial", "an index of DICOM files", "smaller than", "constant",

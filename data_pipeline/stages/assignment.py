@@ -299,6 +299,14 @@ def make(entries: Sequence[Entry], options: Options) -> tuple[Plan, list[Entry]]
             for number in numbers:
                 entries[number] = entries[number].with_fate("excluded", reason)
             continue
+        localizers = layout.localizers() if layout is not None and not start else frozenset()
+        if localizers:
+            for number in numbers:
+                if entries[number].path in localizers:
+                    entries[number] = entries[number].with_fate("excluded", exclusion.LOCALIZER_AMONG_AXIAL)
+            numbers = [number for number in numbers if not entries[number].fate]
+            members = [entries[number] for number in numbers]
+            layout = _lay_out(members)
         split = _split_of(members[0], options)
         for number in numbers:
             entries[number] = dataclasses.replace(entries[number], split=split)
@@ -397,6 +405,20 @@ class _Layout:
             self.frames[0][0].facts.modality,
             [(self.orientation(part), len(part.order)) for part in self.parts],
             maybe_localizer=any(entry.facts.maybe_localizer for entry, _ in self.frames),
+        )
+
+    def localizers(self) -> frozenset[str]:
+        """Paths of the files that are localizers though other files of the series are not.
+
+        A file whose frames have several planes stays: its fate is one.
+        """
+        counts = [(part.plane, len(part.order)) for part in self.parts]
+        planes = exclusion.localizer_planes(self.frames[0][0].facts.modality, counts)
+        return frozenset(
+            entry.path
+            for group in (self.copies.values() if planes else ())
+            for entry in group
+            if all(geometry.plane_of(place.orientation) in planes for place in entry.facts.geometry)
         )
 
 

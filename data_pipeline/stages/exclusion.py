@@ -1,6 +1,7 @@
 """Which images are excluded, and why. Rules are data: a name, which the manifest quotes, and a predicate."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -24,6 +25,9 @@ MULTIFRAME_CLASSES = frozenset({
 })  # fmt: skip
 IMAGE_CLASSES = MULTIFRAME_CLASSES | {CTImageStorage, MRImageStorage}
 LOCALIZER, PROJECTION, PAGE = "localizer or screen", "projection or reformat", "a page of text"
+LOCALIZER_AMONG_AXIAL = (
+    f"localizer: one of fewer than {geometry.MINIMUM_SLICES} coronal or sagittal slices in an axial CT series"
+)
 
 
 def _types(header: Header, names: Callable[[Iterable[str]], bool]) -> bool:
@@ -98,6 +102,23 @@ def exclude_layout(
         cosines = [abs(float(a @ b)) for a, b in itertools.combinations(normals, 2)]
         return LOCALIZER if max(cosines) < ORTHOGONAL_COSINE else None
     return None
+
+
+def localizer_planes(modality: str, planes: Iterable[tuple[str, int]]) -> frozenset[str]:
+    """Planes of the slices that are localizers among the axial slices of a CT series; empty if there are none.
+
+    Some archives store the localizer radiograph under the UID of the series that was planned on it. Reformats come in
+    larger numbers.
+
+    Args:
+      planes: plane and number of slices of each orientation of the series.
+    """
+    counts: Counter[str] = Counter()
+    for plane, count in planes:
+        counts[plane] += count
+    if modality != "CT" or not counts["axial"]:
+        return frozenset()
+    return frozenset(plane for plane in ("coronal", "sagittal") if 0 < counts[plane] < geometry.MINIMUM_SLICES)
 
 
 def exclude_pixels(

@@ -183,10 +183,10 @@ def test_file_names_and_order_do_not_change_a_series(tmp_path: Path, write_serie
 
 
 def test_two_orientations_become_two_parts_numbered_in_sequence(tmp_path: Path, write_series) -> None:
-    paths = write_series(tmp_path / "a", 6)
+    paths = write_series(tmp_path / "a", 6, Modality="MR")
     paths += write_series(
-        tmp_path / "b", ImageOrientationPatient=[1, 0, 0, 0, 0, -1], positions=[0.0], ImagePositionPatient=[0, 0, 0]
-    )
+        tmp_path / "b", Modality="MR", ImageOrientationPatient=[1, 0, 0, 0, 0, -1], positions=[0.0], ImagePositionPatient=[0, 0, 0]
+    )  # fmt: skip
     parts = sorted(all_series(make(inspect(paths))), key=lambda series: series.part)
     assert [(part.plane, len(part.files)) for part in parts] == [("axial", 6), ("coronal", 1)]
     assert all(geometry.MIXED_ORIENTATION in part.problems for part in parts)
@@ -257,6 +257,31 @@ def test_mr_localizers_are_excluded_by_name_or_layout(tmp_path: Path, write_dico
 def test_sagittal_ct_radiographs_are_excluded_whatever_their_type(tmp_path: Path, write_dicom, name: str) -> None:
     fields = {"SeriesDescription": name, "ImageOrientationPatient": [0, 1, 0, 0, 0, -1]}
     assert fates(inspect([write_dicom(tmp_path / f"{n}.dcm", **fields) for n in range(2)])) == {LOCALIZER}
+
+
+@pytest.mark.parametrize(("lateral", "kept"), [(1, False), (4, False), (5, True)])
+def test_few_lateral_slices_of_an_axial_ct_are_localizers(
+    tmp_path: Path, write_series, write_dicom, lateral: int, kept: bool
+) -> None:
+    paths = write_series(tmp_path, 6)
+    uid = pydicom.dcmread(paths[0]).SeriesInstanceUID
+    side = [
+        write_dicom(tmp_path / f"side{n}.dcm", SeriesInstanceUID=uid, ImageOrientationPatient=[0, 1, 0, 0, 0, -1],
+                    ImagePositionPatient=[2.0 * n, 0, 0])
+        for n in range(lateral)
+    ]  # fmt: skip
+    side += [side[0].with_name("copy.dcm")]
+    side[-1].write_bytes(side[0].read_bytes())
+    plan, entries = assignment.make(inspect([*paths, *side]), options())
+    reason = "localizer: one of fewer than 5 coronal or sagittal slices in an axial CT series"
+    want = ("", "") if kept else ("excluded", reason)
+    assert {entry.path: (entry.fate, entry.reason) for entry in entries} == {
+        **{str(path): ("", "") for path in paths}, **{str(path): want for path in side}
+    }  # fmt: skip
+    series = all_series(plan)
+    assert sorted(one.plane for one in series) == (["axial", "sagittal"] if kept else ["axial"])
+    problems = (geometry.MIXED_ORIENTATION,) if kept else ()  # without the localizers the volume is regular
+    assert [one.problems for one in series if one.plane == "axial"] == [problems]
 
 
 def test_series_with_a_doubtful_name_and_many_slices_is_planned(tmp_path: Path, write_series) -> None:

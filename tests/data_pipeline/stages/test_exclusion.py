@@ -111,6 +111,23 @@ def test_layout_rules(modality: str, orientations: list, named: bool, excluded: 
     assert found == ("localizer or screen" if excluded else None)
 
 
+@pytest.mark.parametrize(
+    ("modality", "planes", "localizers"),
+    [
+        ("CT", [("axial", 40), ("sagittal", 1)], {"sagittal"}),
+        ("CT", [("axial", 3), ("coronal", 1), ("sagittal", 1)], {"coronal", "sagittal"}),
+        ("CT", [("axial", 40), ("coronal", 4)], {"coronal"}),
+        ("CT", [("axial", 40), ("coronal", 5), ("sagittal", 1)], {"sagittal"}),
+        ("CT", [("axial", 40), *[("coronal", 1)] * 5], set()),  # reformats about an axis: one slice of each orientation
+        ("CT", [("coronal", 40), ("sagittal", 1)], set()),
+        ("CT", [("axial", 40), ("axial", 1), ("oblique", 1), ("unknown", 1)], set()),
+        ("MR", [("axial", 40), ("sagittal", 1)], set()),
+    ],
+)
+def test_localizer_planes_of_series(modality: str, planes: list, localizers: set) -> None:
+    assert exclusion.localizer_planes(modality, planes) == localizers
+
+
 def body(low: float, high: float) -> np.ndarray:
     return np.linspace(low, high, 64 * 64).reshape(64, 64)
 
