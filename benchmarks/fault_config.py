@@ -1,4 +1,4 @@
-"""Config of the runs of benchmarks/faults.py: a model that compiles in seconds, and the faults that its process brings on itself.
+"""Config of the runs of benchmarks/faults.py: a model that compiles in seconds, and the faults that its process injects into itself.
 
 The variable FAULTS holds them as JSON, a list of objects with the fields of `Fault`. The moment of the first one is appended to the file that the variable FAULT_TIME names.
 """
@@ -21,10 +21,11 @@ FULL = 4096  # bytes, of the largest file while the disk is "full"
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """A fault that the process brings on itself.
+    """A fault that the process injects into itself.
 
     Attributes:
       at: "batch" (a batch is pulled), or the name of an audit event of Python and a part of its path: "open commit_success.txt".
+        "bucket commit_success.txt" is a request to a bucket that writes an object of this name.
       do: a signal for this process ("SIGKILL"); "raise", "hang"; "nan", which makes values of the batch NaN; "full" and
         "free", which limit the size of a file to FULL bytes and lift the limit.
       nth: number of the batch or event, from 1 on.
@@ -57,11 +58,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.mesh.fsdp = 1
     config.devices.cpu_count = 1
     config.devices.heartbeat_seconds = 10
-    _bring_on([Fault(**found) for found in json.loads(os.environ.get("FAULTS", "[]"))])
+    _inject([Fault(**found) for found in json.loads(os.environ.get("FAULTS", "[]"))])
     return config
 
 
-def _bring_on(faults: list[Fault]) -> None:
+def _inject(faults: list[Fault]) -> None:
     """Makes the faults happen when their time comes."""
     at_batches = [fault for fault in faults if fault.at == "batch"]
     at_events = [fault for fault in faults if fault.at != "batch"]
@@ -82,6 +83,8 @@ def _bring_on(faults: list[Fault]) -> None:
             return to_devices(batch, sharding)
 
         data.to_devices = disturbed
+    if any(fault.at.startswith("bucket ") for fault in at_events):
+        _audit_bucket_writes()
     if at_events:
         left = [fault.nth for fault in at_events]
 
@@ -94,6 +97,19 @@ def _bring_on(faults: list[Fault]) -> None:
                         _happen(fault)
 
         sys.addaudithook(audited)
+
+
+def _audit_bucket_writes() -> None:
+    """Raises the audit event "bucket" with the name of each object before gcsfs writes it."""
+    import gcsfs.core
+
+    upload = gcsfs.core.initiate_upload
+
+    async def audited(fs: Any, bucket: str, key: str, *args: Any, **kwargs: Any) -> Any:
+        sys.audit("bucket", key)
+        return await upload(fs, bucket, key, *args, **kwargs)
+
+    gcsfs.core.initiate_upload = audited
 
 
 def _happen(fault: Fault) -> None:

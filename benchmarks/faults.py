@@ -1,21 +1,22 @@
-"""Brings faults on runs of `python -m curia_jax.pretrain`, and checks what becomes of them. Prints the table of docs/reliability.md.
+"""Injects faults into runs of `python -m curia_jax.pretrain`, and checks what becomes of them. Prints the table of docs/reliability.md.
 
   python -m benchmarks.faults                              every fault, a few times: `make faults`
   python -m benchmarks.faults --all                        the whole counts, more than 200 SIGKILLs among them
   python -m benchmarks.faults --only=SIGTERM --processes=2 those faults whose name begins so, on two processes
 
 Every start is the command itself, in a process of its own, with a model so small that a run is its start-up and a few milliseconds
-a step; several processes are hosts that find each other on loopback (Gloo). Aimed faults are brought on by the process itself, at
+a step; several processes are hosts that find each other on loopback (Gloo). Aimed faults are injected by the process itself, at
 an audit event of Python such as the opening of the commit marker (benchmarks/fault_config.py), so that they hit on any machine;
 SIGKILLs at random moments come from outside. A full disk is a limit of 4 KiB on the size of files (RLIMIT_FSIZE), so that every
-write beyond it fails as on a full disk.
+write beyond it fails as on a full disk. Work directories in a bucket are on a Cloud Storage server on loopback (tests/gcs.py).
 
-  tried         faults brought on
+  tried         faults injected
   survived      of them, those with the promised outcome: the exit codes of docs/reliability.md, and where it promises that the
                 same command resumes, a finished run whose checkpoints are all whole. The right refusal counts
   lost_steps    steps that had to be taken again: the most after one fault
   lost_examples neither trained on nor reported as skipped, of all tries together: examples of steps that are missing in
-                metrics.jsonl, or whose loss is not that of the undisturbed run
+                metrics.jsonl, or whose loss is not that of the undisturbed run. A bucket may lack lines of metrics.jsonl, as
+                docs/buckets.md says: where the final parameters are identical, their examples are not lost
   identical     the final parameters are bit for bit those of an undisturbed run on as many processes; null where the run was
                 refused, or rightly trained on something else
   seconds_to_stop    from the fault to the end of the last process, the median; null where nothing was to end
@@ -47,10 +48,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 import pyarrow.parquet as pq
+from etils import epath
 
 from curia_common import cli
+from curia_common.errors import UserError
 from curia_common.exit_codes import ExitCode
 from curia_common.progress import Progress
+from tests import gcs
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "benchmarks" / "fault_config.py"
@@ -61,6 +65,7 @@ AT = 14  # the batch in which most faults happen: steps 4, 8 and 12 are saved
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 PATIENCE = 600  # seconds for one start; JAX's own limit for a lost host is 300
 STOPPED = 2.0  # seconds of a SIGSTOP that ends
+BUCKET = "bucket"  # the storage of a task whose work directory is in one
 TRIES = "tries.jsonl"
 
 Words = Sequence[str]
@@ -198,10 +203,10 @@ class Start:
         return times[-1] - self.began if times and times[-1] > self.began else None
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _lines(path: Path | epath.Path) -> list[dict[str, Any]]:
     """The readable lines of a file of JSON lines."""
     found: list[dict[str, Any]] = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))
     return found
@@ -215,6 +220,7 @@ class Place:
     """The folder of one unit of work: a run that faults happen to.
 
     Attributes:
+      workdir: where the run is, in `folder` or in a bucket.
       starts: of the command so far.
     """
 
@@ -222,11 +228,14 @@ class Place:
     folder: Path
     processes: int
     random: random.Random
+    in_bucket: bool = False
     starts: int = 0
 
     @property
-    def workdir(self) -> Path:
-        return self.folder / "run"
+    def workdir(self) -> epath.Path:
+        from curia_jax import storage
+
+        return storage.root(f"gs://{gcs.BUCKET}/{self.folder.name}" if self.in_bucket else self.folder / "run")
 
     def start(
         self,
@@ -303,7 +312,7 @@ class Place:
         identical = self.identical(steps) if same else None
         if identical is False:
             problems.append("the parameters are not those of the undisturbed run")
-        lost = self.lost_examples(steps, same=same)
+        lost = 0 if self.in_bucket and identical else self.lost_examples(steps, same=same)
         if lost:
             problems.append(f"{lost} examples are lost")
         return Try(
@@ -317,7 +326,7 @@ class Place:
         )
 
 
-def _parameters(workdir: Path) -> dict[str, np.ndarray]:
+def _parameters(workdir: epath.Path) -> dict[str, np.ndarray]:
     from curia_jax import checkpoint, sharding
 
     return sharding.paths(checkpoint.load(workdir).params)
@@ -380,7 +389,7 @@ class Bench:
 
     @contextlib.contextmanager
     def stopping(self, threads: concurrent.futures.Executor) -> Iterator[None]:
-        """Where the block is interrupted, no further fault is brought on, and no process is left behind."""
+        """Where the block is interrupted, no further fault is injected, and no process is left behind."""
         try:
             yield
         except BaseException:
@@ -426,7 +435,11 @@ class Bench:
                 if set(start.wait()) != {75}:
                     raise RuntimeError(f"a run that was told to stop failed: {start.err()}")
                 (made / "done").touch()
-        shutil.copytree(made / "run", place.workdir)
+        for path in (made / "run").rglob("*"):
+            if path.is_file() and path.name != "lock.json":
+                copy = place.workdir / path.relative_to(made / "run").as_posix()
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(path.read_bytes())
         return max(int(path.name) for path in (place.workdir / "checkpoints").iterdir())
 
 
@@ -452,7 +465,7 @@ def killed(place: Place, kills: int, moments: Sequence[Moment]) -> list[Try]:
 
     A fifth of the random moments are in the first seconds of the process, the others in training.
     """
-    steps = LONG if place.processes == 1 else SHORT
+    steps = LONG if place.processes == 1 and not place.in_bucket else SHORT
     start_up = 0.5 * place.bench.undisturbed(place.processes, steps).seconds
     problems: list[str] = []
     kept: list[tuple[int, float, int]] = []  # number of the start; seconds to stop; last step before
@@ -475,9 +488,14 @@ def killed(place: Place, kills: int, moments: Sequence[Moment]) -> list[Try]:
             when = kill(start, who)
             codes = start.wait()
         else:
-            who = who if "checkpoint-tmp" in moment.at else 0  # the first host alone does the rest of a save
             nth, delay = place.random.randint(1, moment.nth), place.random.uniform(0, moment.delay)
             fault = {"at": moment.at, "nth": nth, "do": "SIGKILL", "delay": delay}
+            if (
+                who and "checkpoint-tmp" in moment.at
+            ):  # the first host makes the folder; the others write into it meanwhile
+                fault |= {"at": "batch", "nth": SAVE_EVERY * nth + 1}
+            elif moment.at != "batch":  # the first host alone does the rest of a save
+                who = 0
             start = place.start("--config.keep=2", steps=steps, injected={who: [fault]})
             codes, when = start.wait(), start.fault_at
         if start.seconds_to_resume() is not None:
@@ -545,6 +563,23 @@ def disturbed(
 def _who(place: Place) -> int:
     """Any process, or the last of several, which is not the coordinator."""
     return place.processes - 1
+
+
+def second_run(place: Place) -> list[Try]:
+    """Refused with 75, naming the owner, while the first holds the lock; killed, the first has lost it at once."""
+    first = place.start(injected={0: [{"at": "batch", "nth": AT, "do": "hang"}]})
+    problems = [] if first.until(lambda: first.fault_at is not None) else ["the first run did not get that far"]
+    second = place.start()
+    if (codes := second.wait()) != [75]:
+        problems.append(f"exit codes {codes} instead of 75: {second.err()[-300:]}")
+    if f"is in use by process {first.processes[0].pid}" not in second.err():
+        problems.append(f"the owner is not named: {second.err()[-300:]}")
+    stop, before = second.seconds_to_stop(second.began), AT - 2  # the last step that is known to have ended
+    first.wait(without=[0])
+    again = place.start()
+    if (codes := again.wait()) != [0]:
+        problems.append(f"exit codes {codes} of the next start instead of 0: {again.err()[-300:]}")
+    return [place.judged(again, before, problems, stop=stop)]
 
 
 def lost_coordinator(place: Place) -> list[Try]:
@@ -617,46 +652,47 @@ def disk_full_to_the_end(place: Place) -> list[Try]:
 # ---- damaged checkpoints
 
 
-def _flip(path: Path, generator: random.Random) -> None:
+def _flip(path: epath.Path, generator: random.Random) -> None:
     data = bytearray(path.read_bytes())
     data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
-    path.write_bytes(data)
+    path.write_bytes(bytes(data))
 
 
-def _cut(path: Path, generator: random.Random) -> None:
-    os.truncate(path, generator.randrange(1, path.stat().st_size))
+def _cut(path: epath.Path, generator: random.Random) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: generator.randrange(1, len(data))])
 
 
-def _empty(path: Path, generator: random.Random) -> None:
-    os.truncate(path, 0)
+def _empty(path: epath.Path, generator: random.Random) -> None:
+    path.write_bytes(b"")
 
 
-def _zeros(path: Path, generator: random.Random) -> None:
-    path.write_bytes(bytes(path.stat().st_size))
+def _zeros(path: epath.Path, generator: random.Random) -> None:
+    path.write_bytes(bytes(len(path.read_bytes())))
 
 
-def _grow(path: Path, generator: random.Random) -> None:
-    with path.open("ab") as file:
-        file.write(b"more")
+def _grow(path: epath.Path, generator: random.Random) -> None:
+    path.write_bytes(path.read_bytes() + b"more")
 
 
-def _delete(path: Path, generator: random.Random) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
+def _delete(path: epath.Path, generator: random.Random) -> None:
+    path.rmtree() if path.is_dir() else path.unlink()
 
 
-def _rename(path: Path, generator: random.Random) -> None:
+def _rename(path: epath.Path, generator: random.Random) -> None:
     path.rename(path.with_name("20"))
 
 
-def _swap(path: Path, generator: random.Random) -> None:
+def _swap(path: epath.Path, generator: random.Random) -> None:
     """The state of the checkpoint before, under this step."""
     shutil.rmtree(path)
-    shutil.copytree(path.parents[1] / "12" / path.name, path)
+    shutil.copytree(path.parent.parent / "12" / path.name, path)
 
 
+Damage = Callable[[epath.Path, random.Random], None]
 ARRAYS, TABLE, META = "state/d/*", "state/_METADATA", "meta/data.json"
 # What happens to the newest checkpoint: name, file, how.
-DAMAGES: dict[str, tuple[str, Callable[[Path, random.Random], None]]] = {
+DAMAGES: dict[str, tuple[str, Damage]] = {
     "bit flipped in the arrays": (ARRAYS, _flip),
     "bit flipped in the table of arrays": (TABLE, _flip),
     "bit flipped in the arrays' metadata": ("state/array_metadatas/*", _flip),
@@ -683,9 +719,19 @@ DAMAGES: dict[str, tuple[str, Callable[[Path, random.Random], None]]] = {
 }
 
 
-def _damage(folder: Path, name: str, generator: random.Random) -> None:
+# Tried in a bucket, too; there is nothing to rename there.
+DAMAGES_IN_BUCKET = {
+    "bit flipped in the arrays",
+    "arrays cut",
+    "arrays missing",
+    "commit marker missing",
+    "meta data empty",
+}
+
+
+def _damage(folder: epath.Path, name: str, generator: random.Random) -> None:
     where, how = DAMAGES[name]
-    path = folder if where == "." else sorted(folder.glob(where))[0]
+    path = folder if where == "." else sorted(folder.glob(where), key=str)[0]
     how(path, generator)
 
 
@@ -737,7 +783,7 @@ def no_whole_checkpoint(place: Place) -> list[Try]:
 
 def no_checkpoint_folder(place: Place) -> list[Try]:
     place.bench.stopped(place)
-    shutil.rmtree(place.workdir / "checkpoints")
+    (place.workdir / "checkpoints").rmtree()
     return refused(place, place.start(), ExitCode.DATA, "but has no checkpoint: is its storage mounted?")
 
 
@@ -772,12 +818,12 @@ def _republished(place: Place, slope: float) -> Path:
     return shards
 
 
-def damaged_shard(how: Callable[[Path, random.Random], None]) -> "Unit":
+def damaged_shard(how: Damage) -> "Unit":
     """Bytes of a shard that are not as published: 65, with the shard's name."""
 
     def unit(place: Place) -> list[Try]:
         shards, first = _copied(place)
-        how(first, place.random)
+        how(epath.Path(first), place.random)
         return refused(place, place.start(shards=shards, steps=4000), ExitCode.DATA, str(first.name))
 
     return unit
@@ -793,7 +839,7 @@ def shard_cut_while_running(place: Place) -> list[Try]:
 
 def damaged_shard_table(place: Place) -> list[Try]:
     shards, _ = _copied(place)
-    _cut(shards / "shards.parquet", place.random)
+    _cut(epath.Path(shards) / "shards.parquet", place.random)
     return refused(place, place.start(shards=shards), ExitCode.DATA, "shards.parquet is damaged")
 
 
@@ -865,12 +911,14 @@ class Fault:
     """A kind of fault.
 
     Attributes:
-      unit: brings it on once.
+      unit: injects it once.
       counts: processes -> how often in a usual run, and with --all.
+      in_bucket: the same, of work directories in a bucket; one process.
     """
 
     unit: Unit
     counts: Mapping[int, tuple[int, int]]
+    in_bucket: tuple[int, int] = (0, 0)
 
 
 ONE = {1: (1, 1)}
@@ -889,7 +937,8 @@ KILLS: dict[str, tuple[Sequence[Moment], Mapping[int, tuple[Sequence[int], Seque
     "SIGKILL in a restore": ([Moment("open _METADATA", 3, 0.3)], {1: ((2,), (10,))}),
 }  # fmt: skip
 FAULTS: dict[str, Fault] = {
-    "SIGTERM": Fault(terminated, {1: (1, 2), 2: (1, 1), 4: (1, 1)}),
+    "SIGTERM": Fault(terminated, {1: (1, 2), 2: (1, 1), 4: (1, 1)}, (1, 2)),
+    "second run in the work directory": Fault(second_run, ONE, (1, 1)),
     "SIGTERM twice": Fault(terminated_twice, {1: (1, 2), 2: (0, 1)}),
     "lost coordinator": Fault(lost_coordinator, {2: (1, 1), 4: (0, 1)}),
     "SIGSTOP": Fault(suspended, {1: (1, 2), 2: (1, 1)}),
@@ -897,9 +946,11 @@ FAULTS: dict[str, Fault] = {
     "hang": Fault(hanging, {1: (1, 1), 2: (1, 1)}),
     "disk full for a while": Fault(disk_full_for_a_while, {1: (1, 2)}),
     "disk full to the end": Fault(disk_full_to_the_end, {1: (1, 2)}),
-    **{f"checkpoint: {name}": Fault(damaged_newest(name), ONE) for name in DAMAGES},
-    "checkpoints: all damaged": Fault(no_whole_checkpoint, {1: (1, 1), 2: (0, 1)}),
-    "checkpoints: folder gone": Fault(no_checkpoint_folder, ONE),
+    **{
+        f"checkpoint: {name}": Fault(damaged_newest(name), ONE, (0, int(name in DAMAGES_IN_BUCKET))) for name in DAMAGES
+    },
+    "checkpoints: all damaged": Fault(no_whole_checkpoint, {1: (1, 1), 2: (0, 1)}, (0, 1)),
+    "checkpoints: folder gone": Fault(no_checkpoint_folder, ONE, (0, 1)),
     "shard: bit flipped": Fault(damaged_shard(_flip), {1: (1, 2)}),
     "shard: cut": Fault(damaged_shard(_cut), ONE),
     "shard: missing": Fault(damaged_shard(_delete), ONE),
@@ -911,6 +962,12 @@ FAULTS: dict[str, Fault] = {
     "poisoned for good": Fault(poisoned_batches, ONE),
     "changed dataset": Fault(changed_dataset, ONE),
     "changed dataset, allowed": Fault(new_epoch, ONE),
+}
+# SIGKILLs of runs in a bucket. Its logs arrive too late to choose moments by them, so the process kills itself.
+BUCKET_KILLS: dict[str, tuple[Sequence[Moment], tuple[Sequence[int], Sequence[int]]]] = {
+    "SIGKILL at a random moment": ([Moment("batch", 20, 0.3)], ((2,), (5, 5))),
+    "SIGKILL before the commit marker": ([Moment("bucket commit_success.txt", 2)], ((1,), (4,))),
+    "SIGKILL after the commit marker": ([Moment("bucket digests.json", 2)], ((1,), (4,))),
 }
 NAMES = [*KILLS, *FAULTS]
 
@@ -932,14 +989,23 @@ def tasks(bench: Bench, names: Iterable[str], processes: Iterable[int], every: b
     if os.access("/dev/shm", os.W_OK):
         places.append(Path("/dev/shm") / f"{bench.folder.name}-{os.getuid()}")
     found = []
+    processes = set(processes)
     for name in names:
         counts = KILLS[name][1] if name in KILLS else FAULTS[name].counts
-        for hosts in sorted(counts.keys() & set(processes)):
+        for hosts in sorted(counts.keys() & processes):
             count = counts[hosts][every]
             for number, tries in enumerate([1] * count if isinstance(count, int) else count):
                 base = places[number % len(places)]
                 folder = base / f"{NAMES.index(name):02}-{hosts}-{number}"
                 found.append(Task(name, hosts, _file_system(base), number, folder, tries))
+        if name in BUCKET_KILLS:
+            count = BUCKET_KILLS[name][1][every]
+        else:
+            count = FAULTS[name].in_bucket[every] if name in FAULTS else 0
+        for number, tries in enumerate([1] * count if isinstance(count, int) else count):
+            if 1 in processes and gcs.binary() is not None:
+                folder = bench.folder / f"{NAMES.index(name):02}-bucket-{number}"
+                found.append(Task(name, 1, BUCKET, number, folder, tries))
     return sorted(found, key=lambda task: task.processes)  # the cheap ones first
 
 
@@ -951,13 +1017,17 @@ def _file_system(folder: Path) -> str:
 
 
 def perform(bench: Bench, task: Task) -> list[Try]:
-    """Brings the faults of a task on."""
+    """Injects the faults of a task."""
     shutil.rmtree(task.folder, ignore_errors=True)
     task.folder.mkdir(parents=True)
-    place = Place(bench, task.folder, task.processes, random.Random(f"{task.fault} {task.processes} {task.number}"))
+    generator = random.Random(f"{task.fault} {task.processes} {task.number}")
+    place = Place(bench, task.folder, task.processes, generator, task.storage == BUCKET)
     try:
+        if place.in_bucket and place.workdir.exists():  # of an unfinished try
+            place.workdir.rmtree()
         if task.fault in KILLS:
-            tries = killed(place, task.tries, KILLS[task.fault][0])
+            moments = BUCKET_KILLS[task.fault][0] if place.in_bucket else KILLS[task.fault][0]
+            tries = killed(place, task.tries, moments)
         else:
             tries = FAULTS[task.fault].unit(place)
     except Exception as error:  # noqa: BLE001 - a fault that breaks this program is not survived
@@ -1010,17 +1080,21 @@ def parser() -> argparse.ArgumentParser:
 python -m benchmarks.faults
 python -m benchmarks.faults --all --json=faults.json
 python -m benchmarks.faults --all --show
-python -m benchmarks.faults --only=checkpoint,shard --processes=1""",
+python -m benchmarks.faults --only=checkpoint,shard --processes=1
+python -m benchmarks.faults --storage=bucket""",
     )  # fmt: skip
     made.add_argument("--all", action="store_true", help="the whole counts")
     made.add_argument("--only", default="", help="faults whose names begin with one of these, separated by commas")
     made.add_argument("--processes", default="1,2,4", help="numbers of processes, separated by commas")
     made.add_argument(
+        "--storage", default="disk,bucket", help="kinds of work directory, separated by commas (%(default)s)"
+    )
+    made.add_argument(
         "--folder", type=Path, help="of what is finished; default: curia_faults in the folder for temporary files"
     )
     made.add_argument("--shards", type=Path, help="dataset to train on; default: that of a phantom, made in --folder")
     made.add_argument("--show", action="store_true", help="print the table of what is finished, and do nothing more")
-    made.add_argument("--workers", type=int, default=2, help="faults brought on at the same time")
+    made.add_argument("--workers", type=int, default=2, help="faults injected at the same time")
     cli.add_json(made, f"list of {', '.join(Row._fields)}")
     return made
 
@@ -1031,7 +1105,14 @@ def faults(args: argparse.Namespace) -> int:
     wanted = [name for name in NAMES if name.startswith(tuple(args.only.split(",")))]
     cli.at_least("--workers", args.workers, 1)
     bench = Bench(args.folder or Path(tempfile.gettempdir()) / "curia_faults", args.shards)
-    todo = tasks(bench, wanted, [int(word) for word in args.processes.split(",")], args.all)
+    kinds = args.storage.split(",")
+    if unknown := {*kinds} - {"disk", BUCKET}:
+        raise UserError(f"--storage={','.join(sorted(unknown))} is unknown; choose from disk, {BUCKET}")
+    todo = [
+        task
+        for task in tasks(bench, wanted, [int(word) for word in args.processes.split(",")], args.all)
+        if (BUCKET if task.storage == BUCKET else "disk") in kinds
+    ]
     path = bench.folder / TRIES
     done = {
         (line["fault"], line["processes"], line["storage"], line["number"]): [Try(*one) for one in line["tries"]]
@@ -1042,7 +1123,10 @@ def faults(args: argparse.Namespace) -> int:
     counted, total = sum(map(len, done.values())), sum(task.tries for task in left)
     if args.show:
         left = []
+    in_bucket = any(task.storage == BUCKET for task in left)
     with (
+        gcs.server() if in_bucket else contextlib.nullcontext({}) as bucket,
+        gcs.environment(bucket),  # of the starts and of this process
         path.open("a") as file,
         Progress("faults", counted + total, "tries", done=counted, enabled=not args.show) as progress,
         concurrent.futures.ThreadPoolExecutor(args.workers) as threads,

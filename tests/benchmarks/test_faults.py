@@ -12,7 +12,7 @@ from benchmarks.faults import Fault, Try
 @pytest.mark.long
 def test_handful_of_faults_is_survived(tiny_shards: Path, tmp_path: Path) -> None:
     kinds = ["SIGKILL before the commit marker", "checkpoint: arrays cut", "checkpoints: all damaged"]
-    words = [f"--folder={tmp_path}/faults", f"--shards={tiny_shards}", f"--json={tmp_path}/rows.json"]
+    words = [f"--folder={tmp_path}/faults", f"--shards={tiny_shards}", f"--json={tmp_path}/rows.json", "--storage=disk"]
     assert faults.main([f"--only={','.join(kinds)}", "--processes=1", *words]) == 0
     rows = {row["fault"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
     assert rows.keys() == {*kinds}
@@ -34,6 +34,17 @@ def test_handful_of_faults_is_survived(tiny_shards: Path, tmp_path: Path) -> Non
     assert (row["processes"], row["survived"], row["identical"], row["lost_examples"]) == (2, 1, True, 0)
 
 
+@pytest.mark.long
+@pytest.mark.bucket
+def test_run_in_a_bucket_survives_a_kill_before_the_marker(tiny_shards: Path, tmp_path: Path) -> None:
+    words = [f"--folder={tmp_path}/faults", f"--shards={tiny_shards}", f"--json={tmp_path}/rows.json"]
+    assert faults.main(["--only=SIGKILL before the commit marker", "--storage=bucket", *words]) == 0
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert (row["storage"], row["tried"], row["survived"], row["identical"]) == ("bucket", 1, 1, True)
+    # The killed save is that of step 4 or 8, so that the run takes those steps again since the start or the save before.
+    assert faults.SAVE_EVERY <= row["lost_steps"] <= 2 * faults.SAVE_EVERY + 2
+
+
 def test_fault_that_is_not_survived_is_shown_and_exit_code_1(
     tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -48,7 +59,7 @@ def test_fault_that_is_not_survived_is_shown_and_exit_code_1(
     # One lies on the disk and one in memory, where there is such a file system.
     assert sum(row["tried"] for row in rows) == 2 and sum(row["survived"] for row in rows) == 1
     shown = capsys.readouterr().out
-    assert faults.main([*words, "--show"]) == 1  # and brings nothing on
+    assert faults.main([*words, "--show"]) == 1  # and injects nothing
     assert "1 of 2 survived" in capsys.readouterr().out
     assert "flood, 1 processes" in shown and "it started again at step 0" in shown and "1 of 2 survived" in shown
 
