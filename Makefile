@@ -10,13 +10,14 @@ TORCH ?= yes
 WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-short test-slow golden fuzz faults lint lock image clean help
+.PHONY: demo test test-short test-slow test-backbones golden fuzz faults lint lock image clean help
 
 help:
 	@echo "make demo [DATA=folder] [OUT=folder]  exams -> shards -> pretraining -> weights -> scores -> report.html"
 	@echo "make test [TORCH=no]                  the test suite; TORCH=no leaves PyTorch out and compares with frozen references"
 	@echo "make test-short                       without the tests that take ten seconds or more"
 	@echo "make test-slow                        the tests that take minutes (the full demo among them)"
+	@echo "make test-backbones                   backbones of transformers, timm and open_clip, in an environment of their own (Python 3.11)"
 	@echo "make fuzz                             10,000 damaged and malicious files through the ingest, 20,000 through the other readers"
 	@echo "make faults                           kills, full disks and damage on runs of the command, and what becomes of them"
 	@echo "make golden                           plan the named runs with the TPU compiler and compare with tests/golden (minutes)"
@@ -44,6 +45,17 @@ $(VENV)/.test-installed: requirements/test.txt setup.py | $(VENV)/bin/python
 $(VENV)/.torch-installed: requirements/torch.txt $(VENV)/.test-installed
 	$(VENV)/bin/pip install --quiet --requirement requirements/torch.txt --constraint requirements/test.txt
 	@touch $@
+
+$(VENV)-backbones/.installed: requirements/backbones.txt requirements/torch.txt requirements/test.txt setup.py
+	$(PYTHON) -m venv $(VENV)-backbones
+	$(VENV)-backbones/bin/pip install --quiet --requirement requirements/test.txt
+	$(VENV)-backbones/bin/pip install --quiet --requirement requirements/torch.txt --constraint requirements/test.txt
+	$(VENV)-backbones/bin/pip install --quiet --no-deps --requirement requirements/backbones.txt
+	$(VENV)-backbones/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+test-backbones: $(VENV)-backbones/.installed
+	$(VENV)-backbones/bin/python -m pytest --numprocesses=0 tests/evaluate/test_torch_backbones.py
 
 demo: $(VENV)/.demo-installed
 	$(VENV)/bin/python -m curia_jax.demo --output='$(OUT)' $(if $(DATA),--data='$(DATA)')

@@ -52,6 +52,7 @@ class HostBatch(TypedDict):
         `training_batches`.
       valid: False for padding; only in `evaluation_batches`.
       mask: 1 inside the region that a task is about; only of tasks that have one.
+      spacing: mm between rows and between columns, 0 where unknown; only where features are extracted from shards.
     """
 
     pixels: UInt16[np.ndarray, "batch height width"]
@@ -65,6 +66,7 @@ class HostBatch(TypedDict):
     damaged: NotRequired[Int64[np.ndarray, " batch"]]
     valid: NotRequired[Bool[np.ndarray, " batch"]]
     mask: NotRequired[Float32[np.ndarray, "batch height width"]]
+    spacing: NotRequired[Float32[np.ndarray, "batch 2"]]
 
 
 # What travels to the device, with the type it has there.

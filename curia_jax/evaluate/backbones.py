@@ -2,22 +2,27 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-import curia_common
+from curia_common import logs
 from curia_common.errors import UserError
-from curia_jax import config, data, storage, trained_model
-from curia_jax.evaluate import features
+from curia_jax import data, storage, trained_model
+from curia_jax.convert import reading
+from curia_jax.evaluate import features, preparation, token_backbone, torch_backbones, user_backbone
+from curia_jax.evaluate.preparation import Preparation
 from curia_jax.evaluate.results import FLOORS, HISTOGRAM, PIXELS, RANDOM, Provenance
-from curia_jax.models import mae
+from curia_jax.models import mae, vit
+from curia_jax.models.params import Params
 from curia_jax.settings import Augment
+
+log = logs.get_logger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +42,7 @@ class JaxBackbone:
     @property
     def digest(self) -> str:
         """Of everything that decides its features, this version of the code included; 16 hex digits."""
-        stated = dataclasses.asdict(self.provenance) | {"version": curia_common.__version__}
-        return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:16]
+        return token_backbone.digest(self.provenance)
 
     @property
     def devices(self) -> int:
@@ -64,75 +68,138 @@ class JaxBackbone:
         return compute(params, on_devices)
 
 
+# package.module:function, or module:function
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Encoder:
+    """An encoder of ours, of a run or of an export.
+
+    Attributes:
+      random: makes other weights of its shape, not those that its training started from.
+    """
+
+    config: vit.ViTConfig
+    params: Params
+    augment: Augment
+    step: int
+    examples_seen: int
+    random: Callable[[], Params]
+
+
 def open_backbones(
     given: Sequence[str], floors: Sequence[str], *, readouts: Sequence[features.Readout],
     image_sizes: Sequence[tuple[int, int]] = (),
-) -> list[JaxBackbone]:  # fmt: skip
+) -> list[features.Backbone]:  # fmt: skip
     """The backbones that a user named, then the floors.
 
     Args:
-      given: work directories of curia_jax.pretrain, or folders of a step; each is its own name in the results.
-      floors: of FLOORS. The random encoder has the shape of the first given one and the floors prepare pixels as it does.
-      readouts, image_sizes: of the encoders; see `features.encoder_view`.
+      given: work directories of curia_jax.pretrain, folders of a step or of curia_jax.convert, folders that transformers reads,
+        hf:NAME, timm:NAME, open_clip:NAME@TAG, package.module:function; each is its own name in the results.
+      floors: of FLOORS. The random encoder is of the shape of the first given one; pixels are prepared as for the first of ours.
+      readouts: of the encoders; see `features.encoder_view`.
+      image_sizes: of our encoders; others have a size of their own.
 
     Raises:
-      UserError: there is no such checkpoint or readout, or its encoder takes other images than slices.
+      UserError: there is no such checkpoint, model or readout, or a package is missing.
       DataError: a checkpoint is damaged.
     """
-    models = {name: _load(name) for name in given}
-    # Without a checkpoint of ours, the preparation that a run has by default.
-    first = next(iter(models.values()), None)
-    settings = first.augment if first else Augment.of(config.load("base").augment)
-    about = {"readouts": tuple(map(str, readouts)), "image_sizes": tuple(image_sizes)}
-    made = [
-        JaxBackbone(
-            name,
-            features.encoder_view(
-                model.config.encoder, model.params["encoder"], model.augment, readouts=readouts, image_sizes=image_sizes
-            ),
-            Provenance(
-                weights_sha256=trained_model.digest(model.params["encoder"]), preparation=_preparation(model.augment),
-                image_size=model.config.encoder.image_size, step=model.step, examples_seen=model.examples_seen, **about,
-            ),
-        )
-        for name, model in models.items()
-    ]  # fmt: skip
-    if RANDOM in floors and first:
-        # Another seed than the checkpoint's, so that these are not the weights that its training started from.
-        params = mae.init(first.config, jax.random.key(first.seed + 1))["encoder"]
+    ours: dict[str, _Encoder] = {}
+    made: list[features.Backbone] = []
+
+    def from_encoder(name: str, encoder: _Encoder, *, trained: bool) -> JaxBackbone:
         view = features.encoder_view(
-            first.config.encoder, params, settings, readouts=readouts, image_sizes=image_sizes
-        )  # fmt: skip
+            encoder.config, encoder.params, encoder.augment, readouts=readouts, image_sizes=image_sizes
+        )
+        size = encoder.config.image_size
         provenance = Provenance(
-            weights_sha256=trained_model.digest(params), preparation=_preparation(settings),
-            image_size=first.config.encoder.image_size, **about,
+            weights_sha256=trained_model.digest(encoder.params), preparation=Preparation.of(encoder.augment, size).to_json(),
+            readouts=tuple(map(str, readouts)), image_size=size, image_sizes=tuple(image_sizes),
+            step=encoder.step if trained else None, examples_seen=encoder.examples_seen if trained else None,
         )  # fmt: skip
-        made.append(JaxBackbone(RANDOM, view, provenance))
-    for name, view in ((PIXELS, features.pixel_view), (HISTOGRAM, features.histogram_view)):
+        return JaxBackbone(name, view, provenance)
+
+    for word in given:
+        if _is_foreign(word):
+            opened = torch_backbones.open_backbone(_of_library(word), readouts)
+            made.append(dataclasses.replace(opened, name=word))
+        elif _is_function(word):
+            made.append(user_backbone.open_backbone(word, readouts))
+        else:
+            ours[word] = _load(word)
+            made.append(from_encoder(word, ours[word], trained=True))
+    first = next(iter(ours.values()), None)
+    if RANDOM in floors:
+        foreign = next((word for word in given if _is_foreign(word)), None)
+        if first:
+            made.append(from_encoder(RANDOM, dataclasses.replace(first, params=first.random()), trained=False))
+        elif foreign:
+            made.append(torch_backbones.open_backbone(_of_library(foreign), readouts, name=RANDOM))
+        else:
+            log.warning("no floor 'random': the architecture of a function is not known; the other floors are there")
+    # Without a checkpoint of ours, the preparation that a run has by default.
+    settings = first.augment if first else preparation.default_settings()
+    for name, view, side in (
+        (PIXELS, features.pixel_view, features.PIXELS), (HISTOGRAM, features.histogram_view, features.COUNTED)
+    ):  # fmt: skip
         if name in floors:
-            made.append(JaxBackbone(name, view(settings), Provenance(name, _preparation(settings))))
+            stated = Preparation.of(settings, (side, side)).to_json()
+            made.append(JaxBackbone(name, view(settings), Provenance(name, stated)))
     return made
 
 
 def check(given: Sequence[str]) -> None:
     """Raises UserError where a backbone that a user named is not there. Quick."""
-    for path in given:
-        if not storage.root(path).exists():
+    for word in given:
+        if _is_foreign(word) or _is_function(word):
+            continue
+        if not storage.root(word).exists():
             raise UserError(
-                f"no backbone {path!r}: it is neither a folder nor one of the floors, which are always there "
-                f"({', '.join(FLOORS)}); name a work directory of curia_jax.pretrain, or the folder of a step"
+                f"no backbone {word!r}: it is neither a folder nor one of the floors, which are always there "
+                f"({', '.join(FLOORS)}); name a work directory of curia_jax.pretrain, the folder of a step or of curia_jax.convert, "
+                "hf:NAME, timm:NAME, open_clip:NAME@TAG or package.module:function"
             )
 
 
-def _load(path: str) -> trained_model.TrainedModel:
-    model = trained_model.load(path)
-    if model.config.encoder.channels != 1:
+def _is_foreign(word: str) -> bool:
+    """Whether a library loads it: LIBRARY:NAME, or a folder that transformers reads and that is not an export of ours."""
+    if word.partition(":")[0] in torch_backbones.LIBRARIES and ":" in word:
+        return True
+    return "://" not in word and (Path(word) / "config.json").is_file() and not reading.is_export(Path(word))
+
+
+def _of_library(word: str) -> str:
+    return word if word.partition(":")[0] in torch_backbones.LIBRARIES else f"{torch_backbones.HF}:{word}"
+
+
+def _is_function(word: str) -> bool:
+    return _FUNCTION.fullmatch(word) is not None and not Path(word).exists()
+
+
+def _load(path: str) -> _Encoder:
+    """The encoder of a run, or of an export."""
+    if "://" not in path and reading.is_export(Path(path)):
+        export = reading.read(Path(path))
+        settings = export.augment(preparation.default_settings())
+        config = export.config
+        found = _Encoder(
+            config,
+            export.params,
+            settings,
+            export.step,
+            export.examples_seen,
+            lambda: vit.init(config, jax.random.key(1)),
+        )
+    else:
+        model = trained_model.load(path)
+        found = _Encoder(
+            model.config.encoder, model.params["encoder"], model.augment, model.step, model.examples_seen,
+            lambda: mae.init(model.config, jax.random.key(model.seed + 1))["encoder"],
+        )  # fmt: skip
+    if found.config.channels != 1:
         raise UserError(
-            f"the encoder of {path} takes {model.config.encoder.channels} channels, but a slice has 1; "
+            f"the encoder of {path} takes {found.config.channels} channels, but a slice has 1; "
             "score a checkpoint that was trained with --config.model.channels=1"
         )
-    return model
-
-
-def _preparation(settings: Augment) -> str:
-    return json.dumps(dataclasses.asdict(settings), sort_keys=True)
+    return found

@@ -1,16 +1,18 @@
 """Frozen features of slices: readouts of an encoder's tokens, or of the pixels themselves."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from curia_common.errors import DataError, UserError
 from curia_jax import augment, data
+from curia_jax.evaluate.results import Provenance
 from curia_jax.models import vit
 from curia_jax.models.params import Params
 from curia_jax.settings import Augment
@@ -244,7 +246,14 @@ class ShardImages:
     def batches(self, numbers: Int[np.ndarray, " n"], batch_size: int) -> Iterator[data.HostBatch]:
         """As `Images` says."""
         canvas = data.canvas_size(self.source, None)
-        return data.evaluation_batches(self.source, numbers, batch_size=batch_size, canvas=canvas)
+        for batch in data.evaluation_batches(self.source, numbers, batch_size=batch_size, canvas=canvas):
+            batch["spacing"] = self._spacing[batch["slice"]]
+            yield batch
+
+    @functools.cached_property
+    def _spacing(self) -> Float32[np.ndarray, "slices 2"]:
+        columns = (self.source.index.column(f"spacing_{axis}").to_numpy() for axis in ("rows", "columns"))
+        return np.stack([*columns], axis=1).astype(np.float32)
 
 
 @runtime_checkable
@@ -254,6 +263,7 @@ class Backbone(Protocol):
     Attributes:
       name: as in results.
       digest: of its weights, its preparation of pixels and its readouts.
+      provenance: all of these.
       devices: over which a batch is split evenly.
     """
 
@@ -262,6 +272,9 @@ class Backbone(Protocol):
 
     @property
     def digest(self) -> str: ...
+
+    @property
+    def provenance(self) -> Provenance: ...
 
     @property
     def devices(self) -> int: ...

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 import curia_common
 from curia_common.errors import UserError
-from curia_jax.evaluate import backbones, features, labels, runner, scoring
+from curia_jax.evaluate import features, labels, runner, scoring
 from curia_jax.evaluate.cache import gather
 from curia_jax.evaluate.results import SHARDS, Score
 from data_pipeline.format import shards
@@ -59,7 +59,7 @@ def open_dataset(folder: str | Path) -> Dataset:
 
 
 def job(
-    dataset: Dataset, label: str, models: Sequence[backbones.JaxBackbone], settings: runner.Settings, cache: Path
+    dataset: Dataset, label: str, models: Sequence[features.Backbone], settings: runner.Settings, cache: Path
 ) -> runner.Job:
     """The task that a label is.
 

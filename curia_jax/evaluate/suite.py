@@ -10,7 +10,7 @@ import pyarrow as pa
 
 import curia_common
 from curia_common.errors import DataError, UserError
-from curia_jax.evaluate import backbones, labels, runner, scoring, task_data
+from curia_jax.evaluate import features, labels, runner, scoring, task_data
 from curia_jax.evaluate.cache import gather
 from curia_jax.evaluate.results import CLINICAL, Score
 from curia_jax.evaluate.task_data import TaskImages
@@ -22,7 +22,7 @@ OURS = "ours"
 def job(
     task: Task,
     folder: Path,
-    models: Sequence[backbones.JaxBackbone],
+    models: Sequence[features.Backbone],
     settings: runner.Settings,
     cache: Path,
     *,

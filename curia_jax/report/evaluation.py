@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import curia_common
 from curia_common import source
 from curia_common.errors import DataError
-from curia_jax.evaluate.results import ALL_LABELS, MAJORITY, OK, Row, Score
+from curia_jax.evaluate.preparation import Preparation
+from curia_jax.evaluate.results import ALL_LABELS, MAJORITY, OK, Provenance, Row, Score
 from curia_jax.report import comparison, curves, examples, page
 from curia_jax.report.comparison import LOWER_IS_BETTER, Comparison, Line
 from curia_jax.report.sections import BACKBONES, METRICS, score_table
@@ -133,15 +134,20 @@ def _provenance(scores: Sequence[Score], command: str) -> str:
         rows.append(
             page.row(
                 page.cell(score.study.title), page.cell(BACKBONES.get(score.backbone, score.backbone)), page.code(made.weights_sha256[:16]),
-                page.code(score.study.data_sha256[:16]), page.number(step), page.number(str(score.study.seed)),
+                page.code(score.study.data_sha256[:16]), page.cell(_preparation(made)), page.number(step), page.number(str(score.study.seed)),
             )
         )  # fmt: skip
     table = page.table(
         f"Curia JAX {curia_common.__version__}, {source.describe()}. Digests are the first 16 digits of SHA-256; results.json has all of them, and the "
         "settings of every head.",
-        ["task", "backbone", "weights", "data"], ["step", "seed"], rows,
+        ["task", "backbone", "weights", "data", "pixels"], ["step", "seed"], rows,
     )  # fmt: skip
     return f"<h2>Where the numbers come from</h2><pre>{page.escape(command)}</pre>{table}"
+
+
+def _preparation(made: Provenance) -> str:
+    """In words; that of a function is its own matter."""
+    return str(Preparation.from_json(made.preparation)) if made.preparation else "by the function"
 
 
 def _predictions(output: Path, scores: Sequence[Score]) -> Mapping[str, curves.Predictions]:

@@ -12,6 +12,7 @@ import pytest
 
 from curia_common import windows
 from curia_common.errors import DataError
+from curia_jax.evaluate.preparation import Preparation
 from curia_jax.evaluate.results import NotScored, Provenance, Row, rows
 from curia_jax.report import evaluation, examples
 from tests import browser
@@ -52,7 +53,10 @@ def results() -> list[Row]:
     made = []
     for task in ("shards/lesion", "shards/side"):
         for backbone, value in (("run", 0.81), ("pixels", 0.62)):
-            from_weights = Provenance(weights_sha256=f"{backbone}-0123456789abcdef", preparation="{}")
+            from_weights = Provenance(
+                weights_sha256=f"{backbone}-0123456789abcdef",
+                preparation=Preparation("window", (-1000, 1000), (96, 96)).to_json(),
+            )
             for head in ("ridge", "knn"):
                 for metric in ("auroc", "accuracy"):
                     made.append(
