@@ -11,7 +11,8 @@ are paired.
 --output gets report.html, which compares all backbones and shows ROC, reliability, confusion and cases that went right and wrong of every task; table.tex, its first table
 for LaTeX; results.json and results.csv, whose rows have task, protocol, backbone, against (the other side of a paired
 difference), head, features, labels (share of the training labels), metric, value, low, high (ends of the interval; null where
-undefined), n and events (test cases, and positive ones), seed, data_sha256, status (ok, not_run, failed) and reason; a folder
+undefined), n and events (test cases, and positive ones), seed, data_sha256, status (ok, not_run, failed), reason and
+subgroup ("scanner=A", null for all test cases); a folder
 for each task with its predictions; and the features, so that the same command again computes only what has changed.
 A task that fails is a row with its reason; the others finish, and the exit code is 65. A task of --suite without data is not run.
 """
@@ -30,6 +31,7 @@ EXAMPLES = """
 python -m curia_jax.evaluate --list
 python -m curia_jax.evaluate --suite=curiabench --data=curiabench --backbones=runs/b16,runs/l16 --output=results
 python -m curia_jax.evaluate --tasks=shards/situs --data=demo/shards --backbones=demo/run --output=results
+python -m curia_jax.evaluate --tasks=shards/situs --data=demo/shards --backbones=demo/run --output=results --subgroups=manufacturer,body_part
 python -m curia_jax.evaluate --tasks=kits --data=curiabench --backbones=runs/b16,weights/dinov2,timm:vit_base_patch16_224 --output=results
 python -m curia_jax.evaluate --tasks=shards/modality,shards/plane --data=demo/shards --backbones=demo/run --output=results --heads=ridge
 python -m curia_jax.evaluate --tasks=shards/situs --data=demo/shards --backbones=runs/a,runs/b --output=results --cases=series
@@ -96,6 +98,10 @@ def parser() -> cli.Parser:
     made.add_argument(
         "--cases", choices=("slice", "series"), default="slice", help="series: scores are averaged over its slices"
     )
+    made.add_argument(
+        "--subgroups", metavar="COLUMN,…", help="score the test cases of each value of these columns of the data, too; age:10 makes "
+        "bands of a column of numbers",
+    )  # fmt: skip
     made.add_argument("--cache", metavar="DIR", help="folder of the features (default: cache in --output)")
     made.add_argument("--batch-size", type=int, default=64, help="slices at a time (%(default)s)")
     made.add_argument("--draws", type=int, default=2000, help="bootstrap draws (%(default)s)")
@@ -111,7 +117,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    from curia_jax.evaluate import backbones, features, labels, results, runner, scoring, shard_tasks, suite, table
+    from curia_jax.evaluate import (
+        backbones,
+        features,
+        labels,
+        results,
+        runner,
+        scoring,
+        shard_tasks,
+        subgroups,
+        suite,
+        table,
+    )
     from curia_jax.evaluate import tasks as known_tasks
     from curia_jax.report import evaluation, examples
 
@@ -123,6 +140,7 @@ def evaluate(args: argparse.Namespace) -> int:
     heads = _choice("head", args.heads, tuple(scoring.HEADS))
     floors = _choice("floor", args.floors, results.FLOORS) if args.floors else []
     readouts = [features.Readout.parse(word) for word in _words("features", args.features)]
+    groups = tuple(map(subgroups.Column.parse, _words("subgroups", args.subgroups))) if args.subgroups else ()
     sizes, few = _sizes(args.image_sizes), _few(args.labels)
     for option, low in (("batch_size", 1), ("draws", 1), ("seed", 0)):
         cli.at_least(f"--{option.replace('_', '-')}", getattr(args, option), low)
@@ -151,7 +169,7 @@ def evaluate(args: argparse.Namespace) -> int:
     )  # fmt: skip
 
     # ---- tasks
-    settings = runner.Settings(tuple(heads), args.cases, args.draws, args.seed, few, args.batch_size)
+    settings = runner.Settings(tuple(heads), args.cases, args.draws, args.seed, few, args.batch_size, groups)
     cache = Path(args.cache) if args.cache else output / runner.CACHE
     jobs = [shard_tasks.job(dataset, name, models, settings, cache) for name in label_names if dataset]
     of_suite = known_tasks.SUITES[args.suite] if args.suite else ()
@@ -166,7 +184,8 @@ def evaluate(args: argparse.Namespace) -> int:
     evaluation.write(output, outcome.rows, cli.command(), images)
     cli.write_json(args.json, outcome.rows)
     own = outcome.rows[: outcome.own]
-    table.show([results.Score.from_row(row) for row in own if row["status"] == results.OK])
+    of_all = [results.Score.from_row(row) for row in own if row["status"] == results.OK and row["subgroup"] is None]
+    table.show(of_all)
     failed = [row for row in own if row["status"] == results.FAILED]
     for row in failed:
         log.info(f"failed: {row['task']}: {row['reason']}")

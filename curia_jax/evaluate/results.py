@@ -21,7 +21,7 @@ OK, NOT_RUN, FAILED = "ok", "not_run", "failed"
 # Of every row, in this order; a row with status "ok" has further fields that say how its value was obtained.
 COLUMNS: tuple[str, ...] = (
     "task", "protocol", "backbone", "against", "head", "features", "labels", "metric", "value", "low", "high", "n", "events",
-    "seed", "data_sha256", "status", "reason",
+    "seed", "data_sha256", "status", "reason", "subgroup",
 )  # fmt: skip
 RESULTS, TABLE = "results.json", "results.csv"  # in the folder that --output names
 SHARDS = "shards/"  # before the label in the name of a task that is a label of a shard folder
@@ -62,6 +62,7 @@ class Study:
       events: test cases of the positive class, or with an event; None with more than two classes, and for values.
       data_sha256: digest of images, labels and splits.
       near_duplicates: test series that look like one that heads learn from.
+      subgroup: of the test cases, "scanner=A"; None for all of them.
     """
 
     task: str
@@ -80,6 +81,7 @@ class Study:
     events: int | None = None
     data_sha256: str = ""
     near_duplicates: int = 0
+    subgroup: str | None = None
 
     @property
     def title(self) -> str:
@@ -271,14 +273,15 @@ _OF_SCORE = tuple(field.name for field in dataclasses.fields(_Own))
 
 
 def read(path: str | Path) -> list[Score]:
-    """The scores of a results.json that `python -m curia_jax.evaluate` wrote.
+    """The scores of a results.json that `python -m curia_jax.evaluate` wrote, without those of subgroups.
 
     Raises:
       UserError: no such file.
       DataError: it holds something else.
     """
     try:
-        return [Score.from_row(row) for row in read_rows(Path(path)) if row.get("status") == OK]
+        found = [Score.from_row(row) for row in read_rows(Path(path)) if row.get("status") == OK]
+        return [score for score in found if score.study.subgroup is None]
     except FileNotFoundError:
         raise UserError(f"no file {path}; python -m curia_jax.evaluate --output writes results.json in it") from None
     except ValueError as error:

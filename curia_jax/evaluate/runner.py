@@ -33,6 +33,7 @@ from curia_jax.evaluate.results import (
     rows,
     to_csv,
 )
+from curia_jax.evaluate.subgroups import Column
 from data_pipeline.format import files
 
 CACHE = "cache"
@@ -50,6 +51,7 @@ class Settings:
       draws, seed: of the bootstrap; the seed also decides the folds.
       few: how many labels heads learn from; see scoring.score.
       batch_size: slices at a time.
+      subgroups: columns by which test cases are grouped; see subgroups.Column.
     """
 
     heads: tuple[str, ...]
@@ -58,6 +60,7 @@ class Settings:
     seed: int
     few: tuple[int | float, ...]
     batch_size: int
+    subgroups: tuple[Column, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

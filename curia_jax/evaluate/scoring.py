@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from curia_common import logs
 from curia_common.errors import UserError
-from curia_jax.evaluate import labels, metrics, probes, selection, statistics, subsets
+from curia_jax.evaluate import labels, metrics, probes, selection, statistics, subgroups, subsets
 from curia_jax.evaluate.results import FLOORS, MAJORITY, Fit, Score, Study, labels_text
 from curia_jax.evaluate.targets import Classes, Targets, Times, Values
 
@@ -65,6 +65,12 @@ class Cases:
         middle = np.array([test.slices[of_series[len(of_series) // 2]] for of_series in members])
         return cls(targets[first], test.patients[first], series, middle, case)
 
+    def restricted(self, inside: Bool[np.ndarray, " n"]) -> "Cases":
+        """Some of the cases; `case` has no meaning in the result."""
+        return Cases(
+            self.targets[inside], self.patients[inside], self.series[inside], self.slices[inside], np.zeros(0, np.int64)
+        )
+
     def mean(self, scores: Float[np.ndarray, "slices classes"]) -> Float[np.ndarray, "n classes"]:
         """Mean score over the slices of each case."""
         sums = np.zeros((len(self.targets), scores.shape[1]))
@@ -97,6 +103,7 @@ def score(
     seed: int = 0,
     few: Sequence[int | float] = (1.0,),
     data_sha256: str = "",
+    groups: Mapping[str, Shaped[np.ndarray, " slices"]] | None = None,
 ) -> tuple[list[Score], pa.Table]:
     """Scores of a task, and the prediction of every test case.
 
@@ -110,6 +117,7 @@ def score(
       few: how many labels heads learn from: shares of the patients of each class, or numbers of cases of each class. Less than
         all is repeated with subsets.SEEDS seeds from `seed` on, each with subsets of its own that are the same for every backbone.
       data_sha256: for the results.
+      groups: by the name of a column, the group of each test slice. Heads that learn from all labels are scored on each, too.
 
     Returns:
       Scores: first those of each backbone, then the first minus each other, then the class frequencies. And a table with
@@ -131,6 +139,8 @@ def score(
                 data_sha256=data_sha256,
             )  # fmt: skip
             results += found
+            if groups and _is_everything(amount):
+                results += _by_group(found[0].study, cases, predicted, groups)
             tables += [_table(task, backbone, head, amount, own, cases, predicted) for backbone, head in predicted.fits]
     return results, pa.concat_tables(tables)
 
@@ -244,11 +254,44 @@ def _score_once(
     return results + _measure(study, cases, bootstrap, predicted, floor, None), predicted
 
 
+def _by_group(
+    study: Study, cases: Cases, predicted: Predictions, groups: Mapping[str, Shaped[np.ndarray, " slices"]]
+) -> list[Score]:
+    """Every metric of every head in every group of test cases; a series belongs to the group of its first slice."""
+    first = np.unique(cases.case, return_index=True)[1]
+    bootstrap = metrics.Bootstrap.over(cases.patients, draws=study.draws, seed=study.seed)
+    results: list[Score] = []
+    for column, by_slice in groups.items():
+        by_case = by_slice[first]
+        for name in subgroups.in_order(by_case):
+            inside = by_case == name
+            own = cases.restricted(inside)
+            scores, decided = (
+                {of: values[inside] for of, values in by.items()} for by in (predicted.scores, predicted.decided)
+            )
+            events = None if study.events is None else _positive(own.targets)
+            of_group = dataclasses.replace(
+                study,
+                n=int(inside.sum()),
+                patients=len(np.unique(own.patients)),
+                events=events,
+                subgroup=f"{column}={name}",
+            )
+            for of in scores:
+                results += _measure(
+                    of_group, own, bootstrap.restricted(inside), Predictions(scores, decided, predicted.fits), of, None
+                )
+    return results
+
+
+def _positive(targets: Int[np.ndarray, " n"] | Float[np.ndarray, " n"] | Times) -> int:
+    """Cases of the second class, or with an event."""
+    return int(targets.event.sum() if isinstance(targets, Times) else np.sum(targets == 1))
+
+
 def _events(task: labels.Task, targets: Int[np.ndarray, " n"] | Float[np.ndarray, " n"] | Times) -> int | None:
     """Cases of the positive one of two classes, or with an event."""
-    if isinstance(targets, Times):
-        return int(targets.event.sum())
-    return int(np.sum(targets == 1)) if len(task.classes) == 2 else None
+    return _positive(targets) if isinstance(targets, Times) or len(task.classes) == 2 else None
 
 
 def _metrics(cases: Cases, classes: Sequence[str]) -> Mapping[str, metrics.Metric]:

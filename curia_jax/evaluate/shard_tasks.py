@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Shaped
 
 import curia_common
 from curia_common.errors import UserError
 from curia_jax.evaluate import features, labels, runner, scoring
 from curia_jax.evaluate.cache import gather
 from curia_jax.evaluate.results import SHARDS, Score
+from curia_jax.evaluate.subgroups import Column
 from data_pipeline.format import shards
 from data_pipeline.format.shards import SliceSource
 
@@ -88,7 +90,7 @@ def job(
         found = gather(images, models, cache, settings.batch_size)
         scores, predictions = scoring.score(
             task, found, heads=settings.heads, unit=settings.cases, draws=settings.draws, seed=settings.seed,
-            few=settings.few, data_sha256=dataset.sha256,
+            few=settings.few, data_sha256=dataset.sha256, groups=groups(dataset, task, settings.subgroups),
         )  # fmt: skip
         provenance = {model.name: model.provenance for model in models}
         return [dataclasses.replace(one, provenance=provenance.get(one.backbone)) for one in scores], predictions
@@ -98,3 +100,21 @@ def job(
         dataclasses.asdict(settings),
     ]  # fmt: skip
     return runner.Job(name, "ours", json.dumps(decides), run)
+
+
+def groups(dataset: Dataset, task: labels.Task, columns: Sequence[Column]) -> dict[str, Shaped[np.ndarray, " slices"]]:
+    """The group of every test slice of a task, by columns or labels of the index.
+
+    Raises:
+      UserError: there is no such column.
+    """
+    index, found = dataset.sources[labels.TEST].index, {}
+    for column in columns:
+        there = next(
+            (name for name in (column.name, f"{labels.PREFIX}{column.name}") if name in index.column_names), None
+        )
+        if there is None:
+            names = ", ".join(name.removeprefix(labels.PREFIX) for name in index.column_names)
+            raise UserError(f"--subgroups={column}: the shards have no such column; there are: {names}")
+        found[column.name] = column.groups(index.column(there).take(task.splits[labels.TEST].slices).to_pylist())
+    return found

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Shaped
 
 import curia_common
 from curia_common.errors import DataError, UserError
 from curia_jax.evaluate import features, labels, runner, scoring, task_data
 from curia_jax.evaluate.cache import gather
 from curia_jax.evaluate.results import CLINICAL, Score
+from curia_jax.evaluate.subgroups import Column
 from curia_jax.evaluate.task_data import TaskImages
 from curia_jax.evaluate.tasks import Task
 
@@ -65,7 +67,7 @@ def job(
                 by_case[split][CLINICAL] = {"+".join(task.clinical): columns}
         scores, predictions = scoring.score(
             cases, by_case, heads=settings.heads, unit=_unit(cases, settings.cases), draws=settings.draws,
-            seed=settings.seed, few=settings.few, data_sha256=files.sha256,
+            seed=settings.seed, few=settings.few, data_sha256=files.sha256, groups=_groups(task, files, settings.subgroups),
         )  # fmt: skip
         provenance = {model.name: model.provenance for model in models}
         return [dataclasses.replace(one, provenance=provenance.get(one.backbone)) for one in scores], predictions
@@ -75,6 +77,18 @@ def job(
         [(model.name, model.digest) for model in models], dataclasses.asdict(settings),
     ]  # fmt: skip
     return runner.Job(task.name, OURS, json.dumps(decides), run)
+
+
+def _groups(task: Task, files: task_data.Files, columns: Sequence[Column]) -> dict[str, Shaped[np.ndarray, " rows"]]:
+    """The group of every test row, by the columns that the task has; tasks of a suite do not have the same."""
+    found = {}
+    for column in columns:
+        values = task_data.column(files, labels.TEST, column.name)
+        if values is None:
+            runner.log.warning(f"{task.name} has no column {column.name}, so that there are no subgroups by it")
+        else:
+            found[column.name] = column.groups(values)
+    return found
 
 
 def _failing(task: Task, error: UserError) -> runner.Job:

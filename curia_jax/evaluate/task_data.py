@@ -268,6 +268,17 @@ def clinical(task: Task, files: Files) -> dict[str, Float32[np.ndarray, "_n _d"]
     }
 
 
+def column(files: Files, split: str, name: str) -> list[object] | None:
+    """A column of a split, row by row; None where a file does not have it."""
+    found: list[object] = []
+    for path in files.by_split[split]:
+        if name not in _columns(path):
+            return None
+        for table in _tables(path, [name]):
+            found += table.column(name).to_pylist()
+    return found
+
+
 def _encoder(learned: Sequence[object]) -> Callable[[object], list[float]]:
     """From a value of a column to features, by its values in the training split."""
     words = sorted({value for value in learned if isinstance(value, str)})

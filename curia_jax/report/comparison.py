@@ -62,7 +62,7 @@ def compare(scores: Sequence[Score]) -> list[Comparison]:
     for protocol in dict.fromkeys(score.study.protocol for score in values):
         own = [score for score in values if score.study.protocol == protocol]
         tasks = dict.fromkeys(score.study.task for score in own)
-        lines = [_line([score for score in own if score.study.task == task]) for task in tasks]
+        lines = [line([score for score in own if score.study.task == task]) for task in tasks]
         found.append(Comparison(protocol, tuple(dict.fromkeys(score.backbone for score in own)), tuple(lines)))
     return found
 
@@ -81,7 +81,8 @@ def held_out_loss(score: Score) -> float:
     return math.inf if loss is None else loss
 
 
-def _line(scores: Sequence[Score]) -> Line:
+def line(scores: Sequence[Score]) -> Line:
+    """The comparison of the backbones of a task, by one protocol and with all labels."""
     metrics = [score.metric for score in scores]
     metric = next((name for name in RANKED_BY if name in metrics), metrics[0])
     heads = {score.backbone: chosen_head(scores, score.backbone) for score in scores}

@@ -35,7 +35,8 @@ def write(output: Path, rows: Sequence[Row], command: str, images: Mapping[str, 
     Raises:
       DataError: predictions that cannot be read.
     """
-    scores = [Score.from_row(row) for row in rows if row["status"] == OK]
+    everything = [Score.from_row(row) for row in rows if row["status"] == OK]
+    scores = [score for score in everything if score.study.subgroup is None]
     not_scored = [row for row in rows if row["status"] != OK]
     comparisons = comparison.compare(scores)
     pictures = output / PICTURES
@@ -54,6 +55,8 @@ def write(output: Path, rows: Sequence[Row], command: str, images: Mapping[str, 
             chosen = examples.choose(next(iter(predictions.values())), images[task])
             sources["examples"] = page.embed(examples.figure(chosen), pictures / f"{name}-examples.png")
         parts.append(_task(own, sources))
+        groups = [s for s in everything if s.study.subgroup and (s.study.task, s.study.protocol) == (task, protocol)]
+        parts.append(_subgroups(own, groups))
     parts.append(_provenance(scores, command))
     now = datetime.datetime.now().astimezone()
     tasks = page.count(len({task for task, _ in studies}), "task")
@@ -122,6 +125,41 @@ def _task(scores: Sequence[Score], images: Mapping[str, str]) -> str:
         parts.append(page.figure(images["examples"], caption, f"right and wrong cases of {study.title}"))
     parts.append(score_table(scores))
     return "".join(parts)
+
+
+def _subgroups(scores: Sequence[Score], groups: Sequence[Score]) -> str:
+    """The metric that ranks the backbones, in every subgroup of the test cases; `scores` are those of all of them."""
+    if not groups:
+        return ""
+    found = comparison.line(scores)
+    names = [name for name in found.scores if name != MAJORITY]
+    heads = {name: score.head for name, score in found.scores.items()}
+    shown = [s for s in groups if s.metric == found.metric and heads.get(s.backbone) == s.head]
+    rows, previous = [], None
+    for subgroup in dict.fromkeys(score.study.subgroup for score in shown):
+        column, _, value = (subgroup or "").partition("=")
+        by_backbone = {score.backbone: score for score in shown if score.study.subgroup == subgroup}
+        study = next(iter(by_backbone.values())).study
+        events = "" if study.events is None else f"{study.events:,}"
+        cells = [
+            page.number(
+                by_backbone[name].value_text, by_backbone[name].interval_text + ("?" if by_backbone[name].doubt else "")
+            )
+            for name in names
+        ]
+        rows.append(
+            page.row(
+                page.cell(column), page.cell(value), page.number(f"{study.n:,}"), page.number(f"{study.patients:,}"), page.number(events),
+                *cells, style="first" if column != previous else "",
+            )
+        )  # fmt: skip
+        previous = column
+    caption = (
+        f"{METRICS.get(found.metric, found.metric)} in subgroups of the test cases, with the head of the first table. An interval with a "
+        "question mark means little: the group is small or lacks a class."
+    )
+    numbers = ["n", "patients", "events", *(BACKBONES.get(name, name) for name in names)]
+    return page.table(caption, ["column", "group"], numbers, rows)
 
 
 def _provenance(scores: Sequence[Score], command: str) -> str:
