@@ -102,6 +102,10 @@ def parser() -> cli.Parser:
         "--subgroups", metavar="COLUMN,…", help="score the test cases of each value of these columns of the data, too; age:10 makes "
         "bands of a column of numbers",
     )  # fmt: skip
+    made.add_argument(
+        "--corpus", metavar="SHARDS,…", help="folders of shards that encoders were trained on: images of the tasks that are in their "
+        "train split are counted and named",
+    )  # fmt: skip
     made.add_argument("--cache", metavar="DIR", help="folder of the features (default: cache in --output)")
     made.add_argument("--batch-size", type=int, default=64, help="slices at a time (%(default)s)")
     made.add_argument("--draws", type=int, default=2000, help="bootstrap draws (%(default)s)")
@@ -119,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(args: argparse.Namespace) -> int:
     from curia_jax.evaluate import (
         backbones,
+        corpus,
         features,
         labels,
         results,
@@ -159,6 +164,8 @@ def evaluate(args: argparse.Namespace) -> int:
     given = _words("backbones", args.backbones)
     backbones.check(given)
 
+    corpora = tuple(map(corpus.Corpus.open, _words("corpus", args.corpus))) if args.corpus else ()
+
     # ---- labels, before weights: they are quick to read and often what is wrong
     label_names = [word.removeprefix(results.SHARDS) for word in words if word.startswith(results.SHARDS)]
     dataset = shard_tasks.open_dataset(args.data) if label_names else None
@@ -169,7 +176,7 @@ def evaluate(args: argparse.Namespace) -> int:
     )  # fmt: skip
 
     # ---- tasks
-    settings = runner.Settings(tuple(heads), args.cases, args.draws, args.seed, few, args.batch_size, groups)
+    settings = runner.Settings(tuple(heads), args.cases, args.draws, args.seed, few, args.batch_size, groups, corpora)
     cache = Path(args.cache) if args.cache else output / runner.CACHE
     jobs = [shard_tasks.job(dataset, name, models, settings, cache) for name in label_names if dataset]
     of_suite = known_tasks.SUITES[args.suite] if args.suite else ()

@@ -63,6 +63,8 @@ class Study:
       data_sha256: digest of images, labels and splits.
       near_duplicates: test series that look like one that heads learn from.
       subgroup: of the test cases, "scanner=A"; None for all of them.
+      in_corpus: images of the whole test split that are in the pretraining corpus; None where none was given.
+      in_corpus_first: some of them, "test 12".
     """
 
     task: str
@@ -82,6 +84,8 @@ class Study:
     data_sha256: str = ""
     near_duplicates: int = 0
     subgroup: str | None = None
+    in_corpus: int | None = None
+    in_corpus_first: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:

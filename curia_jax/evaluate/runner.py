@@ -20,6 +20,7 @@ from curia_common import logs
 from curia_common.errors import DataError, StorageError, UserError, fault_location
 from curia_common.exit_codes import ExitCode
 from curia_jax.evaluate import statistics
+from curia_jax.evaluate.corpus import Corpus
 from curia_jax.evaluate.results import (
     FAILED,
     NOT_RUN,
@@ -52,6 +53,7 @@ class Settings:
       few: how many labels heads learn from; see scoring.score.
       batch_size: slices at a time.
       subgroups: columns by which test cases are grouped; see subgroups.Column.
+      corpora: in which the images of tasks are looked for.
     """
 
     heads: tuple[str, ...]
@@ -61,6 +63,7 @@ class Settings:
     few: tuple[int | float, ...]
     batch_size: int
     subgroups: tuple[Column, ...] = ()
+    corpora: tuple[Corpus, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from jaxtyping import Shaped
 
 import curia_common
 from curia_common.errors import UserError
-from curia_jax.evaluate import features, labels, runner, scoring
+from curia_jax.evaluate import corpus, features, labels, runner, scoring
 from curia_jax.evaluate.cache import gather
 from curia_jax.evaluate.results import SHARDS, Score
 from curia_jax.evaluate.subgroups import Column
@@ -92,6 +92,9 @@ def job(
             task, found, heads=settings.heads, unit=settings.cases, draws=settings.draws, seed=settings.seed,
             few=settings.few, data_sha256=dataset.sha256, groups=groups(dataset, task, settings.subgroups),
         )  # fmt: skip
+        if settings.corpora:
+            seen = corpus.overlap(images, settings.corpora, settings.batch_size)
+            scores, predictions = corpus.noted(scores, predictions, task.splits[labels.TEST], seen)
         provenance = {model.name: model.provenance for model in models}
         return [dataclasses.replace(one, provenance=provenance.get(one.backbone)) for one in scores], predictions
 

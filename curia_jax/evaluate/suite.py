@@ -11,7 +11,7 @@ from jaxtyping import Shaped
 
 import curia_common
 from curia_common.errors import DataError, UserError
-from curia_jax.evaluate import features, labels, runner, scoring, task_data
+from curia_jax.evaluate import corpus, features, labels, runner, scoring, task_data
 from curia_jax.evaluate.cache import gather
 from curia_jax.evaluate.results import CLINICAL, Score
 from curia_jax.evaluate.subgroups import Column
@@ -69,6 +69,11 @@ def job(
             cases, by_case, heads=settings.heads, unit=_unit(cases, settings.cases), draws=settings.draws,
             seed=settings.seed, few=settings.few, data_sha256=files.sha256, groups=_groups(task, files, settings.subgroups),
         )  # fmt: skip
+        if settings.corpora:
+            sources = {split: (source, slices[split]) for split, source in images.items()}
+            seen = corpus.overlap(sources, settings.corpora, settings.batch_size)
+            rows = {split: np.unique(numbers // task_data.MOST_SLICES) for split, numbers in seen.items()}
+            scores, predictions = corpus.noted(scores, predictions, cases.splits[labels.TEST], rows)
         provenance = {model.name: model.provenance for model in models}
         return [dataclasses.replace(one, provenance=provenance.get(one.backbone)) for one in scores], predictions
 

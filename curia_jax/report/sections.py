@@ -166,6 +166,12 @@ def score_table(scores: Sequence[Score]) -> str:
     if study.classes_not_learned:
         caption += f" Only in the test, counted as wrong: {', '.join(study.classes_not_learned)}."
 
+    if study.in_corpus is not None:
+        first = f": {', '.join(study.in_corpus_first)}{' …' if study.in_corpus > len(study.in_corpus_first) else ''}"
+        caption += (
+            f" {page.count(study.in_corpus, 'test image')} in the pretraining corpus{first if study.in_corpus else ''}."
+        )
+
     lines: dict[tuple[str, str], dict[str, Score]] = {}
     for score in scores:
         own = BACKBONES.get(score.backbone, score.backbone)
