@@ -18,13 +18,15 @@ Verdict = Literal["proved", "open", "refuted"]
 
 LOWEST, HIGHEST = -100_000, 100_000  # ends for `share`: everything below, everything above
 _LOWEST, _HIGHEST, _STEP = -2400, 2400, 10
-_BINS = (_HIGHEST - _LOWEST) // _STEP + 2  # with one for all that is lower, and one for all that is higher
+_BINS = (_HIGHEST - _LOWEST) // _STEP + 3  # with one for all that is lower, and two for all that is higher
 # Padding lies outside the circle that a scanner reconstructs. Vendors fill it with values that no tissue has: -3024, -2048, -2000,
 # -1500. In the stored values it is one value; lossy compression spreads it.
 _PADDING, _LOSSY_PADDING = -1050, -1400
 PADDING_SHARE = 0.5  # of all values below -1050, for one value to be padding
 # Below this lie noise of air and streaks of metal, at most 1 % of the pixels of real exams.
 FAR_BELOW_AIR, FAR_BELOW_SHARE = -1200, 0.1
+# No scale of CT goes beyond signed 16 bits. What lies there was negative: padding or air that was stored without its sign.
+FAR_ABOVE, FAR_ABOVE_SHARE = 32_767, 0.001
 # (from, to, share of the pixels, times as many as in either neighbouring range of the same width). Lung can lie as close as -900.
 Peak = tuple[int, int, float, float]
 AIR: Peak = (-1050, -950, 0.01, 1.0)
@@ -40,7 +42,7 @@ class Profile:
     """How many pixels lie where, in HU if the values are HU; profiles of slices add up to that of a series.
 
     Attributes:
-      bins: pixels below -2400, then in steps of 10 up to 2400, then above.
+      bins: pixels below -2400, then in steps of 10 up to 2400, then up to 32,767, then above.
       low, high: lowest and highest value that is not padding; inf and -inf where everything is padding.
       padding: pixels left out.
     """
@@ -90,7 +92,8 @@ def profile(
     kept, pixels = values[keep], counts[keep]
     if not len(kept):
         return dataclasses.replace(EMPTY, padding=int(counts.sum()))
-    places = np.clip(np.floor((kept - _LOWEST) / _STEP) + 1, 0, _BINS - 1).astype(np.int64)
+    places = np.clip(np.floor((kept - _LOWEST) / _STEP) + 1, 0, _BINS - 2).astype(np.int64)
+    places[kept > FAR_ABOVE] = _BINS - 1
     bins = np.bincount(places, weights=pixels, minlength=_BINS).astype(np.int64)
     return Profile(bins, float(kept.min()), float(kept.max()), int(counts.sum() - pixels.sum()))
 
@@ -110,6 +113,11 @@ def contradicts(one: Profile) -> bool:
     if one.share(LOWEST, FAR_BELOW_AIR) > FAR_BELOW_SHARE:
         return True
     return not _has(one, AIR, TISSUE) and any(_has(one, MOVED_AIR, MOVED_TISSUE, move) for move in INTERCEPTS)
+
+
+def lacks_sign(one: Profile) -> bool:
+    """Whether values of a slice were negative before they lost their sign."""
+    return bool(one.bins[-1] > FAR_ABOVE_SHARE * one.bins.sum())
 
 
 def is_ct(values: Shaped[np.ndarray, " values"], counts: Shaped[np.ndarray, " values"]) -> bool:

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import UInt
 from PIL import Image, ImageOps
 
+from data_pipeline.sources import volumes, voxels
 from data_pipeline.sources.base import ImageFacts, ReadError, ReadRequest, Slice, SourceFile
 from data_pipeline.sources.silence import guarded
 from data_pipeline.sources.stored_values import stored_sha256
@@ -20,17 +21,20 @@ MAXIMUM_PIXELS = 1 << 26  # 8,192 x 8,192; a slice has a twentieth
 class PictureFile:
     """The SourceFile of a picture. It has no HU, whatever the modality: a window was applied when it was made."""
 
-    excluded = ""
     decoder = "Pillow"
 
     def __init__(self, request: ReadRequest) -> None:
         self.facts = ImageFacts(request.modality, "arbitrary", body_part="", manufacturer="unknown")
         self.stored_sha256 = ""
+        self.excluded = ""
         self._request = request
 
     def slices(self) -> Iterator[Slice]:
         values = read_picture(self._request.path)
         self.stored_sha256 = stored_sha256(values, self._request.digest)
+        if volumes.is_named_label(self._request.path) and _is_label_map(values):
+            self.excluded = volumes.LABEL_MAP
+            return
         yield Slice(
             rank=0, pixels=values.astype(np.uint16), slope=1.0, intercept=0.0, position=0.0, flags=self._request.flags,
             source=self.stored_sha256, spacing=(0.0, 0.0),
@@ -81,6 +85,11 @@ def read_picture(path: str) -> UInt[np.ndarray, "rows columns"]:
     if values.dtype.newbyteorder("=") not in (np.uint8, np.uint16):
         raise ReadError(f"pixels are {values.dtype}; wanted are 8 or 16 bit grey values")
     return values.astype(values.dtype.newbyteorder("="))
+
+
+def _is_label_map(values: UInt[np.ndarray, "rows columns"]) -> bool:
+    stored, scaling = voxels.Array(values[:, :, np.newaxis]), (1.0, 0.0)
+    return volumes.is_label_map(stored, scaling, voxels.survey(stored, scaling), named=True)
 
 
 def _is_negative(image: Image.Image) -> bool:

@@ -204,7 +204,7 @@ def _volume(
     in_plane = [axis for axis in range(3) if axis != through]
     found = voxels.survey(stored, scaling)
     excluded = ""
-    if found.integers and (labels or _is_label_map(stored, scaling, found, named=named)):
+    if found.integers and (labels or is_label_map(stored, scaling, found, named=named)):
         excluded = LABEL_MAP
     elif named and 0 <= found.low and found.high <= 1:
         excluded = PROBABILITY_MAP
@@ -232,9 +232,15 @@ def is_named_label(path: str) -> bool:
     return bool(LABEL_NAMES.search(name.split(".")[0])) or bool(LABEL_FOLDERS.fullmatch(folder))
 
 
-def _is_label_map(
+def is_label_map(
     stored: voxels.Array | voxels.File, scaling: tuple[float, float], found: voxels.Survey, *, named: bool
 ) -> bool:
+    """Whether whole numbers lie in regions of one value.
+
+    Args:
+      found: of these values.
+      named: the name of the file or its folder says that it holds labels.
+    """
     if found.distinct <= MASK_VALUES or (found.distinct <= FEW_VALUES and (named or found.background >= BACKGROUND)):
         return True
     if found.equal < (REGIONS_IF_NAMED if named else REGIONS):

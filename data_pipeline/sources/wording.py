@@ -36,7 +36,9 @@ _CALLED_LOCALIZER = re.compile(
 )  # fmt: skip
 _MAYBE_LOCALIZER = re.compile(
     _START
-    + rb"(?:locs?|survey|pilot|scano|topo|plan[^a-z]*scan|lo[ck]ali[sz]ations?)"
+    # In Latin-1 and in UTF-8: rep\xe9rage, \xfcbersicht.
+    + rb"(?:locs?|survey|pilot|scano|topo|plan[^a-z]*scan|lo[ck]ali[sz]ations?|rep(?:e|\xe9|\xc3\xa9)rage"
+    + rb"|(?:ue|[\xdc\xfc]|\xc3[\x9c\xbc])bersicht)"
     + _END
     + rb"|"
     + _START

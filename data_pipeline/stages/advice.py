@@ -40,6 +40,7 @@ _ADVICE: tuple[tuple[str, str], ...] = tuple(
             "nothing says that values are HU", "stored values are indices of a Modality LUT",
         ),
         NOTHING + ", unless maps are wanted": ("a map of",),
+        "declare it as PixelPaddingValue, or correct PixelRepresentation": ("values above",),
         "the header contradicts itself or the pixels: correct it": (
             "pixels use bits outside", "BitsStored", "the rescale and the Real World",
         ),

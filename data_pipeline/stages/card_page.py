@@ -116,15 +116,21 @@ def _title(card: Card) -> str:
     )
 
 
+def without_patient(card: Card) -> str:
+    """Studies, series and files that name no patient, in words; "" if there are none."""
+    words = {"study": ("study", "studies"), "series": ("series", "series"), "file": ("file", "files")}
+    counts = {name: card["patients_from"].get(name, 0) for name in words}
+    said = " and ".join(f"{n:,} {words[name][n > 1]}" for name, n in counts.items() if n)
+    return f"no patient is named for {said}; each counts as a patient of its own" if said else ""
+
+
 def _key_figures(card: Card) -> str:
     figures = {
         "slices": f"{card['slices']:,}", "series": f"{card['series']:,}", "patients": f"{card['patients']:,}",
         "in shards": _size(card["bytes"]), "bytes per slice": f"{card['bytes'] / max(card['slices'], 1):,.0f}",
     }  # fmt: skip
-    unknown = {name: card["patients_from"].get(name, 0) for name in ("study", "series", "file")}
-    words = {"study": "studies", "series": "series", "file": "files"}
-    said = " and ".join(f"{n:,} {words[name]}" for name, n in unknown.items() if n)
-    note = f"<p>Patients are not known everywhere: {said} name none and count as one patient each.</p>" if said else ""
+    said = without_patient(card)
+    note = f"<p>Patients are not known everywhere: {said}.</p>" if said else ""
     cells = "".join(f"<div><dt>{k}</dt><dd>{v}</dd></div>" for k, v in figures.items())
     return f'<dl class="key">{cells}</dl>{note}'
 

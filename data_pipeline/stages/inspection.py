@@ -57,7 +57,7 @@ def print_counts(folder: Path, index: pa.Table) -> None:
         print(f"  {name:<13}" + ", ".join(f"{value or 'unknown'} {count:,}" for value, count in counts))
     print(f"  {'units from':<13}{_units_from(index)}")
     if unknown := _unknown_patients(index):
-        print(f"  {'patients':<13}{unknown:,} are files, series or studies that name none and count as one each")
+        print(f"  {'patients':<13}{unknown:,} unknown: each is a file, series or study that names no patient")
     flags = collections.Counter(text for value in index["flags"].to_pylist() for text in flag_names(value))
     print(f"  {'flags':<13}" + (", ".join(f"{text} {count:,}" for text, count in flags.most_common()) or "none"))
     sizes = collections.Counter(zip(index["height"].to_pylist(), index["width"].to_pylist(), strict=True))

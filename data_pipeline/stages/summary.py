@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from data_pipeline.format import shards
 from data_pipeline.sources.object_stores import is_address
 from data_pipeline.stages import advice, assignment, card, inventory, pseudonyms
-from data_pipeline.stages.card_page import MODALITIES, UNITS
+from data_pipeline.stages.card_page import MODALITIES, UNITS, without_patient
 
 REASONS_SHOWN = 5
 FEW_PATIENTS = 5  # of a split, under which its scores say little
@@ -78,11 +78,8 @@ def _evidence(made: card.Card) -> str:
 def _notes(made: card.Card) -> Iterator[str]:
     """What a user should know before training on the dataset."""
     settings, patients = made["settings"], made["patients_by_split"]
-    unknown = {name: made["patients_from"].get(name, 0) for name in inventory.PATIENT_UNKNOWN}
-    if any(unknown.values()):
-        words = {"study": "studies", "series": "series", "file": "files"}
-        said = " and ".join(f"{n:,} {words[name]}" for name, n in unknown.items() if n)
-        yield f"{said} name no patient and count as one each; one patient can be in two splits: name them with --labels and --patient-column"
+    if said := without_patient(made):
+        yield f"{said}, so that one patient can be in two splits: name the patients with --labels and --patient-column"
     for split in ("validation", "test"):
         share, slices = settings[split], made["slices_by"]["split"].get(split, 0)
         if not slices and share:

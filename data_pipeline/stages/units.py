@@ -21,6 +21,7 @@ UNLIKE_SERIES = "values are not HU, unlike those of the other slices"
 UNKNOWN_UNITS = (
     "nothing says that values are HU: the header gives no rescale to HU, and air and tissue are not where HU have them"
 )
+WITHOUT_SIGN = f"values above {hu.FAR_ABOVE:,} HU, which were negative: padding that the header does not declare, or a sign that it does not state"
 HU_IN_MR = "values are HU though the modality is MR"
 SEVERAL_SCALES = "slices with several rescale slopes"  # a problem, not a reason: their values are right
 
@@ -78,21 +79,27 @@ def judge_ct(slices: Sequence[SliceValues], *, inferred: bool) -> Judgement:
     proved = [one.profile for one in slices if verdicts[one.rescale] == "proved"]
     if inferred:  # from these very values, by the same rule
         return Judgement("proved" if proved else "guessed", [None] * len(slices))
+    without_sign = [WITHOUT_SIGN if hu.lacks_sign(one.profile) else None for one in slices]
     if proved:
         air = float(np.median([one.share(hu.LOWEST, -200) for one in proved]))
         contradicted = {rescale for rescale, profile in groups.items() if _contradicts(profile, air)}
         unproved = {rescale for rescale, verdict in verdicts.items() if rescale is None and verdict != "proved"}
         reasons = [
-            UNLIKE_SERIES if one.rescale in contradicted or _contradicts(one.profile, air)
-            else UNKNOWN_UNITS if one.rescale in unproved else None
-            for one in slices
+            lost or (
+                UNLIKE_SERIES if one.rescale in contradicted or _contradicts(one.profile, air)
+                else UNKNOWN_UNITS if one.rescale in unproved else None
+            )
+            for one, lost in zip(slices, without_sign, strict=True)
         ]  # fmt: skip
         return Judgement("proved", reasons)
     by_group = {
         rescale: NO_HU if verdict == "refuted" else UNKNOWN_UNITS if rescale is None else None
         for rescale, verdict in verdicts.items()
     }
-    reasons = [by_group[one.rescale] or (NO_HU if hu.contradicts(one.profile) else None) for one in slices]
+    reasons = [
+        lost or by_group[one.rescale] or (NO_HU if hu.contradicts(one.profile) else None)
+        for one, lost in zip(slices, without_sign, strict=True)
+    ]
     return Judgement("declared", reasons)
 
 

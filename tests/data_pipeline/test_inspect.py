@@ -52,7 +52,7 @@ def test_unknown_patients_are_named(dataset: Path, tmp_path: Path, run_inspect) 
     place = index.column_names.index("patient_from")
     pq.write_table(index.set_column(place, "patient_from", column), copy / shards.INDEX)
     assert (
-        "  patients     1 are files, series or studies that name none and count as one each"
+        "  patients     1 unknown: each is a file, series or study that names no patient"
         in run_inspect(copy).out.splitlines()
     )
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.sources.base import ReadError
-from data_pipeline.sources.pictures import read_picture
+from data_pipeline.sources.base import ReadError, ReadRequest
+from data_pipeline.sources.pictures import open_picture, read_picture
 
 RANDOM = np.random.default_rng(0)
 BYTES = RANDOM.integers(0, 256, (37, 41)).astype(np.uint8)
@@ -21,6 +21,26 @@ def test_grey_values_round_trip(tmp_path: Path, name: str, values: np.ndarray) -
     read = read_picture(str(tmp_path / name))
     assert read.dtype == values.dtype
     np.testing.assert_array_equal(read, values)
+
+
+ROUND = ((np.add.outer(np.arange(-40, 41) ** 2, np.arange(-40, 41) ** 2) < 900) * 255).astype(np.uint8)
+NOISE = RANDOM.integers(0, 256, (81, 81)).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "excluded"),
+    [
+        ("benign (1)_mask.png", ROUND, True), ("masks/1.png", ROUND, True), ("case_segmentation.png", ROUND // 255, True),
+        ("masks/2.png", ROUND // 255 * 7 + np.roll(ROUND, 45, 0) // 255 * 90, True), ("masks/empty.png", ROUND * 0, True),
+        ("masks/image.png", NOISE, False), ("images/1.png", NOISE, False),
+    ],
+)  # fmt: skip
+def test_masks_beside_pictures_are_label_maps(tmp_path: Path, name: str, values: np.ndarray, excluded: bool) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    Image.fromarray(values).save(tmp_path / name)
+    with open_picture(ReadRequest(str(tmp_path / name), "auto", str(tmp_path))) as picture:
+        assert len(list(picture.slices())) == (not excluded)
+        assert picture.excluded == ("label map: whole numbers in regions of one value" if excluded else "")
 
 
 def test_big_endian_tiff_is_read(tmp_path: Path) -> None:

@@ -17,10 +17,14 @@ def test_names_of_localizers_and_pages_are_recognised(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["Survey", "SURVEY_MST", "LOC", "t2_loc", "Plan scan", "Pilot", "Scano", "3plane", "3 Plane SSFSE", "Localisation"],
-)
-def test_names_that_other_series_share_are_doubtful(text: str) -> None:
-    assert wording.may_call_localizer(text.encode("latin-1")) and not wording.calls_localizer(text.encode("latin-1"))
+    [
+        "Survey", "SURVEY_MST", "LOC", "t2_loc", "Plan scan", "Pilot", "Scano", "3plane", "3 Plane SSFSE", "Localisation",
+        "Rep\xe9rage", "Reperage", "\xdcbersicht", "t2 \xfcbersicht", "Uebersicht",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])
+def test_names_that_other_series_share_are_doubtful(text: str, encoding: str) -> None:
+    assert wording.may_call_localizer(text.encode(encoding)) and not wording.calls_localizer(text.encode(encoding))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from data_pipeline.stages import advice, assignment, commit, convert, exclusion,
     "reason",
     [
         *(name for name, _ in exclusion.HEADER_RULES), "smaller than 32 px", "constant", "all air", exclusion.LOCALIZER, exclusion.LOCALIZER_AMONG_AXIAL, exclusion.PROJECTION, exclusion.PAGE, units.NO_HU, units.HU_IN_MR,
-        units.UNLIKE_SERIES, units.UNKNOWN_UNITS, inventory.A_MAP.format(quantity="phase"),
+        units.UNLIKE_SERIES, units.WITHOUT_SIGN, units.UNKNOWN_UNITS, inventory.A_MAP.format(quantity="phase"),
         inventory.NO_IMAGE, inventory.DATA_OF_A_HEADER, inventory.LOSSY, inventory.A_FACE, inventory.MAY_BE_A_FACE, *inventory.OWN_FILES, assignment.HELD_OUT,
         commit.SAME_PIXELS, commit.KNOWN_INSTANCE, convert.SAME_PIXELS, convert.REPEATED_INSTANCE, "empty file",
         "cannot be read: Permission denied", "reading it took more than 60 s", "the reader failed on it (KeyError at x.py:1)",

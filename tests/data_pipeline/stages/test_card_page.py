@@ -66,7 +66,7 @@ def test_page_escapes_markup() -> None:
         "class": "train",
         "<q>": "1",
     }
-    assert "1 files name none and count as one patient each" in words(page)
+    assert "no patient is named for 1 file; each counts as a patient of its own." in words(page)
 
 
 def test_reasons_are_listed_by_fate_and_number(tmp_path: Path, write_series, run_build) -> None:

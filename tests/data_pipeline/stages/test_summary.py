@@ -72,7 +72,7 @@ def test_empty_and_tiny_splits_are_pointed_out(made: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changes", "note"),
     [
-        ({"patients_from": {"id": 3, "file": 217, "study": 2}}, "2 studies and 217 files name no patient and count as one each"),
+        ({"patients_from": {"id": 3, "file": 217, "study": 2}}, "no patient is named for 2 studies and 217 files; each counts as a patient of its own"),
         ({"near_duplicates": {"series": 4, "of another patient": 3, "in another split": 2}}, "2 series look like one in another split"),
         ({"settings": {"planes": "coronal", "validation": 0, "test": 0}, "reformatted": 0}, "--planes coronal made nothing"),
         (

@@ -54,6 +54,16 @@ def test_slices_that_lost_their_rescale_are_left_out_by_name() -> None:
     assert reasons == [None, units.UNLIKE_SERIES, *[None] * 7, units.UNLIKE_SERIES]
 
 
+def test_undeclared_padding_that_lost_its_sign_is_named() -> None:
+    wrapped = np.append(body(9), np.full(300, 65_536 - 2000 - 1024))  # -2000 as unsigned 16 bits
+    assert judge(*CHEST, one(wrapped)) == ("proved", [*[None] * 8, units.WITHOUT_SIGN])
+    assert judge(one(wrapped), one(wrapped))[1] == [units.WITHOUT_SIGN] * 2
+    # Neither the metal of an extended scale nor a single damaged pixel.
+    assert (
+        judge(*CHEST, one(np.append(body(9), np.full(300, 30_710))), one(np.append(body(9), 62_512)))[1] == [None] * 10
+    )
+
+
 def test_slice_of_mr_under_the_series_of_a_ct_is_left_out() -> None:
     mr = one(np.abs(np.random.default_rng(4).normal(400, 120, 4000)))
     assert judge(*CHEST, mr) == ("proved", [*[None] * 8, units.UNLIKE_SERIES])
