@@ -99,6 +99,7 @@ def write_sound(top: Path) -> None:
     meta = checkpoint.Meta(
         json.loads(settings.to_json_best_effort()), 64, checkpoint.Dataset("0" * 64, 1, 48, "train"), 8, step_examples=8,
         skipped=(checkpoint.Window(16, 24),), metrics={"loss": 0.5, "refused_updates": 0.0},
+        origin=checkpoint.Origin("runs/b16", 800, 25_600, "0" * 16),
     )  # fmt: skip
     checkpointer.save(8, {"params": params, "step": np.array(8, np.int32)}, meta)
     checkpointer.close()

@@ -62,6 +62,21 @@ class Window(NamedTuple):
     end: int
 
 
+class Origin(NamedTuple):
+    """The checkpoint whose weights a run started from.
+
+    Attributes:
+      place: as the user named it.
+      step, examples_seen: of that checkpoint.
+      weights: trained_model.digest of its parameters.
+    """
+
+    place: str
+    step: int
+    examples_seen: int
+    weights: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Meta:
     """What a checkpoint says of itself.
@@ -76,6 +91,7 @@ class Meta:
         start. None in checkpoints of versions before 0.3.
       skipped: windows of the data stream that the run jumped over; the stream is this much further than `examples_seen`.
       metrics: of the last step.
+      origin: whose weights the run started from; None where they were random.
       version: of this package when the checkpoint was saved; None in checkpoints of versions before 0.2.
     """
 
@@ -87,6 +103,7 @@ class Meta:
     step_examples: int | None = None
     skipped: tuple[Window, ...] = ()
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    origin: Origin | None = None
     version: str | None = curia_common.__version__
 
     @property
@@ -97,7 +114,12 @@ class Meta:
     def to_json(self) -> dict[str, Any]:
         # JSON has no NaN and no infinity.
         metrics = {name: value for name, value in self.metrics.items() if math.isfinite(value)}
-        changed = {"config": dict(self.config), "dataset": self.dataset and self.dataset._asdict(), "metrics": metrics}
+        changed = {
+            "config": dict(self.config),
+            "dataset": self.dataset and self.dataset._asdict(),
+            "origin": self.origin and self.origin._asdict(),
+            "metrics": metrics,
+        }
         return {**vars(self), **changed, "skipped": [list(window) for window in self.skipped]}
 
     @classmethod
@@ -140,6 +162,7 @@ class Loaded:
       step: optimizer steps taken.
       examples_seen: examples that the steps consumed.
       path: folder of this step.
+      origin: whose weights the run started from; None where they were random.
     """
 
     params: dict[str, Any]
@@ -147,6 +170,7 @@ class Loaded:
     step: int
     examples_seen: int
     path: str
+    origin: Origin | None = None
 
 
 class Verdict(NamedTuple):
@@ -432,4 +456,4 @@ def load(path: str | Path | epath.Path, step: int | None = None) -> Loaded:
         raise DataError(
             f"checkpoint {folder} says step {found}, but its state has taken {state['step']} steps; copy it again"
         )
-    return Loaded(state["params"], dict(meta.config), found, meta.examples_seen, str(folder))
+    return Loaded(state["params"], dict(meta.config), found, meta.examples_seen, str(folder), meta.origin)

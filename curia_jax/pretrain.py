@@ -3,6 +3,8 @@
 The work directory holds everything a run leaves: config.json, checkpoints/, metrics.jsonl, events.jsonl and tensorboard/.
 The same command resumes from the newest checkpoint, on any number of hosts and chips; no example is skipped or repeated.
 A dataset that is not the checkpoint's is refused; --config.data.additions and --config.data.on_change say what to do.
+
+--from starts a new run from the weights of another one, on other data say, with a new optimizer and schedule.
 """
 
 import argparse
@@ -21,12 +23,17 @@ def parser() -> argparse.ArgumentParser:
         examples="""
 python -m curia_jax.pretrain --config=configs/demo.py --workdir=runs/first --config.data.shards=demo/shards
 python -m curia_jax.pretrain --config=configs/demo.py --workdir=runs/b --config.batch_size=256 --config.seed=1
+python -m curia_jax.pretrain --config=configs/demo.py --workdir=runs/mr --from=runs/b --config.data.shards=mr/shards
 python -m curia_jax.pretrain --config=configs/demo.py --fields          list every field and its value""",
         codes=(ExitCode.DIVERGED, ExitCode.DATA, ExitCode.DOES_NOT_FIT),
         overrides=True,
     )
     made.add_argument("--config", required=True, help="config file or name; --config.field=value changes a field")
     made.add_argument("--workdir", help="folder of this run, or gs://bucket/run; one with checkpoints is resumed")
+    made.add_argument(
+        "--from", dest="start_from", metavar="RUN",
+        help="run or checkpoint, also gs://bucket/run, whose weights a new run starts from instead of random ones",
+    )  # fmt: skip
     made.add_argument("--fields", action="store_true", help="print the config's fields and values and exit")
     cli.add_json(
         made,
@@ -55,7 +62,7 @@ def pretrain(args: argparse.Namespace) -> int:
     from curia_jax import hosts, run
     from curia_jax.objectives import mae
 
-    this = run.prepare(config, args.workdir)
+    this = run.prepare(config, args.workdir, args.start_from)
     objective = mae.make(
         config, this.mesh, canvas=this.canvas, warmup_steps=this.warmup_steps, total_steps=this.schedule.total_steps,
         step_offset=this.step_offset,

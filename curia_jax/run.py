@@ -43,6 +43,7 @@ from curia_jax import (
     watchdog,
 )
 from curia_jax import config as configs
+from curia_jax import origin as origins
 from curia_jax import workdir as workdirs
 from curia_jax.objectives import base
 from curia_jax.settings import Data, Devices, Settings
@@ -74,6 +75,7 @@ class Run:
       step_examples: what a step in `config.duration` stands for, whatever the batch size is now.
       step_offset: see optimizer.make.
       skipped: windows of the data stream that are not trained on.
+      origin: whose weights the run started from, or is to start from; None for random ones.
       changes: fields of the config that differ from the checkpoint's: dotted name -> (then, now).
     """
 
@@ -96,12 +98,13 @@ class Run:
     changes: Mapping[str, tuple[Any, Any]]
     step_examples: int
     skipped: tuple[checkpoint.Window, ...] = ()
+    origin: checkpoint.Origin | None = None
 
     def meta(self, examples_seen: int) -> checkpoint.Meta:
         """What is saved with the state that has seen so many examples."""
         return checkpoint.Meta(
             self.config, examples_seen, self.dataset, self.dataset_start,
-            step_examples=self.step_examples, skipped=self.skipped,
+            step_examples=self.step_examples, skipped=self.skipped, origin=self.origin,
         )  # fmt: skip
 
 
@@ -127,8 +130,11 @@ class Outcome:
 # ---- before the objective is known
 
 
-def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
+def prepare(config: ml_collections.ConfigDict, workdir: str, start_from: str | None = None) -> Run:
     """Checks the settings, sets up the devices, opens the dataset and finds the newest checkpoint. Writes nothing.
+
+    Args:
+      start_from: a run or checkpoint whose weights a new run starts from, instead of random ones. A run that is resumed has them.
 
     Raises:
       UserError: a setting is wrong, or does not fit the devices or the dataset.
@@ -146,6 +152,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
     step, meta = checkpoint.latest(workdir) or (0, None)
     if meta is None:
         workdirs.check_new(workdir)
+    plain = json.loads(config.to_json_best_effort())
+    origin = origins.find(start_from, plain, resumed=meta)
     source, dataset, dataset_start = _open_dataset(settings.data, meta)
     mesh_sizes: Any = config.mesh
     mesh = sharding.make_mesh(**mesh_sizes)
@@ -173,7 +181,6 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
     keep_every = None
     if settings.keep_every:  # only what is saved can stay: the next multiple of save_every
         keep_every = -(-steps(settings.keep_every) // save_every) * save_every
-    plain = json.loads(config.to_json_best_effort())
     return Run(
         config=plain,
         settings=settings,
@@ -194,6 +201,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
         changes=configs.changes(configs.from_checkpoint(meta.config), plain) if meta else {},
         step_examples=step_examples,
         skipped=meta.skipped if meta else (),
+        origin=origin,
     )
 
 
@@ -388,6 +396,7 @@ def _take_work_directory(run: Run, closing: contextlib.ExitStack) -> tuple[watch
             "config": hosts.digest(json.dumps(run.config, sort_keys=True)),
             "dataset": run.dataset.fingerprint,
             "checkpoint": f"step {run.schedule.start_step}",
+            "weights to start from": run.origin.weights if run.origin else "random",
         }
         hosts.check_agreement(facts, _patience(run))
         preflight.check_shared(run.workdir)
@@ -438,7 +447,9 @@ class _Start:
     def _restored(self) -> base.State:
         step = self._run.schedule.start_step
         if not step:
-            return self._objective.initial_state(self._run.settings.seed)
+            origin, abstract = self._run.origin, self._objective.abstract_state["params"]
+            params = origins.weights(origin, abstract) if origin else None
+            return self._objective.initial_state(self._run.settings.seed, params)
         return self._checkpointer.restore(self._objective.abstract_state, step=step, since=_since())
 
     # ---- step
@@ -490,6 +501,7 @@ class _Start:
                 parameters=self._objective.parameters, mesh=dict(run.mesh.shape), hosts=hosts.count(),
                 device=jax.devices()[0].device_kind, jax=jax.__version__, train_flops_per_image=flops, peak_flops=peak,
                 peak_source=peak_source, command=cli.command(), **({"changes": dict(run.changes)} if run.changes else {}),
+                **({"origin": run.origin._asdict()} if run.origin else {}),
             )  # fmt: skip
         self._progress = self._closing.enter_context(
             Progress("training", schedule.total_steps, "steps", done=schedule.start_step, enabled=hosts.is_first())

@@ -205,7 +205,8 @@ def _write_digests(folder: epath.Path) -> None:
 # ---- whether it fits
 
 
-def _tensors(tree: PyTree) -> dict[str, tuple[int, ...]]:
+def tensors(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    """Name -> shape."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     # A restored tree has plain containers where the live one has named tuples: compare names without the brackets.
     return {
@@ -227,7 +228,7 @@ def _layout(folder: epath.Path, abstract: Any, since: Mapping[str, PyTree]) -> _
     Raises:
       UserError: it holds other tensors than `abstract`.
     """
-    found = _tensors(checkpoint.saved_tree(folder))
+    found = tensors(checkpoint.saved_tree(folder))
     added = {name: value for name, value in since.items() if not any(path.split("/")[0] == name for path in found)}
     saved = {name: part for name, part in abstract.items() if name not in added}
     # Before 0.3 a run with optimizer.clip_norm had the optimizer's state in a pair, after that of the clipping, which is empty.
@@ -238,7 +239,7 @@ def _layout(folder: epath.Path, abstract: Any, since: Mapping[str, PyTree]) -> _
     def to_current(state: dict[str, Any]) -> dict[str, Any]:
         return {**state, **({"opt_state": state["opt_state"][1]} if paired else {}), **added}
 
-    _check_shapes(folder, found, saved)
+    check_tensors(folder, found, saved, "Use the config it was trained with, or another --workdir")
     return _Layout(saved, to_current)
 
 
@@ -247,8 +248,11 @@ def check_fits(workdir: str, abstract: PyTree, *, since: Mapping[str, PyTree] | 
     _layout(checkpoint.find(workdir), abstract, since or {})
 
 
-def _check_shapes(folder: epath.Path, found: Mapping[str, tuple[int, ...]], abstract: PyTree) -> None:
-    wanted = _tensors(abstract)
+def check_tensors(
+    folder: epath.Path | str, found: Mapping[str, tuple[int, ...]], abstract: PyTree, remedy: str
+) -> None:
+    """Raises UserError, with a remedy, where a checkpoint holds other tensors than `abstract`."""
+    wanted = tensors(abstract)
     wrong = [
         f"{name} is {found[name]} in the checkpoint, {shape} in the config"
         for name, shape in wanted.items()
@@ -261,5 +265,5 @@ def _check_shapes(folder: epath.Path, found: Mapping[str, tuple[int, ...]], abst
     if problems:
         raise UserError(
             f"checkpoint {folder} does not fit this config's model (tensors that differ: {len(problems)}): {'; '.join(problems[:3])}"
-            f"{'; …' if len(problems) > 3 else ''}. Use the config it was trained with, or another --workdir"
+            f"{'; …' if len(problems) > 3 else ''}. {remedy}"
         )

@@ -30,6 +30,7 @@ class TrainedModel:
       step: optimizer steps taken.
       examples_seen: examples that these steps consumed.
       path: folder of the step.
+      origin: whose weights the run started from; None where they were random.
     """
 
     config: mae.MAEConfig
@@ -39,6 +40,7 @@ class TrainedModel:
     step: int
     examples_seen: int
     path: epath.Path
+    origin: checkpoint.Origin | None = None
 
     @property
     def run_name(self) -> str | None:
@@ -77,6 +79,7 @@ def load(path: str | Path, step: int | None = None) -> TrainedModel:
         step=loaded.step,
         examples_seen=loaded.examples_seen,
         path=epath.Path(loaded.path),
+        origin=loaded.origin,
     )
 
 

@@ -108,14 +108,19 @@ def uncached() -> Callable[[], AbstractContextManager[None]]:
     return switched_off
 
 
-@pytest.fixture
-def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def use_one_device(patch: pytest.MonkeyPatch) -> None:
     """Runs in this process use one of its devices, whose programs the suite's compilation cache may keep."""
     from curia_jax import run, sharding
 
     make_mesh = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda **sizes: make_mesh(**sizes, devices=jax.devices()[:1]))
-    monkeypatch.setattr(run, "use_devices", lambda devices: None)
+    patch.setattr(sharding, "make_mesh", lambda **sizes: make_mesh(**sizes, devices=jax.devices()[:1]))
+    patch.setattr(run, "use_devices", lambda devices: None)
+
+
+@pytest.fixture
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """See use_one_device."""
+    use_one_device(monkeypatch)
 
 
 @pytest.fixture(scope="session")

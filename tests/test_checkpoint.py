@@ -135,6 +135,7 @@ def test_meta_on_disk_is_json(saved: Path) -> None:
         "step_examples": None,
         "skipped": [],
         "metrics": {},
+        "origin": None,
         "version": curia_common.__version__,
     }
 

@@ -185,11 +185,16 @@ def test_damaged_newest_checkpoint_resumes_from_the_one_before(
 
 
 def train(
-    workdir: Path, shards: Path, *words: str, stop_at: int = 0, signals: tuple[int, ...] = (signal.SIGTERM,)
+    workdir: Path,
+    shards: Path,
+    *words: str,
+    stop_at: int = 0,
+    signals: tuple[int, ...] = (signal.SIGTERM,),
+    start_from: str | None = None,
 ) -> run.Outcome:
     """A run that gets signals while batch number `stop_at` (from 1) is pulled."""
     config = configs.load(str(ROOT / "tests/configs/resumable.py"), [f"--config.data.shards={shards}", *words])
-    this = run.prepare(config, str(workdir))
+    this = run.prepare(config, str(workdir), start_from)
     objective = mae.make(
         config, this.mesh, canvas=this.canvas, warmup_steps=this.warmup_steps, total_steps=this.schedule.total_steps,
         step_offset=this.step_offset,

@@ -84,6 +84,7 @@ def convert(args: argparse.Namespace) -> None:
     provenance = card.Provenance(
         run=trained.run_name, step=trained.step, examples_seen=trained.examples_seen,
         encoder_sha256=trained_model.digest(trained.params["encoder"]), version=curia_common.__version__,
+        origin=trained.origin,
     )  # fmt: skip
     size, patch = ("x".join(map(str, pair)) for pair in (encoder.image_size, encoder.patch_size))
     log.info(

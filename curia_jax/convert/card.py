@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 
+from curia_jax.checkpoint import Origin
 from curia_jax.convert.folder import OWN, Json
 from curia_jax.convert.layouts import Layout
 from curia_jax.models import mae, vit
@@ -22,6 +23,7 @@ class Provenance:
       step, examples_seen: of the checkpoint.
       encoder_sha256: `trained_model.digest` of the encoder.
       version: of this project, at conversion.
+      origin: whose weights the run started from; None where they were random.
     """
 
     run: str | None
@@ -29,6 +31,7 @@ class Provenance:
     examples_seen: int
     encoder_sha256: str
     version: str
+    origin: Origin | None = None
 
 
 def recipe(augment: Augment, encoder: vit.ViTConfig) -> Json:
@@ -123,6 +126,12 @@ def text(layout: Layout, config: mae.MAEConfig, augment: Augment, provenance: Pr
     height, width = encoder.image_size
     patch = " x ".join(map(str, encoder.patch_size))
     run = f"run {provenance.run}, " if provenance.run else ""
+    origin = ""
+    if provenance.origin:
+        origin = (
+            f"\nTraining started from the weights `{provenance.origin.weights}` of another run, at its step "
+            f"{provenance.origin.step:,} ({provenance.origin.examples_seen:,} examples seen)."
+        )
     what = "Masked autoencoder (encoder and decoder)" if layout.has_decoder else "Encoder of a masked autoencoder"
     return f"""---
 library_name: {"transformers" if layout.for_transformers else "timm"}
@@ -133,7 +142,7 @@ tags: [medical-imaging, ct, mri, masked-autoencoder]
 
 {what}, pretrained with curia_jax, {parameters / 1e6:.2f} M parameters, float32.
 From {run}step {provenance.step:,} ({provenance.examples_seen:,} examples seen); encoder weights
-`{provenance.encoder_sha256}`; converted with curia_jax {provenance.version}.
+`{provenance.encoder_sha256}`; converted with curia_jax {provenance.version}.{origin}
 
 ## Load
 

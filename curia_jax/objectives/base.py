@@ -10,6 +10,7 @@ from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -118,11 +119,24 @@ class Objective:
         """Number of trained values."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.abstract_state["params"]))
 
-    def initial_state(self, seed: int) -> State:
-        """The state of step 0; each device creates only its own shards."""
+    def initial_state(self, seed: int, params: PyTree[Shaped[np.ndarray, "..."]] | None = None) -> State:
+        """The state of step 0; each device creates only its own shards.
+
+        Args:
+          params: the parameters, on the host; None for random ones.
+        """
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         with memory_errors():
-            return jax.jit(self.init, out_shardings=shardings)(jax.random.key(seed))
+            state = jax.jit(self.init, out_shardings=shardings)(jax.random.key(seed))
+            if params is None:
+                return state
+
+            def place(leaf: np.ndarray, where: jax.ShapeDtypeStruct) -> jax.Array:
+                return jax.make_array_from_callback(
+                    leaf.shape, where.sharding, lambda part: leaf[part].astype(where.dtype)
+                )
+
+            return {**state, "params": jax.tree.map(place, params, self.abstract_state["params"])}
 
     def trace(self) -> jax.stages.Traced:
         """The train step, traced for the devices of the mesh. It donates the state; metrics are replicated, so that every host

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from curia_jax import augment
+from curia_jax import augment, checkpoint
 from curia_jax import config as configs
 from curia_jax.convert import card, layouts
 from curia_jax.models import mae
@@ -106,11 +106,13 @@ def text_of(layout: str, provenance: card.Provenance = PROVENANCE, **model: Any)
 
 
 def test_model_card_states_size_and_origin_of_the_weights() -> None:
-    named = card.Provenance("ward-seven", 1200, 56_000, "0123456789abcdef", "1.0")
+    origin = checkpoint.Origin("/data/secret-place", 300, 9_600, "fedcba9876543210")
+    named = card.Provenance("ward-seven", 1200, 56_000, "0123456789abcdef", "1.0", origin)
     text = text_of("vit", named, image_size=(16, 24), patch_size=(8, 4), channels=3)
     for words in (
         "# ViT of 2 blocks, width 16, patches of 8 x 4 px, for CT and MR slices\n",
         "Encoder of a masked autoencoder, pretrained with curia_jax, 1.23 M parameters",
+        "\nTraining started from the weights `fedcba9876543210` of another run, at its step 300 (9,600 examples seen).\n",
         "From run ward-seven, step 1,200 (56,000 examples seen); encoder weights\n`0123456789abcdef`",
         "batch x 3 x 16 x 24",
         "resized to 16 x 24",
@@ -119,7 +121,8 @@ def test_model_card_states_size_and_origin_of_the_weights() -> None:
     ):
         assert words in text
     unnamed = text_of("vit_mae")
-    assert "From step 7 (56 examples seen)" in unnamed
+    assert "secret-place" not in text  # a path of the machine
+    assert "From step 7 (56 examples seen)" in unnamed and "started from" not in unnamed
     assert "Masked autoencoder (encoder and decoder)" in unnamed
 
 
