@@ -111,13 +111,18 @@ def pictures(folder: Path, chosen: Sequence[Example]) -> list[tuple[bytes, str]]
     return found
 
 
+def vendor(name: str) -> str:
+    """The name of a class of manufacturers as the vendor writes it; "" where it is unknown."""
+    return _VENDORS.get(name, name.title())
+
+
 def caption(one: records.DecodedSlice, view: contact_sheet.View, example: Example) -> str:
     """What an example shows, in words."""
     what = {"OT": "modality not known"}.get(one.modality, one.modality)
     if example.kind == PICTURE:
         what = f"Picture, {what}"
     words = [what, one.body_part, f"{one.plane} plane" if one.plane not in ("", "unknown") else ""]
-    words.append(_VENDORS.get(example.manufacturer, example.manufacturer.title()))
+    words.append(vendor(example.manufacturer))
     low, high = (f"{value:.0f}".replace("-", "\u2212") for value in (view.low, view.high))
     shown = (
         f"{view.name}: black {low}, white {high} HU"

@@ -11,7 +11,7 @@ import numpy as np
 from data_pipeline.format.files import Json
 from data_pipeline.stages import advice, pseudonyms
 from data_pipeline.stages.card import Card, most_first
-from data_pipeline.stages.card_examples import SIDE
+from data_pipeline.stages.card_examples import SIDE, vendor
 
 CLASSES_SHOWN = 40  # of a label
 NUMBERS_SHOWN = 12  # of a label of numbers; of one with more the range is shown
@@ -146,7 +146,7 @@ def _kinds(card: Card) -> str:
         ))  # fmt: skip
     found = {name for kind in card["kinds"] for name, n in kind["series_by_units_evidence"].items() if n}
     meaning = "; ".join(f"{name}: {words}" for name, words in EVIDENCE_IN_WORDS.items() if name in found)
-    head = ("modality", "values are in", "series by what speaks for the unit")
+    head = ("modality", "values are in", "how the unit is known (series)")
     return "<h2>What the values mean</h2>" + _table("", head, ("slices", "series", "slices whose modality is guessed"), rows) + (
         f"<p>{_text(meaning[:1].upper() + meaning[1:])}.</p>" if meaning else ""
     )  # fmt: skip
@@ -208,7 +208,9 @@ def _examples(examples: Sequence[tuple[bytes, str]]) -> str:
 def _slices(card: Card) -> str:
     """Bars by property; a property with a single value is a sentence."""
     titles = {"plane": "Plane", "body_part": "Body part", "manufacturer": "Vendor"}
-    parts = [(title, card["slices_by"][name], False) for name, title in titles.items()]
+    by = card["slices_by"]
+    by = by | {"manufacturer": {vendor(name) or name: count for name, count in by["manufacturer"].items()}}
+    parts = [(title, by[name], False) for name, title in titles.items()]
     parts += [(f"Spacing {name}, mm", counts, True) for name, counts in card["spacing_mm"].items()]
     parts.append(("Longer side, px", card["longer_side_px"], True))
     single = [f"{title}: {next(iter(counts)) or 'unknown'}" for title, counts, _ in parts if len(counts) == 1]

@@ -69,6 +69,10 @@ def test_page_escapes_markup() -> None:
     assert "no patient is named for 1 file; each counts as a patient of its own." in words(page)
 
 
+def test_vendors_are_written_as_they_write_themselves() -> None:
+    assert [card_page.vendor(name) for name in ("ge", "united imaging", "unknown")] == ["GE", "United Imaging", ""]
+
+
 def test_reasons_are_listed_by_fate_and_number(tmp_path: Path, write_series, run_build) -> None:
     write_series(tmp_path / "in", 3)
     for n in range(2):
