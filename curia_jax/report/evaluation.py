@@ -4,6 +4,7 @@ Neither paths of exams, patients nor series are shown.
 """
 
 import datetime
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from curia_common import source
 from curia_common.errors import DataError
 from curia_jax.evaluate.preparation import Preparation
 from curia_jax.evaluate.results import ALL_LABELS, MAJORITY, OK, Provenance, Row, Score
-from curia_jax.report import comparison, curves, examples, page
+from curia_jax.report import comparison, curves, examples, few_labels, page
 from curia_jax.report.comparison import LOWER_IS_BETTER, Comparison, Line
 from curia_jax.report.sections import BACKBONES, METRICS, score_table
 
@@ -54,9 +55,14 @@ def write(output: Path, rows: Sequence[Row], command: str, images: Mapping[str, 
         if predictions and task in images:
             chosen = examples.choose(next(iter(predictions.values())), images[task])
             sources["examples"] = page.embed(examples.figure(chosen), pictures / f"{name}-examples.png")
+        few = few_labels.curve(own)
+        if few:
+            drawn = few_labels.figure(few, METRICS.get(few.metric, few.metric))
+            sources["few labels"] = page.embed(drawn, pictures / f"{name}-few-labels.png")
         parts.append(_task(own, sources))
         groups = [s for s in everything if s.study.subgroup and (s.study.task, s.study.protocol) == (task, protocol)]
         parts.append(_subgroups(own, groups))
+        parts.append(_few_labels(few) if few else "")
     parts.append(_provenance(scores, command))
     now = datetime.datetime.now().astimezone()
     tasks = page.count(len({task for task, _ in studies}), "task")
@@ -108,7 +114,7 @@ def _not_scored(rows: Sequence[Row]) -> str:
 
 
 def _task(scores: Sequence[Score], images: Mapping[str, str]) -> str:
-    """`images` are the sources of the pictures that there are: curves, examples."""
+    """`images` are the sources of the pictures that there are: curves, examples, few labels."""
     study = scores[0].study
     parts = [f"<h2>{page.escape(study.title)}, protocol {page.escape(study.protocol)}</h2>"]
     if "curves" in images:
@@ -123,8 +129,35 @@ def _task(scores: Sequence[Score], images: Mapping[str, str]) -> str:
             "other slices between their 0.5 and 99.5 percentile."
         )
         parts.append(page.figure(images["examples"], caption, f"right and wrong cases of {study.title}"))
-    parts.append(score_table(scores))
+    # Of heads that learned from few labels, seed by seed, results.json has the rows.
+    whole = [score for score in scores if score.study.labels == ALL_LABELS]
+    if whole:
+        parts.append(score_table(whole))
+    if "few labels" in images:
+        caption = (
+            "Heads that learned from few labels: mean over the seeds, each with a subset of its own that is the same for every backbone, and a band from the "
+            "smallest to the largest value. Every backbone with the head that was chosen with all labels."
+        )
+        parts.append(page.figure(images["few labels"], caption, f"few labels of {study.title}"))
     return "".join(parts)
+
+
+def _few_labels(found: few_labels.Curve) -> str:
+    """The values of the picture."""
+    names = list(dict.fromkeys(name for level in found.levels for name in level.values))
+    rows = []
+    for level in found.levels:
+        cells = []
+        for name in names:
+            values = level.values.get(name, ())
+            spread = f"[{min(values):.3f}, {max(values):.3f}]" if len(values) > 1 else ""
+            cells.append(page.number(f"{statistics.fmean(values):.3f}" if values else "", spread))
+        seeds = max(map(len, level.values.values()))
+        rows.append(
+            page.row(page.cell(level.labels), page.number(f"{level.patients:,.0f}"), page.number(f"{seeds}"), *cells)
+        )
+    caption = f"{METRICS.get(found.metric, found.metric)} by labels: mean over the seeds [smallest, largest]."
+    return page.table(caption, ["labels"], ["patients", "seeds", *(BACKBONES.get(name, name) for name in names)], rows)
 
 
 def _subgroups(scores: Sequence[Score], groups: Sequence[Score]) -> str:

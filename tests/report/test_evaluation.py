@@ -1,6 +1,7 @@
 """The page of several tasks and backbones."""
 
 import base64
+import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,6 +71,23 @@ def results() -> list[Row]:
     return rows([*made, NotScored("registration", "ours", "not_run", "dense tasks are <not> scored yet")])
 
 
+def few_labels_and_groups() -> list[Row]:
+    """Of lesion: 10 % and 5 cases of each class, three seeds each; a level of two seeds; and two scanners."""
+    made = []
+    for backbone, shift in (("run", 0.0), ("pixels", -0.1)):
+        for labels, patients, seeds in (("10 %", 4, 3), ("k=5", 10, 3), ("50 %", 20, 2)):
+            for seed in range(seeds):
+                score = make_score(
+                    task="shards/lesion", backbone=backbone, value=0.6 + shift + patients / 100 + seed / 50, labels=labels, seed=seed,
+                    train_patients=patients,
+                )  # fmt: skip
+                made.append(score)
+        for name, n, doubt in (("A", 57, None), ("B", 3, "few patients")):
+            score = make_score(task="shards/lesion", backbone=backbone, value=0.75 + shift, n=n, doubt=doubt)
+            made.append(dataclasses.replace(score, study=dataclasses.replace(score.study, subgroup=f"scanner={name}")))
+    return rows(made)
+
+
 def images(numbers: Sequence[int]) -> list[examples.Image]:
     return [examples.Image(np.full((8, 8), float(n)), windows.Window("all", 30.0, 60.0)) for n in numbers]
 
@@ -117,9 +135,26 @@ def test_missing_predictions_are_named_with_the_remedy(output: Path) -> None:
         written(output)
 
 
+def test_page_shows_few_labels_with_their_spread_and_subgroups_with_their_n(output: Path) -> None:
+    evaluation.write(output, [*results(), *few_labels_and_groups()], COMMAND, {})
+    text = (output / "report.html").read_text(encoding="utf-8")
+    assert (output / "report_pictures/shards-lesion-ours-few-labels.png").is_file() and "few labels of lesion" in text
+    # Mean and ends over three seeds of run, then of pixels; 50 % has two seeds alone.
+    line = re.search(r"<tr><td>10 %</td>.*?</tr>", text)
+    assert line and re.findall(r">([^<>]+)<", line[0]) == [
+        "10 %", "4", "3", "0.660 ", "[0.640, 0.680]", "0.560 ", "[0.540, 0.580]"
+    ]  # fmt: skip
+    assert "<td>k=5</td>" in text and "<td>50 %</td>" not in text
+    groups = [re.findall(r">([^<>]+)<", row) for row in re.findall(r"<tr[^>]*><td>scanner</td>.*?</tr>", text)]
+    assert [(row[1], row[2]) for row in groups] == [("A", "57"), ("B", "3")]
+    assert "[0.600, 0.800]?" in groups[1] and "[0.600, 0.800]" in groups[0]
+    # The tables of heads are those with all labels.
+    assert text.count("0.810 <small>[0.600, 0.800] #1</small>") == 2
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_page_reads_well_in_a_browser(output: Path, scheme, width: int) -> None:
-    written(output)
+    evaluation.write(output, [*results(), *few_labels_and_groups()], COMMAND, {"shards/lesion": images})
     assert browser.problems(output / "report.html", scheme, width) == []
