@@ -22,7 +22,7 @@ import jax
 from jax._src import distributed  # the client of JAX's coordination service has no public name
 
 from curia_common import cli, logs
-from curia_common.errors import RestartError, UserError
+from curia_common.errors import DoesNotFitError, RestartError, UserError
 from curia_common.exit_codes import FINAL, ExitCode
 from curia_common.launching import ADDRESS, COUNT, NUMBER
 from curia_jax import storage
@@ -139,7 +139,7 @@ def check_agreement(facts: Mapping[str, str], seconds: int | float) -> None:
       seconds: how long to wait for the others.
 
     Raises:
-      UserError: they differ; names the fact and the hosts.
+      DoesNotFitError: they differ; names the fact and the hosts.
       RestartError: another host is not there.
     """
     if count() == 1:
@@ -151,7 +151,7 @@ def check_agreement(facts: Mapping[str, str], seconds: int | float) -> None:
     for fact in facts:
         other = next((host for host in sorted(found) if found[host].get(fact) != found[0].get(fact)), None)
         if other is not None:
-            raise UserError(
+            raise DoesNotFitError(
                 f"hosts differ in {fact}: {found[0].get(fact)} on host 0, {found[other].get(fact)} on host {other}; start the same version "
                 "with the same config and work directory on every host"
             )

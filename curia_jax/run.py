@@ -386,7 +386,7 @@ def _take_work_directory(run: Run, closing: contextlib.ExitStack) -> tuple[watch
       The watchdog, and the folder for what is appended to (see storage.Spool).
 
     Raises:
-      UserError: the hosts differ.
+      DoesNotFitError: the hosts differ, or one is not as launched.
       RestartError: another run has the work directory, or a host is missing.
     """
     preflight.check_dataset(run.source)

@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import json
+import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,11 +28,13 @@ class Ended(NamedTuple):
 
     Attributes:
       problem: None where the checkpoint is on disk.
+      seconds: from the request to the end.
     """
 
     step: int
     examples_seen: int
     problem: str | None
+    seconds: float
 
 
 class Checkpointer:
@@ -72,6 +75,7 @@ class Checkpointer:
           StorageError: the previous save does not end.
         """
         self.wait()
+        began = time.monotonic()
         items = {"state": state, "meta": dataclasses.replace(meta, step=step).to_json()}
         try:
             if jax.process_index() == 0:
@@ -81,11 +85,12 @@ class Checkpointer:
             with self._context:
                 response = ocp.save_checkpointables_async(self._folder / str(step), items, overwrite=True)
         except Exception as error:  # noqa: BLE001 - Orbax and tensorstore raise all kinds
-            self._ended.append(Ended(step, meta.examples_seen, checkpoint.reason(error)))
+            seconds = time.monotonic() - began
+            self._ended.append(Ended(step, meta.examples_seen, checkpoint.reason(error), seconds))
             return
-        self._running = self._background.submit(self._complete, step, meta.examples_seen, response)
+        self._running = self._background.submit(self._complete, step, meta.examples_seen, response, began)
 
-    def _complete(self, step: int, examples_seen: int, response: Any) -> Ended:
+    def _complete(self, step: int, examples_seen: int, response: Any, began: float) -> Ended:
         """In the background: waits for Orbax, then writes the digests and removes what need not stay."""
         try:
             response.result()  # also ends the thread and closes the files of this save
@@ -93,8 +98,8 @@ class Checkpointer:
                 _write_digests(self._folder / str(step))
                 self._remove_old()
         except Exception as error:  # noqa: BLE001
-            return Ended(step, examples_seen, checkpoint.reason(error))
-        return Ended(step, examples_seen, None)
+            return Ended(step, examples_seen, checkpoint.reason(error), time.monotonic() - began)
+        return Ended(step, examples_seen, None, time.monotonic() - began)
 
     def ended(self) -> list[Ended]:
         """The saves that have ended since the last call. Does not wait."""

@@ -257,7 +257,9 @@ class Saver:
             if ended.problem is None:
                 self.saved_step, self._failing_since = ended.step, None
                 if self._log is not None:
-                    self._log.event("saved", step=ended.step, examples_seen=ended.examples_seen)
+                    self._log.event(
+                        "saved", step=ended.step, examples_seen=ended.examples_seen, seconds=round(ended.seconds, 2)
+                    )
                 continue
             self._failing_since = now if self._failing_since is None else self._failing_since
             self._retry_at = now + RETRY_SECONDS

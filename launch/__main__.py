@@ -19,7 +19,7 @@ from pathlib import Path
 from curia_common import cli, logs, source
 from curia_common.errors import UserError
 from curia_common.exit_codes import ExitCode
-from launch import checks, cost, records
+from launch import checks, cost, grace, records
 from launch import spec as specs
 from launch.rendering import Target
 from launch.spec import LaunchSpec
@@ -139,8 +139,13 @@ def launch(args: argparse.Namespace) -> int | None:
     target = _target(spec)
     plan = cost.read(args.plan, spec) if args.plan else None
     cost.check(plan, spec, max_cost=args.max_cost, ignore_fit=args.ignore_fit)
+    target.render(
+        spec
+    )  # refuses what the target cannot serve, before the command is asked for its config, which takes seconds
+    platform = "cpu" if spec.target == LOCAL else spec.topology.platform
+    spec = checks.check(spec, platform, allow_changes=args.allow_changes, contact=not args.dry_run)
+    grace.check(spec, plan, contact=not args.dry_run)
     rendering = target.render(spec)
-    checks.check(spec, "cpu" if spec.target == LOCAL else spec.topology.platform, allow_changes=args.allow_changes)
     if args.dry_run:
         if args.output:
             rendering.write(Path(args.output), spec)

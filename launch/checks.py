@@ -1,22 +1,25 @@
 """Checks of a command's config against its machines and its work directory, before anything is created.
 
+What a launch decides, how many processes and devices there are, it sets itself where the config is for other machines.
+
 The fields are asked of the command itself (`--fields`), so that they are what it will read: config file, overrides and defaults.
 """
 
 import ast
+import dataclasses
 import json
 import math
 import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from curia_common.errors import UserError
+from curia_common import logs
+from curia_common.errors import StorageError, UserError
+from launch import workdirs
 from launch.spec import COMMANDS, LaunchSpec
 
-CONFIG = "config.json"
 # A run may resume with other values of these: they change how it runs, not what it computes.
 _FREE = (
     "mesh.",
@@ -31,24 +34,33 @@ _FREE = (
 )
 _AXES = ("replica", "data", "fsdp")
 
+logger = logs.get_logger(__name__)
 
-def check(spec: LaunchSpec, platform: str, *, allow_changes: bool = False) -> None:
+
+def check(spec: LaunchSpec, platform: str, *, allow_changes: bool = False, contact: bool = False) -> LaunchSpec:
     """Compares the config of a launch with its machines, and with the run that its work directory has.
 
     Args:
       platform: JAX backend of the processes.
       allow_changes: the work directory may be that of a run with other values.
+      contact: a work directory in a bucket may be looked at; what cannot be looked at is compared by the run itself.
+
+    Returns:
+      The spec, with the words that make the config one for these machines.
 
     Raises:
       UserError: they do not go together, or the command refuses the config.
     """
     if not COMMANDS[spec.command].has_fields:
-        return
+        return spec
     fields = fields_of(spec)
-    _check_devices(spec, fields, platform)
+    added = _decided(spec, fields, platform)
     _check_mesh(spec, fields)
-    if not allow_changes:
-        _check_workdir(spec, fields)
+    if not allow_changes and spec.workdir and workdirs.may_look(spec.workdir, contact=contact):
+        _check_workdir(spec, spec.workdir, fields)
+    if added:
+        logger.info(f"added for {spec.topology}: {' '.join(added)}")
+    return dataclasses.replace(spec, words=(*spec.words, *added))
 
 
 def fields_of(spec: LaunchSpec) -> dict[str, Any]:
@@ -67,21 +79,28 @@ def fields_of(spec: LaunchSpec) -> dict[str, Any]:
     return {name: ast.literal_eval(value) for name, _, value in pairs}
 
 
-def _check_devices(spec: LaunchSpec, fields: Mapping[str, Any], platform: str) -> None:
+def _decided(spec: LaunchSpec, fields: Mapping[str, Any], platform: str) -> tuple[str, ...]:
+    """Words that set what the machines decide, where the config has it for other ones.
+
+    Raises:
+      UserError: what was typed is for other machines; names all of it.
+    """
     there = spec.topology
     each = there.devices // there.hosts
-    if there.hosts > 1 and not fields["devices.multihost"]:
+    right: dict[str, tuple[Any, ...]] = {  # the first is set where the config has none of them
+        "multihost": (True,) if there.hosts > 1 else (fields["devices.multihost"],),
+        "platform": ("auto", platform),
+        "cpu_count": (0, each) if platform == "cpu" else (0,),
+    }
+    wrong = {name: values[0] for name, values in right.items() if fields[f"devices.{name}"] not in values}
+    typed = [name for name in wrong if spec.option(f"--config.devices.{name}") is not None]
+    if typed:
+        found = ", ".join(f"devices.{name}={fields[f'devices.{name}']}" for name in typed)
+        options = " and ".join(f"--config.devices.{name}" for name in typed)
         raise UserError(
-            f"devices.multihost is False, but {there} has {there.hosts} hosts; add --config.devices.multihost=True"
+            f"{found}, but {there} has {there.hosts} hosts of {each} devices ({platform}); leave {options} out, the launch sets that"
         )
-    if fields["devices.platform"] not in ("auto", platform):
-        raise UserError(
-            f"devices.platform is {fields['devices.platform']!r}, but {spec.target} runs on {platform}; add --config.devices.platform=auto"
-        )
-    if fields["devices.cpu_count"] not in (0, each if platform == "cpu" else 0):
-        raise UserError(
-            f"devices.cpu_count is {fields['devices.cpu_count']}, but {there} has {each} devices per host; add --config.devices.cpu_count=0"
-        )
+    return tuple(f"--config.devices.{name}={value}" for name, value in wrong.items())
 
 
 def _check_mesh(spec: LaunchSpec, fields: Mapping[str, Any]) -> None:
@@ -107,13 +126,19 @@ def _check_mesh(spec: LaunchSpec, fields: Mapping[str, Any]) -> None:
         )
 
 
-def _check_workdir(spec: LaunchSpec, fields: Mapping[str, Any]) -> None:
-    """A work directory in a bucket is not looked at: the run itself compares it with its checkpoints."""
-    path = Path(spec.workdir or "", CONFIG)
-    if not spec.workdir or not path.is_file():
-        return
+def _check_workdir(spec: LaunchSpec, workdir: str, fields: Mapping[str, Any]) -> None:
     try:
-        then = _flat(json.loads(path.read_text(encoding="utf-8")))
+        text = workdirs.read(workdir, workdirs.CONFIG)
+    except StorageError as error:
+        if spec.target == "local":
+            raise
+        logger.info(f"{error}; the run itself compares its config with that of the checkpoints there")
+        return
+    if text is None:
+        return
+    path = f"{workdir.rstrip('/')}/{workdirs.CONFIG}"
+    try:
+        then = _flat(json.loads(text))
     except ValueError as error:
         raise UserError(
             f"{path} is damaged ({error}); choose another --workdir, or delete that file to resume"
@@ -124,7 +149,7 @@ def _check_workdir(spec: LaunchSpec, fields: Mapping[str, Any]) -> None:
         changes = ", ".join(f"{name} {then.get(name)!r} -> {now.get(name)!r}" for name in other[:3])
         more = f" and {len(other) - 3} more" if len(other) > 3 else ""
         raise UserError(
-            f"{spec.workdir} is the work directory of another config ({changes}{more}); choose another --workdir, or resume that run with "
+            f"{workdir} is the work directory of another config ({changes}{more}); choose another --workdir, or resume that run with "
             "these changes: --allow-changes"
         )
 

@@ -21,6 +21,7 @@ class Plan:
     Attributes:
       topology: as str(Topology) writes it.
       overrides: words --config.field=value.
+      parameters: of the model.
       hbm, hbm_limit: bytes per chip, needed and there.
       hours, chip_hours, cost: of all steps; None where the planner could not estimate them, or knows no price.
       prices: currency and date of the price.
@@ -30,6 +31,7 @@ class Plan:
     config: str
     overrides: tuple[str, ...]
     fits: bool
+    parameters: int
     hbm: int
     hbm_limit: int
     hours: float | None
@@ -65,6 +67,7 @@ def read(path: str, spec: LaunchSpec) -> Plan:
         found: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
         plan = Plan(
             topology=found["topology"], config=found["config"], overrides=tuple(found["overrides"]), fits=found["fits"],
+            parameters=int(found["parameters"]),
             hbm=found["hbm_bytes_per_chip"], hbm_limit=found["hbm_limit_bytes"], hours=found.get("hours"),
             chip_hours=found.get("chip_hours"), cost=found.get("cost"),
             prices=f"{found.get('currency')} at the prices of {found.get('price_date')}",

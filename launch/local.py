@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from curia_common import signals
-from curia_common.errors import UserError
+from curia_common.errors import StorageError, UserError
 from curia_common.exit_codes import FINAL, ExitCode
-from launch import gang, records
+from launch import gang, records, workdirs
 from launch.gang import End, Gang, Output, Process, State
 from launch.rendering import Rendering
 from launch.spec import ALIKE, FAST_SECONDS, LaunchSpec, variables_as_words
@@ -66,6 +66,7 @@ def submit(spec: LaunchSpec, rendering: Rendering) -> int:
     Raises:
       LaunchFailed: it cannot go on; exits with the code of the process that failed.
       UserError: the run is alive.
+      StorageError: its work directory is in a bucket that cannot be read now.
     """
     del rendering  # a script for people; the supervisor starts the processes itself
     return _supervise(spec, os.getcwd())
@@ -98,8 +99,11 @@ def status(spec: LaunchSpec) -> str:
         0, f"run {spec.run}: {phase}, attempt {state.attempt}, {alive} of {spec.topology.hosts} processes alive"
     )
     lines.append(f"restarts: {state.restarts} of {spec.max_restarts}" + (f"; last: {state.why}" if state.why else ""))
-    step = _newest_checkpoint(spec)
-    lines.append(f"newest checkpoint: {'none' if step is None else f'step {step:,}'} in {spec.workdir}")
+    try:
+        step = workdirs.newest_checkpoint(spec.workdir)
+        lines.append(f"newest checkpoint: {'none' if step is None else f'step {step:,}'} in {spec.workdir}")
+    except StorageError as error:
+        lines.append(f"newest checkpoint: {error}")
     lines.append(f"output: {folder / gang.OUTPUT}")
     if phase not in ("running", "restarting", "finished"):
         lines.append(f"continue with: python -m launch restart {spec.run}")
@@ -147,15 +151,17 @@ def _supervise(spec: LaunchSpec, working_directory: str) -> int:
         attempt = before.attempt if before else 0
         state = State("running", attempt, 0, working_directory, Process.of(os.getpid()))
         failures: list[str] = []  # fast ones in a row that are alike
+        newest = workdirs.newest_checkpoint(spec.workdir)
         while True:
             attempt += 1
-            step = _newest_checkpoint(spec)
+            step = newest
             output.say(f"attempt {attempt}: {spec.topology.hosts} processes, {_from(step)}")
             running = Gang(spec, attempt, output, inherited=lock, folder=working_directory)
             state = dataclasses.replace(state, phase="running", attempt=attempt, processes=running.processes)
             state.write(folder)
             received.on_abort = running.kill
             end = running.wait(stop, spec.grace_seconds)
+            newest = _look(spec, step, output)
             why = end.text()
             state = dataclasses.replace(state, processes=(), why=why if end.code else "")
             if end.code == ExitCode.DONE:
@@ -166,9 +172,9 @@ def _supervise(spec: LaunchSpec, working_directory: str) -> int:
                 _give_up(state, folder, end.code, f"{why}; starting again would not change that")
             if stop.is_set():
                 dataclasses.replace(state, phase="stopped").write(folder)
-                output.say(f"stopped, {_from(_newest_checkpoint(spec))} next; python -m launch restart {spec.run}")
+                output.say(f"stopped, {_from(newest)} next; python -m launch restart {spec.run}")
                 return ExitCode.RESTART
-            slow = end.seconds > FAST_SECONDS or _newest_checkpoint(spec) != step
+            slow = end.seconds > FAST_SECONDS or newest != step
             alike = _alike(end)
             failures = [] if slow else [alike] if failures[-1:] != [alike] else [*failures, alike]
             if len(failures) == ALIKE:
@@ -196,11 +202,13 @@ def _alike(end: End) -> str:
     return f"{end.code} {re.sub(r'[0-9]+', '#', end.line) if end.code > 0 else ''}"
 
 
-def _newest_checkpoint(spec: LaunchSpec) -> int | None:
-    """Newest step that was saved, whole or not; None for none, and where the work directory is not a folder."""
-    folder = Path(spec.workdir or "", "checkpoints")
-    steps = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()] if spec.workdir else []
-    return max(steps, default=None)
+def _look(spec: LaunchSpec, before: int | None, output: Output) -> int | None:
+    """Newest checkpoint; the one known before where storage does not answer, which ends no run."""
+    try:
+        return workdirs.newest_checkpoint(spec.workdir)
+    except StorageError as error:
+        output.say(str(error))
+        return before
 
 
 def _from(step: int | None) -> str:

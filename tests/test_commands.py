@@ -69,7 +69,12 @@ WRONG = [
     ("curia_jax.pretrain", "--config=configs/demo.py --workdir={tmp}/run --config.data.shards={damaged}", 65, "shard"),
     ("curia_jax.plan", "--config=pretrain_vit_b16_224 --topology=v5e:3x5", 2, "v5e:3x5"),
     ("launch", "--target=local --topology=v5e-250 -- pretrain --config=demo --workdir={tmp}/run", 2, "v5e-256"),
-    ("launch", "--target=local --topology=cpu:2x2 -- pretrain --config=demo --workdir={tmp}/run", 2, "multihost"),
+    (
+        "launch",
+        "--target=local --topology=cpu:2x2 -- pretrain --config=demo --workdir={tmp}/run --config.devices.multihost=False",
+        2,
+        "multihost",
+    ),
     ("launch", "status no-such-run", 2, "no-such-run"),
     ("curia_jax.convert", "--checkpoint={tmp}/missing --output={tmp}/out --layout=vit", 2, "missing"),
     ("curia_jax.convert", "--checkpoint={tmp} --output={tmp}/out --layout=vit", 2, "checkpoint"),

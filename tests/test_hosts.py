@@ -71,7 +71,7 @@ def test_barrier_names_itself_and_the_host_that_is_missing(tmp_path: Path) -> No
 
 def test_hosts_with_different_configs_are_refused(tmp_path: Path) -> None:
     ends = two_hosts.run(tmp_path, "skew")
-    assert [end.code for end in ends] == [2, 2]
+    assert [end.code for end in ends] == [66, 66]
     assert all(
         "hosts differ in config: A on host 0, B on host 1; start the same version" in last_line(end) for end in ends
     )

@@ -63,7 +63,7 @@ def test_failed_save_is_told_and_the_next_one_succeeds(
     checkpointer.save(3, state, Meta(CONFIG, 3))
     checkpointer.wait()
     first, second, third = checkpointer.ended()
-    assert (first, third) == ((1, 1, None), (3, 3, None))
+    assert (first[:3], third[:3]) == ((1, 1, None), (3, 3, None))
     assert second[:2] == (2, 2) and "File too large" in str(second.problem) and "\n" not in str(second.problem)
     assert checkpointer.ended() == []
     checkpointer.close()
@@ -84,7 +84,8 @@ def test_clock_that_is_set_during_a_save_does_not_end_it(
     checkpointer.save(1, {"step": jnp.int32(1), "noise": jnp.ones((512, 512))}, Meta(CONFIG, 1))
     shift[0] = 3600.0 * hours
     checkpointer.wait()
-    assert checkpointer.ended() == [(1, 1, None)]
+    [ended] = checkpointer.ended()
+    assert ended[:3] == (1, 1, None) and 0 < ended.seconds < 3600
     checkpointer.close()
     assert checkpoint.check(tmp_path / "checkpoints/1").problem is None
 

@@ -31,7 +31,7 @@ class FakeCheckpointer(saving.Checkpointer):
     def save(self, step: int, state: Any, meta: checkpoint.Meta) -> None:
         assert int(state["step"]) == step  # the state of step n has taken n steps
         self._notes.append(("save", step, meta.examples_seen))
-        self._done.append(saving.Ended(step, meta.examples_seen, self._problems.get(step)))
+        self._done.append(saving.Ended(step, meta.examples_seen, self._problems.get(step), 0.25))
 
     def ended(self) -> list[saving.Ended]:
         done, self._done = self._done, []
@@ -171,7 +171,8 @@ def test_saves_come_every_n_steps_and_at_the_end(every: int, saves: list[int]) -
     loop = Loop()
     loop.run(7, save_every=every)
     assert loop.noted("save") == saves
-    assert [fields["step"] for name, fields in loop.log.events if name == "saved"] == saves
+    saved = [fields for name, fields in loop.log.events if name == "saved"]
+    assert [(fields["step"], fields["seconds"]) for fields in saved] == [(step, 0.25) for step in saves]
 
 
 def test_newest_checkpoints_stay_and_are_on_disk_at_the_end(tmp_path: Path) -> None:

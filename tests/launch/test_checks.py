@@ -11,7 +11,6 @@ from launch import checks, spec
 from tests.launch.test_spec import made
 
 TINY = "pretrain --config=tests/configs/tiny.py --workdir={run}"
-MANY = " --config.devices.multihost=True --config.devices.cpu_count=0"
 
 
 @pytest.fixture(autouse=True)
@@ -19,25 +18,44 @@ def fields(monkeypatch: pytest.MonkeyPatch, no_fields: None) -> None:
     monkeypatch.setitem(spec.COMMANDS, "pretrain", spec.Command("curia_jax.pretrain", many_hosts=True, has_fields=True))
 
 
-def check(words: str, topology: str, platform: str, **changes) -> None:
-    checks.check(made(words.format(run="runs/none"), target="local", topology=topology, **changes), platform)
+def check(words: str, topology: str, platform: str, **changes) -> spec.LaunchSpec:
+    return checks.check(made(words.format(run="runs/none"), target="local", topology=topology, **changes), platform)
 
 
 def test_config_that_fits_its_machines_passes() -> None:
     check("pretrain --config=pretrain_vit_b16_224 --workdir=a", "v5e-256", "tpu")
     check("pretrain --config=pretrain_vit_b16_224 --config.mesh.replica=2 --workdir=a", "v5e-256", "tpu", slices=2)
-    check(TINY + MANY, "cpu:2x2", "cpu")
+    check(TINY, "cpu:1x4", "cpu")
+
+
+def test_launch_sets_what_its_machines_decide(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    added = ("--config.devices.multihost=True", "--config.devices.cpu_count=0")
+    assert check(TINY, "cpu:2x2", "cpu").words[-2:] == added
+    assert f"added for cpu:2x2: {' '.join(added)}" in caplog.text
+    assert check(TINY, "v5e:2x2", "tpu").words[-2:] == (
+        "--config.devices.platform=auto",
+        "--config.devices.cpu_count=0",
+    )
+    words = f"{TINY} {' '.join(added)}"
+    assert check(words, "cpu:2x2", "cpu").words == made(words.format(run="runs/none")).words
+
+
+def test_all_that_was_typed_for_other_machines_is_named_at_once() -> None:
+    typed = " --config.devices.multihost=False --config.devices.cpu_count=4"
+    with pytest.raises(
+        UserError,
+        match=r"multihost=False, devices.cpu_count=4, but cpu:2x2 has 2 hosts of 2 devices \(cpu\); leave --config.devices.multihost and --config.devices.cpu_count out",
+    ):
+        check(TINY + typed, "cpu:2x2", "cpu")
 
 
 @pytest.mark.parametrize(
     ("words", "topology", "platform", "slices", "message"),
     [
-        (TINY, "cpu:2x2", "cpu", 1, r"devices.multihost is False, but cpu:2x2 has 2 hosts; add --config.devices.multihost=True"),
-        (TINY + MANY, "v5e:2x4", "tpu", 1, r"devices.platform is 'cpu', but local runs on tpu; add --config.devices.platform=auto"),
-        (TINY, "cpu:1x2", "cpu", 1, r"devices.cpu_count is 4, but cpu:1x2 has 2 devices per host; add --config.devices.cpu_count=0"),
-        (TINY + MANY, "cpu:4x2", "cpu", 1, r"mesh 1 x 2 x 2 .* does not make the 8 devices of cpu:4x2; add .*--config.mesh.fsdp=2"),
-        (TINY + MANY, "v5e:2x4", "cpu", 2, r"mesh.replica is 1, but there are 2 TPU slices; add --config.mesh.replica=2"),
-        (TINY + MANY + " --config.batch_size=10", "cpu:2x2", "cpu", 1, r"batch_size 10 is not a multiple of the 4 .* --config.batch_size=8"),
+        (TINY, "cpu:4x2", "cpu", 1, r"mesh 1 x 2 x 2 .* does not make the 8 devices of cpu:4x2; add .*--config.mesh.fsdp=2"),
+        (TINY, "v5e:2x4", "cpu", 2, r"mesh.replica is 1, but there are 2 TPU slices; add --config.mesh.replica=2"),
+        (TINY + " --config.batch_size=10", "cpu:2x2", "cpu", 1, r"batch_size 10 is not a multiple of the 4 .* --config.batch_size=8"),
         (TINY + " --config.batchsize=1", "cpu:1x4", "cpu", 1, r"pretrain refuses its options: .*batchsize"),
     ],
 )  # fmt: skip
@@ -52,7 +70,7 @@ def test_work_directory_of_another_config_is_refused(tmp_path: Path, monkeypatch
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     run = tmp_path / "run"
     run.mkdir()
-    words = TINY.format(run=run) + MANY
+    words = TINY.format(run=run)
     fields = checks.fields_of(made(words))
     sections: dict = {}
     for name, value in fields.items():
@@ -71,3 +89,14 @@ def test_work_directory_of_another_config_is_refused(tmp_path: Path, monkeypatch
         in line
     )
     assert command.main([*options, "--allow-changes", "--", *words.split(), "--config.seed=5"]) == 0
+
+
+@pytest.mark.bucket
+def test_bucket_with_a_run_of_another_config_is_looked_at_in_a_launch_alone(bucket: str) -> None:
+    from curia_jax import storage
+
+    (storage.root(bucket) / "config.json").write_text(json.dumps({"seed": 7}))
+    words = TINY.format(run=bucket)
+    checks.check(made(words, target="local", topology="cpu:1x4"), "cpu")  # a dry run contacts nothing
+    with pytest.raises(UserError, match=f"{bucket} is the work directory of another config"):
+        checks.check(made(words, target="local", topology="cpu:1x4"), "cpu", contact=True)

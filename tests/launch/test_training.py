@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from curia_jax import config as configs
-from curia_jax import saving, sharding
+from curia_jax import lease, saving, sharding
 from curia_jax.objectives import mae
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,15 +97,53 @@ def test_killed_process_restarts_the_run_from_its_checkpoint(launched: Path) -> 
 
 
 def test_disturbed_run_ends_with_the_state_of_an_undisturbed_one(launched: Path) -> None:
+    check_same_state(str(launched / "straight"), str(launched / "broken"))
+
+
+def check_same_state(*workdirs: str) -> None:
+    """Both have the state of step 12, bit for bit."""
     config = configs.load("tests/configs/tiny.py")
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     objective = mae.make(config, mesh, canvas=(32, 32), warmup_steps=1, total_steps=12)
     states = []
-    for name in ("straight", "broken"):
-        checkpointer = saving.Checkpointer(str(launched / name))
+    for workdir in workdirs:
+        checkpointer = saving.Checkpointer(workdir)
         state = checkpointer.restore(objective.abstract_state)
         checkpointer.close()
         assert int(state["step"]) == 12
         states.append(sharding.paths(state))
     for path, leaf in states[0].items():
         assert np.asarray(leaf).tobytes() == np.asarray(states[1][path]).tobytes(), path
+
+
+@pytest.mark.bucket
+def test_disturbed_run_in_a_bucket_ends_as_an_undisturbed_one(bucket: str, tmp_path: Path, tiny_shards: Path) -> None:
+    """Process 0 is killed between the data and the marker of the checkpoint of step 8, then process 1 at a batch."""
+
+    def launch(workdir: str, *options: str, steps: int = 12, state: str = "state", **variables: str) -> dict[str, Any]:
+        command = ["pretrain", "--config=tests/configs/tiny.py", f"--workdir={workdir}"]
+        command += [f"--config.data.shards={tiny_shards}", f"--config.duration={steps} steps"]
+        words = ["--target=local", "--topology=cpu:2x2", *options, "--", *command, *OVERRIDES]
+        return launcher(tmp_path / state, *words, **variables)
+
+    straight = launch(f"{tmp_path}/straight")
+    assert straight["code"] == 0, straight
+    run = f"{bucket}/run"
+    broken = launch(run, FAULTS="1:0:8:torn 2:1:6:kill")
+    assert broken["code"] == 0, broken
+    said = [line for line in broken["out"].splitlines() if line.startswith("[launch]")]
+    assert said[:3] == [
+        "[launch] attempt 1: 2 processes, from the beginning",
+        "[launch] process 0 was killed by SIGKILL; starting again",
+        "[launch] attempt 2: 2 processes, from the checkpoint of step 4",
+    ]
+    assert said[3].startswith("[launch] process 1 was killed by SIGKILL; starting again")
+    assert said[4].startswith("[launch] attempt 3: 2 processes, from the checkpoint of step ")
+    assert said[5:] == ["[launch] finished"]
+    check_same_state(f"{tmp_path}/straight", run)
+    assert f"newest checkpoint: step 12 in {run}" in launcher(tmp_path / "state", "status", "run")["out"]
+
+    with lease.holding(run):  # as a run on another machine does
+        second = launch(run, "--max-restarts=0", steps=24, state="elsewhere")
+    assert second["code"] == 1
+    assert f"process 0 ended with exit code 75: error: {run} is in use by process" in second["err"]
