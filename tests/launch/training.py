@@ -42,5 +42,5 @@ def faulty_write(path, *args, **kwargs):
 
 if __name__ == "__main__":
     data.to_devices = faulty_batch
-    Place.write_text = faulty_write  # type: ignore[method-assign]
+    Place.write_text = faulty_write  # pyright: ignore[reportAttributeAccessIssue]
     sys.exit(pretrain.main())
