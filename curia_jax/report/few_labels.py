@@ -80,8 +80,8 @@ def figure(found: Curve, name: str) -> Figure:
             levels = [level for level in found.levels if backbone in level.values]
             x = [level.patients for level in levels]
             means = [statistics.fmean(level.values[backbone]) for level in levels]
-            ends = [(min(level.values[backbone]), max(level.values[backbone])) for level in levels]
-            axes.fill_between(x, *zip(*ends, strict=True), color=colours[backbone], alpha=0.15, linewidth=0)
+            lows, highs = ([end(level.values[backbone]) for level in levels] for end in (min, max))
+            axes.fill_between(x, lows, highs, color=colours[backbone], alpha=0.15, linewidth=0)
             axes.plot(x, means, "o-", color=colours[backbone], linewidth=1.6, markersize=3.5, label=backbone)
         axes.set(xscale="log", xlabel="labelled patients that heads learn from", ylabel=name)
         ticks = sorted({round(level.patients) for level in found.levels})
