@@ -1,11 +1,11 @@
-"""What saving a checkpoint costs a run: how long the train loop stands still, and how much host memory it takes.
+"""What saving a checkpoint costs a run: how long the train loop is blocked, and how much host memory it takes.
 
   python -m benchmarks.checkpoint                     the state of a ViT-L/16 MAE: float32 parameters and the moments of AdamW
   python -m benchmarks.checkpoint --size=B            a smaller one
   python -m benchmarks.checkpoint --workdir=FOLDER    on that folder's storage
 
-A loop takes steps that read and write the whole state, and saves it through curia_jax.saving as a run does, once with the loop
-going on meanwhile (asynchronous, what a run does) and once waiting for the end of the save (synchronous). Each has a process of
+A loop takes steps that read and write the whole state, and saves it through curia_jax.saving as a run does, once while the loop
+continues (asynchronous, as in a run) and once waiting for the end of the save (synchronous). Each has a process of
 its own. The values are random, because zeros would be compressed away. On a CPU the state itself lies in host memory, so the
 memory that a save takes is what the process has at most, less what it had before the save.
 

@@ -1,4 +1,4 @@
-"""Injects faults into runs of `python -m curia_jax.pretrain`, and checks what becomes of them. Prints the table of docs/reliability.md.
+"""Injects faults into runs of `python -m curia_jax.pretrain`, and checks the outcome. Prints the table of docs/reliability.md.
 
   python -m benchmarks.faults                              every fault, a few times: `make faults`
   python -m benchmarks.faults --all                        the whole counts, more than 200 SIGKILLs among them
@@ -22,7 +22,7 @@ write beyond it fails as on a full disk. Work directories in a bucket are on a C
   seconds_to_stop    from the fault to the end of the last process, the median; null where nothing was to end
   seconds_to_resume  from the command to its first step, the median
 
-What is finished is kept in --folder, and the same command goes on from there. Exits with 1 where anything did not survive.
+Results are kept in --folder; rerun the command to resume. Exits with 1 if a run did not survive a fault.
 """
 
 import argparse

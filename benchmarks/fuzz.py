@@ -1,4 +1,4 @@
-"""Builds a dataset from thousands of damaged and malicious files, and checks what became of them.
+"""Builds a dataset from thousands of damaged and malicious files, and checks the outcome of each.
 
   python -m benchmarks.fuzz                                         10,000 files; `make fuzz`
   python -m benchmarks.fuzz --files 500 --seed 7 --keep /tmp/fuzz   another 500, kept for inspection

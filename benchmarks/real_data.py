@@ -8,7 +8,7 @@ It runs the commands that a user types, on the folder of public files that the t
   4  python -m curia_jax.evaluate          against a random encoder, raw pixels and their histogram, 95 % intervals over patients
   5  the table, in Markdown, on standard output
 
-Run again after an interruption it resumes.
+Rerun the command to resume after an interruption.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""Says in plain words what state a run is in, and which command continues it. Changes nothing, and needs no accelerator.
+"""Reports the state of a run and the command that resumes it. Changes nothing, and needs no accelerator.
 
-Every checkpoint is compared with its digests, so this takes as long as reading them. A run that is going on may be examined too.
+Every checkpoint is compared with its digests, so this takes as long as reading them. Works on a running run too.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Where the time of a run went, over all its starts: the ledger `goodput.jsonl`, and what follows from it.
 
-Every start, which has an id of its own, appends how its time was spent so far, in seconds. What it trained after the checkpoint
-from which the next start resumed was lost with it.
+Every start of a run appends how it spent its time so far, in seconds. Steps after the checkpoint from which the next start resumed
+count as lost.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Files of JSON lines: appended to while a run lives, and readable whatever has happened to it and to them."""
+"""Files of JSON lines: appended to during a run, and readable even after crashes and damage."""
 
 import contextlib
 import json

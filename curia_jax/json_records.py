@@ -1,4 +1,4 @@
-"""Records from JSON that anybody may have damaged or written: every field is there and of its type, or a ValueError says which is not."""
+"""Records from untrusted JSON: every field is present and of its type, or a ValueError names the one that is not."""
 
 import dataclasses
 import inspect

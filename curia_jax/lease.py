@@ -1,8 +1,8 @@
 """One run at a time in a work directory.
 
-`lock.json` is made where there is none, renewed while the run lives and removed at its end. A file that is not renewed belongs
+`lock.json` is created if absent, renewed during the run and removed at its end. A lock that is no longer renewed belongs
 to a run that has ended. Each change is conditional on the version that was read, which file systems and buckets guarantee, so
-that of two runs one wins.
+only one of two competing runs gets the lock.
 """
 
 import contextlib

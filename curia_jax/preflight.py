@@ -1,6 +1,6 @@
-"""What every host checks before anything is compiled, so that a run that cannot work ends at once, with one line and exit code 66.
+"""What every host checks before anything is compiled, so that a run that cannot work ends immediately, with one line and exit code 66.
 
-Chips that are not there, and code, settings or storage that differ between hosts, otherwise show hours later, or never.
+Missing chips, and code, settings or storage that differ between hosts, would otherwise show hours later or never.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Profiles of a running job, asked for from outside: a file `profile.request` in the work directory, or SIGUSR2 to any host.
 
 Every host traces the next steps, as many as the file says (5 by default), to `<workdir>/profiles/step-<n>/host-<n>/`, which
-TensorBoard and xprof show. The run goes on.
+TensorBoard and xprof show. The run continues.
 """
 
 import contextlib

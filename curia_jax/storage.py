@@ -1,8 +1,8 @@
 """Where a run keeps its files: a folder, or a place in a Cloud Storage bucket, gs://bucket/run.
 
-Both are an `epath.Path`. What holds for both, and is relied on: a file that `write_text` writes is there whole or not at all, and a
-listing shows what was written before. What does not hold in a bucket: a rename is no single step, nothing can be appended to, and
-there are no empty folders.
+Both are an `epath.Path`. Both guarantee that `write_text` is atomic and that a listing shows
+what was written before. A bucket has no atomic rename, no appending to objects and
+no empty folders.
 """
 
 import contextlib

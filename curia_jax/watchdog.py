@@ -1,7 +1,7 @@
 """Ends a process that makes no progress, with the stacks of all its threads in its log file.
 
-Heartbeats between hosts come from a thread of their own: a host whose main thread is stuck looks healthy, and the others wait
-for it for ever.
+Heartbeats between hosts come from a thread of their own: without a watchdog a host whose main thread hangs looks healthy, and the others
+wait for it forever.
 """
 
 import faulthandler

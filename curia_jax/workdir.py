@@ -1,4 +1,4 @@
-"""The work directory of a run: whether it can be one, and whether it is a new one."""
+"""The work directory of a run: checks whether it can be used, and whether it is new."""
 
 from curia_common import launching, logs
 from curia_common.errors import DataError, UserError

@@ -1,1 +1,1 @@
-"""Models: pure functions of arrays. They know no files, meshes or clocks."""
+"""Models: pure functions of arrays. They do not use files, meshes or clocks."""

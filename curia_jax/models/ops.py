@@ -5,7 +5,7 @@ backward pass would be a program of its own. The functions with derivatives of t
 compute the rest again. Gradients of weights are summed in float32 and rounded once to the type of the matmul, the type in which
 they travel between devices.
 
-Models know neither meshes nor platforms. What has to be known of them is asked here: the mesh of `jax.set_mesh` in
+Models do not depend on meshes or platforms. These functions ask for what they need: the mesh of `jax.set_mesh` in
 `replicated`, `on_each_device` and `pack_images`; NVIDIA GPUs in `on_nvidia`.
 """
 

@@ -1,1 +1,1 @@
-"""What a run minimises, as pure functions: state, shardings, step."""
+"""Training objectives as pure functions: state, shardings, step."""

@@ -1,4 +1,4 @@
-"""Which backbone does how well in which task: the figure of each, its rank, and a table in LaTeX."""
+"""Compares backbones across tasks: figures, ranks and a table in LaTeX."""
 
 import dataclasses
 import math
