@@ -93,7 +93,7 @@ def test_damaged_checkpoint_in_a_bucket_is_passed_over(bucket: str) -> None:
     assert "has other bytes than were saved" in str(checkpoint.examine(bucket)[0].problem)
 
 
-def test_second_run_in_a_bucket_is_refused_and_the_lock_of_a_dead_one_taken(bucket: str, tmp_path: Path) -> None:
+def test_second_run_in_a_bucket_is_refused_until_the_first_is_dead(bucket: str, tmp_path: Path) -> None:
     holder = subprocess.Popen(
         [sys.executable, "-c", test_lease.HOLDER, bucket, "60"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )  # fmt: skip
@@ -113,7 +113,7 @@ def test_second_run_in_a_bucket_is_refused_and_the_lock_of_a_dead_one_taken(buck
     assert not (storage.root(bucket) / lease.FILE).exists()
 
 
-def test_of_two_runs_that_start_at_once_in_a_bucket_one_gets_the_lock(bucket: str) -> None:
+def test_two_runs_started_together_in_a_bucket_get_one_lock(bucket: str) -> None:
     first, second = lease._Lock(bucket), lease._Lock(bucket)
     missing = first.read().stamp.generation
     assert first._write(missing) and not second._write(missing)

@@ -47,16 +47,17 @@ def test_second_run_is_refused_and_told_who_has_the_work_directory(tmp_path: Pat
         holder.wait()
 
 
-def test_lock_of_a_killed_process_is_taken_over_at_once(tmp_path: Path) -> None:
+def test_lock_of_a_killed_process_is_taken_over_before_it_expires(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     holder = hold(tmp_path, 60)
     wait_until_held(holder)
     holder.kill()
     holder.wait()
     assert lease.owner(str(tmp_path)) is None
-    began = time.monotonic()
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 3600.0)  # waiting for its end would exceed the time limit of a test
     with lease.holding(str(tmp_path)):
         assert json.loads((tmp_path / lease.FILE).read_text())["process"] == os.getpid()
-    assert time.monotonic() - began < lease.LEASE_SECONDS / 2
     assert not (tmp_path / lease.FILE).exists()
 
 

@@ -291,7 +291,7 @@ def train_on(workdir: Path, shards: Path, batches: Callable[[run.Run], Iterator[
     return run.train(this, objective, batches)
 
 
-def test_update_of_a_batch_with_nan_is_not_applied_and_the_run_goes_on(tiny_shards: Path, tmp_path: Path) -> None:
+def test_update_of_a_batch_with_nan_is_skipped_and_the_run_continues(tiny_shards: Path, tmp_path: Path) -> None:
     outcome = train_on(tmp_path / "run", tiny_shards, damaged_batches({32}, float("nan")), "--config.save_every=1 step")
     assert outcome.finished and outcome.examples_seen == 96
     found = {row["step"]: row for row in rows(tmp_path / "run")}

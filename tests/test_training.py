@@ -264,7 +264,7 @@ def test_last_step_is_checked_before_it_is_saved() -> None:
     assert loop.noted("save") == []
 
 
-def test_refused_update_is_no_divergence_and_not_a_state_to_go_back_to(caplog: pytest.LogCaptureFixture) -> None:
+def test_refused_update_is_neither_divergence_nor_rollback_target(caplog: pytest.LogCaptureFixture) -> None:
     loop = Loop(bad=(training.REFUSED, 6, 1.0))
     _, finished = loop.run(9, save_every=2)
     assert finished and loop.noted("save") == [2, 4, 8, 9]
@@ -281,7 +281,7 @@ def test_too_many_refused_updates_in_a_row_end_the_loop() -> None:
         loop.run(9)
 
 
-def test_loss_far_above_that_of_the_untrained_model_for_long_ends_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_long_above_that_of_the_untrained_model_ends_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """All losses are 0.5."""
     monkeypatch.setattr(training, "WORSE_STEPS", 4)
     loop = Loop(start_step=3)

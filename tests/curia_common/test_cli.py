@@ -159,7 +159,7 @@ sys.exit(cli.run(cli.parser("leaves", "", examples="leaves"), action, None))
 
 
 @pytest.mark.parametrize("stuck", [0, 1000])
-def test_leave_ends_the_process_from_any_thread_even_where_storage_is_stuck(stuck: int) -> None:
+def test_leave_ends_the_process_even_where_storage_hangs(stuck: int) -> None:
     program = [sys.executable, "-c", LEAVES.format(stuck=stuck)]
     found = subprocess.run(program, capture_output=True, text=True, timeout=120)
     assert found.returncode == 75

@@ -46,7 +46,7 @@ sys.exit(cli.run(run, action, None))
 """
 
 
-def test_log_file_has_what_is_not_for_readers_of_standard_error(tmp_path: Path) -> None:
+def test_log_file_has_tracebacks_that_standard_error_lacks(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs/host-3.log").write_text("of an earlier start\n")
     found = subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True)

@@ -63,7 +63,7 @@ def test_features_are_in_requested_order_and_computed_once(tmp_path) -> None:
     assert backbone.computed == 21
 
 
-def test_interrupted_extraction_goes_on_where_it_stopped(tmp_path) -> None:
+def test_interrupted_extraction_resumes_where_it_stopped(tmp_path) -> None:
     backbone = CountingBackbone()
     with pytest.raises(KeyboardInterrupt):
         store(tmp_path, backbone, stop=18).get(np.arange(24))

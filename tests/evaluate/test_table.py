@@ -41,7 +41,7 @@ def test_tasks_and_probes_have_lines_of_their_own(capsys) -> None:
     assert found == [[task, "run", head] for task in ("lesion", "region") for head in ("knn", "ridge")]
 
 
-def test_undefined_value_is_a_word_and_a_table_without_scores_is_left_out(capsys) -> None:
+def test_undefined_value_is_a_word_and_empty_table_is_left_out(capsys) -> None:
     lines = shown([make_score(value=None, low=None, high=None)], capsys)
     assert ["lesion", "run", "ridge", "undefined [no interval]"] in lines
     assert ["paired difference [95 % interval]"] not in lines

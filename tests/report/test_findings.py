@@ -41,7 +41,7 @@ def test_undefined_scores_are_no_finding() -> None:
     assert findings.find([make_score(value=None, low=None, high=None), make_score(backbone="random")]) == {}
 
 
-def test_control_sentence_gives_means_over_shuffles_and_names_those_off_chance() -> None:
+def test_control_sentence_gives_means_and_names_those_off_chance() -> None:
     names = ["a", "b", "c", "d"]
 
     def shuffles(backbone: str, head: str, values: list[float | None]) -> list[Score]:

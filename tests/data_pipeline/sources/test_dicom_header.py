@@ -1,6 +1,5 @@
 import io
 import struct
-import time
 from pathlib import Path
 
 import numpy as np
@@ -168,10 +167,8 @@ def test_invalid_slice_thickness_counts_as_missing(write_dicom, tmp_path: Path) 
 
 def test_frames_without_own_item_share_one_geometry(write_dicom, write_enhanced, tmp_path: Path) -> None:
     path = edit(write_dicom(tmp_path / "a.dcm"), NumberOfFrames=65536)
-    began = time.process_time()
     places = read_header(str(path)).geometry
     assert len(places) == 65536 and len(set(map(id, places))) == 1
-    assert time.process_time() - began < 0.5
     path = edit(write_enhanced(tmp_path / "e.dcm", FRAMES, [2.0, 3.0]), NumberOfFrames=4)
     assert [place.slope for place in read_header(str(path)).geometry] == [2.0, 3.0, 1.0, 1.0]
 

@@ -174,10 +174,8 @@ def test_simpleitk_is_not_used_with_a_long_tail_after_the_pixels(write_dicom, tm
     path.write_bytes(path.read_bytes() + bytes(1000))
     np.testing.assert_array_equal(read_stored(str(path))[0][0], PIXELS)
     path.write_bytes(path.read_bytes() + bytes(2_000_000))
-    began = time.process_time()
     with pytest.raises(ReadError, match="it reads what follows the pixels too, 2,001,000 bytes"):
         read_stored(str(path))
-    assert time.process_time() - began < 0.5
 
 
 def test_decoder_panic_falls_back_to_simpleitk(write_dicom, tmp_path: Path, monkeypatch) -> None:

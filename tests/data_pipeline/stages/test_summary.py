@@ -112,7 +112,7 @@ def test_unusable_inputs_are_found_by_their_files(tmp_path: Path) -> None:
     assert found[0].reasons == "2 x empty file (transfer it again)"
 
 
-def test_empty_folder_is_unusable_and_one_read_under_another_name_is_not(tmp_path: Path) -> None:
+def test_empty_folder_is_unusable_unless_read_under_another_name(tmp_path: Path) -> None:
     (tmp_path / "empty" / "in").mkdir(parents=True)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "1.dcm").touch()
