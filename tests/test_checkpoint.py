@@ -308,9 +308,7 @@ def test_examine_lists_whole_damaged_and_unfinished_checkpoints(copy: Path) -> N
     ]
 
 
-def test_checkpoint_of_an_earlier_version_is_read_with_a_warning(
-    copy: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_checkpoint_of_an_earlier_version_is_read_with_a_warning(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="curia")
     for step in (4, 8):
         (copy / f"checkpoints/{step}/digests.json").unlink()

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from curia_common import logs
 from curia_common.errors import UserError
-from curia_jax import data, storage, trained_model
+from curia_jax import checkpoint, data, storage, trained_model
 from curia_jax.convert import reading
 from curia_jax.evaluate import features, preparation, token_backbone, torch_backbones, user_backbone
 from curia_jax.evaluate.preparation import Preparation
@@ -166,7 +166,10 @@ def _is_foreign(word: str) -> bool:
     """Whether a library loads it: LIBRARY:NAME, or a folder that transformers reads and that is not an export of ours."""
     if word.partition(":")[0] in torch_backbones.LIBRARIES and ":" in word:
         return True
-    return "://" not in word and (Path(word) / "config.json").is_file() and not reading.is_export(Path(word))
+    # A work directory of pretrain has a config.json too.
+    folder = Path(word)
+    is_run = (folder / checkpoint.FOLDER).is_dir()
+    return "://" not in word and (folder / "config.json").is_file() and not is_run and not reading.is_export(folder)
 
 
 def _of_library(word: str) -> str:

@@ -54,6 +54,7 @@ def save_checkpoint(workdir: Path, **changes) -> None:
     settings = config.load("base").augment
     plain = {"model": model, "augment": json.loads(settings.to_json()), "seed": 0}
     checkpoints.save(workdir, {7: {"params": params}}, config=plain)
+    (workdir / "config.json").write_text(json.dumps(plain))  # as pretrain does
 
 
 @pytest.fixture(scope="module")
