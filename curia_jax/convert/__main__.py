@@ -6,10 +6,11 @@ A layout is the tensor names and the config.json that one class expects:
   dinov2    Dinov2Model of transformers: the encoder, for evaluators that load DINOv2
   timm      VisionTransformer of timm: the encoder
 
-The folder gets model.safetensors (float32), config.json, a model card and, for transformers, preprocessor_config.json.
+The folder gets model.safetensors (float32), config.json, a model card and, for transformers, an image processor: its settings in
+preprocessor_config.json, and its code.
 It is read back and run in NumPy from its tensor names and config.json alone, and in PyTorch where that is installed.
 Features (for vit_mae also prediction, mask and loss) have to agree with the JAX model to 1e-5, on images with and without
-contrast. Only then is the folder renamed to --output. Reads checkpoints of any mesh and needs no accelerator.
+contrast, and the image processor with the training's view of a slice to 1e-4. Only then is the folder renamed to --output. Reads checkpoints of any mesh and needs no accelerator.
 """
 
 import argparse
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from curia_jax.convert import checks
     from curia_jax.models import mae
 
+HU = {None: "auto", "auto": "auto", "true": True, "false": False}
 LAYOUT_NAMES = ("vit_mae", "vit", "dinov2", "timm")
 EXAMPLES = """
 python -m curia_jax.convert --checkpoint=demo/run --output=weights/vit --layout=vit
@@ -50,6 +52,12 @@ def parser() -> cli.Parser:
         "--image-size",
         metavar="N or HxW",
         help="compute the positions for images of this size in px (default: as trained)",
+    )
+    made.add_argument(
+        "--hu",
+        choices=("auto", "true", "false"),
+        help="units that the image processor takes: HU (true), others such as MR (false), or by header and values "
+        "(default: auto)",
     )
     cli.add_json(
         made,
@@ -75,6 +83,10 @@ def convert(args: argparse.Namespace) -> None:
     layout, output = layouts.LAYOUTS[args.layout], Path(args.output).expanduser()
     image_size = _image_size(args.image_size)
     folder.check_replaceable(output)
+    if args.hu and not layout.for_transformers:
+        raise UserError(
+            f"--hu sets the image processor of transformers, which --layout={layout.name} has not; leave it out"
+        )
 
     # ---- what was trained
     trained = trained_model.load(args.checkpoint, args.step)
@@ -91,6 +103,8 @@ def convert(args: argparse.Namespace) -> None:
         f"step {trained.step:,}, {trained.examples_seen:,} examples seen: {encoder.depth} blocks of width {encoder.width}, "
         f"images of {size} px, patches of {patch}"
     )
+    if layout.name == "dinov2" and (obstacle := layouts.evaluator_obstacle(config)):
+        log.warning(obstacle)
     wanted = checks.run_jax(config, trained.params, decoder=layout.has_decoder)
 
     # ---- written to a temporary folder, checked, renamed
@@ -102,11 +116,13 @@ def convert(args: argparse.Namespace) -> None:
                 tensors=tensors,
                 metadata=card.safetensors_metadata(layout, encoder, trained.augment, provenance),
                 config=card.config_json(layout, config, trained.augment, provenance),
-                preprocessor=card.preprocessor_json(trained.augment, encoder) if layout.for_transformers else None,
+                preprocessor=card.preprocessor_json(trained.augment, encoder, hu=HU[args.hu])
+                if layout.for_transformers
+                else None,
                 card=card.text(layout, config, trained.augment, provenance, parameters),
             )
             log.info(f"{len(tensors)} tensors written; reading them back and comparing with the JAX model")
-            report = checks.run(new, layout, config, wanted, tensors)
+            report = checks.run(new, layout, config, trained.augment, wanted, tensors)
             files = [
                 {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
                 for path in sorted(new.iterdir())

@@ -3,9 +3,10 @@
 import dataclasses
 import json
 from collections.abc import Mapping
+from typing import Literal
 
 from curia_jax.checkpoint import Origin
-from curia_jax.convert.folder import OWN, Json
+from curia_jax.convert.folder import OWN, PROCESSOR_CODE, Json
 from curia_jax.convert.layouts import Layout
 from curia_jax.models import mae, vit
 from curia_jax.settings import Augment
@@ -67,8 +68,9 @@ def safetensors_metadata(
 
 
 def config_json(layout: Layout, config: mae.MAEConfig, augment: Augment, provenance: Provenance) -> Json:
-    """config.json: what the class reads, and provenance under our own key."""
-    content, own = layout.config(config), _own(layout, config.encoder, provenance)
+    """config.json: what the class reads, and under our own key provenance and how pixels are prepared."""
+    content = layout.config(config)
+    own = _own(layout, config.encoder, provenance) | {"preprocessing": recipe(augment, config.encoder)}
     if layout.for_transformers:
         return content | {OWN: own}
     # What timm's pretrained_cfg can say of the recipe: everything after the window has scaled a slice to [0, 1].
@@ -79,10 +81,7 @@ def config_json(layout: Layout, config: mae.MAEConfig, augment: Augment, provena
         "mean": [augment.image_mean] * config.encoder.channels,
         "std": [augment.image_std] * config.encoder.channels,
     }
-    return content | {
-        "pretrained_cfg": content["pretrained_cfg"] | told,
-        OWN: own | {"preprocessing": recipe(augment, config.encoder)},
-    }
+    return content | {"pretrained_cfg": content["pretrained_cfg"] | told, OWN: own}
 
 
 def _own(layout: Layout, encoder: vit.ViTConfig, provenance: Provenance) -> Json:
@@ -94,24 +93,26 @@ def _own(layout: Layout, encoder: vit.ViTConfig, provenance: Provenance) -> Json
     }
 
 
-def preprocessor_json(augment: Augment, encoder: vit.ViTConfig) -> Json:
-    """preprocessor_config.json: a processor that does not change pixels, and the recipe under our own key.
+def preprocessor_json(augment: Augment, encoder: vit.ViTConfig, *, hu: bool | Literal["auto"]) -> Json:
+    """preprocessor_config.json: the arguments of the class in PROCESSOR_CODE, and where transformers finds it.
 
-    The image processors of transformers cannot express it: they resize in 8 bits and know no window in HU.
+    The image processors of transformers cannot express the recipe: they resize in 8 bits and know no window in HU.
+
+    Args:
+      hu: pixels are in HU, or in other units; "auto" lets the processor tell.
     """
-    height, width = encoder.image_size
+    steps, (height, width), name = recipe(augment, encoder), encoder.image_size, "CuriaJaxImageProcessor"
     return {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": False,
+        # No class of transformers has this name, so that none of them is taken where nobody trusts the code.
+        "image_processor_type": name,
+        "auto_map": {"AutoImageProcessor": f"{PROCESSOR_CODE.removesuffix('.py')}.{name}"},
+        "hu": hu,
+        "hu_window": steps["hu_window"],
+        "percentiles": steps["percentiles_unless_hu"],
         "size": {"height": height, "width": width},
-        "resample": {"bilinear": 2, "bicubic": 3}[augment.resample],
-        "do_rescale": False,
-        "rescale_factor": 1.0,
-        "do_normalize": False,
+        "resample": augment.resample,
         "image_mean": [augment.image_mean] * encoder.channels,
         "image_std": [augment.image_std] * encoder.channels,
-        "do_convert_rgb": False,
-        OWN: recipe(augment, encoder),
     }
 
 
@@ -154,14 +155,8 @@ From {run}step {provenance.step:,} ({provenance.examples_seen:,} examples seen);
 
 ## Input
 
-{_input(augment, encoder)}
-The image processor of this folder, if there is one, does not change arrays. The recipe is in
-`{"preprocessor_config.json" if layout.for_transformers else "config.json"}` under the key `{OWN}`.
-
-DICOM files other than CT whose PhotometricInterpretation is MONOCHROME1 store bright as low. They were inverted before
-training, so that larger values are brighter: replace a stored value v of b bits with 2^b - 1 - v (signed: -1 - v), then
-apply the rescale slope and intercept. HU are never inverted.
-
+{_input(layout, augment, encoder)}
+{PROCESSOR_NOTES if layout.for_transformers else TIMM_NOTES}
 ## Details that change the numbers
 
 LayerNorm epsilon {encoder.layer_norm_eps:g}; GELU {GELU[encoder.activation]}; fixed 2-D sin-cos positions for
@@ -183,8 +178,10 @@ def _load(layout: Layout) -> str:
     extra = ", add_pooling_layer=False" if layout.name == "vit" else ""
     call = "output = model(pixel_values)" if layout.has_decoder else "tokens = model(pixel_values).last_hidden_state"
     return (
-        f"from transformers import {layout.target}\n\n"
-        f'model = {layout.target}.from_pretrained("FOLDER"{extra}).eval()\n{call}'
+        f"from transformers import AutoImageProcessor, {layout.target}\n\n"
+        'processor = AutoImageProcessor.from_pretrained("FOLDER", trust_remote_code=True)\n'
+        f'model = {layout.target}.from_pretrained("FOLDER"{extra}).eval()\n'
+        f'pixel_values = processor(slices)["pixel_values"]\n{call}'
     )
 
 
@@ -205,7 +202,26 @@ def _result(layout: Layout, config: mae.MAEConfig) -> str:
     )
 
 
-def _input(augment: Augment, encoder: vit.ViTConfig) -> str:
+PROCESSOR_NOTES = f"""That is what `processor` does; it runs `{PROCESSOR_CODE}` of this folder, hence `trust_remote_code`. `slices` is a slice
+(rows x columns), a volume (rows x columns x slices) or a list of either: arrays of any number type, pydicom datasets, paths of
+DICOM files. Give values as they are, neither windowed nor scaled, as a viewer shows them: rows run from the front of the body or from
+the head, columns from the patient's right or, in sagittal slices, from the face. Volumes give an axis more, images x slices x …; the
+model takes them as `pixel_values.flatten(0, 1)`.
+
+`hu` in `preprocessor_config.json`, or `from_pretrained("FOLDER", hu=True, trust_remote_code=True)`, says the units: `true` for CT in HU,
+`false` for anything else. `"auto"` goes by the header of DICOM files; for arrays it guesses, reports the guess, and raises where it
+cannot tell. Where you know the units, say them. MONOCHROME1 is inverted unless it is CT, as in training; an array has to be so
+already.
+"""
+TIMM_NOTES = f"""The recipe is in `config.json` under the key `{OWN}`.
+
+DICOM files other than CT whose PhotometricInterpretation is MONOCHROME1 store bright as low. They were inverted before
+training, so that larger values are brighter: replace a stored value v of b bits with 2^b - 1 - v (signed: -1 - v), then
+apply the rescale slope and intercept. HU are never inverted.
+"""
+
+
+def _input(layout: Layout, augment: Augment, encoder: vit.ViTConfig) -> str:
     low, high = augment.hu_window
     height, width = encoder.image_size
     alike = "alike:" if encoder.channels == 1 else f"alike; {encoder.channels} channels, each:"
@@ -214,6 +230,8 @@ def _input(augment: Augment, encoder: vit.ViTConfig) -> str:
         f"Then scaled to [0, 1], the whole slice resized to {height} x {width} ({augment.resample}, antialiased, "
         f"aspect ratio not kept) and normalised, every image {alike}"
     )
+    if layout.for_transformers:
+        return told + "\n"
     code = f'''import numpy as np
 import torch
 

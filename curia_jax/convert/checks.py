@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import json
 import math
+import runpy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -22,21 +23,27 @@ import safetensors.numpy
 from jaxtyping import Float
 
 from curia_common.errors import DataError
+from curia_jax import augment
 from curia_jax.convert import numpy_forward
-from curia_jax.convert.folder import CONFIG, WEIGHTS
+from curia_jax.convert.folder import CONFIG, PROCESSOR_CODE, WEIGHTS
 from curia_jax.convert.layouts import LAYOUTS, Layout
 from curia_jax.models import mae, vit
 from curia_jax.models.params import Params
+from curia_jax.settings import Augment
 
 # float32 rounds to 6e-8 of a value, and a ViT's residual stream collects a few dozen such errors at random: ViT-B and -L
 # differ by up to 5e-6 from float64. Twice that is allowed; a wrong epsilon or GELU makes 3e-5 to 1e-2, a wrong tensor
 # 1e-2 and more.
 TOLERANCE = 1e-5
+# Of pixels, after division by their standard deviation, 1 / image_std times a window: JAX computes HU / width - low / width in
+# float32. Another filter, or a shift by half a pixel, makes 1e-2 and more.
+PIXEL_TOLERANCE = 1e-4
 
 IMAGES = ("random", "half constant", "zeros")
+SLICES = ("in HU", "in other units")  # for the image processor
 _AXES = {
     "features": ("image", "token", "channel"), "prediction": ("image", "patch", "value"), "mask": ("image", "patch"),
-    "loss": (),
+    "loss": (), "pixels": ("image", "channel", "row", "column"),
 }  # fmt: skip
 
 Results = Mapping[str, Float[np.ndarray, "..."]]
@@ -56,7 +63,7 @@ class Check:
 
     Attributes:
       by: what read the folder: "file", "NumPy", "transformers 5.23.0", …
-      what: tensors, keys, features, prediction, mask or loss.
+      what: tensors, keys, pixels, features, prediction, mask or loss.
       difference: the largest; 0 for equal tensors and for keys that all matched.
       allowed: largest difference that passes.
     """
@@ -123,11 +130,17 @@ def run_jax(config: mae.MAEConfig, params: Params, *, decoder: bool) -> Results:
 
 
 def run(
-    folder: Path, layout: Layout, config: mae.MAEConfig, wanted: Results, tensors: Mapping[str, np.ndarray]
+    folder: Path,
+    layout: Layout,
+    config: mae.MAEConfig,
+    settings: Augment,
+    wanted: Results,
+    tensors: Mapping[str, np.ndarray],
 ) -> Report:
     """All checks that this machine can run.
 
     Args:
+      settings: how pixels are prepared.
       wanted: from `run_jax`.
       tensors: what was to be written.
 
@@ -141,6 +154,8 @@ def run(
         import_package("torch")
         import_package(package)
         held += check(folder, layout.name, given, wanted)
+        if layout.for_transformers:
+            held.append(compare_processor(folder, settings, config.encoder))
     except NotUsable as error:
         return Report(tuple(held), {package: str(error)})
     return Report(tuple(held), {})
@@ -174,13 +189,14 @@ def compare(by: str, found: Results, wanted: Results) -> list[Check]:
     """
     held, failed = [], []
     for what, (worst, place) in differences(found, wanted).items():
-        allowed = 0.0 if what == "mask" else TOLERANCE
+        allowed = {"mask": 0.0, "pixels": PIXEL_TOLERANCE}.get(what, TOLERANCE)
         if worst <= allowed:
             held.append(Check(by, what, worst, allowed))
             continue
         where = ", ".join(f"{axis} {number}" for axis, number in zip(_AXES[what], place, strict=True))
         if place:
-            where = f", at {where} (image {place[0]} is {IMAGES[place[0]]})"
+            images = SLICES if what == "pixels" else IMAGES
+            where = f", at {where} (image {place[0]} is {images[place[0]]})"
         failed.append((worst, f"{what} by {worst:.1e}, allowed are {allowed:.0e}{where}"))
     if failed:
         raise CheckFailed(f"{by} and the trained model differ: {max(failed)[1]}")
@@ -290,6 +306,46 @@ def compare_transformers(folder: Path, layout: str, inputs: Inputs, wanted: Resu
             found = {"features": model(pixels).last_hidden_state}
     results = {what: values.numpy() for what, values in found.items()}
     return [Check(by, "keys", 0.0, 0.0), *compare(by, results, wanted)]
+
+
+def compare_processor(folder: Path, settings: Augment, encoder: vit.ViTConfig) -> Check:
+    """The folder's image processor against `augment.evaluation_view`, on slices of SLICES.
+
+    Raises:
+      CheckFailed: it does not run, or prepares other pixels.
+      NotUsable: this installation lacks what the processor is made of.
+    """
+    import transformers
+
+    by = f"transformers {transformers.__version__}"
+    # Larger in one direction and smaller in the other, so that both kinds of resampling are compared.
+    rows, columns = 2 * encoder.image_size[0] + 3, max(2, encoder.image_size[1] * 2 // 3)
+    stored = np.random.default_rng(0).integers(0, 2500, (len(SLICES), rows, columns)).astype(np.uint16)
+    low, high = np.percentile(stored[1], (0.5, 99.5), method="inverted_cdf")
+    batch: augment.Batch = {
+        "pixels": jnp.asarray(stored), "extent": jnp.full((len(SLICES), 2), jnp.asarray([rows, columns], jnp.int32)),
+        "slope": jnp.ones(len(SLICES)), "intercept": jnp.asarray([-1024.0, 0.0]),
+        "low": jnp.full(len(SLICES), low, jnp.float32), "high": jnp.full(len(SLICES), high, jnp.float32),
+        "hu": jnp.asarray([True, False]),
+    }  # fmt: skip
+    view = augment.evaluation_view(batch, settings, encoder.image_size)
+    wanted = np.broadcast_to(
+        np.asarray(view).transpose(0, 3, 1, 2), (len(SLICES), encoder.channels, *encoder.image_size)
+    )
+    try:
+        # Not by AutoImageProcessor, which would leave a copy of the code in the user's cache.
+        code = runpy.run_path(str(folder / PROCESSOR_CODE))
+    except ImportError as error:
+        raise NotUsable(f"{by} cannot import the image processor: {_first_line(error)}") from error
+    pixels = []
+    try:
+        for hu, values in ((True, stored[0].astype(np.int16) - 1024), (False, stored[1])):
+            processor = code["CuriaJaxImageProcessor"].from_pretrained(folder, local_files_only=True)
+            processor.hu = hu
+            pixels.append(np.asarray(processor(values)["pixel_values"][0]))
+    except Exception as error:  # a wrong file can break it in any way
+        raise CheckFailed(f"{by} cannot run the folder's image processor: {_first_line(error)}") from error
+    return compare(by, {"pixels": np.stack(pixels)}, {"pixels": wanted})[0]
 
 
 def compare_timm(folder: Path, layout: str, inputs: Inputs, wanted: Results) -> list[Check]:

@@ -17,8 +17,10 @@ from curia_common.errors import StorageError, UserError
 from curia_jax import json_records
 
 WEIGHTS, CONFIG, PREPROCESSOR, CARD = "model.safetensors", "config.json", "preprocessor_config.json", "README.md"
-FILES = (WEIGHTS, CONFIG, PREPROCESSOR, CARD)
-# Our own key in config.json and preprocessor_config.json, and the prefix of our own keys in the safetensors header.
+# The code of the image processor, copied from beside this module.
+PROCESSOR_CODE = "image_processing_curia_jax.py"
+FILES = (WEIGHTS, CONFIG, PREPROCESSOR, PROCESSOR_CODE, CARD)
+# Our own key in config.json, and the prefix of our own keys in the safetensors header.
 OWN = "curia_jax"
 
 Json = dict[str, Any]  # content of a JSON file
@@ -38,7 +40,7 @@ def write(
     Args:
       tensors: C-contiguous; safetensors writes others in memory order, without an error.
       metadata: own keys of the safetensors header.
-      preprocessor: content of preprocessor_config.json; None for none.
+      preprocessor: content of preprocessor_config.json, which the image processor's code comes with; None for neither.
     """
     for name, values in tensors.items():
         if not values.flags.c_contiguous:
@@ -50,6 +52,7 @@ def write(
     _write_json(folder / CONFIG, config)
     if preprocessor is not None:
         _write_json(folder / PREPROCESSOR, preprocessor)
+        (folder / PROCESSOR_CODE).write_bytes(Path(__file__).with_name(PROCESSOR_CODE).read_bytes())
     (folder / CARD).write_text(card, encoding="utf-8")
 
 

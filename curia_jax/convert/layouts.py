@@ -27,6 +27,7 @@ Table = Mapping[str, str | tuple[str, ...]]
 HF_NORM_PIX_EPS = 1e-6
 # eps of timm's LayerNorm; config.json cannot set it.
 TIMM_LAYER_NORM_EPS = 1e-6
+EVALUATOR_MASK_SIDE = 512  # px, to which CuriaBench's official evaluator resizes masks
 
 
 # ---- tables
@@ -230,6 +231,26 @@ def _timm_obstacles(config: mae.MAEConfig) -> list[str]:
         f"has a fixed layer_norm_eps of {TIMM_LAYER_NORM_EPS:g}, but this model was trained with "
         f"{config.encoder.layer_norm_eps:g}; use --layout=vit"
     ]
+
+
+def evaluator_obstacle(config: mae.MAEConfig) -> str | None:
+    """Why CuriaBench's official evaluator cannot score tasks with masks, and which image size it can; None where it can.
+
+    It resizes masks to 512 px and pools them with a kernel and stride of 512 // grid, which does not give every grid.
+    """
+    patch, grid = config.encoder.patch_size[0], config.encoder.grid[0]
+
+    def pooled(grid: int) -> int:
+        kernel = EVALUATOR_MASK_SIDE // grid
+        return EVALUATOR_MASK_SIDE // kernel if kernel else 0
+
+    if pooled(grid) == grid:
+        return None
+    nearest = min((g for g in range(1, EVALUATOR_MASK_SIDE + 1) if pooled(g) == g), key=lambda g: (abs(g - grid), -g))
+    return (
+        f"CuriaBench's official evaluator cannot score tasks with masks on {grid}x{grid} patches: it pools masks of "
+        f"{EVALUATOR_MASK_SIDE} px to {pooled(grid)}x{pooled(grid)}; try --image-size={nearest * patch}, {nearest}x{nearest} patches"
+    )
 
 
 # ---- layouts

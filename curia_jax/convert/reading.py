@@ -70,10 +70,10 @@ def read(folder: Path) -> Export:
             depth=settings.depth, heads=settings.heads, mlp_width=settings.mlp_width, layer_norm_eps=settings.eps,
             activation=_ACTIVATIONS[settings.activation], dtype="float32", remat="none",
         )  # fmt: skip
-        if layout.for_transformers:
-            recipe = json_records.loads((folder / PREPROCESSOR).read_bytes())[OWN]
-        else:
+        if "preprocessing" in own:
             recipe = own["preprocessing"]
+        else:  # a folder for transformers, written by version 0.3.0 or before
+            recipe = json_records.loads((folder / PREPROCESSOR).read_bytes())[OWN]
         params = _params(layout, config, safetensors.numpy.load_file(folder / WEIGHTS))
         found = Export(config, params, own["step"], own["examples_seen"], recipe)
         wanted = own["encoder_sha256"]

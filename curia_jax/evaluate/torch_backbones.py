@@ -175,6 +175,12 @@ def _of_processor(name: str, config: Any) -> Preparation:
     if isinstance(size, dict):
         side = size.get("shortest_edge")
         size = (size["height"], size["width"]) if "height" in size else side
+    if said.get("image_processor_type") == "CuriaJaxImageProcessor":  # an export of ours
+        window = said["hu_window"]
+        return Preparation(
+            preparation.WINDOW, (window[0], window[1]), _pair(size), said["resample"], channels, tuple(said["image_mean"]),
+            tuple(said["image_std"]),
+        )  # fmt: skip
     if "curia" in json.dumps([said.get("image_processor_type"), said.get("auto_map")]).lower():
         return Preparation(preparation.STANDARD, settings.hu_window, _pair(size), "bicubic", channels)
     normalise = said.get("do_normalize", True)

@@ -26,6 +26,17 @@ def blocks_of_code(folder: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
 
 
+def view(stored: np.ndarray, hu: bool) -> np.ndarray:
+    """What training sees of values that a shard stores with 1024 added."""
+    low_high = np.percentile(stored.astype(np.float64) - 1024, (0.5, 99.5), method="inverted_cdf")
+    batch: augment.Batch = {
+        "pixels": jnp.asarray(stored)[None], "extent": jnp.asarray([stored.shape], jnp.int32),
+        "slope": jnp.ones(1), "intercept": jnp.asarray([-1024.0]), "hu": jnp.asarray([hu]),
+        "low": jnp.asarray(low_high[:1], jnp.float32), "high": jnp.asarray(low_high[1:], jnp.float32),
+    }  # fmt: skip
+    return np.asarray(augment.evaluation_view(batch, AUGMENT, (24, 24)))[0, :, :, 0]
+
+
 @pytest.mark.long
 @pytest.mark.torch
 @pytest.mark.parametrize("layout", ["vit_mae", "vit", "dinov2"])
@@ -33,27 +44,14 @@ def test_model_card_code_runs_as_shown(layout: str, converted) -> None:
     import torch
 
     folder, _ = converted("square", layout)
-    load, prepare = blocks_of_code(folder)
-    assert len([line for line in load.splitlines() if line]) == 3
-    names: dict[str, Any] = {}
-    exec(prepare, names)
-
-    random = np.random.RandomState(0)
-    stored = random.randint(0, 2500, size=(2, 40, 32)).astype(np.uint16)
-    low_high = np.percentile(stored[1].astype(np.float64), (0.5, 99.5), method="inverted_cdf")
-    batch = {
-        "pixels": jnp.asarray(stored), "extent": jnp.asarray([[40, 32], [40, 32]], jnp.int32),
-        "slope": jnp.ones(2), "intercept": jnp.asarray([-1024.0, 0.0]),
-        "low": jnp.asarray([0.0, low_high[0]], jnp.float32), "high": jnp.asarray([1.0, low_high[1]], jnp.float32),
-        "hu": jnp.asarray([True, False]),
-    }  # fmt: skip
-    wanted = augment.evaluation_view(batch, AUGMENT, (24, 24))[..., 0]
-    pixels = [names["prepare"](stored[0] - 1024.0, hu=True), names["prepare"](stored[1].astype(float), hu=False)]
-    pixel_values = names["pixel_values"] = torch.cat(pixels)
-    np.testing.assert_allclose(pixel_values[:, 0], wanted, rtol=0, atol=TOLERANCE)
-
-    with torch.no_grad():
+    (load,) = blocks_of_code(folder)
+    assert len([line for line in load.splitlines() if line]) == 5
+    stored = np.random.RandomState(0).randint(1024, 3500, size=(2, 40, 32)).astype(np.uint16)
+    names: dict[str, Any] = {"slices": list(stored.astype(np.float32) - 1024)}
+    with torch.no_grad(), pytest.warns(UserWarning, match="taken for MR"):
         exec(load.replace("FOLDER", str(folder)), names)
+    for found, one in zip(names["pixel_values"], stored, strict=True):
+        np.testing.assert_allclose(found[0], view(one, False), rtol=0, atol=TOLERANCE)
     if layout == "vit_mae":
         assert names["output"].logits.shape == (2, 9, 64)
     else:
@@ -66,38 +64,15 @@ INTEGERS = [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int6
 @pytest.mark.torch
 @pytest.mark.parametrize("dtype", INTEGERS)
 @pytest.mark.parametrize("hu", [True, False])
-def test_prepare_of_model_card_takes_every_integer_type(dtype: type, hu: bool, converted) -> None:
+def test_prepare_of_timm_model_card_takes_every_integer_type(dtype: type, hu: bool, converted) -> None:
     """In the type's own arithmetic the differences to the window wrap around, and black becomes white."""
     names: dict[str, Any] = {}
-    exec(blocks_of_code(converted("square", "vit")[0])[1], names)
+    exec(blocks_of_code(converted("square", "timm")[0])[1], names)
     limits = np.iinfo(dtype)
     low, high = max(limits.min, -1024), min(limits.max, 3071)
     pixels = np.random.RandomState(0).randint(low, high + 1, size=(40, 32)).astype(dtype)
-    found = names["prepare"](pixels, hu=hu)[0, 0]
-    # The JAX view takes uint16 with an offset, as a shard stores a slice.
-    percentiles = np.percentile(pixels.astype(np.float64), (0.5, 99.5), method="inverted_cdf")
-    batch = {
-        "pixels": jnp.asarray((pixels.astype(np.int64) + 1024)[None].astype(np.uint16)),
-        "extent": jnp.asarray([[40, 32]], jnp.int32), "slope": jnp.ones(1), "intercept": jnp.asarray([-1024.0]),
-        "low": jnp.asarray(percentiles[:1], jnp.float32), "high": jnp.asarray(percentiles[1:], jnp.float32),
-        "hu": jnp.asarray([hu]),
-    }  # fmt: skip
-    np.testing.assert_allclose(
-        found, augment.evaluation_view(batch, AUGMENT, (24, 24))[0, ..., 0], rtol=0, atol=TOLERANCE
-    )
-
-
-@pytest.mark.torch
-def test_image_processor_does_not_change_pixels(converted) -> None:
-    from transformers import AutoImageProcessor
-
-    for name in ("square", "three_channels"):
-        folder, _ = converted(name, "vit")
-        size = json.loads((folder / "preprocessor_config.json").read_text())["size"]
-        channels = CASES[name].get("channels", 1)
-        image = np.random.RandomState(0).standard_normal((channels, size["height"], size["width"])).astype(np.float32)
-        found = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="np")["pixel_values"]
-        np.testing.assert_array_equal(found, image[None])
+    stored = (pixels.astype(np.int64) + 1024).astype(np.uint16)
+    np.testing.assert_allclose(names["prepare"](pixels, hu=hu)[0, 0], view(stored, hu), rtol=0, atol=TOLERANCE)
 
 
 def text_of(layout: str, provenance: card.Provenance = PROVENANCE, **model: Any) -> str:
@@ -126,15 +101,16 @@ def test_model_card_states_size_and_origin_of_the_weights() -> None:
     assert "Masked autoencoder (encoder and decoder)" in unnamed
 
 
-def test_model_card_names_the_library_and_the_file_with_the_recipe() -> None:
-    for layout, library, file in (
-        ("vit", "transformers", "preprocessor_config.json"),
-        ("dinov2", "transformers", "preprocessor_config.json"),
-        ("timm", "timm", "config.json"),
-    ):
+def test_model_card_says_how_pixels_are_prepared() -> None:
+    for layout in ("vit", "vit_mae", "dinov2"):
         text = text_of(layout)
-        assert text.startswith(f"---\nlibrary_name: {library}\n")
-        assert f"`{file}` under the key `curia_jax`" in text
+        assert text.startswith("---\nlibrary_name: transformers\n") and "def prepare" not in text
+        assert "it runs `image_processing_curia_jax.py` of this folder, hence `trust_remote_code`" in text
+        assert "`hu` in `preprocessor_config.json`" in text
+        assert "CT in Hounsfield units, clipped to -200 … 300" in text
+    text = text_of("timm")
+    assert text.startswith("---\nlibrary_name: timm\n") and "def prepare" in text and "trust_remote_code" not in text
+    assert "The recipe is in `config.json` under the key `curia_jax`" in text
 
 
 def test_gelu_of_the_model_is_named() -> None:
@@ -169,10 +145,14 @@ def test_recipe_is_that_of_training(converted) -> None:
         "image_mean": 0.3, "image_std": 0.25, "channels": 1,
     }  # fmt: skip
     processor = json.loads((converted("wide", "vit")[0] / "preprocessor_config.json").read_text())
-    assert processor["curia_jax"] == wanted and processor["size"] == {"height": 8, "width": 32}
-    assert not any(processor[key] for key in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"))
-    assert (processor["image_mean"], processor["image_std"], processor["resample"]) == ([0.3], [0.25], 3)
-    content = json.loads((converted("wide", "timm")[0] / "config.json").read_text())
-    assert content["curia_jax"]["preprocessing"] == wanted
+    assert processor == {
+        "image_processor_type": "CuriaJaxImageProcessor",
+        "auto_map": {"AutoImageProcessor": "image_processing_curia_jax.CuriaJaxImageProcessor"},
+        "hu": "auto", "hu_window": [-200.0, 300.0], "percentiles": [0.5, 99.5], "size": {"height": 8, "width": 32},
+        "resample": "bicubic", "image_mean": [0.3], "image_std": [0.25],
+    }  # fmt: skip
+    for layout in ("vit", "timm"):
+        content = json.loads((converted("wide", layout)[0] / "config.json").read_text())
+        assert content["curia_jax"]["preprocessing"] == wanted
     told = content["pretrained_cfg"]
     assert (told["mean"], told["std"], told["interpolation"], told["crop_mode"]) == ([0.3], [0.25], "bicubic", "squash")

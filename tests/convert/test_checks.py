@@ -11,8 +11,10 @@ import pytest
 import safetensors.numpy
 
 from curia_common.errors import DataError
+from curia_jax import config as configs
 from curia_jax.convert import checks, folder, layouts
 from curia_jax.models import mae
+from curia_jax.settings import Augment
 from tests.convert.cases import CASES, HAS_TORCH, LAYOUTS_OF, TOLERANCE
 from tests.convert.mistakes import MISTAKES, spoil
 from tests.models import make_references as reference
@@ -155,6 +157,35 @@ def test_differences_are_relative_for_large_values_only(value, off, held) -> Non
     else:
         with pytest.raises(checks.CheckFailed, match="features by .*, at image 0, token 0, channel 3"):
             checks.compare("NumPy", {"features": found}, {"features": values})
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("name", "old", "new", "message"),
+    [
+        (
+            "image_processing_curia_jax.py",
+            "antialias=True",
+            "antialias=False",
+            "pixels by .*, at image ., .*is in (HU|other)",
+        ),
+        ("image_processing_curia_jax.py", "inverted_cdf", "linear", "pixels by .*is in other units"),
+        ("preprocessor_config.json", "-200.0", "-210.0", "pixels by .*is in HU"),
+        ("preprocessor_config.json", '"bicubic"', '"bilinear"', "pixels by"),
+        ("preprocessor_config.json", '"hu_window"', '"window"', "cannot run the folder's image processor: .*hu_window"),
+    ],
+)
+def test_changed_image_processor_is_detected(name, old, new, message, converted, tmp_path) -> None:
+    source, _ = converted("square", "vit")
+    for path in source.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    encoder, settings = model("square")[0].encoder, Augment.of(configs.load("demo").augment)
+    assert checks.compare_processor(tmp_path, settings, encoder).difference < 4e-5
+    text = (tmp_path / name).read_text()
+    assert old in text
+    (tmp_path / name).write_text(text.replace(old, new))
+    with pytest.raises(checks.CheckFailed, match=message):
+        checks.compare_processor(tmp_path, settings, encoder)
 
 
 def test_inputs_include_patches_without_variance() -> None:

@@ -17,6 +17,20 @@ from tests.models import make_references as reference
 D, INNER, DD, DINNER, C, P, L = 16, 32, 12, 24, 3, 5, 9  # of the case three_channels
 
 
+@pytest.mark.parametrize("grid", range(2, 66))
+def test_evaluator_obstacle_names_grids_that_its_pooling_does_not_give(grid: int) -> None:
+    """As max-pooling with kernel and stride of 512 // grid cuts masks of 512 px."""
+    config = mae.config(**{**CASES["square"], "image_size": (grid * 8, grid * 8)})
+    pooled = len(range(0, 512 - 512 // grid + 1, 512 // grid))
+    message = layouts.evaluator_obstacle(config)
+    if pooled == grid:
+        assert message is None
+        return
+    assert message is not None and f"on {grid}x{grid} patches: it pools masks of 512 px to {pooled}x{pooled}" in message
+    size = int(re.findall(r"--image-size=(\d+)", message)[0])
+    assert layouts.evaluator_obstacle(mae.config(**{**CASES["square"], "image_size": (size, size)})) is None
+
+
 def both(name: str, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
 

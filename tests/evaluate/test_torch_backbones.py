@@ -136,6 +136,17 @@ def test_curia_processor_is_recognised_and_standardises_each_image(tmp_path) -> 
 
 
 @pytest.mark.torch
+def test_processor_of_our_exports_keeps_its_window(tmp_path) -> None:
+    processor = {
+        "image_processor_type": "CuriaJaxImageProcessor", "hu": "auto", "hu_window": [-200.0, 300.0], "percentiles": [0.5, 99.5],
+        "size": {"height": 24, "width": 24}, "resample": "bilinear", "image_mean": [0.3], "image_std": [0.25],
+    }  # fmt: skip
+    save(tmp_path, "Dinov2", processor, num_channels=1, image_size=24)
+    wanted = Preparation("window", (-200.0, 300.0), (24, 24), "bilinear", 1, (0.3,), (0.25,))
+    assert of(opened(f"hf:{tmp_path}")) == wanted
+
+
+@pytest.mark.torch
 def test_siglip_has_no_cls_and_a_convolutional_network_has_a_map(tmp_path) -> None:
     import torch
     import transformers
