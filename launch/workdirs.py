@@ -12,6 +12,7 @@ from curia_common.errors import StorageError, UserError
 
 SCHEME = "gs://"
 CHECKPOINTS, MARKER = "checkpoints", "commit_success.txt"  # the marker is written last, when a checkpoint is whole
+LOOK_SECONDS = 30  # gcsfs would try for minutes
 CONFIG, EVENTS = "config.json", "events.jsonl"
 
 
@@ -69,7 +70,9 @@ def _in_bucket(workdir: str, method: str, name: str) -> Any:
     # At every call it says that it cannot find out which kind of bucket this is, where nobody has logged in.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     try:
-        return getattr(gcsfs.GCSFileSystem(use_listings_cache=False), method)(f"{workdir.rstrip('/')}/{name}")
+        return getattr(gcsfs.GCSFileSystem(use_listings_cache=False), method)(
+            f"{workdir.rstrip('/')}/{name}", timeout=LOOK_SECONDS
+        )
     except FileNotFoundError:
         raise
     except Exception as error:  # gcsfs raises what its libraries do

@@ -52,7 +52,7 @@ def test_bucket_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -
         def __init__(self, **options: object) -> None:
             pass
 
-        def glob(self, pattern: str) -> list[str]:
+        def glob(self, pattern: str, timeout: int) -> list[str]:
             raise OSError(f"Forbidden: 403 for {pattern}\nmore")
 
     monkeypatch.setattr("gcsfs.GCSFileSystem", Closed)
