@@ -30,6 +30,7 @@ from curia_common.exit_codes import ExitCode
 EXAMPLES = """
 python -m curia_jax.evaluate --list
 python -m curia_jax.evaluate --suite=curiabench --data=curiabench --backbones=runs/b16,runs/l16 --output=results
+python -m curia_jax.evaluate --suite=curiabench --data=curiabench --backbones=runs/b16 --output=results --protocol=both
 python -m curia_jax.evaluate --tasks=shards/situs --data=demo/shards --backbones=demo/run --output=results
 python -m curia_jax.evaluate --tasks=shards/situs --data=demo/shards --backbones=demo/run --output=results --subgroups=manufacturer,body_part
 python -m curia_jax.evaluate --tasks=kits --data=curiabench --backbones=runs/b16,weights/dinov2,timm:vit_base_patch16_224 --output=results
@@ -77,14 +78,18 @@ def parser() -> cli.Parser:
     )
     made.add_argument("--output", metavar="DIR", help="folder of the results")
     made.add_argument(
+        "--protocol", choices=("ours", "official", "both"), default="ours",
+        help="official: heads and features of CuriaBench's own evaluator; figures of both are never in one table (%(default)s)",
+    )  # fmt: skip
+    made.add_argument(
         "--heads",
         default="knn,ridge,logistic,cox",
-        help="probes, with commas; each for the targets it learns (%(default)s)",
+        help="probes of the protocol ours, with commas; each for the targets it learns; efficient, too, which needs time and disk (%(default)s)",
     )
     made.add_argument(
         "--features", default="cls,mean,mean+std", metavar="FEATURES,…",
         help="of the encoder, the best of which is chosen on validation: mean or std of the patch tokens, cls, or several: "
-        "mean+std; after the final norm, or after blocks: mean@6+12 (%(default)s)",
+        "mean+std; after the final norm, before it: mean@prenorm, or after blocks: mean@6+12 (%(default)s)",
     )  # fmt: skip
     made.add_argument(
         "--labels", default="1.0", metavar="SHARE,…",
@@ -126,6 +131,7 @@ def evaluate(args: argparse.Namespace) -> int:
         corpus,
         features,
         labels,
+        official_protocol,
         results,
         runner,
         scoring,
@@ -168,21 +174,36 @@ def evaluate(args: argparse.Namespace) -> int:
 
     # ---- labels, before weights: they are quick to read and often what is wrong
     label_names = [word.removeprefix(results.SHARDS) for word in words if word.startswith(results.SHARDS)]
+    protocols = suite.PROTOCOLS[args.protocol]
+    if suite.OFFICIAL in protocols and (label_names or sizes):
+        what = f"--tasks={results.SHARDS}{label_names[0]}" if label_names else f"--image-sizes={args.image_sizes}"
+        raise UserError(f"{what} has no place in the official protocol; use --protocol={suite.OURS}")
     dataset = shard_tasks.open_dataset(args.data) if label_names else None
     if dataset:
         dataset.check(label_names)
+    official = official_protocol.READOUTS if suite.OFFICIAL in protocols else ()
     models = backbones.open_backbones(
-        given, floors, readouts=readouts, image_sizes=sizes
-    )  # fmt: skip
+        given, floors, readouts=list(dict.fromkeys((*readouts, *official))), image_sizes=sizes
+    )
 
     # ---- tasks
-    settings = runner.Settings(tuple(heads), args.cases, args.draws, args.seed, few, args.batch_size, groups, corpora)
+    settings = runner.Settings(
+        tuple(heads),
+        args.cases,
+        args.draws,
+        args.seed,
+        few,
+        args.batch_size,
+        groups,
+        corpora,
+        tuple(map(str, readouts)),
+    )
     cache = Path(args.cache) if args.cache else output / runner.CACHE
     jobs = [shard_tasks.job(dataset, name, models, settings, cache) for name in label_names if dataset]
     of_suite = known_tasks.SUITES[args.suite] if args.suite else ()
     for task in (*asked.values(), *(task for task in of_suite if task.name not in words)):
         named = task in asked.values()
-        jobs.append(suite.job(task, Path(args.data), models, settings, cache, named=named))
+        jobs += suite.jobs(task, Path(args.data), models, settings, cache, protocols=protocols, named=named)
     outcome = runner.run(jobs, output)
     images = {}
     if dataset:

@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from curia_common import logs
 from curia_common.errors import UserError
-from curia_jax import checkpoint, data, storage, trained_model
+from curia_jax import augment, checkpoint, data, storage, trained_model
 from curia_jax.convert import reading
 from curia_jax.evaluate import features, preparation, token_backbone, torch_backbones, user_backbone
 from curia_jax.evaluate.preparation import Preparation
@@ -58,14 +59,36 @@ class JaxBackbone:
     def _compiled(self) -> tuple[jax.stages.Wrapped, object]:
         return jax.jit(self.view.compute), jax.device_put(self.view.params, self._shardings[1])
 
-    def features(self, batch: data.HostBatch) -> dict[str, Float[Array, "batch _features"]]:
-        """Features of a batch by the name of their readout. Returns before they are computed."""
-        compute, params = self._compiled
+    @functools.cached_property
+    def _compiled_tokens(self) -> jax.stages.Wrapped:
+        assert self.view.tokens is not None
+        return jax.jit(self.view.tokens, static_argnums=2)
+
+    def _on_devices(self, batch: data.HostBatch) -> augment.Batch:
         split = self._shardings[0]
         on_devices = data.to_devices(batch, split)
         if "mask" in batch:
             on_devices["mask"] = jax.device_put(batch["mask"], split)
-        return compute(params, on_devices)
+        return on_devices
+
+    def features(self, batch: data.HostBatch) -> dict[str, Float[Array, "batch _features"]]:
+        """Features of a batch by the name of their readout. Returns before they are computed."""
+        compute, params = self._compiled
+        return compute(params, self._on_devices(batch))
+
+    def tokens(self, batch: data.HostBatch, *, before_norm: bool) -> dict[str, Shaped[Array, "batch tokens ..."]]:
+        """`tokens`, float32, and which of them are `inside` the mask. Returns before they are computed.
+
+        The token of what has no patches (pixels, histogram) is its features of the whole slice.
+
+        Args:
+          before_norm: the output of the last block instead of that of the final norm.
+        """
+        if self.view.tokens is None:
+            (values,) = self.features(batch).values()
+            return {"tokens": values[:, None, :], "inside": jnp.ones((len(values), 1), bool)}
+        values, inside = self._compiled_tokens(self._compiled[1], self._on_devices(batch), before_norm)
+        return {"tokens": values, "inside": inside}
 
 
 # package.module:function, or module:function

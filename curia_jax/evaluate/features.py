@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
 from curia_common.errors import DataError, UserError
 from curia_jax import augment, data
@@ -19,7 +19,7 @@ from curia_jax.settings import Augment
 from data_pipeline.format.shards import SliceSource
 
 POOLINGS = ("mean", "std", "cls")
-LAST = "last"
+LAST, BEFORE_NORM = "last", "prenorm"
 # Side of the pixel baseline's image, and of the image whose intensities the histogram counts, in px.
 PIXELS, COUNTED = 32, 128
 BINS = 64
@@ -33,8 +33,8 @@ class Readout:
       pooling: statistics that are concatenated, of POOLINGS: "cls"; the "mean" of the patch tokens; their standard deviation,
         "std", which keeps some of what the mean loses (both together: Snyder et al. 2018, doi 10.1109/ICASSP.2018.8461375).
         Where a task has masks, mean and std are over the patches inside; see `patches_inside`.
-      layers: outputs that are pooled and concatenated: LAST, that of the final norm, or numbers of blocks from 1 to the depth,
-        whose outputs are taken before any norm.
+      layers: outputs that are pooled and concatenated: LAST, that of the final norm, BEFORE_NORM, that of the last block, or numbers
+        of blocks from 1 to the depth, whose outputs are taken before any norm.
     """
 
     pooling: tuple[str, ...]
@@ -52,9 +52,11 @@ class Readout:
             if name not in POOLINGS:
                 raise UserError(f"no features {name!r}; there are: {', '.join(POOLINGS)}, and several joined by +")
         words = layers.split("+") if "@" in text else [LAST]
-        if not all(word == LAST or word.isdecimal() for word in words):
-            raise UserError(f"features {text!r}: after @ write {LAST}, or numbers of blocks joined by +, such as @6+12")
-        return cls(tuple(poolings.split("+")), tuple(word if word == LAST else int(word) for word in words))
+        if not all(word in (LAST, BEFORE_NORM) or word.isdecimal() for word in words):
+            raise UserError(
+                f"features {text!r}: after @ write {LAST}, {BEFORE_NORM}, or numbers of blocks joined by +, such as @6+12"
+            )
+        return cls(tuple(poolings.split("+")), tuple(int(word) if word.isdecimal() else word for word in words))
 
     def __str__(self) -> str:
         layers = "" if self.layers == (LAST,) else "@" + "+".join(map(str, self.layers))
@@ -67,11 +69,14 @@ class View:
 
     Attributes:
       compute: (params, batch) -> features by the name of their readout; pure.
-      params: first argument of `compute`, so that weights are not constants of the compiled program.
+      params: first argument of both, so that weights are not constants of the compiled program.
+      tokens: (params, batch, before_norm) -> patch tokens and which of them are inside the mask; None for features that are not of
+        patches.
     """
 
     compute: Callable[[Params, augment.Batch], dict[str, Float[Array, "batch _features"]]]
     params: Params
+    tokens: Callable[[Params, augment.Batch, bool], tuple[Float[Array, "b t d"], Bool[Array, "b t"]]] | None = None
 
 
 def encoder_view(
@@ -94,7 +99,10 @@ def encoder_view(
     Raises:
       UserError: there is no such layer, or a size is not a multiple of the patch.
     """
-    blocks = sorted({layer for readout in readouts for layer in readout.layers if isinstance(layer, int)})
+    layers = {layer for readout in readouts for layer in readout.layers}
+    if BEFORE_NORM in layers:
+        layers.add(config.depth)
+    blocks = sorted(layer for layer in layers if isinstance(layer, int))
     wrong = [block for block in blocks if not 1 <= block <= config.depth]
     if wrong:
         raise UserError(f"no layer {wrong[0]}; this encoder has layers 1 to {config.depth}")
@@ -128,11 +136,30 @@ def encoder_view(
             last, hidden = encoder.encode(encoder.embed(images), [block - 1 for block in blocks])
             outputs: dict[int | str, Float[Array, "batch tokens width"]] = {LAST: last}
             outputs |= dict(zip(blocks, hidden, strict=True))
+            if config.depth in outputs:
+                outputs[BEFORE_NORM] = outputs[config.depth]
             for readout in readouts:
                 parts[str(readout)] += [pool(outputs[layer], inside, readout.pooling) for layer in readout.layers]
         return {name: jnp.concatenate(values, axis=1) for name, values in parts.items()}
 
-    return View(compute, params)
+    def tokens(
+        params: Params, batch: augment.Batch, before_norm: bool
+    ) -> tuple[Float[Array, "batch tokens width"], Bool[Array, "batch tokens"]]:
+        found, within = [], []
+        for encoder_config in encoders:
+            images = augment.evaluation_view(batch, settings, encoder_config.image_size)
+            encoder = vit.bind(encoder_config, params)
+            last, hidden = encoder.encode(encoder.embed(images), [config.depth - 1] if before_norm else [])
+            found.append((hidden[0] if before_norm else last)[:, 1:].astype(jnp.float32))
+            grid = encoder_config.grid
+            within.append(
+                patches_inside(batch["mask"], batch["extent"], grid)
+                if "mask" in batch
+                else jnp.ones((len(images), grid[0] * grid[1]), bool)
+            )
+        return jnp.concatenate(found, axis=1), jnp.concatenate(within, axis=1)
+
+    return View(compute, params, tokens)
 
 
 MASK_SIDE = 512  # px, to which the official evaluator resizes masks
@@ -283,6 +310,17 @@ class Backbone(Protocol):
         """Features of a batch by the name of their readout. May return before they are computed."""
         ...
 
+    def tokens(
+        self, batch: data.HostBatch, *, before_norm: bool
+    ) -> Mapping[str, Shaped[Array | np.ndarray, "batch tokens ..."]]:
+        """`tokens`, float32 (batch, tokens, width), and which are `inside` the mask, bool (batch, tokens). May return before they are
+        computed. What has no patches gives one token, its features of the whole slice.
+
+        Args:
+          before_norm: the output of the last block instead of that of the final norm.
+        """
+        ...
+
 
 def extract(
     images: Images,
@@ -290,27 +328,30 @@ def extract(
     backbone: Backbone,
     *,
     batch_size: int = 64,
-) -> Iterator[tuple[Int[np.ndarray, " valid"], dict[str, Float[np.ndarray, "valid _features"]]]]:
+    compute: Callable[[data.HostBatch], Mapping[str, Shaped[Array | np.ndarray, "batch ..."]]] | None = None,
+) -> Iterator[tuple[Int[np.ndarray, " valid"], dict[str, Shaped[np.ndarray, "valid ..."]]]]:
     """Float32 features of images, batch by batch with the image numbers.
 
     The next batch is read while the devices compute the last one.
 
     Args:
       batch_size: images at a time, over all devices; rounded up to a multiple of their number.
+      compute: what of a batch; default is `backbone.features`.
 
     Raises:
       DataError: a feature is not finite.
     """
+    compute = compute or backbone.features
     batch_size = -(-batch_size // backbone.devices) * backbone.devices
 
     def finished(
-        batch: data.HostBatch, computed: Mapping[str, Float[Array | np.ndarray, "batch _features"]]
-    ) -> tuple[Int[np.ndarray, " valid"], dict[str, Float[np.ndarray, "valid _features"]]]:
+        batch: data.HostBatch, computed: Mapping[str, Shaped[Array | np.ndarray, "batch ..."]]
+    ) -> tuple[Int[np.ndarray, " valid"], dict[str, Shaped[np.ndarray, "valid ..."]]]:
         valid = batch.get("valid", np.ones(len(batch["slice"]), bool))
         values = {name: np.asarray(jax.device_get(array))[valid] for name, array in computed.items()}
         for array in values.values():
             if not np.isfinite(array).all():
-                number = batch["slice"][valid][~np.isfinite(array).all(axis=1)][0]
+                number = batch["slice"][valid][~np.isfinite(array.reshape(len(array), -1)).all(axis=1)][0]
                 raise DataError(
                     f"the {backbone.name} features of slice {number} of split {images.split!r} are not finite; "
                     "check the checkpoint's loss curve, and the slice's slope and intercept"
@@ -319,7 +360,7 @@ def extract(
 
     waiting = None
     for batch in images.batches(numbers, batch_size):
-        started = batch, backbone.features(batch)
+        started = batch, compute(batch)
         if waiting is not None:
             yield finished(*waiting)
         waiting = started

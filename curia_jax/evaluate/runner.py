@@ -54,6 +54,7 @@ class Settings:
       batch_size: slices at a time.
       subgroups: columns by which test cases are grouped; see subgroups.Column.
       corpora: in which the images of tasks are looked for.
+      readouts: features that heads of the protocol `ours` may get, by name.
     """
 
     heads: tuple[str, ...]
@@ -64,6 +65,7 @@ class Settings:
     batch_size: int
     subgroups: tuple[Column, ...] = ()
     corpora: tuple[Corpus, ...] = ()
+    readouts: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """From features to scores: probes are fitted, settings chosen, the test split scored once, intervals bootstrapped."""
 
 import dataclasses
+import functools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -11,17 +12,24 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from curia_common import logs
 from curia_common.errors import UserError
-from curia_jax.evaluate import labels, metrics, probes, selection, statistics, subgroups, subsets
-from curia_jax.evaluate.results import FLOORS, MAJORITY, Fit, Score, Study, labels_text
+from curia_jax.evaluate import efficient_probing, labels, metrics, probes, selection, statistics, subgroups, subsets
+from curia_jax.evaluate.results import ALL_LABELS, FLOORS, MAJORITY, Fit, Score, Study, labels_text
 from curia_jax.evaluate.targets import Classes, Targets, Times, Values
+from curia_jax.evaluate.tokens import Tokens
 
 HEADS: Mapping[str, selection.Head] = {
     "knn": probes.knn, "ridge": probes.ridge, "logistic": probes.logistic, "cox": probes.cox,
+    "efficient": efficient_probing.efficient,
 }  # fmt: skip
 # Of HEADS, those that learn each kind of target.
-OF_CLASSES, OF_VALUES, OF_TIMES = ("knn", "ridge", "logistic"), ("knn", "ridge"), ("cox",)
+OF_CLASSES, OF_VALUES, OF_TIMES = ("knn", "ridge", "logistic", "efficient"), ("knn", "ridge", "efficient"), ("cox",)
+DEFAULT_HEADS = ("knn", "ridge", "logistic", "cox")
+OF_TOKENS = ("efficient",)  # that take lists of tokens, not one row of features per case
+TOKENS = "tokens"  # their readout
 # Split -> backbone -> readout -> one row per labelled slice of the split.
 Features = Mapping[str, Mapping[str, Mapping[str, Float[np.ndarray, "_n _d"]]]]  # of different sizes
+# Split -> backbone -> one list per labelled slice of the split.
+TokenLists = Mapping[str, Mapping[str, Tokens]]
 
 log = logs.get_logger(__name__)
 
@@ -97,13 +105,15 @@ def score(
     task: labels.Task,
     features: Features,
     *,
-    heads: Sequence[str] = tuple(HEADS),
+    heads: Sequence[str] = DEFAULT_HEADS,
     unit: str = "slice",
     draws: int = 2000,
     seed: int = 0,
     few: Sequence[int | float] = (1.0,),
     data_sha256: str = "",
     groups: Mapping[str, Shaped[np.ndarray, " slices"]] | None = None,
+    readouts: Sequence[str] = (),
+    tokens: TokenLists | None = None,
 ) -> tuple[list[Score], pa.Table]:
     """Scores of a task, and the prediction of every test case.
 
@@ -118,6 +128,8 @@ def score(
         all is repeated with subsets.SEEDS seeds from `seed` on, each with subsets of its own that are the same for every backbone.
       data_sha256: for the results.
       groups: by the name of a column, the group of each test slice. Heads that learn from all labels are scored on each, too.
+      readouts: of those of `features`, the ones that may be chosen; all unless given, and of backbones that have none of these.
+      tokens: for the heads of OF_TOKENS.
 
     Returns:
       Scores: first those of each backbone, then the first minus each other, then the class frequencies. And a table with
@@ -136,13 +148,21 @@ def score(
             rows, is_held_out = _learning(task, amount, own)
             found, predicted = _score_once(
                 task, features, cases, rows, is_held_out, heads=heads, unit=unit, draws=draws, seed=own, amount=amount,
-                data_sha256=data_sha256,
+                data_sha256=data_sha256, readouts=readouts, tokens=tokens,
             )  # fmt: skip
             results += found
             if groups and _is_everything(amount):
-                results += _by_group(found[0].study, cases, predicted, groups)
-            tables += [_table(task, backbone, head, amount, own, cases, predicted) for backbone, head in predicted.fits]
+                results += _by_group(task, found[0].study, cases, predicted, groups)
+            tables += [
+                table(task, backbone, head, labels_text(amount), own, cases, predicted)
+                for backbone, head in predicted.fits
+            ]
     return results, pa.concat_tables(tables)
+
+
+def takes_tokens(task: labels.Task, heads: Sequence[str]) -> bool:
+    """Whether one of the heads that learn this label takes lists of tokens."""
+    return any(head in OF_TOKENS for head in _learners(task, heads))
 
 
 def _learners(task: labels.Task, heads: Sequence[str]) -> list[str]:
@@ -152,7 +172,7 @@ def _learners(task: labels.Task, heads: Sequence[str]) -> list[str]:
         kind, able = ("a time to an event", OF_TIMES) if task.is_time else ("a value", OF_VALUES)
     chosen = [head for head in heads if head in able]
     if not chosen:
-        raise UserError(f"{task.name} is {kind}, which {' and '.join(able)} can learn; name one in --heads")
+        raise UserError(f"{task.name} is {kind}, which {', '.join(able)} can learn; name one in --heads")
     return chosen
 
 
@@ -166,7 +186,7 @@ def _learning(
     count = len(task.splits[labels.FIT].slices)
     parts = [
         np.arange(len(task.splits[split].slices)) if _is_everything(amount)
-        else _subset(_targets(task, split), task.splits[split].patients, amount, seed)
+        else _subset(targets_of(task, split), task.splits[split].patients, amount, seed)
         for split in (labels.FIT, labels.HELD_OUT)
         if len(task.splits[split].slices) and (split == labels.FIT or isinstance(amount, float))
     ]  # fmt: skip
@@ -189,7 +209,7 @@ def _subset(
     return subsets.shots(targets, patients, amount, seed)
 
 
-def _targets(task: labels.Task, *splits: str) -> Targets:
+def targets_of(task: labels.Task, *splits: str) -> Targets:
     parts = [task.targets(split) for split in splits]
     if task.is_time:
         times = [part for part in parts if isinstance(part, Times)]
@@ -201,62 +221,110 @@ def _targets(task: labels.Task, *splits: str) -> Targets:
 def _score_once(
     task: labels.Task, features: Features, cases: Cases, rows: Int[np.ndarray, " m"], is_held_out: Shaped[np.ndarray, " m"],
     *, heads: Sequence[str], unit: str, draws: int, seed: int, amount: int | float, data_sha256: str,
+    readouts: Sequence[str], tokens: TokenLists | None,
 ) -> tuple[list[Score], Predictions]:  # fmt: skip
     """Scores of heads that learn from some of the slices."""
     bootstrap = metrics.Bootstrap.over(cases.patients, draws=draws, seed=seed)
-    learned = _targets(task, labels.FIT, labels.HELD_OUT)[rows]
+    learned = targets_of(task, labels.FIT, labels.HELD_OUT)[rows]
     splits = (labels.FIT, labels.HELD_OUT)
     patients = np.concatenate([task.splits[split].patients for split in splits])[rows]
     series = np.concatenate([task.splits[split].series for split in splits])[rows]
     units = np.unique(series, return_inverse=True)[1] if unit == "series" else None
-    study = Study(
-        task=task.name, n=len(cases.targets), patients=len(np.unique(cases.patients)), unit=unit, classes=task.classes,
-        classes_not_learned=task.unseen, draws=draws, seed=seed, train_n=len(learned),
-        train_patients=len(np.unique(patients)), groups=task.groups, labels=labels_text(amount),
-        events=_events(task, cases.targets), data_sha256=data_sha256,
-        near_duplicates=task.near_duplicates,
-    )  # fmt: skip
+    study = study_of(
+        task, cases, patients, unit=unit, draws=draws, seed=seed, labels=labels_text(amount), data_sha256=data_sha256
+    )
     predicted = Predictions({}, {}, {})
     backbones = list(features[labels.TEST])
     for backbone in backbones:
-        banks = {}
-        for readout in features[labels.TEST][backbone]:
-            inputs = np.concatenate([features[split][backbone][readout] for split in splits if split in features])
-            banks[readout] = selection.bank(
+        offered = features[labels.TEST][backbone]
+        offered = {name: values for name, values in offered.items() if name in readouts} or offered
+
+        def bank(inputs: Float[np.ndarray, "n d"] | Tokens) -> selection.Bank:
+            return selection.bank(
                 inputs[rows], learned, patients, is_held_out, seed=seed, groups=task.groups, units=units
             )
+
+        banks = {
+            name: bank(np.concatenate([features[split][backbone][name] for split in splits if split in features]))
+            for name in offered
+        }
         for head in heads:
             began = time.monotonic()
-            tried = {
-                readout: HEADS[head](bank, features[labels.TEST][backbone][readout]) for readout, bank in banks.items()
-            }
-            # Of equally good ones, or where nothing can be chosen, the first.
-            readout = min(tried, key=lambda name: _or_highest(tried[name].selection_loss))
-            bank, prediction = banks[readout], tried[readout]
+            if head in OF_TOKENS:
+                assert tokens is not None
+                lists = [tokens[split][backbone] for split in splits if split in tokens]
+                readout, queries = TOKENS, tokens[labels.TEST][backbone]
+                chosen = bank(functools.reduce(Tokens.followed_by, lists))
+                prediction, width = HEADS[head](chosen, queries), queries.width
+            else:
+                tried = {name: HEADS[head](banks[name], queries) for name, queries in offered.items()}
+                # Of equally good ones, or where nothing can be chosen, the first.
+                readout = min(tried, key=lambda name: _or_highest(tried[name].selection_loss))
+                chosen, prediction, width = banks[readout], tried[readout], offered[readout].shape[1]
             log.info(f"  {backbone}, {head}: {readout}, {time.monotonic() - began:.1f} s")
             of = backbone, head
             predicted.scores[of] = cases.mean(prediction.scores)
             predicted.decided[of] = predicted.scores[of] * prediction.decision
-            width = features[labels.TEST][backbone][readout].shape[1]
             held_out = _finite(prediction.selection_loss), _finite(prediction.selection_score)
-            predicted.fits[of] = Fit(width, bank.selection, *held_out, prediction.chosen), readout
+            predicted.fits[of] = Fit(width, chosen.selection, *held_out, prediction.chosen), readout
     floor = MAJORITY, "none"
     predicted.scores[floor] = predicted.decided[floor] = probes.floor(learned, len(cases.targets))
 
+    return measure(study, cases, bootstrap, predicted, backbones, heads, _metrics(cases, study.classes)), predicted
+
+
+def study_of(
+    task: labels.Task, cases: Cases, learned: Shaped[np.ndarray, " m"], *, unit: str, draws: int, seed: int, data_sha256: str,
+    labels: str = ALL_LABELS, protocol: str = "ours",
+) -> Study:  # fmt: skip
+    """What the rows of a task share.
+
+    Args:
+      learned: patients of the slices that heads learn from.
+    """
+    return Study(
+        task=task.name, n=len(cases.targets), patients=len(np.unique(cases.patients)), unit=unit, classes=task.classes,
+        classes_not_learned=task.unseen, draws=draws, seed=seed, train_n=len(learned),
+        train_patients=len(np.unique(learned)), groups=task.groups, protocol=protocol, labels=labels,
+        events=_events(task, cases.targets), data_sha256=data_sha256, near_duplicates=task.near_duplicates,
+    )  # fmt: skip
+
+
+def measure(
+    study: Study, cases: Cases, bootstrap: metrics.Bootstrap, predicted: Predictions, backbones: Sequence[str],
+    heads: Sequence[str], of: Mapping[str, metrics.Metric],
+) -> list[Score]:  # fmt: skip
+    """The metrics `of` every backbone and head, of the first backbone minus each other, and of the class frequencies."""
     results: list[Score] = []
+
+    draws = _draws(cases, bootstrap, predicted, of)
     compared = [(backbone, None) for backbone in backbones]
     compared += [(backbones[0], other) for other in backbones[1:] if backbones[0] not in FLOORS]
     for backbone, other in compared:
         for head in heads:
-            results += _measure(
-                study, cases, bootstrap, predicted, (backbone, head), None if other is None else (other, head)
-            )
-    return results + _measure(study, cases, bootstrap, predicted, floor, None), predicted
+            against = None if other is None else (other, head)
+            results += _measure(study, cases, bootstrap, predicted, (backbone, head), against, of, draws)
+    return results + _measure(study, cases, bootstrap, predicted, (MAJORITY, "none"), None, of, draws)
+
+
+def _draws(
+    cases: Cases, bootstrap: metrics.Bootstrap, predicted: Predictions, of: Mapping[str, metrics.Metric]
+) -> Callable[[str, tuple[str, str]], Float[np.ndarray, " draws_and_one"]]:
+    """From a metric and a backbone and head to the metric in every draw; computed once for the value and the differences."""
+
+    @functools.cache
+    def draws(name: str, of_head: tuple[str, str]) -> Float[np.ndarray, " draws_and_one"]:
+        # Balanced accuracy is that of the decisions that balance recalls, accuracy that of the likeliest class.
+        by_head = predicted.decided if of[name] is metrics.balanced_accuracy else predicted.scores
+        return bootstrap.values(of[name], cases.targets, by_head[of_head])
+
+    return draws
 
 
 def _by_group(
-    study: Study, cases: Cases, predicted: Predictions, groups: Mapping[str, Shaped[np.ndarray, " slices"]]
-) -> list[Score]:
+    task: labels.Task, study: Study, cases: Cases, predicted: Predictions,
+    groups: Mapping[str, Shaped[np.ndarray, " slices"]],
+) -> list[Score]:  # fmt: skip
     """Every metric of every head in every group of test cases; a series belongs to the group of its first slice."""
     first = np.unique(cases.case, return_index=True)[1]
     bootstrap = metrics.Bootstrap.over(cases.patients, draws=study.draws, seed=study.seed)
@@ -277,10 +345,11 @@ def _by_group(
                 events=events,
                 subgroup=f"{column}={name}",
             )
+            shown = Predictions(scores, decided, predicted.fits)
+            of_metrics = _metrics(own, task.classes)
+            draws = _draws(own, bootstrap.restricted(inside), shown, of_metrics)
             for of in scores:
-                results += _measure(
-                    of_group, own, bootstrap.restricted(inside), Predictions(scores, decided, predicted.fits), of, None
-                )
+                results += _measure(of_group, own, bootstrap.restricted(inside), shown, of, None, of_metrics, draws)
     return results
 
 
@@ -302,21 +371,20 @@ def _metrics(cases: Cases, classes: Sequence[str]) -> Mapping[str, metrics.Metri
 
 def _measure(
     study: Study, cases: Cases, bootstrap: metrics.Bootstrap, predicted: Predictions, of: tuple[str, str],
-    against: tuple[str, str] | None,
+    against: tuple[str, str] | None, metrics_of: Mapping[str, metrics.Metric],
+    draws: Callable[[str, tuple[str, str]], Float[np.ndarray, " draws_and_one"]],
 ) -> list[Score]:  # fmt: skip
     """Every metric of a head, or its difference to the same head on another backbone."""
     fit, readout = predicted.fits.get(of, (None, None))
     scores = []
-    for name, metric in _metrics(cases, study.classes).items():
-        # Balanced accuracy is that of the decisions that balance recalls, accuracy that of the likeliest class.
-        by_head = predicted.decided if metric is metrics.balanced_accuracy else predicted.scores
-        found = bootstrap.estimate(metric, cases.targets, by_head[of], None if against is None else by_head[against])
+    for name, metric in metrics_of.items():
+        found = bootstrap.interval(cases.targets, draws(name, of), None if against is None else draws(name, against))
         value, low, high = map(_finite, (found.value, found.low, found.high))
         p = None
         if against is not None and low is not None:
             p = found.p
-            if metric is metrics.auroc and _independent(cases) and study.classes and by_head[of].shape[1] == 2:
-                p = _delong(cases, by_head[of], by_head[against], p)
+            if metric is metrics.auroc and _independent(cases) and study.classes and predicted.scores[of].shape[1] == 2:
+                p = _delong(cases, predicted.scores[of], predicted.scores[against], p)
         scores.append(
             Score(
                 study, of[0], of[1], name, value, low, high, found.degenerate, found.partial,
@@ -342,9 +410,14 @@ def _delong(
     return statistics.delong(positive, scores[:, 1] - scores[:, 0], against[:, 1] - against[:, 0]).p
 
 
-def _table(
-    task: labels.Task, backbone: str, head: str, amount: int | float, seed: int, cases: Cases, predicted: Predictions
+def table(
+    task: labels.Task, backbone: str, head: str, amount: str, seed: int, cases: Cases, predicted: Predictions
 ) -> pa.Table:
+    """The predictions of a head; see `score`.
+
+    Args:
+      amount: of labels, as rows say it.
+    """
     count, scores = len(cases.targets), predicted.scores[backbone, head]
     if isinstance(cases.targets, Times) or task.is_value:
         likeliest = decided = scores[:, 0].astype(str)
@@ -358,7 +431,7 @@ def _table(
             "task": [task.name] * count,
             "backbone": [backbone] * count,
             "head": [head] * count,
-            "labels": [labels_text(amount)] * count,
+            "labels": [amount] * count,
             "seed": [seed] * count,
             "series": cases.series,
             "slice": cases.slices,

@@ -70,7 +70,7 @@ class Prediction:
     selection_score: float
 
 
-Head = Callable[[Bank, Float[np.ndarray, "queries d"]], Prediction]
+Head = Callable[[Bank, Any], Prediction]  # features or tokens of the test cases
 
 
 def bank(

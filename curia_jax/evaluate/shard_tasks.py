@@ -15,6 +15,8 @@ from curia_jax.evaluate import corpus, features, labels, runner, scoring
 from curia_jax.evaluate.cache import gather
 from curia_jax.evaluate.results import SHARDS, Score
 from curia_jax.evaluate.subgroups import Column
+from curia_jax.evaluate.token_store import gather_tokens
+from curia_jax.evaluate.tokens import Tokens
 from data_pipeline.format import shards
 from data_pipeline.format.shards import SliceSource
 
@@ -88,9 +90,20 @@ def job(
             if len(part.slices)
         }
         found = gather(images, models, cache, settings.batch_size)
+        tokens = None
+        if scoring.takes_tokens(task, settings.heads):
+            by_slice = gather_tokens(images, models, cache, settings.batch_size, kind="float16")
+            tokens = {
+                split: {
+                    model: Tokens.of_slices(some.values, some.inside, np.arange(len(some.inside)))
+                    for model, some in by_model.items()
+                }
+                for split, by_model in by_slice.items()
+            }
         scores, predictions = scoring.score(
             task, found, heads=settings.heads, unit=settings.cases, draws=settings.draws, seed=settings.seed,
-            few=settings.few, data_sha256=dataset.sha256, groups=groups(dataset, task, settings.subgroups),
+            few=settings.few, data_sha256=dataset.sha256, readouts=settings.readouts, tokens=tokens,
+            groups=groups(dataset, task, settings.subgroups),
         )  # fmt: skip
         if settings.corpora:
             seen = corpus.overlap(images, settings.corpora, settings.batch_size)

@@ -305,12 +305,14 @@ class Picture:
       values: HU, or raw values.
       hu: whether they are HU.
       mask: of the same shape; None without one.
+      depth: slices of its volume; 1 of an image.
     """
 
     number: int
     values: Float32[np.ndarray, "rows columns"]
     hu: bool
     mask: Bool[np.ndarray, "rows columns"] | None
+    depth: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,22 +330,33 @@ class TaskImages:
         return hashlib.sha256(what.encode()).hexdigest()
 
     @functools.cached_property
-    def _found(self) -> tuple[Int[np.ndarray, " n"], tuple[int, int]]:
-        """Numbers of all slices, and the greatest height and width; from one pass over the split."""
-        numbers, largest = [], (1, 1)
+    def masked(self) -> bool:
+        """Whether features are those of a region; where the task leaves that to the data, its first row says it."""
+        return _has_mask(self.files) if self.task.masked is None else self.task.masked
+
+    @functools.cached_property
+    def _found(self) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"], tuple[int, int]]:
+        """Numbers and depths of all slices, and the greatest height and width; from one pass over the split."""
+        numbers, depths, largest = [], [], (1, 1)
         for picture in self._pictures():
             numbers.append(picture.number)
+            depths.append(picture.depth)
             largest = max(largest[0], picture.values.shape[0]), max(largest[1], picture.values.shape[1])
-        return np.array(numbers, np.int64), largest
+        return np.array(numbers, np.int64), np.array(depths, np.int64), largest
 
     @property
     def numbers(self) -> Int[np.ndarray, " n"]:
         """Of all slices, in the order of rows."""
         return self._found[0]
 
+    @property
+    def depths(self) -> Int[np.ndarray, " n"]:
+        """How many slices the volume of each slice has."""
+        return self._found[1]
+
     def batches(self, numbers: Int[np.ndarray, " n"], batch_size: int) -> Iterator[data.HostBatch]:
         """Batches of the slices with these numbers, in the order of rows; with the field `mask` where the task has masks."""
-        largest = self._found[1]
+        largest = self._found[2]
         pool = BufferPool((batch_size, *largest))
         waiting: list[Picture] = []
         wanted = set(numbers.tolist())
@@ -393,7 +406,7 @@ class TaskImages:
                 raise DataError(f"{task.name}: {self.split} has no column modality, which says the units of a row")
             hu = table.column("modality")[offset].as_py() == CT
         mask = None
-        if task.masked:
+        if self.masked:
             mask = _array(table.column(MASK), offset, where) if MASK in table.column_names else None
             if mask is None:
                 raise DataError(f"{where} has no mask, and the task is about what is inside")
@@ -408,6 +421,7 @@ class TaskImages:
                 image[:, :, number] if task.volume else image,
                 hu,
                 mask if mask is None or not task.volume else mask[:, :, number],
+                image.shape[2] if task.volume else 1,
             )
 
 
@@ -422,6 +436,13 @@ def chosen_slices(count: int, mask: Bool[np.ndarray, "rows columns slices"] | No
         return inside.tolist()
     start = int(inside[len(inside) // 2]) - wanted // 2
     return [number for number in range(start, start + wanted) if number in set(inside.tolist())]
+
+
+def _has_mask(files: Files) -> bool:
+    """Whether the first row of the training split has a mask."""
+    for table in _tables(files.by_split[labels.FIT][0], (MASK,)):
+        return MASK in table.column_names and table.column(MASK).slice(0, 1).null_count == 0
+    return False
 
 
 def _array(column: pa.ChunkedArray, offset: int, where: str) -> Float32[np.ndarray, "..."] | None:

@@ -17,6 +17,8 @@ from curia_common.errors import UserError
 
 CT, MR, BOTH = "CT", "MR", "CT and MR"
 IMAGE, MASKED_IMAGE, VOLUME, MASKED_VOLUME, PAIR = "2D", "2D + mask", "3D", "3D + mask", "pair"
+# It is not published whether these have masks: they are used where the data has them.
+IMAGE_OR_MASKED, VOLUME_OR_MASKED = "2D (+ mask)", "3D (+ mask)"
 CLASSES, VALUE, TIME, FIELD = "classes", "value", "time to event", "field"
 HUB = "Hugging Face: raidium/CuriaBench, config {}"
 
@@ -51,7 +53,7 @@ class Task:
       licence: of the origin.
       access: how to get the data.
       modality: CT (values are HU), MR (values are raw), or BOTH, where the column `modality` says which.
-      form: of the input: IMAGE, MASKED_IMAGE, VOLUME, MASKED_VOLUME or PAIR.
+      form: of the input: IMAGE, MASKED_IMAGE, IMAGE_OR_MASKED, VOLUME, MASKED_VOLUME, VOLUME_OR_MASKED or PAIR.
       target: CLASSES, VALUE, TIME or FIELD.
       classes: number of classes.
       slices: of a volume, centred on its middle or on that of its mask; None takes all.
@@ -77,14 +79,16 @@ class Task:
     not_run: str | None = None
 
     @property
-    def masked(self) -> bool:
-        """Whether features are those of a region."""
+    def masked(self) -> bool | None:
+        """Whether features are those of a region: True, or False, or None where the data decides."""
+        if self.form in (IMAGE_OR_MASKED, VOLUME_OR_MASKED):
+            return None
         return self.form in (MASKED_IMAGE, MASKED_VOLUME)
 
     @property
     def volume(self) -> bool:
         """Whether a case has several slices."""
-        return self.form in (VOLUME, MASKED_VOLUME)
+        return self.form in (VOLUME, MASKED_VOLUME, VOLUME_OR_MASKED)
 
 
 CURIABENCH = (
@@ -125,7 +129,7 @@ CURIABENCH = (
     ),
     Task(
         name="deep-lesion-site", title="site of a tumour", origin="DeepLesion", licence="terms of the NIH Clinical Center",
-        access=HUB.format("deep-lesion-site"), modality=CT, form=MASKED_IMAGE, classes=8,
+        access=HUB.format("deep-lesion-site"), modality=CT, form=IMAGE_OR_MASKED, classes=8,
         official=Official("linear", epochs=50, base_rate=0.0005),
     ),
     Task(
@@ -135,22 +139,22 @@ CURIABENCH = (
     ),
     Task(
         name="neural_foraminal_narrowing", title="foraminal narrowing", origin="RSNA lumbar spine 2024",
-        licence="non-commercial (RSNA)", access=HUB.format("neural_foraminal_narrowing"), modality=MR, form=IMAGE, classes=3,
+        licence="non-commercial (RSNA)", access=HUB.format("neural_foraminal_narrowing"), modality=MR, form=IMAGE_OR_MASKED, classes=3,
         official=Official("linear", epochs=25, base_rate=0.005),
     ),
     Task(
         name="subarticular_stenosis", title="subarticular stenosis", origin="RSNA lumbar spine 2024",
-        licence="non-commercial (RSNA)", access=HUB.format("subarticular_stenosis"), modality=MR, form=IMAGE, classes=3,
+        licence="non-commercial (RSNA)", access=HUB.format("subarticular_stenosis"), modality=MR, form=IMAGE_OR_MASKED, classes=3,
         official=Official("linear", epochs=25, base_rate=0.01),
     ),
     Task(
         name="spinal_canal_stenosis", title="canal stenosis", origin="RSNA lumbar spine 2024",
-        licence="non-commercial (RSNA)", access=HUB.format("spinal_canal_stenosis"), modality=MR, form=IMAGE, classes=3,
+        licence="non-commercial (RSNA)", access=HUB.format("spinal_canal_stenosis"), modality=MR, form=IMAGE_OR_MASKED, classes=3,
         official=Official("linear", epochs=50, base_rate=0.005),
     ),
     Task(
         name="kneeMRI", title="tear of the anterior cruciate ligament", origin="KneeMRI, Rijeka", licence="research; see the origin",
-        access=HUB.format("kneeMRI"), modality=MR, form=VOLUME, classes=3, slices=3,
+        access=HUB.format("kneeMRI"), modality=MR, form=VOLUME_OR_MASKED, classes=3, slices=3,
         official=Official("attention", epochs=500, base_rate=0.005, cached=True),
     ),
     Task(

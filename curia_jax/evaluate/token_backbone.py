@@ -5,19 +5,19 @@ import functools
 import hashlib
 import importlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Shaped
 
 import curia_common
 from curia_common.errors import DataError, UserError
 from curia_jax import augment, data
 from curia_jax.evaluate import preparation
-from curia_jax.evaluate.features import LAST, Readout, patches_inside
+from curia_jax.evaluate.features import BEFORE_NORM, LAST, Readout, patches_inside
 from curia_jax.evaluate.preparation import Preparation
 from curia_jax.evaluate.results import Provenance
 
@@ -48,6 +48,7 @@ class TokenBackbone:
       name: as in results.
       readouts: that are made of its tokens. Those that it has no tokens for are left out.
       forward: the encoder.
+      depth: number of the last block, whose output is before the last norm; 0 where it gives tokens of no block.
     """
 
     name: str
@@ -55,6 +56,7 @@ class TokenBackbone:
     provenance: Provenance
     forward: Forward
     devices: int = 1
+    depth: int = 0
 
     @property
     def digest(self) -> str:
@@ -68,15 +70,14 @@ class TokenBackbone:
           UserError: it has the tokens of no readout.
           DataError: its tokens have another shape than `Tokens` says.
         """
-        blocks = sorted(
-            {layer for readout in self.readouts for layer in readout.layers if layer != LAST}, key=lambda layer: layer
-        )
-        by_layer = self.forward(batch, [block for block in blocks if isinstance(block, int)])
-        for tokens in by_layer.values():
-            self._check(tokens, len(batch["slice"]))
+        layers = {layer for readout in self.readouts for layer in readout.layers}
+        by_layer = self._by_layer(batch, layers)
         found = {}
         for readout in self.readouts:
-            parts = [_pooled(by_layer[layer], readout.pooling, batch) for layer in readout.layers]
+            given = [layer in by_layer for layer in readout.layers]
+            parts = (
+                [_pooled(by_layer[layer], readout.pooling, batch) for layer in readout.layers] if all(given) else [None]
+            )
             if all(part is not None for part in parts):
                 found[str(readout)] = np.concatenate([part for part in parts if part is not None], axis=1)
         if not found:
@@ -84,6 +85,37 @@ class TokenBackbone:
             wanted = ", ".join(map(str, self.readouts))
             raise UserError(f"backbone {self.name} has {has}, and --features={wanted} needs them; name others")
         return found
+
+    def tokens(self, batch: data.HostBatch, *, before_norm: bool) -> dict[str, Shaped[np.ndarray, "batch tokens ..."]]:
+        """As that of `features.Backbone`; without patches, its CLS token.
+
+        Raises:
+          UserError: it has no tokens before the last norm.
+          DataError: its tokens have another shape than `Tokens` says.
+        """
+        layer = BEFORE_NORM if before_norm else LAST
+        found = self._by_layer(batch, {layer}).get(layer)
+        if found is None:
+            raise UserError(f"backbone {self.name} gives no tokens before its last norm; leave it out of --backbones")
+        if found.patches is None:
+            values = to_numpy(found.cls)[:, None, :]
+            return {"tokens": values, "inside": np.ones(values.shape[:2], bool)}
+        count, rows, columns, width = found.patches.shape
+        inside = np.ones((count, rows * columns), bool)
+        if "mask" in batch:
+            inside = np.asarray(_inside(batch["mask"], batch["extent"], (rows, columns)))
+        return {"tokens": to_numpy(found.patches).reshape(count, rows * columns, width), "inside": inside}
+
+    def _by_layer(self, batch: data.HostBatch, layers: Collection[int | str]) -> dict[int | str, Tokens]:
+        blocks = {layer for layer in layers if isinstance(layer, int)}
+        if BEFORE_NORM in layers and self.depth:
+            blocks.add(self.depth)
+        by_layer = dict(self.forward(batch, sorted(blocks)))
+        for tokens in by_layer.values():
+            self._check(tokens, len(batch["slice"]))
+        if self.depth in by_layer:
+            by_layer[BEFORE_NORM] = by_layer[self.depth]
+        return by_layer
 
     def _check(self, tokens: Tokens, count: int) -> None:
         for what, values, axes in (("cls", tokens.cls, 2), ("patches", tokens.patches, 4)):

@@ -82,7 +82,7 @@ def open_backbone(word: str, readouts: Sequence[Readout], *, name: str | None = 
         weights_sha256=token_backbone.digest_of_arrays(state), preparation=opened.preparation.to_json(),
         readouts=tuple(map(str, readouts)), image_size=opened.preparation.size,
     )  # fmt: skip
-    return TokenBackbone(name or word, tuple(readouts), provenance, forward)
+    return TokenBackbone(name or word, tuple(readouts), provenance, forward, depth=opened.depth)
 
 
 def _split(tokens: Tensor, grid: tuple[int, int], word: str, *, has_cls: bool = True) -> Tokens:

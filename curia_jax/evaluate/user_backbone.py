@@ -16,7 +16,7 @@ from jaxtyping import Float32
 from curia_common.errors import DataError, UserError
 from curia_jax import data
 from curia_jax.evaluate import token_backbone
-from curia_jax.evaluate.features import LAST, Readout
+from curia_jax.evaluate.features import BEFORE_NORM, LAST, Readout
 from curia_jax.evaluate.results import Provenance
 from curia_jax.evaluate.tasks import CT, MR
 from curia_jax.evaluate.token_backbone import TokenBackbone, Tokens
@@ -59,7 +59,7 @@ def open_backbone(word: str, readouts: Sequence[Readout]) -> TokenBackbone:
             f"--backbones={word} has no attribute identity; set {name}.identity to text that changes with its weights and its "
             "preparation of pixels (features are kept on disk under it)"
         )
-    if any(layer != LAST for readout in readouts for layer in readout.layers):
+    if any(layer not in (LAST, BEFORE_NORM) for readout in readouts for layer in readout.layers):
         raise UserError(f"--backbones={word} gives its last tokens alone; name --features without @")
 
     def forward(batch: data.HostBatch, blocks: Sequence[int]) -> Mapping[int | str, Tokens]:

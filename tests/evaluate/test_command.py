@@ -96,7 +96,7 @@ def test_every_backbone_and_head_is_scored_reproducibly(study, tmp_path, capsys)
         (ours, floor) for floor in ("random", "pixels", "histogram")
     }
     for row in rows:
-        assert (row["task"], row["protocol"], row["labels"], row["status"]) == ("shards/shape", "ours", 1.0, "ok")
+        assert (row["task"], row["protocol"], row["labels"], row["status"]) == ("shards/shape", "ours", "100 %", "ok")
         assert (row["n"], row["patients"], row["events"], row["train_n"]) == (36, 6, 18, 84)
         assert row["low"] <= row["value"] <= row["high"] and len(row["data_sha256"]) == 64
     (checkpoint,) = {(row["step"], row["examples_seen"]) for row in rows if row["backbone"] == ours}
@@ -141,7 +141,12 @@ def test_few_labels_and_a_value_are_scored(study, tmp_path, capsys) -> None:
     assert run(study, tmp_path, *words, "--labels=0.5,1.0", "--draws=100") == 0
     rows = read(tmp_path)
     by_task = {task: [row for row in rows if row["task"] == task] for task in ("shards/shape", "shards/age:value")}
-    assert {(row["labels"], row["seed"]) for row in by_task["shards/shape"]} == {(0.5, 0), (0.5, 1), (0.5, 2), (1.0, 0)}
+    assert {(row["labels"], row["seed"]) for row in by_task["shards/shape"]} == {
+        ("50 %", 0),
+        ("50 %", 1),
+        ("50 %", 2),
+        ("100 %", 0),
+    }
     assert {row["metric"] for row in by_task["shards/age:value"]} == {"rmse", "mae", "r2"}
     assert {row["head"] for row in by_task["shards/age:value"]} == {"ridge", "none"}
     # Two tasks compare by the same head, but not by the same metric: nothing to correct for.
@@ -219,13 +224,13 @@ def test_permuted_test_labels_change_no_prediction(study, tmp_path) -> None:
             "error: no label 'shpae' in the shards; there are: shape, sex, age, modality, plane, body_part\n",
         ),
         (["--tasks=shape"], "error: no task 'shape'; --list shows those of CuriaBench, shards/LABEL is a label"),
-        (["--heads=svm"], "error: no head 'svm'; there are: knn, ridge, logistic\n"),
+        (["--heads=svm"], "error: no head 'svm'; there are: knn, ridge, logistic, cox, efficient\n"),
         (["--backbones=resnet"], "error: no backbone 'resnet': it is neither a folder nor one of the floors"),
         (["--floors=age"], "error: no floor 'age'; there are: random, pixels, histogram\n"),
         (["--features=max"], "error: no features 'max'; there are: mean, std, cls, and several"),
         (["--features=mean@9"], "error: no layer 9; this encoder has layers 1 to 2\n"),
         (["--features=mean@0"], "error: no layer 0; this encoder has layers 1 to 2\n"),
-        (["--features=mean@first"], "error: features 'mean@first': after @ write last, or numbers of blocks"),
+        (["--features=mean@first"], "error: features 'mean@first': after @ write last, prenorm, or numbers of blocks"),
         (["--labels=1.5"], "error: --labels=1.5: write shares above 0 up to 1.0, or whole numbers of cases"),
         (["--labels=0"], "error: --labels=0: write shares above 0 up to 1.0, or whole numbers of cases"),
         (["--labels=all"], "error: --labels=all: write shares above 0 up to 1.0, or whole numbers of cases"),

@@ -139,7 +139,7 @@ def test_unknown_pooling_and_layer_list_known_ones(model) -> None:
     with pytest.raises(UserError, match=r"no features 'max'; there are: mean, std, cls, and several joined by \+"):
         readout("mean+max")
     for text in ("mean@first", "mean@", "mean@1+", "mean@²"):
-        with pytest.raises(UserError, match="after @ write last, or numbers of blocks"):
+        with pytest.raises(UserError, match="after @ write last, prenorm, or numbers of blocks"):
             readout(text)
     for text in ("mean@4", "cls@0+last"):
         with pytest.raises(UserError, match="no layer [04]; this encoder has layers 1 to 3"):

@@ -306,3 +306,15 @@ def test_interval_without_width_is_doubted():
     targets = np.repeat([1, 0], 20)
     found = Bootstrap.over(np.arange(40)).estimate(metrics.auroc, targets, np.eye(2)[targets])
     assert (found.low, found.high) == (1, 1) and "no width" in found.doubt
+
+
+def test_auroc_over_pairs_equals_auroc_by_sorting(monkeypatch) -> None:
+    rng = np.random.default_rng(0)
+    targets, scores = (
+        rng.integers(0, 4, 90),
+        rng.integers(0, 6, (90, 3)).astype(float),
+    )  # ties, and a class without a score
+    weights = rng.integers(0, 3, (40, 90)).astype(float)
+    pairs = metrics.auroc(targets, scores, weights)
+    monkeypatch.setattr(metrics, "FEW_PAIRED", 0)
+    np.testing.assert_allclose(metrics.auroc(targets, scores, weights), pairs, rtol=1e-12)

@@ -9,6 +9,7 @@ import pytest
 
 from curia_common.errors import UserError
 from curia_jax.evaluate import labels, results, scoring, statistics
+from curia_jax.evaluate.tokens import Tokens
 
 SLICES = {"train": 90, "validation": 45, "test": 60}
 BACKBONES = {"run": 0.8, "random": 2.0, "pixels": 4.0}  # noise around the class centres
@@ -52,7 +53,7 @@ def test_rows_have_documented_fields_in_order() -> None:
 def test_differences_are_those_of_values() -> None:
     task, features = a_study()
     rows = results.rows(scoring.score(task, features)[0])
-    for head in scoring.OF_CLASSES:
+    for head in ("knn", "ridge", "logistic"):
         ours, theirs = (pick(rows, backbone=b, head=head, metric="auroc", against=None)[0] for b in ("run", "random"))
         difference = pick(rows, against="random", head=head, metric="auroc")[0]
         assert difference["backbone"] == "run"
@@ -216,7 +217,7 @@ def test_value_is_predicted_and_its_error_is_in_its_unit() -> None:
 
 def test_value_without_a_head_for_it_is_refused() -> None:
     task, features = ages()
-    with pytest.raises(UserError, match="age:value is a value, which knn and ridge can learn"):
+    with pytest.raises(UserError, match="age:value is a value, which knn, ridge, efficient can learn"):
         scoring.score(task, features, heads=["logistic"])
 
 
@@ -336,3 +337,24 @@ def test_times_without_an_event_in_the_test_are_refused() -> None:
     censored = dataclasses.replace(test, events=np.zeros(len(test.slices), bool))
     none = dataclasses.replace(task, splits={**task.splits, "test": censored})
     assert labels.obstacle_of(none) == "the test split has no event, so that the order of no two times is known"
+
+
+# ---- tokens
+
+
+def test_efficient_probing_learns_from_tokens_beside_heads_of_features() -> None:
+    task, features = a_study(classes=2)
+    rng = np.random.default_rng(5)
+    tokens = {}
+    for split, count in SLICES.items():
+        signal = 6.0 * (np.arange(count) // 3 % 2) - 3.0
+        values = rng.normal(size=(count, 5, 8)).astype(np.float32)
+        values[np.arange(count), rng.integers(0, 5, count), 0] += signal  # one token of five tells the class
+        lists = Tokens.of_slices(values, np.ones((count, 5), bool), np.arange(count))
+        tokens[split] = dict.fromkeys(features[split], lists)
+    scores, table = scoring.score(task, features, heads=["ridge", "efficient"], draws=50, tokens=tokens)
+    rows = results.rows(scores)
+    (found,) = pick(rows, backbone="pixels", head="efficient", metric="auroc", against=None)
+    assert found["value"] > 0.9 > pick(rows, backbone="pixels", head="ridge", metric="auroc", against=None)[0]["value"]
+    assert (found["features"], found["dimension"], found["selection"]) == ("tokens", 8, "validation split")
+    assert set(table.column("head").to_pylist()) == {"ridge", "efficient"}
