@@ -1,9 +1,8 @@
-"""Runs everything in turn, with the commands that a user types: exams, shards, pretraining (interrupted half way and
+"""Runs the whole pipeline with the commands that a user types: exams, shards, pretraining (interrupted half way and
 resumed), weights, scores, report.
 
 Without --data it uses a synthetic phantom of many patients and the CT and MR files that come with pydicom; nothing is
-downloaded. Stopped at any point, the same command resumes. A stage that is finished and whose inputs have not changed is
-not run again.
+downloaded. Rerun the command to resume after an interruption. Finished stages whose inputs have not changed are skipped.
 """
 
 import argparse
@@ -35,7 +34,7 @@ CONFIG = "demo"
 FEATURES, HEADS = "mean+std", "ridge,logistic"  # of the patch tokens; probes
 LAYOUTS = ("vit_mae", "vit", "dinov2", "timm")
 RECORD = "demo.json"
-# The demo runs on the CPU, whatever there is. There glibc returns freed memory to the operating system and gets it zeroed
+# The demo runs on the CPU, even where there is an accelerator. There glibc returns freed memory to the operating system and gets it zeroed
 # page by page in every step; keeping it, in huge pages, makes a step about a tenth faster. Other C libraries ignore this.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -45,16 +44,17 @@ ENVIRONMENT = {
 SIZE = 64
 # Many patients with few small slices: enough to learn from, and enough test patients for narrow intervals.
 PHANTOM = ("--seed=1", "--series=abdomen_ct", f"--size={SIZE}", "--slices=5", "--varied")
-# Of the phantom's patients: those that are tested, and those of the others whose label the probes get.
-TEST_SHARE, LABELLED_SHARE = 1 / 4, 1 / 9
+# Shares of the phantom's patients: tested, and labelled for the probes. The rest are for pretraining alone.
+TEST_SHARE, LABELLED_SHARE = 0.3, 0.2
 TASK = "situs"
 ABOUT = (
     "The task: half of the phantom's patients have situs inversus, the mirror image of the usual anatomy (situs solitus), with "
-    "the liver on the left. All lie turned and off centre, at different contrast phases, so that the organs' places relative to "
-    "each other tell, and hardly the brightness of a pixel. Most training patients have no label; the probes learn from the others."
+    "the liver on the left. All are rotated and off centre, in different contrast phases, so that the position of the organs relative "
+    "to each other tells the classes apart, hardly the brightness of a pixel. Most training patients have no label; the probes learn "
+    "from the others."
 )
-# The same labels, dealt out again among the patients of a split. One such shuffle of few patients scatters; the mean of many
-# shows chance.
+# The same labels, shuffled among the patients of a split. The score of a single shuffle of few patients varies a lot; the mean
+# over many shuffles shows chance.
 CONTROLS = tuple(f"{TASK}_shuffled_{n}" for n in range(1, 9))
 EXAMPLES = """
 python -m curia_jax.demo
@@ -72,7 +72,7 @@ def parser() -> cli.Parser:
     )  # fmt: skip
     made.add_argument("--data", metavar="FOLDER", help="your own DICOM or NIfTI files, instead of the phantom")
     made.add_argument("--output", metavar="FOLDER", default="demo", help="folder of all results (%(default)s)")
-    made.add_argument("--patients", type=int, default=360, help="of the phantom (%(default)s)")
+    made.add_argument("--patients", type=int, default=400, help="of the phantom (%(default)s)")
     made.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of the build (%(default)s)")
     made.add_argument("--fresh", action="store_true", help="run every stage again")
     return made
@@ -124,7 +124,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class LogLine:
-    """A line of a run's metrics.jsonl or events.jsonl, as far as the demo reads it.
+    """The fields of a line of metrics.jsonl or events.jsonl that the demo reads.
 
     Attributes:
       time: seconds since 1970.

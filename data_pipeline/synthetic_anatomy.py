@@ -46,7 +46,7 @@ MR = {
 # HU before and at the peak of a contrast agent, for patients who are varied.
 ENHANCEMENT = {"heart": (40, 200), "aorta": (40, 250), "liver": (55, 120), "spleen": (45, 140), "kidney": (30, 190)}
 # Of patients who are varied: largest rotation, rad; shift, in half fields of view; reduction in size.
-ROTATION, SHIFT, SHRINKAGE = 0.5, 0.12, 0.2
+ROTATION, SHIFT, SHRINKAGE = 0.9, 0.15, 0.3
 CT_NOISE_HU = 18.0
 SUPERSAMPLING = 2  # per direction within the slice
 
