@@ -139,9 +139,11 @@ def launch(args: argparse.Namespace) -> int | None:
     target = _target(spec)
     plan = cost.read(args.plan, spec) if args.plan else None
     cost.check(plan, spec, max_cost=args.max_cost, ignore_fit=args.ignore_fit)
-    target.render(
-        spec
-    )  # refuses what the target cannot serve, before the command is asked for its config, which takes seconds
+    # What the target cannot serve, or lacks, is refused before the command is asked for its config and a bucket is looked into.
+    rendering = target.render(spec)
+    if not args.dry_run:
+        rendering.check_complete()
+        _check_source(spec, allow_dirty=args.allow_dirty)
     platform = "cpu" if spec.target == LOCAL else spec.topology.platform
     spec = checks.check(spec, platform, allow_changes=args.allow_changes, contact=not args.dry_run)
     grace.check(spec, plan, contact=not args.dry_run)
@@ -159,13 +161,7 @@ def launch(args: argparse.Namespace) -> int | None:
                 f"placeholders, which a submission needs: {', '.join(f'--{name}' for name in rendering.placeholders)}"
             )
         return ExitCode.DONE
-    rendering.check_complete()
     if spec.target != LOCAL:
-        if spec.source.endswith(source.DIRTY) and not args.allow_dirty:
-            raise UserError(
-                f"files differ from commit {spec.source.removesuffix(source.DIRTY)}, so that nobody could tell later what ran; commit them, "
-                "or launch all the same with --allow-dirty"
-            )
         _ask(spec, plan, yes=args.yes)
     records.write(spec)
     for title, address in rendering.links.items():
@@ -189,6 +185,15 @@ def manage(what: str, names: Sequence[str], *, follow: bool) -> int:
 
 def _target(spec: LaunchSpec) -> Target:
     return importlib.import_module(TARGETS[spec.target])  # pyright: ignore[reportReturnType] - modules that keep the protocol
+
+
+def _check_source(spec: LaunchSpec, *, allow_dirty: bool) -> None:
+    """Raises UserError where nobody could tell later what ran on the cloud."""
+    if spec.target != LOCAL and spec.source.endswith(source.DIRTY) and not allow_dirty:
+        raise UserError(
+            f"files differ from commit {spec.source.removesuffix(source.DIRTY)}, so that nobody could tell later what ran; commit them, "
+            "or launch all the same with --allow-dirty"
+        )
 
 
 def _ask(spec: LaunchSpec, plan: cost.Plan | None, *, yes: bool) -> None:
