@@ -73,7 +73,7 @@ Injected = dict[str, Any]  # see fault_config.py
 
 
 class Try(NamedTuple):
-    """One fault and what became of it; see the head of this file. `note` says what was not as promised."""
+    """One fault and its outcome; see the head of this file. `note` says which promise was broken."""
 
     survived: bool
     lost_steps: int = 0
@@ -212,7 +212,7 @@ def _lines(path: Path | epath.Path) -> list[dict[str, Any]]:
     return found
 
 
-# ---- a work directory and what is asked of it
+# ---- a work directory, and the checks on it
 
 
 @dataclasses.dataclass
@@ -258,7 +258,7 @@ class Place:
         return [event for event in _lines(self.workdir / "events.jsonl") if event.get("event") == name]
 
     def resumed_at(self) -> int:
-        """Step from which the last start went on."""
+        """Step from which the last start resumed."""
         starts = self.events("started") + self.events("resumed")
         return int(max(starts, key=lambda event: event["time"])["step"]) if starts else 0
 
@@ -299,7 +299,7 @@ class Place:
         same: bool = True,
         stop: float | None = None,
     ) -> Try:
-        """What became of a fault, now that the start after it has ended.
+        """The outcome of a fault, after the next start has ended.
 
         Args:
           before: last step before the fault.
@@ -349,7 +349,7 @@ class Undisturbed(NamedTuple):
 
 
 class Bench:
-    """Where everything lies, and the runs to compare with."""
+    """The folders of the benchmark, and the undisturbed runs to compare with."""
 
     def __init__(self, folder: Path, shards: Path | None) -> None:
         self.folder = folder
@@ -469,7 +469,7 @@ def killed(place: Place, kills: int, moments: Sequence[Moment]) -> list[Try]:
     start_up = 0.5 * place.bench.undisturbed(place.processes, steps).seconds
     problems: list[str] = []
     kept: list[tuple[int, float, int]] = []  # number of the start; seconds to stop; last step before
-    at: dict[int, tuple[int, float | None]] = {}  # start -> the step from which it went on, and the seconds until then
+    at: dict[int, tuple[int, float | None]] = {}  # start -> the step from which it resumed, and the seconds until then
 
     def kill(start: Start, who: int) -> float | None:
         """When it was killed; None where it ended by itself."""
@@ -588,7 +588,7 @@ def lost_coordinator(place: Place) -> list[Try]:
 
 
 def suspended(place: Place) -> list[Try]:
-    """SIGSTOP: a single process is continued and goes on; of several, the others end."""
+    """SIGSTOP: a single process is continued and trains on; of several, the others end."""
     who = place.random.randrange(place.processes)
     fault = {"at": "batch", "nth": AT, "do": "SIGSTOP"}
     if place.processes > 1:
@@ -620,7 +620,7 @@ def terminated_twice(place: Place) -> list[Try]:
 
 
 def failing(place: Place) -> list[Try]:
-    """An exception nobody foresaw: 1 where it happened, 75 elsewhere."""
+    """An unexpected exception: 1 where it happened, 75 elsewhere."""
     who = _who(place)
     codes = [1 if number == who else 75 for number in range(place.processes)]
     return [disturbed(place, {who: [{"at": "batch", "nth": AT, "do": "raise"}]}, codes)]
@@ -633,7 +633,7 @@ def hanging(place: Place) -> list[Try]:
 
 
 def disk_full_for_a_while(place: Place) -> list[Try]:
-    """No file can grow while step 8 is saved: training goes on, later saves succeed."""
+    """No file can grow while step 8 is saved: training continues, later saves succeed."""
     faults = [{"at": "batch", "nth": 7, "do": "full"}, {"at": "batch", "nth": 11, "do": "free"}]
     one = disturbed(place, {0: faults}, [0] * place.processes)
     if not place.events("save-failed") and "could not save step 8" not in (place.folder / "start-1-0.err").read_text():
@@ -774,7 +774,7 @@ def refused(place: Place, start: Start, code: int, text: str, *more: str) -> lis
 
 
 def no_whole_checkpoint(place: Place) -> list[Try]:
-    """Refused with 65; nothing starts again at step 0."""
+    """Refused with 65; the run does not restart at step 0."""
     place.bench.stopped(place)
     for folder in (place.workdir / "checkpoints").iterdir():
         _damage(folder, "bit flipped in the arrays", place.random)
@@ -863,7 +863,7 @@ def record_replaced(place: Place) -> list[Try]:
 
 
 def poisoned_batch(place: Place) -> list[Try]:
-    """NaN in one batch: its update is not applied, which is an event; the run goes on."""
+    """NaN in one batch: its update is not applied, which is an event; training continues."""
     injected = [{"at": "batch", "nth": AT, "do": "nan"}]
     start = place.start(injected=dict.fromkeys(range(place.processes), injected))
     problems = []
@@ -877,7 +877,7 @@ def poisoned_batch(place: Place) -> list[Try]:
 
 
 def poisoned_batches(place: Place) -> list[Try]:
-    """NaN in every batch from one on: the run goes back as often as it may, then 64."""
+    """NaN in every batch from one on: the run rolls back up to its limit, then 64."""
     injected = [{"at": "batch", "nth": AT, "last": 10_000, "do": "nan"}]
     start = place.start(
         "--config.guard.patience=3", injected=dict.fromkeys(range(place.processes), injected), steps=400
@@ -984,7 +984,7 @@ class Task(NamedTuple):
 
 
 def tasks(bench: Bench, names: Iterable[str], processes: Iterable[int], every: bool) -> list[Task]:
-    """What there is to do. Random SIGKILLs alternate between the folder and, where there is one, a file system in memory."""
+    """The units of work. Random SIGKILLs alternate between the folder and, where there is one, a file system in memory."""
     places = [bench.folder]
     if os.access("/dev/shm", os.W_OK):
         places.append(Path("/dev/shm") / f"{bench.folder.name}-{os.getuid()}")
@@ -1153,7 +1153,7 @@ def faults(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(parser(), faults, argv, stopped="stopped; the same command goes on from here")
+    return cli.run(parser(), faults, argv, stopped="stopped; rerun the command to resume")
 
 
 if __name__ == "__main__":

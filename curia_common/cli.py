@@ -90,12 +90,12 @@ def run(
     parser: argparse.ArgumentParser, action: Callable[[Any], int | None], argv: Sequence[str] | None, *,
     stopped: str = "stopped; rerun the same command to resume", quote_faults: bool = True, saves: bool = False,
 ) -> int:  # fmt: skip
-    """Parses the arguments, runs the command, and turns what happens into one line and an exit code.
+    """Parses the arguments, runs the command, and turns the outcome into one line and an exit code.
 
     Args:
       action: gets the parsed arguments; returns an exit code, or None for 0.
       argv: the words after the command; None takes the process's own.
-      stopped: said when Ctrl-C or SIGTERM ended it.
+      stopped: the last line after Ctrl-C or SIGTERM.
       quote_faults: False says only type and line of an unforeseen error, because its text may quote header values.
       saves: the command saves its work when it is told to stop, and says so to `signals.receiving`. Until it does, a signal
         ends it at once with 75.
@@ -152,7 +152,7 @@ def _outcome(
     except KeyboardInterrupt:
         return ExitCode.RESTART, stopped
     except BrokenPipeError:
-        # The reader of standard output has seen enough: `… | head`. As a shell reports SIGPIPE, which Python ignores.
+        # The reader of standard output closed the pipe: `… | head`. As a shell reports SIGPIPE, which Python ignores.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE, None
@@ -184,7 +184,7 @@ def command() -> str:
 
 
 def owns_process() -> bool:
-    """Whether the command that is running is the whole process, and not called by a program."""
+    """Whether the running command owns the process, rather than being called by a program."""
     return _own_process
 
 

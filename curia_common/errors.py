@@ -1,4 +1,4 @@
-"""Errors that a user can mend. `cli.run` prints each as one line, `error: …`, and exits with its code."""
+"""Errors that a user can fix. `cli.run` prints each as one line, `error: …`, and exits with its code."""
 
 import traceback
 from pathlib import Path
@@ -39,7 +39,7 @@ class StorageError(UserError):
 
 
 class RestartError(UserError):
-    """The run cannot go on now, but can later: another host is lost, or the work directory is in use. Rerunning resumes."""
+    """The run cannot continue now, but can later: another host is lost, or the work directory is in use. Rerunning resumes."""
 
     exit_code = ExitCode.RESTART
 

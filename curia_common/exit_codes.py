@@ -32,5 +32,5 @@ MEANINGS = {
     ExitCode.INTERRUPTED: "second Ctrl-C: stopped at once",
 }
 
-# After these another start would end the same way.
+# After these a restart would fail in the same way.
 FINAL = (ExitCode.USAGE, ExitCode.DIVERGED, ExitCode.DATA, ExitCode.DOES_NOT_FIT)

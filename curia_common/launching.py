@@ -20,7 +20,7 @@ MEGASCALE_SLICES = "MEGASCALE_NUM_SLICES"
 
 @dataclasses.dataclass(frozen=True)
 class Contract:
-    """What a launched process has to find. Field `attempt` is the variable CURIA_LAUNCH_ATTEMPT, and so on.
+    """What a launched process must find. Field `attempt` is the variable CURIA_LAUNCH_ATTEMPT, and so on.
 
     Attributes:
       run: name of the launched run.
@@ -68,7 +68,7 @@ class Contract:
         return cls(**values)  # pyright: ignore[reportArgumentType] - of the fields' types
 
     def check_environment(self, environment: Mapping[str, str]) -> None:
-        """Refuses what another attempt, or another kind of job, has left in the environment.
+        """Refuses variables that another attempt, or another kind of job, left in the environment.
 
         Raises:
           DoesNotFitError: names the variable, its value and the one of this attempt.

@@ -1,4 +1,4 @@
-"""What worker processes leave behind when their parent is killed: nothing."""
+"""Worker processes that end with their parent, and clean-up of their semaphores."""
 
 import contextlib
 import hashlib

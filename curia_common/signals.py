@@ -46,7 +46,7 @@ class Received:
         return self._first_stop.locked()
 
     def stop(self) -> None:
-        """Stops as a signal does, for reasons that are none; from any thread."""
+        """Requests a stop for another reason than a signal; from any thread."""
         if self._first_stop.acquire(blocking=False):
             self.on_stop()
 

@@ -1,4 +1,4 @@
-"""Which code this is."""
+"""The version of the running code."""
 
 import os
 import subprocess

@@ -1,1 +1,1 @@
-"""Launches the project's commands on pods and restarts what the cloud takes away. Imports curia_common alone."""
+"""Launches the project's commands on pods and restarts them after failures and preemptions. Imports curia_common alone."""

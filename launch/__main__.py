@@ -64,7 +64,7 @@ python -m launch stop first""",
     )
     made.add_argument("--slices", type=int, default=1, metavar="N", help="TPU slices of that topology (1)")
     made.add_argument("--run", metavar="NAME", help="name of the run (the last part of the command's --workdir)")
-    made.add_argument("--spot", action="store_true", help="machines that the cloud may take away")
+    made.add_argument("--spot", action="store_true", help="preemptible machines")
     made.add_argument("--reserved", action="store_true", help="machines of a reservation")
     made.add_argument("--reservation", metavar="NAME", help="which one")
     made.add_argument("--image", metavar="NAME@sha256:…", help="container image, by digest")
@@ -170,7 +170,7 @@ def launch(args: argparse.Namespace) -> int | None:
 
 
 def manage(what: str, names: Sequence[str], *, follow: bool) -> int:
-    """status, logs, stop or restart of one run."""
+    """Runs the subcommands status, logs, stop and restart of one run."""
     if len(names) != 1:
         raise UserError(f"{what} takes the name of one run: python -m launch {what} RUN")
     spec = records.read(names[0])
@@ -188,7 +188,7 @@ def _target(spec: LaunchSpec) -> Target:
 
 
 def _check_source(spec: LaunchSpec, *, allow_dirty: bool) -> None:
-    """Raises UserError where nobody could tell later what ran on the cloud."""
+    """Raises UserError if files differ from the commit, because nobody could tell later which code ran."""
     if spec.target != LOCAL and spec.source.endswith(source.DIRTY) and not allow_dirty:
         raise UserError(
             f"files differ from commit {spec.source.removesuffix(source.DIRTY)}, so that nobody could tell later what ran; commit them, "
@@ -197,7 +197,7 @@ def _check_source(spec: LaunchSpec, *, allow_dirty: bool) -> None:
 
 
 def _ask(spec: LaunchSpec, plan: cost.Plan | None, *, yes: bool) -> None:
-    """Says what the launch costs, and goes on after a yes alone."""
+    """Prints the cost of the launch, and continues only if the user answers yes."""
     what = f"{spec.command} on {spec.topology} ({spec.topology.chips:,} chips, {spec.capacity}) with {spec.target}"
     logger.info(f"{what}: {plan.text() if plan else 'no plan, so its cost is not known'}")
     if plan is None and spec.command == cost.PLANNED:

@@ -2,7 +2,7 @@
 
 What a launch decides, how many processes and devices there are, it sets itself where the config is for other machines.
 
-The fields are asked of the command itself (`--fields`), so that they are what it will read: config file, overrides and defaults.
+The launcher gets the fields from the command itself (`--fields`), so that they are what it will read: config file, overrides and defaults.
 """
 
 import ast

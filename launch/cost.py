@@ -16,7 +16,7 @@ _FREE = ("--config.data.", "--config.devices.", "--config.keep", "--config.save_
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What the planner says of a run.
+    """The planner's figures of a run.
 
     Attributes:
       topology: as str(Topology) writes it.
@@ -89,7 +89,7 @@ def read(path: str, spec: LaunchSpec) -> Plan:
 
 
 def check(plan: Plan | None, spec: LaunchSpec, *, max_cost: int | float | None, ignore_fit: bool) -> None:
-    """Refuses what does not fit or is too dear.
+    """Refuses a run that does not fit or costs too much.
 
     Raises:
       DoesNotFitError: the run needs more memory than a chip has.

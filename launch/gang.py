@@ -1,4 +1,4 @@
-"""The processes of one attempt on this machine: started together, ended together, and never beside those of another attempt."""
+"""The processes of one attempt on this machine: started together, ended together, and never alive at the same time as those of another attempt."""
 
 import contextlib
 import dataclasses
@@ -60,7 +60,7 @@ class Process:
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What is known of a run between two looks at it.
+    """The state of a run, as recorded on disk.
 
     Attributes:
       phase: running, restarting, finished, stopped or failed.

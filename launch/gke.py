@@ -167,7 +167,7 @@ def node_pool_of(spec: LaunchSpec, index: int) -> str:
 
 
 def _node_pools(spec: LaunchSpec) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
-    """For each thing that has to be there: what asks for it, and what makes it."""
+    """Pairs of commands for each node pool or cluster resource: one checks that it exists, one creates it."""
     there = spec.topology
     assert there.generation is not None
     location, cluster = location_of(spec)

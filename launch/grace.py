@@ -42,7 +42,7 @@ def estimated_seconds(spec: LaunchSpec, plan: Plan) -> float:
 
 
 def check(spec: LaunchSpec, plan: Plan | None, *, contact: bool) -> None:
-    """Refuses a time of grace that is shorter than a save was; warns where it is shorter than one may be.
+    """Refuses a grace period shorter than a measured save; warns if it is shorter than an estimated one.
 
     Args:
       contact: a work directory in a bucket may be looked at.

@@ -1,13 +1,13 @@
-"""JobSet manifests for TPU slices on GKE, and what has to be true of them.
+"""JobSet manifests for TPU slices on GKE, and their validation.
 
 One Job for each TPU slice, one pod for each host. A pod that fails ends its Job, and a Job that fails is decided by the failure policy of
 the JobSet, in this order (kubernetes-sigs/jobset, KEP-262; rules with message patterns since v0.10):
 
-  a final exit code        fails the JobSet: another start would end alike
-  a pod that is taken away preemption, maintenance: restarts all pods, as often as it happens
+  a final exit code        fails the JobSet: a restart would fail in the same way
+  an evicted pod            preemption, maintenance: restarts all pods, as often as it happens
   anything else            restarts all pods, up to max_restarts times
 
-The first two reach the JobSet with the same reason, PodFailurePolicy, and differ in the message that Kubernetes writes alone.
+The first two reach the JobSet with the same reason, PodFailurePolicy, and differ only in the message that Kubernetes writes.
 Only what JobSet offers without a feature gate is used.
 """
 
@@ -207,7 +207,7 @@ def _bucket_volumes(shards: buckets.Mount, *, host_network: bool) -> list[dict[s
     return found
 
 
-# ---- what has to be true
+# ---- validation
 
 
 class _Several(dict[str, Any]):
@@ -240,13 +240,13 @@ _SCHEMA: dict[str, Any] = {
 
 
 def problems(manifest: dict[str, Any], spec: LaunchSpec) -> list[str]:
-    """What is wrong with a manifest for this spec; empty where nothing is."""
+    """Problems of a manifest for this spec; empty if it is valid."""
     found = list(_differences(manifest, _SCHEMA, ""))
     return found or list(_violations(manifest, spec))
 
 
 def _differences(value: Any, schema: Any, where: str) -> Iterator[str]:
-    """Where a value is not as the schema says."""
+    """Differences between a value and the schema."""
     if isinstance(schema, _Several):
         if not isinstance(value, list):
             yield f"{where} is not a list"
@@ -273,7 +273,7 @@ def _differences(value: Any, schema: Any, where: str) -> Iterator[str]:
 
 
 def _violations(manifest: dict[str, Any], spec: LaunchSpec) -> Iterator[str]:
-    """Statements that no schema makes."""
+    """Violations of rules that a schema cannot express."""
     there, [replicated] = spec.topology, manifest["spec"]["replicatedJobs"]
     job = replicated["template"]["spec"]
     pod = job["template"]["spec"]

@@ -40,7 +40,7 @@ def render(spec: LaunchSpec) -> Rendering:
     """A script that starts all processes once. See rendering.Target.
 
     Raises:
-      UserError: an option that means nothing on this machine.
+      UserError: an option that has no effect on this machine.
     """
     spec.refuse_unused()
     if spec.topology.kind == "gpu":
@@ -126,7 +126,7 @@ def logs(spec: LaunchSpec, *, follow: bool) -> int:
 
 
 def _stop(spec: LaunchSpec) -> bool:
-    """Whether something was alive; it is not any more."""
+    """Ends what is alive; returns whether anything was."""
     folder = records.folder_of(spec.run)
     state = State.read(folder)
     if state is None or not gang.is_locked(folder):
@@ -198,12 +198,12 @@ def _give_up(state: State, folder: Path, code: int, why: str) -> NoReturn:
 
 
 def _alike(end: End) -> str:
-    """Equal for ends that differ in numbers alone: steps, ports, times."""
+    """A key that is equal for failures that differ only in numbers: steps, ports, times."""
     return f"{end.code} {re.sub(r'[0-9]+', '#', end.line) if end.code > 0 else ''}"
 
 
 def _look(spec: LaunchSpec, before: int | None, output: Output) -> int | None:
-    """Newest checkpoint; the one known before where storage does not answer, which ends no run."""
+    """Newest checkpoint; the last known one if storage does not answer, because that must not end the run."""
     try:
         return workdirs.newest_checkpoint(spec.workdir)
     except StorageError as error:

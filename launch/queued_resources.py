@@ -1,10 +1,10 @@
 """Runs on TPU VMs of the Cloud TPU API, v4 to v6e, by queued resources.
 
 Every TPU VM runs launch/worker.sh at each boot, which starts the container, and starts it again after a failure. What it cannot do is to
-bring back machines that the cloud has taken away. A supervisor does: it looks at the queued resource and at the records in the work
-directory, takes one step, and keeps nothing in mind. It may be killed at any time, and started again with the same command.
+replace machines that were preempted. A supervisor does: it looks at the queued resource and at the records in the work
+directory, takes one step, and keeps no state. It may be killed at any time, and started again with the same command.
 
-There is never a second gang: a request can be made under the name of the run only when the old one is gone, and its VMs with it.
+Two sets of workers never run at once: a request can be made under the name of the run only when the old one is gone, and its VMs with it.
 """
 
 import json
@@ -46,7 +46,7 @@ Pause = Callable[[float], object]
 
 
 class Seen(NamedTuple):
-    """What the supervisor sees at one moment.
+    """The state of the run as the supervisor reads it.
 
     Attributes:
       state: of the queued resource; None where there is none.
@@ -95,7 +95,7 @@ def render(spec: LaunchSpec) -> Rendering:
 
 
 def submit(spec: LaunchSpec, rendering: Rendering) -> int:
-    """Supervises the run until it has ended; goes on with one that is there already."""
+    """Supervises the run until it has ended; takes over a queued resource that already exists."""
     folder = records.folder_of(spec.run)
     rendering.write(folder, spec)
     seen = look(spec)
@@ -104,7 +104,7 @@ def submit(spec: LaunchSpec, rendering: Rendering) -> int:
         raise UserError(
             f"{spec.run} has ended already ({end.why}); start it again with: python -m launch restart {spec.run}"
         )
-    tools.logger.info(f"supervising {spec.run}; this may be stopped and started again, the run goes on")
+    tools.logger.info(f"supervising {spec.run}; this command may be stopped and rerun; the run continues")
     with signals.receiving() as received:
         received.on_stop = lambda: cli.leave(
             ExitCode.RESTART, f"no longer supervised, but going on: {spec.run}; rerun the same command to supervise it"
@@ -115,7 +115,7 @@ def submit(spec: LaunchSpec, rendering: Rendering) -> int:
 
 
 def supervise(spec: LaunchSpec, folder: Path, pause: Pause = time.sleep) -> End:
-    """Takes one step after the other until the run has ended and its machines are gone.
+    """Takes steps until the run has ended and its machines are gone.
 
     Args:
       folder: of the rendered files.
@@ -166,7 +166,7 @@ def decide(seen: Seen, spec: LaunchSpec) -> Action:
 
 
 def look(spec: LaunchSpec) -> Seen:
-    """What there is now. Outcomes are read after the state, so that a run that ends in between is not started again."""
+    """The present state. Outcomes are read after the state, so that a run that ends in between is not started again."""
     try:
         text = tools.run(_gcloud(spec, "queued-resources", "describe", spec.run, "--format=json"))
     except tools.ToolError as error:
@@ -184,7 +184,7 @@ def look(spec: LaunchSpec) -> Seen:
 
 
 def status(spec: LaunchSpec) -> str:
-    """State of the queued resource, and what workers said."""
+    """State of the queued resource, and the outcomes of the workers."""
     seen = look(spec)
     lines = [f"{spec.run}: {seen.state or 'no queued resource'}" + (f" ({seen.problem})" if seen.problem else "")]
     lines += [f"lost: {node}" for node in seen.lost_nodes]
@@ -257,7 +257,7 @@ def restart(spec: LaunchSpec) -> int:
 
 
 def _end_of(outcomes: Mapping[int, tuple[int, str]], spec: LaunchSpec) -> End | None:
-    """How the run ended; None where it goes on."""
+    """How the run ended; None while it is running."""
     for number, (code, why) in sorted(outcomes.items()):
         if code != ExitCode.DONE:
             return End(code, f"worker {number} ended with exit code {code}" + (f": {why}" if why else ""))
@@ -407,5 +407,5 @@ def _mount_config(shards: buckets.Mount) -> str:
 
 
 def _shutdown(spec: LaunchSpec) -> str:
-    """Run when the cloud takes a machine away, before its processes are killed."""
+    """Shutdown script of a VM: runs after a preemption notice, before the processes are killed."""
     return f"#!/bin/sh\n# The machine goes away: SIGTERM to the run, which saves and ends.\nexec docker stop --time {spec.grace_seconds} {spec.run}\n"

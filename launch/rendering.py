@@ -1,4 +1,4 @@
-"""What a target makes of a LaunchSpec, and what a target is."""
+"""The rendering of a LaunchSpec, and the interface of a target."""
 
 import dataclasses
 import re
@@ -16,7 +16,7 @@ _PLACEHOLDER = re.compile(f"<({'|'.join(OPEN)})>")
 
 @dataclasses.dataclass(frozen=True)
 class Rendering:
-    """All that a submission sends, complete and validated.
+    """Everything that a submission sends, complete and validated.
 
     Attributes:
       files: name -> text; commands name them relative to the folder that they are written to.
@@ -95,7 +95,7 @@ class Target(Protocol):
         ...
 
     def logs(self, spec: LaunchSpec, *, follow: bool) -> int:
-        """Prints what the processes wrote; `follow` goes on until the run has ended. Returns an exit code."""
+        """Prints what the processes wrote; `follow` continues until the run has ended. Returns an exit code."""
         ...
 
     def stop(self, spec: LaunchSpec) -> str:

@@ -87,7 +87,7 @@ def logs(spec: LaunchSpec, *, follow: bool) -> int:
 
 
 def stop(spec: LaunchSpec, pause: Pause = time.sleep) -> str:
-    """SIGTERM to all processes, which save and end; cancels what is left of the job after the time of grace."""
+    """SIGTERM to all processes, which save and end; cancels the job after the grace period."""
     folder = records.folder_of(spec.run)
     state = _state(spec)
     if state is None:

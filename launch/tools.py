@@ -1,4 +1,4 @@
-"""Runs the clouds' own programs (gcloud, kubectl, sbatch) and reads what they say went wrong."""
+"""Runs the clouds' own programs (gcloud, kubectl, sbatch) and classifies their errors."""
 
 import re
 import subprocess
@@ -48,7 +48,7 @@ logger = logs.get_logger(__name__)
 
 
 def run(argv: Sequence[str], *, folder: Path | None = None, pause: Callable[[float], object] = time.sleep) -> str:
-    """What a program prints on standard output. Errors that pass are retried for about five minutes.
+    """What a program prints on standard output. Transient errors are retried for about five minutes.
 
     Args:
       folder: in which it runs.

@@ -1,4 +1,4 @@
-"""What a work directory holds, as far as a launcher asks: a folder of this machine, or a place in a Cloud Storage bucket.
+"""What a launcher reads from a work directory: a folder of this machine, or a place in a Cloud Storage bucket.
 
 The names are those of curia_jax.checkpoint and curia_jax.workdir, which a launcher does not import.
 """

@@ -48,7 +48,7 @@ class Task:
 
     Attributes:
       name: config of CuriaBench, and the folder of its data; a name of our own where CuriaBench has none.
-      title: what is told.
+      title: what the task predicts.
       origin: the datasets that it was made of.
       licence: of the origin.
       access: how to get the data.
