@@ -63,7 +63,7 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def _inject(faults: list[Fault]) -> None:
-    """Makes the faults happen when their time comes."""
+    """Injects the faults at their moments."""
     at_batches = [fault for fault in faults if fault.at == "batch"]
     at_events = [fault for fault in faults if fault.at != "batch"]
     if at_batches:

@@ -424,7 +424,7 @@ class Bench:
         return self._undisturbed[processes, steps]
 
     def stopped(self, place: Place) -> int:
-        """Fills a place with a run that SIGTERM stopped, made once, and returns its step."""
+        """Copies a run that SIGTERM stopped into a place, and returns its step. The run is made once."""
         made = self.folder / f"stopped-{place.processes}"
         with self._alone(("stopped", place.processes)):
             if not (made / "done").exists():

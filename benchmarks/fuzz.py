@@ -360,7 +360,7 @@ def write_files(folder: Path, count: int, seed: int, sound: Mapping[str, Sound])
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of the files.
+    """The outcome of all files.
 
     Attributes:
       code: exit code of the build.

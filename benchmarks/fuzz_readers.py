@@ -1,4 +1,4 @@
-"""Reads thousands of damaged and hostile files of this project's own kinds, and checks that each is accepted or refused in one line.
+"""Reads thousands of damaged and hostile files in this project's own formats, and checks that each is accepted or refused in one line.
 
   python -m benchmarks.fuzz_readers                                  20,000 inputs; `make fuzz` runs it after benchmarks.fuzz
   python -m benchmarks.fuzz_readers --inputs 500 --seed 7            another 500
@@ -364,7 +364,7 @@ class Input(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What became of an input.
+    """The outcome of one input.
 
     Attributes:
       refusal: how it was refused; None where it was accepted.
@@ -454,7 +454,7 @@ def _work(sound: Path, top: Path, plan: Sequence[tuple[int, str]], seed: int, ch
 
 @dataclasses.dataclass
 class Outcome:
-    """What became of all inputs.
+    """The outcomes of all inputs.
 
     Attributes:
       counts: target -> what became of it ("accepted", kinds of refusal) -> inputs.

@@ -373,7 +373,7 @@ def one_series(data: Path, kind: str, count: int) -> None:
 
 
 def _changing(pixels: np.ndarray, count: int) -> Iterator[np.ndarray]:
-    """Slices that differ, because equal ones of a series are dropped."""
+    """Slices that differ from each other, because equal slices of a series are dropped."""
     for n in range(count):
         pixels[0, 0], pixels[0, 1] = n % 1000, n // 1000
         yield pixels

@@ -88,7 +88,7 @@ class Watch:
         self._done.set()  # a thread that waits for an answer ends with the process
 
     def _follow(self, notice: Notice) -> None:
-        """Until the notice comes or the block ends."""
+        """Polls the metadata server until the notice comes or the block ends."""
         tag, failing = None, False
         while not self._done.is_set():
             try:
@@ -96,7 +96,7 @@ class Watch:
             except (OSError, http.client.HTTPException, ValueError) as error:
                 if not failing:
                     logger.warning(
-                        f"{self._server} does not say {notice.path} ({type(error).__name__}); asking on, and SIGTERM stops as ever"
+                        f"{self._server} does not say {notice.path} ({type(error).__name__}); retrying, and SIGTERM still stops the run"
                     )
                 failing = True
                 self._done.wait(RETRY_SECONDS)

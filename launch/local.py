@@ -126,7 +126,7 @@ def logs(spec: LaunchSpec, *, follow: bool) -> int:
 
 
 def _stop(spec: LaunchSpec) -> bool:
-    """Ends what is alive; returns whether anything was."""
+    """Ends the processes of a run; returns whether any were alive."""
     folder = records.folder_of(spec.run)
     state = State.read(folder)
     if state is None or not gang.is_locked(folder):

@@ -42,7 +42,7 @@ class JaxBackbone:
 
     @property
     def digest(self) -> str:
-        """Of everything that decides its features, this version of the code included; 16 hex digits."""
+        """Digest of everything that determines its features, including the code version; 16 hex digits."""
         return token_backbone.digest(self.provenance)
 
     @property
@@ -173,7 +173,7 @@ def open_backbones(
 
 
 def check(given: Sequence[str]) -> None:
-    """Raises UserError where a backbone that a user named is not there. Quick."""
+    """Raises UserError if a backbone that the user named does not exist, without loading it."""
     for word in given:
         if _is_foreign(word) or _is_function(word):
             continue
@@ -186,7 +186,7 @@ def check(given: Sequence[str]) -> None:
 
 
 def _is_foreign(word: str) -> bool:
-    """Whether a library loads it: LIBRARY:NAME, or a folder that transformers reads and that is not an export of ours."""
+    """Whether another library loads the backbone: LIBRARY:NAME, or a folder that transformers reads and that is not an export of ours."""
     if word.partition(":")[0] in torch_backbones.LIBRARIES and ":" in word:
         return True
     # A work directory of pretrain has a config.json too.

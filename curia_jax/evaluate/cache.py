@@ -43,11 +43,11 @@ class FeatureStore:
 
     @property
     def path(self) -> Path:
-        """Of this store's parts."""
+        """Folder of this store's parts."""
         return self.folder / f"{self.backbone.digest}-{self.images.split}-{self.images.fingerprint[:16]}"
 
     def missing(self, numbers: Int[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:
-        """Those of the image numbers whose features have to be computed."""
+        """The image numbers whose features are not stored yet."""
         return np.setdiff1d(
             numbers, np.concatenate([np.empty(0, np.int64), *(part[_NUMBERS] for part in self._read())])
         )
@@ -55,7 +55,7 @@ class FeatureStore:
     def get(
         self, numbers: Int[np.ndarray, " n"], progress: Callable[[int], None] = lambda images: None
     ) -> dict[str, Float[np.ndarray, "n _features"]]:
-        """Features by readout, in the order of the image numbers; what is missing is computed and kept.
+        """Features by readout, in the order of the image numbers; missing ones are computed and stored.
 
         Args:
           progress: called with the number of images of each finished batch.

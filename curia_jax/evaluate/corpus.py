@@ -75,7 +75,7 @@ class Corpus:
 def overlap(
     images: Mapping[str, tuple[Images, Int[np.ndarray, " _n"]]], corpora: Sequence[Corpus], batch_size: int
 ) -> dict[str, Int[np.ndarray, " _m"]]:
-    """Of each split, the numbers of the images that a corpus has."""
+    """The numbers of the images of each split that are in a corpus."""
     found: dict[str, list[int]] = {split: [] for split in images}
     for split, (source, numbers) in images.items():
         for batch in source.batches(numbers, batch_size):

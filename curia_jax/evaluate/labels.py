@@ -155,7 +155,7 @@ def _task(index: pa.Table, label: str, name: str, *, is_value: bool = False) -> 
 
 
 def _near_duplicates(index: pa.Table, splits: Mapping[str, Labelled]) -> int:
-    """Labelled test series of a group of near-duplicates that training or validation has one of, too."""
+    """Labelled test series with a near-duplicate in training or validation."""
     if _NEAR not in index.column_names:
         return 0
     series, first = _strings(index, "series").tolist(), _strings(index, _NEAR).tolist()

@@ -264,7 +264,7 @@ class Bootstrap:
 
 
 def _doubt(estimate: Estimate, patients: int, fewest: int, *, differs: bool) -> str | None:
-    """Why the interval means little; None if nothing speaks against it."""
+    """Why the interval is unreliable; None if it is not."""
     if not np.isfinite(estimate.low):
         return None
     if patients < FEW or fewest < FEW_OF_CLASS:

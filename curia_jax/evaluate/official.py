@@ -34,7 +34,7 @@ Params = Any  # a pytree of arrays
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How long and how fast a task's head is trained.
+    """Epochs, learning rate and batch of a task's head.
 
     Attributes:
       epochs: passes over the training cases.
@@ -47,7 +47,7 @@ class Schedule:
     batch_size: int = 64
 
     def learning_rates(self, cases: int) -> Float[np.ndarray, " steps"]:
-        """Of every step: cosine to 0 after floor(cases / batch) steps an epoch, and up again in what follows."""
+        """Learning rate of every step: cosine to 0 after floor(cases / batch) steps an epoch, and up again in what follows."""
         planned = max(1, cases // self.batch_size) * self.epochs
         steps = np.arange(math.ceil(cases / self.batch_size) * self.epochs)
         return self.base_learning_rate * self.batch_size / 256 * (1 + np.cos(np.pi * steps / planned)) / 2
@@ -232,7 +232,7 @@ class _State(NamedTuple):
         return cls(params, jax.tree.map(jnp.zeros_like, params))
 
     def updated(self, grads: Params, rate: Array) -> "_State":
-        """After torch's clip_grad_norm_ and SGD."""
+        """Weights and momentum after torch's clip_grad_norm_ and SGD."""
         norm = jnp.sqrt(sum(jnp.square(grad).sum() for grad in jax.tree.leaves(grads)))
         factor = jnp.minimum(1.0, CLIP / (norm + _TINY))
         velocity = jax.tree.map(lambda v, g: MOMENTUM * v + factor * g, self.velocity, grads)

@@ -1,4 +1,4 @@
-"""How a backbone wants its pixels: one record that says so, and the function that does it."""
+"""The pixel preparation of a backbone: a record of its settings, and the function that applies them."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ class Preparation:
 
     @classmethod
     def of(cls, settings: Augment, size: tuple[int, int], channels: int = 1) -> "Preparation":
-        """That of our own encoders."""
+        """The preparation of this project's encoders."""
         return cls(
             WINDOW, settings.hu_window, size, settings.resample, channels, (settings.image_mean,), (settings.image_std,)
         )
@@ -65,7 +65,7 @@ class Preparation:
 
 
 def default_settings() -> Augment:
-    """The preparation that a run has by default; its window is also that of backbones that know none."""
+    """The preparation that a run has by default; backbones without an intensity window of their own use its window."""
     return Augment.of(config.load("base").augment)
 
 

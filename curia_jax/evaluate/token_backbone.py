@@ -1,4 +1,4 @@
-"""Backbones that are not programs of ours: what they have to give, and how their tokens become features."""
+"""Backbones from other libraries: the interface that they implement, and how their tokens become features."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ Array = Any  # of NumPy, PyTorch or JAX
 
 
 class Tokens(NamedTuple):
-    """What an encoder says of a batch of slices.
+    """The tokens of a batch of slices.
 
     Attributes:
       cls: (batch, width): its summary of each slice; None without one.
@@ -155,7 +155,7 @@ def _pooled(
 
 
 def _beside(values: np.ndarray, other: Array) -> Array:
-    """An array of the other's library and device."""
+    """An array converted to the other's library and device."""
     if hasattr(other, "new_tensor"):
         return other.new_tensor(values)
     return values
@@ -185,7 +185,7 @@ def prepared(batch: data.HostBatch, wanted: Preparation) -> Float32[np.ndarray, 
 
 
 def digest(provenance: Provenance) -> str:
-    """Of everything that decides the features of a backbone, this version of the code included; 16 hex digits."""
+    """Digest of everything that determines the features of a backbone, including the code version; 16 hex digits."""
     stated = dataclasses.asdict(provenance) | {"version": curia_common.__version__}
     return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -200,7 +200,7 @@ def digest_of_arrays(arrays: Iterable[tuple[str, np.ndarray]]) -> str:
 
 
 def package(name: str, word: str) -> ModuleType:
-    """A package that a backbone needs.
+    """Imports a package that a backbone needs.
 
     Raises:
       UserError: it cannot be imported.
@@ -219,5 +219,5 @@ def package(name: str, word: str) -> ModuleType:
 
 
 def first_line(error: BaseException) -> str:
-    """Of its message, or its type."""
+    """First line of the message of an error, or its type."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -61,7 +61,7 @@ class TokenStore:
         return self.folder / f"{self.backbone.digest}-{self.images.split}-{self.images.fingerprint[:16]}-{what}"
 
     def get(self, numbers: Int[np.ndarray, " n"], progress: Callable[[int], None] = lambda images: None) -> SliceTokens:
-        """Tokens in the order of the image numbers, which are sorted; what is missing is computed and kept.
+        """Tokens in the order of the image numbers, which are sorted; missing ones are computed and stored.
 
         Args:
           progress: called with the number of images of each finished batch.

@@ -1,6 +1,6 @@
 """Backbones of transformers, timm and open_clip, run by PyTorch in float32 on its GPU if there is one.
 
-Each is asked for its own preparation of pixels: size, channels, mean, deviation and resampling. What none of them knows is how HU
+Each has its own preparation of pixels: size, channels, mean, deviation and resampling. What none of them knows is how HU
 and MR values become [0, 1]; that is the window of our own runs (configs/base.py), except for Curia's models, which standardise.
 """
 
@@ -158,7 +158,7 @@ def _check_folder(name: str, word: str) -> None:
 
 
 def _of_processor(name: str, config: Any) -> Preparation:
-    """What preprocessor_config.json says, read without running any code of the model's; else what the config says."""
+    """The preparation that preprocessor_config.json states, read without running any code of the model's; else what the config says."""
     from transformers.utils.hub import cached_file
 
     path = cached_file(

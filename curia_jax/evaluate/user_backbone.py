@@ -23,7 +23,7 @@ from curia_jax.evaluate.token_backbone import TokenBackbone, Tokens
 
 
 class Slice(NamedTuple):
-    """What the function gets.
+    """One slice, as the function receives it.
 
     Attributes:
       values: HU of CT, raw values of MR.

@@ -203,7 +203,7 @@ def find_files(inputs: Sequence[str], leave_out: str | None = None) -> list[str 
 
 
 def path_of(source: Source) -> str:
-    """The path as the manifest has it."""
+    """The path of a source as the manifest records it."""
     return source if isinstance(source, str) else source.path
 
 
