@@ -355,7 +355,7 @@ def write_files(folder: Path, count: int, seed: int, sound: Mapping[str, Sound])
         (place / f"{n:06d}_{kind.replace('.', '_')}_{mutate.__name__}{ending}").write_bytes(data)
 
 
-# ---- the build, and what became of the files
+# ---- the build, and its outcome
 
 
 @dataclasses.dataclass(frozen=True)

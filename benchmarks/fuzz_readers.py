@@ -457,7 +457,7 @@ class Outcome:
     """The outcomes of all inputs.
 
     Attributes:
-      counts: target -> what became of it ("accepted", kinds of refusal) -> inputs.
+      counts: target -> outcome ("accepted", kinds of refusal) -> inputs.
       violations: requirement -> the inputs that violate it.
       traces: requirement -> traceback of the first of them.
       sizes: of the reading process after each input, MB, and its target; one list for each process.

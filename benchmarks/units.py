@@ -36,7 +36,7 @@ class Series(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What became of the series and slices of one kind of input; `wanted` says what should."""
+    """Outcome of the series and slices of one kind of input; `wanted` is the expected one."""
 
     kind: str
     wanted: str

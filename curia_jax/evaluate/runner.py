@@ -88,7 +88,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of the jobs.
+    """Outcomes of the jobs.
 
     Attributes:
       rows: of all jobs, in their order, then those of other tasks that earlier commands left in the folder.

@@ -36,7 +36,7 @@ Card = Json  # the content of card.json
 
 
 class Holdout(NamedTuple):
-    """What became of --holdout.
+    """Outcome of --holdout.
 
     Attributes:
       lines: lines of the file.

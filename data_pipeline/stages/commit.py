@@ -60,7 +60,7 @@ Drops = Collection[tuple[int, int]]  # record and slot of slices to leave out
 
 
 class FileRow(NamedTuple):
-    """What became of an input file; a row of an addition's files.parquet.
+    """Outcome of an input file; a row of an addition's files.parquet.
 
     Attributes:
       path: as the manifest shows it; raw: byte for byte.

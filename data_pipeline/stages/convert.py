@@ -44,7 +44,7 @@ FATES = ("quarantined", "excluded", "duplicate", "kept")
 
 @dataclasses.dataclass(frozen=True)
 class FileOutcome:
-    """What became of an input file; the columns of manifest.parquet that the conversion knows.
+    """Outcome of an input file; the columns of manifest.parquet that the conversion knows.
 
     Attributes:
       reason: why it is not kept; of a kept file, what is wrong with its series.
@@ -83,7 +83,7 @@ class SeriesSummary:
 
 @dataclasses.dataclass(frozen=True)
 class ShardReport:
-    """What a shard holds and what became of its inputs. A shard in which nothing is left is a file with 0 records.
+    """Content of a shard, and the outcome of its inputs. A shard in which nothing is left is a file with 0 records.
 
     Attributes:
       bytes: of the file.
