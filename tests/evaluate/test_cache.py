@@ -9,6 +9,7 @@ import pytest
 
 from curia_jax.evaluate import cache
 from curia_jax.evaluate.cache import FeatureStore
+from curia_jax.evaluate.results import Provenance
 
 
 @dataclasses.dataclass
@@ -19,10 +20,14 @@ class CountingBackbone:  # keeps the protocol features.Backbone
     digest: str = "0123"
     devices: int = 1
     computed: int = 0
+    provenance: Provenance = Provenance("0123", "{}")
 
     def features(self, batch):
         self.computed += int(batch["valid"].sum())
         return {"mean": np.stack([batch["slice"], -batch["slice"]], axis=1).astype(np.float32)}
+
+    def tokens(self, batch, *, before_norm):
+        raise NotImplementedError  # nothing here asks for them
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,13 +29,17 @@ class Slices(FakeSlices):
 
     def __init__(self, rows: list[dict]) -> None:
         self.split, self.largest = "test", (24, 24)
-        self._index = pa.Table.from_pylist([{"height": 24, "width": 24, **row} for row in rows])
+        self._rows = pa.Table.from_pylist([{"height": 24, "width": 24, **row} for row in rows])
+
+    @property
+    def index(self) -> pa.Table:
+        return self._rows
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self._rows)
 
     def __getitem__(self, number: int) -> DecodedSlice:
-        row = self._index.slice(number, 1).to_pylist()[0]
+        row = self._rows.slice(number, 1).to_pylist()[0]
         y, x = np.mgrid[:24, :24] - 11.5
         disc = np.hypot(y, x) < 8
         noise = np.random.default_rng(number).integers(0, 20, (24, 24))
