@@ -136,7 +136,8 @@ class Objective:
                     leaf.shape, where.sharding, lambda part: leaf[part].astype(where.dtype)
                 )
 
-            return {**state, "params": jax.tree.map(place, params, self.abstract_state["params"])}
+            state["params"] = jax.tree.map(place, params, self.abstract_state["params"])
+            return state
 
     def trace(self) -> jax.stages.Traced:
         """The train step, traced for the devices of the mesh. It donates the state; metrics are replicated, so that every host
