@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch import __main__ as command
-from launch import records, spec
+from launch import spec
 
 ROOT = Path(__file__).resolve().parents[2]
 PRETRAIN = ["--", "pretrain", "--config=demo", "--workdir=runs/first"]
@@ -62,16 +62,6 @@ def test_wrong_words_exit_2_with_a_remedy(words: list[str], message: str, state:
     assert command.main(words) == 2
     assert message in last_line(capsys)
     assert not state.exists()
-
-
-def test_damaged_record_is_named(state: Path, capsys) -> None:
-    folder = records.folder_of("first")
-    folder.mkdir(parents=True)
-    (folder / "spec.json").write_text("{}")
-    assert command.main(["status", "first"]) == 2
-    assert "spec.json is damaged (KeyError); launch the run again" in last_line(capsys)
-    assert command.main(["status", "firs"]) == 2
-    assert "the nearest of 1 are: first" in last_line(capsys)
 
 
 def test_help_starts_without_jax_or_the_rest_of_the_project() -> None:

@@ -273,7 +273,7 @@ def test_build_gives_signed_mr_one_scale_and_one_set_of_statistics(series, built
     assert len(rows) > len(native) == 24
 
 
-def test_build_names_series_with_a_slope_per_slice_and_joins_their_statistics(series, built) -> None:
+def test_build_names_series_with_a_slope_per_slice_and_joins_statistics(series, built) -> None:
     series("a", lambda n: picture(n) + 1024, RescaleSlope=lambda n: str(1 + n / 4), RescaleIntercept=0, **MR)
     rows, fates = built("--planes", "coronal")
     assert set(fates.values()) == {("kept", units.SEVERAL_SCALES)}

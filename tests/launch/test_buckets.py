@@ -1,0 +1,27 @@
+"""Shards in a bucket: what is mounted, and where the command reads them."""
+
+import pytest
+
+from curia_common.errors import UserError
+from launch import buckets
+from tests.launch.clouds import spec_of
+
+OPTION = "--config.data.shards"
+
+
+def test_folder_of_a_bucket_is_mounted_and_read_there() -> None:
+    spec = spec_of("gke", "v5e:4x4", f"{OPTION}=gs://data/ct/thin/", shards_cache_gib=3)
+    mount = buckets.shards_of(spec)
+    assert mount is not None and mount[:2] == ("data", "ct/thin")
+    assert mount.options()["only-dir"] == "ct/thin" and mount.options()["file-cache:max-size-mb"] == "3072"
+    assert buckets.argv_of(spec) == (*spec.argv, f"{OPTION}={mount.path}")
+
+
+def test_shards_in_a_folder_need_no_mount() -> None:
+    spec = spec_of("gke", "v5e:4x4", f"{OPTION}=/data/ct")
+    assert buckets.shards_of(spec) is None and buckets.argv_of(spec) == spec.argv
+
+
+def test_address_without_a_bucket_is_refused() -> None:
+    with pytest.raises(UserError, match="names no bucket; write gs://BUCKET/FOLDER"):
+        buckets.shards_of(spec_of("gke", "v5e:4x4", f"{OPTION}=gs:///ct"))
