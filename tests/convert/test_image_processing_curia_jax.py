@@ -1,6 +1,7 @@
 """The image processor of exported folders, loaded as its users load it: pixels, units, DICOM, and what evaluators expect of it."""
 
 import dataclasses
+import importlib
 import math
 import os
 import subprocess
@@ -15,7 +16,6 @@ import pytest
 
 from curia_jax import augment
 from curia_jax import config as configs
-from curia_jax.convert import image_processing_curia_jax as code
 from curia_jax.settings import Augment
 from data_pipeline.sources import hu as ingest_hu
 from data_pipeline.sources import stored_values
@@ -26,6 +26,10 @@ from data_pipeline.stages.statistics import slice_statistics
 from tests.data_pipeline.conftest import write_dicom  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.torch
+# The file imports both, as it is copied beside the weights, so it cannot be imported without them.
+for package in ("torch", "transformers"):
+    pytest.importorskip(package, reason=f"{package} is not installed")
+code = importlib.import_module("curia_jax.convert.image_processing_curia_jax")
 AUGMENT = Augment.of(configs.load("demo").augment)
 SIZE = (24, 24)
 # Rounding of HU in float32, resized; the demo's window of 500 HU magnifies it four times as much as one of 2,000 HU.
