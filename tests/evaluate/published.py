@@ -20,6 +20,11 @@ def write(folder: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> No
         pq.write_table(pa.Table.from_pylist(plain), folder / f"{split}-00000-of-00001.parquet", row_group_size=5)
 
 
+def words(folder: Path) -> list[str]:
+    """Options of the command for tasks in folder/data and a run in folder/run."""
+    return [f"--data={folder / 'data'}", f"--backbones={folder / 'run'}", f"--output={folder / 'out'}"]
+
+
 def rows(
     split: str, *, slices: int | None = None, masked: bool = False, per_patient: int = 2, seed: int = 0, **fields: Any
 ) -> list[dict[str, Any]]:

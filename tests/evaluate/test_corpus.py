@@ -41,12 +41,7 @@ def test_planted_images_are_counted_and_named(tiny_shards, tmp_path, capsys) -> 
         splits[split][row]["image"] = source[number].real.astype(np.float32)
     published.write(tmp_path / "data/ich", splits)
     save_checkpoint(tmp_path / "run")
-    words = [
-        f"--data={tmp_path / 'data'}",
-        f"--backbones={tmp_path / 'run'}",
-        f"--output={tmp_path / 'out'}",
-        "--tasks=ich",
-    ]
+    words = [*published.words(tmp_path), "--tasks=ich"]
     words += ["--floors=", "--heads=ridge", "--features=mean", "--draws=50"]
     assert evaluate.main([*words, f"--corpus={tiny_shards}"]) == 0
     told = "2 test images (test 2, test 7) and 1 to learn from are in the pretraining corpus"

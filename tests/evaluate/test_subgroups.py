@@ -49,12 +49,7 @@ def test_every_group_is_a_row_with_its_own_n_and_the_metric_of_its_cases(tmp_pat
             row |= {"scanner": "rare" if number < 1 else "A" if number % 3 else "B", "age": 40 + 3.0 * number}
     published.write(tmp_path / "data/ich", splits)
     save_checkpoint(tmp_path / "run")
-    words = [
-        f"--data={tmp_path / 'data'}",
-        f"--backbones={tmp_path / 'run'}",
-        f"--output={tmp_path / 'out'}",
-        "--tasks=ich",
-    ]
+    words = [*published.words(tmp_path), "--tasks=ich"]
     words += ["--floors=histogram", "--heads=ridge", "--features=mean", "--draws=200"]
     assert evaluate.main([*words, "--subgroups=scanner,age:20,ward"]) == 0
     rows = json.loads((tmp_path / "out/results.json").read_text())

@@ -61,6 +61,14 @@ def images(wanted: Preparation):
     return torch.cat(made).float()
 
 
+def assert_features_are_of(block, tokens, values) -> None:
+    """Those of the last tokens, and of the first block's and the last ones together; each with one CLS token."""
+    for name, wanted in wanted_features(tokens, 1).items():
+        np.testing.assert_allclose(values[name], wanted, **CLOSE, err_msg=name)
+    both = [t[:, 1:].mean(1).numpy() for t in (block, tokens)]
+    np.testing.assert_allclose(values["mean@1+last"], np.concatenate(both, axis=1), **CLOSE)
+
+
 def wanted_features(tokens, prefix: int) -> dict[str, np.ndarray]:
     tokens = tokens.detach().numpy()
     patches = tokens[:, prefix:]
@@ -239,11 +247,7 @@ def test_timm_features_equal_direct_calls(tmp_path, pool: str) -> None:
     with torch.no_grad():
         tokens = model.forward_features(images(of(made)))
         block = model.blocks[0](model.norm_pre(model._pos_embed(model.patch_embed(images(of(made))))))
-    values = found(made)
-    for name, wanted in wanted_features(tokens, 1).items():
-        np.testing.assert_allclose(values[name], wanted, **CLOSE, err_msg=name)
-    both = [t[:, 1:].mean(1).numpy() for t in (block, tokens)]
-    np.testing.assert_allclose(values["mean@1+last"], np.concatenate(both, axis=1), **CLOSE)
+    assert_features_are_of(block, tokens, found(made))
 
 
 @pytest.mark.backbones
@@ -299,11 +303,7 @@ def test_open_clip_features_equal_direct_calls(tmp_path) -> None:
         embedded = visual._embeds(images(of(made)))
         block = visual.transformer.resblocks[0](embedded)
         tokens = visual.ln_post(visual.transformer(embedded))
-    values = found(made)
-    for name, wanted in wanted_features(tokens, 1).items():
-        np.testing.assert_allclose(values[name], wanted, **CLOSE, err_msg=name)
-    both = [t[:, 1:].mean(1).numpy() for t in (block, tokens)]
-    np.testing.assert_allclose(values["mean@1+last"], np.concatenate(both, axis=1), **CLOSE)
+    assert_features_are_of(block, tokens, found(made))
 
 
 @pytest.mark.backbones
