@@ -1,6 +1,6 @@
 """The demo's run: a small ViT-MAE on 4 simulated CPU devices, through the code path that a pod runs.
 
-Purpose: the whole way from exams to scored weights, on any machine. Cost: 7 core minutes, on 2 cores.
+Purpose: the whole way from exams to scored weights, on any machine. Cost: 9 core minutes, on 2 cores.
 Expected result: features that tell the situs of the phantom's patients better than those of an untrained encoder and than
 pixels do. The model is too small to be of use.
 """
