@@ -1,7 +1,7 @@
 """Efficient probing: a few learned queries that pool the tokens of a case, before a linear layer.
 
-billpsomas/efficient-probing (`poolings/ep.py`, one head): the tokens are their own keys, and every query has its own part of one
-value projection. The pooled features are normalised without a learned scale, as in its linear layer and MAE's.
+The pooling is that of attentive heads (`curia_jax.models.head.pool`). Pooled features are normalised without a learned scale, as in
+billpsomas/efficient-probing and MAE's linear probing.
 """
 
 import functools
@@ -19,8 +19,8 @@ from curia_jax.evaluate.results import Setting
 from curia_jax.evaluate.selection import Bank, Numbers, Prediction, Scores, choose_and_predict
 from curia_jax.evaluate.targets import Classes, Values
 from curia_jax.evaluate.tokens import Tokens
+from curia_jax.models import head
 
-QUERIES = 32
 EPOCHS = 30
 BATCH = 64
 WARM_UP = 0.1
@@ -81,39 +81,30 @@ def _fit_and_score(tokens: Tokens, targets: Classes | Values, queries: Tokens, l
 
 
 def init(key: PRNGKeyArray, width: int, outputs: int) -> Params:
-    """QUERIES queries N(0, 0.02), or fewer where they do not divide the width, and weights as PyTorch makes them."""
-    count = max(number for number in range(1, QUERIES + 1) if width % number == 0)
+    """Of the pooling, see head.new_queries, and of a linear layer."""
     of_queries, of_value, of_linear = jax.random.split(key, 3)
-    bound = width**-0.5
+    queries, value = head.new_queries(of_queries, of_value, width)
     return {
-        "queries": 0.02 * jax.random.normal(of_queries, (count, width)),
-        "value": jax.random.uniform(of_value, (width, width), minval=-bound, maxval=bound),
+        "queries": queries,
+        "value": value,
         "weight": 0.01 * jax.random.normal(of_linear, (width, outputs)),
         "bias": jnp.zeros(outputs),
     }
 
 
 @jax.jit
-def pool(
+def _pool(
     params: Params,
     tokens: Float[Array, "b t d"] | Float[np.ndarray, "b t d"],
     is_token: Bool[Array, "b t"] | Bool[np.ndarray, "b t"],
 ) -> Float[Array, "b d"]:
-    """Softmax-weighted means of the tokens, each through its query's part of the value projection."""
-    queries = params["queries"]
-    width = queries.shape[1]
-    scores = jnp.einsum("qd,btd->bqt", queries * width**-0.5, tokens)
-    shares = jax.nn.softmax(jnp.where(is_token[:, None, :], scores, -jnp.inf), axis=-1)
-    # Pooled first: a projection of every token would cost more by width / queries.
-    means = jnp.einsum("bqt,btd->bqd", shares, tokens)
-    parts = params["value"].reshape(width, len(queries), -1)
-    return jnp.einsum("bqd,dqv->bqv", means, parts).reshape(len(means), width)
+    return head.pool(params["queries"], params["value"], tokens, is_token)[0]
 
 
 @functools.cache
 def _step(optimiser: optax.GradientTransformation) -> Any:
     def loss(params: Params, tokens: Array, is_token: Array, wanted: Array) -> Array:
-        pooled = pool(params, tokens, is_token)
+        pooled = _pool(params, tokens, is_token)
         pooled = (pooled - pooled.mean(axis=0)) * jax.lax.rsqrt(pooled.var(axis=0) + _NORM)
         outputs = pooled @ params["weight"] + params["bias"]
         if jnp.issubdtype(wanted.dtype, jnp.integer):
@@ -130,5 +121,5 @@ def _step(optimiser: optax.GradientTransformation) -> Any:
 
 def _pooled(params: Params, tokens: Tokens) -> Float[np.ndarray, "n d"]:
     rows = np.arange(len(tokens))
-    parts = [pool(params, *tokens.padded(rows[i : i + BATCH], tokens.longest)) for i in range(0, len(rows), BATCH)]
+    parts = [_pool(params, *tokens.padded(rows[i : i + BATCH], tokens.longest)) for i in range(0, len(rows), BATCH)]
     return np.concatenate([np.asarray(part, np.float64) for part in parts])

@@ -1,6 +1,5 @@
-"""Efficient probing: learning, padding, and its pooling against a PyTorch transcription."""
+"""Efficient probing: learning classes and values; tests/models/test_head.py tests its pooling."""
 
-import jax
 import numpy as np
 import pytest
 
@@ -50,37 +49,7 @@ def test_probing_learns_values_in_their_unit() -> None:
     assert np.abs(found.scores[:, 0] - (50.0 + 20.0 * wanted)).mean() < 6
 
 
-def test_padding_does_not_change_the_pooled_features() -> None:
-    tokens, _ = cases(n=5)
-    params = efficient_probing.init(jax.random.key(0), 8, 2)
-    rows = np.arange(5)
-    short, long = (efficient_probing.pool(params, *tokens.padded(rows, tokens.longest + extra)) for extra in (0, 4))
-    np.testing.assert_allclose(short, long, atol=1e-6)
-
-
 def test_features_without_tokens_are_refused() -> None:
     bank = selection.bank(np.zeros((4, 2), np.float32), Values(np.arange(4.0)), np.arange(4), np.arange(4) > 1)
     with pytest.raises(UserError, match="efficient probing takes lists of tokens"):
         efficient_probing.efficient(bank, cases(n=2)[0])
-
-
-@pytest.mark.parametrize(("width", "queries"), [(64, 32), (768, 32), (10, 10), (100, 25)])
-def test_queries_divide_the_width(width: int, queries: int) -> None:
-    assert efficient_probing.init(jax.random.key(0), width, 2)["queries"].shape == (queries, width)
-
-
-@pytest.mark.torch
-def test_pooling_equals_torch() -> None:
-    """Values of all tokens, cut into as many parts as there are queries; each query weighs its own part."""
-    import torch
-
-    width, count = 64, 32
-    params = efficient_probing.init(jax.random.key(0), width, 2)
-    tokens = np.random.default_rng(0).normal(size=(3, 11, width)).astype(np.float32)
-    with torch.no_grad():
-        x = torch.tensor(tokens)
-        attention = (torch.tensor(np.array(params["queries"])) * width**-0.5 @ x.transpose(1, 2)).softmax(dim=-1)
-        values = (x @ torch.tensor(np.array(params["value"]))).reshape(3, 11, count, width // count)
-        wanted = torch.einsum("bqt,btqv->bqv", attention, values).reshape(3, width).numpy()
-    found = efficient_probing.pool(params, tokens, np.ones((3, 11), bool))
-    np.testing.assert_allclose(found, wanted, atol=1e-6)
