@@ -130,7 +130,7 @@ class Place:
 Arrays = dict[str, np.ndarray]
 
 
-class _Png:
+class PngFolder:
     """A torch map-style dataset of PNG files."""
 
     def __init__(self, folder: Path, canvas: tuple[int, int]) -> None:
@@ -147,7 +147,7 @@ class _Png:
         return _padded(pixels, self._canvas) | {"facts": self._facts[number]}
 
 
-class _Tfds:
+class TfdsSource:
     """A torch map-style dataset over TFDS's own data source; of every record the first slice."""
 
     def __init__(self, folder: Path, split: str, canvas: tuple[int, int]) -> None:
@@ -239,13 +239,13 @@ def bound(place: Place, workers: int, batch: int) -> Iterator[int]:
 
 def tfds(place: Place, workers: int, batch: int) -> Iterator[int]:
     assert place.canvas is not None
-    dataset = _Tfds(place.shards, place.split, place.canvas)
+    dataset = TfdsSource(place.shards, place.split, place.canvas)
     return _on_device(_torch_loader(dataset, workers, batch) if find_spec("torch") else _plain_loop(dataset, batch))
 
 
 def png(place: Place, workers: int, batch: int) -> Iterator[int]:
     assert place.canvas is not None and place.png is not None
-    return _on_device(_torch_loader(_Png(place.png, place.canvas), workers, batch))
+    return _on_device(_torch_loader(PngFolder(place.png, place.canvas), workers, batch))
 
 
 CONTENDERS: dict[str, Callable[[Place, int, int], Iterator[int]]] = {

@@ -136,7 +136,7 @@ class Checkpointer:
             stay.update(sorted(values, key=lambda step: values[step])[:1])
         for step in steps:
             if step not in stay:
-                _remove(self._folder / str(step))
+                remove_checkpoint(self._folder / str(step))
 
     def restore(self, abstract: State, *, step: int | None = None, since: Mapping[str, PyTree] | None = None) -> State:
         """A state on the devices.
@@ -178,7 +178,7 @@ def _remove_unfinished(folder: epath.Path) -> None:
             if checkpoint.UNFINISHED in path.name:
                 storage.remove(path)
             elif path.name.isdigit() and ((path / REMOVED).exists() or _is_unfinished(path)):
-                _remove(path)
+                remove_checkpoint(path)
 
 
 def _is_unfinished(folder: epath.Path) -> bool:
@@ -188,7 +188,7 @@ def _is_unfinished(folder: epath.Path) -> bool:
     return not any(folder.iterdir())
 
 
-def _remove(folder: epath.Path) -> None:
+def remove_checkpoint(folder: epath.Path) -> None:
     """Removes a checkpoint. Where that is interrupted, what is left does not look like one, and says that it may go."""
     (folder / REMOVED).write_text("")
     (folder / checkpoint.COMMITTED).unlink(missing_ok=True)

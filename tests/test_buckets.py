@@ -4,14 +4,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from curia_common import signals
 from curia_common.errors import RestartError
-from curia_jax import checkpoint, doctor, lease, profiling, saving, sharding, storage, telemetry
+from curia_jax import checkpoint, doctor, lease, profiling, saving, sharding, storage, telemetry, training
 from curia_jax.convert import __main__ as convert
 from curia_jax.evaluate import backbones
 from curia_jax.report import run_log
@@ -113,14 +115,9 @@ def test_second_run_in_a_bucket_is_refused_until_the_first_is_dead(bucket: str, 
     assert not (storage.root(bucket) / lease.FILE).exists()
 
 
-def test_two_runs_started_together_in_a_bucket_get_one_lock(bucket: str) -> None:
-    first, second = lease._Lock(bucket), lease._Lock(bucket)
-    missing = first.read().stamp.generation
-    assert first._write(missing) and not second._write(missing)
-    seen = second.read().stamp.generation
-    assert first._write(first._version or b"") and not second._write(seen)  # a renewal makes it another version
-    first.release()
-    assert second._write(second.read().stamp.generation)
+@pytest.mark.long
+def test_of_many_runs_that_start_together_in_a_bucket_one_wins(bucket: str) -> None:
+    test_lease.assert_one_wins(bucket)
 
 
 def test_new_run_needs_an_empty_place_in_the_bucket(bucket: str, tiny_shards: Path) -> None:
@@ -129,9 +126,15 @@ def test_new_run_needs_an_empty_place_in_the_bucket(bucket: str, tiny_shards: Pa
         test_run.prepare(bucket, tiny_shards)  # type: ignore[arg-type]
 
 
-def test_profile_is_requested_by_an_object(bucket: str, tmp_path: Path) -> None:
-    from curia_common import signals
-
+def test_profile_is_requested_by_an_object(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "BUCKET_POLL_SECONDS", 0.05)
+    request = storage.root(bucket) / profiling.REQUEST
     with profiling.Profiler(bucket, signals.Received(threaded=False), tmp_path) as profiler:
-        (storage.root(bucket) / profiling.REQUEST).write_text("3")
-        assert profiler._take_request() == 3 and profiler._take_request() == 0
+        request.write_text("3")
+        step, deadline = 0, time.monotonic() + 60
+        while not list(tmp_path.rglob("*.xplane.pb")) and time.monotonic() < deadline:
+            step += 1
+            profiler.follow(training.Report(step, {}, 0.0, 0.0))
+            time.sleep(0.01)
+    (trace,) = tmp_path.rglob("*.xplane.pb")
+    assert trace.is_relative_to(tmp_path / profiling.FOLDER / f"step-{step - 2}" / "host-0") and not request.exists()

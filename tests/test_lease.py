@@ -24,7 +24,7 @@ with lease.holding(sys.argv[1]):
 """
 
 
-def hold(workdir: Path, lease_seconds: float) -> subprocess.Popen[str]:
+def hold(workdir: Path | str, lease_seconds: float) -> subprocess.Popen[str]:
     program = [sys.executable, "-c", HOLDER, str(workdir), str(lease_seconds)]
     return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -101,7 +101,12 @@ def test_owner_that_was_suspended_and_replaced_ends_with_75(tmp_path: Path) -> N
 
 
 def test_of_many_runs_that_start_together_one_wins(tmp_path: Path) -> None:
-    runs = [hold(tmp_path, 20) for _ in range(4)]
+    assert_one_wins(str(tmp_path))
+
+
+def assert_one_wins(workdir: str) -> None:
+    """Starts four runs at once: one gets the lock, the others are told who has it."""
+    runs = [hold(workdir, 20) for _ in range(4)]
     try:
         deadline = time.monotonic() + 200
         while sum(run.poll() is None for run in runs) > 1 and time.monotonic() < deadline:

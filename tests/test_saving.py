@@ -134,7 +134,7 @@ def test_interrupted_removal_is_finished_at_the_next_save(
         for name in ("rename", "replace", "unlink", "remove", "rmdir"):
             patched.setattr(os, name, counted(getattr(os, name)))
         with contextlib.suppress(Killed):
-            saving._remove(epath.Path(tmp_path / checkpoint.FOLDER / "1"))
+            saving.remove_checkpoint(epath.Path(tmp_path / checkpoint.FOLDER / "1"))
     assert checkpoint.finished_steps(epath.Path(tmp_path / checkpoint.FOLDER)) == ([1] if nth == 0 else [])
     checkpointer.save(2, {"step": jnp.int32(2)}, Meta(CONFIG, 2))
     checkpointer.close()

@@ -452,7 +452,7 @@ def stream(
     if member is None:
         opened = _open(source, heartbeat, source.path)
     else:
-        pieces = _pieces(member, folder, heartbeat, object_stores.HEADER_BYTES)
+        pieces = member_bytes(member, folder, heartbeat, object_stores.HEADER_BYTES)
         opened = io.BufferedReader(_Stream(pieces, member.size), PIECE)
     with opened as file:
         if unpacked_name(source.path) == source.path or not _is_gzipped(file):
@@ -488,7 +488,7 @@ def materialize(
     with contextlib.ExitStack() as stack:
         path = source.path
         if member is not None:
-            path = stack.enter_context(_written(_pieces(member, folder, heartbeat), scratch, path))
+            path = stack.enter_context(_written(member_bytes(member, folder, heartbeat), scratch, path))
         elif object_stores.is_address(path):
             path = stack.enter_context(_written(_whole(source, heartbeat), scratch, path))
         if (name := unpacked_name(path)) != path:
@@ -553,7 +553,7 @@ def _whole(source: object_stores.Object, heartbeat: Heartbeat) -> Iterator[bytes
             yield piece
 
 
-def _pieces(member: Member, folder: str, heartbeat: Heartbeat, first: int | None = None) -> Iterator[bytes]:
+def member_bytes(member: Member, folder: str, heartbeat: Heartbeat, first: int | None = None) -> Iterator[bytes]:
     """A member's bytes in pieces; size and checksum are verified at the end.
 
     Args:

@@ -194,11 +194,11 @@ def _store(address: str) -> tuple[Any, str]:
     """Store and key."""
     scheme, _, place = address.partition("://")
     bucket, _, key = place.partition("/")
-    return _open_store(scheme, bucket), key
+    return open_store(scheme, bucket), key
 
 
 @functools.cache
-def _open_store(scheme: str, bucket: str) -> Any:
+def open_store(scheme: str, bucket: str) -> Any:
     """One per process and bucket, so that connections are reused.
 
     Raises:

@@ -29,8 +29,8 @@ def test_other_contenders_read_the_same_slices(tiny_shards: Path, tmp_path: Path
     source = SliceSource(tiny_shards, "train")
     loader.write_png(source, tmp_path / "png")
     others = [
-        loader._Png(tmp_path / "png", source.largest),
-        loader._Tfds(tiny_shards, "train", source.largest),
+        loader.PngFolder(tmp_path / "png", source.largest),
+        loader.TfdsSource(tiny_shards, "train", source.largest),
     ]
     for other in others:
         assert len(other) == len(source)

@@ -422,14 +422,14 @@ def test_too_many_members_or_bytes_are_refused(tmp_path: Path, monkeypatch: pyte
 
 def test_header_is_read_without_inflating_the_whole_member(tmp_path: Path, write_dicom, monkeypatch) -> None:
     big = write_dicom(tmp_path / "big.dcm", np.random.default_rng(0).integers(0, 4000, (2000, 2000))).read_bytes()
-    pieces, read = archives._pieces, []
+    pieces, read = archives.member_bytes, []
 
     def count(*arguments):
         for piece in pieces(*arguments):
             read.append(len(piece))
             yield piece
 
-    monkeypatch.setattr(archives, "_pieces", count)
+    monkeypatch.setattr(archives, "member_bytes", count)
     for kind in ("zip", "stored.zip", "tar"):
         path = pack(tmp_path / f"a.{kind}", {"a.dcm": big})
         read.clear()

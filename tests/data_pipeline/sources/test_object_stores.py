@@ -36,9 +36,9 @@ def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Bucket]:
     with serve() as one:
         for name, value in one.environment.items():
             monkeypatch.setenv(name, value)
-        object_stores._open_store.cache_clear()
+        object_stores.open_store.cache_clear()
         yield one
-    object_stores._open_store.cache_clear()
+    object_stores.open_store.cache_clear()
 
 
 def shards_of(folder: Path) -> dict[str, bytes]:
@@ -408,7 +408,7 @@ def test_missing_credentials_say_where_to_get_them(bucket: Bucket, tmp_path: Pat
 
 
 def test_missing_cloud_extra_is_named(tmp_path: Path, run_build, monkeypatch) -> None:
-    object_stores._open_store.cache_clear()
+    object_stores.open_store.cache_clear()
     monkeypatch.setitem(sys.modules, "obstore", None)
     result = run_build("--input", "s3://bucket1/exams", "--output", tmp_path / "out")
     assert result.code == 2 and "pip install 'curia-jax[ingest,cloud]'" in result.error
