@@ -1,7 +1,7 @@
 """The contract of a reader: how one input file becomes slices.
 
 A reader is a function `open_…(request) -> context manager of SourceFile`. All of them keep these rules, and
-tests/data_pipeline/sources/test_contract.py checks every one of them:
+tests/data_pipeline/sources/test_readers.py checks every one of them:
 
 1. It raises ReadError for whatever is wrong with the file, with a reason that quotes no value of any header; OSError with an
    errno for storage that fails; StorageError for a full scratch disk; MemoryError or ReadError(NO_MEMORY) where the file needs
