@@ -1,15 +1,18 @@
 """The one progress display: a bar on a terminal, a line every ten seconds elsewhere, both with rate and time left."""
 
+import collections
 import sys
 import time
 
 SECONDS_BETWEEN_LINES = 10.0
+WINDOW_SECONDS = 60.0  # of the rate: what a stage does first says little of the rest
 
 
 class Progress:
     """Shows how far a stage is, on standard error. A context manager.
 
-    A run that resumes starts at `done`; rate and time left count from there.
+    Rate and time left are those of the last minute, or of the newest progress where that took longer. The first line has no time
+    left and the rate since the start, because workers are still starting then. A run that resumes starts at `done`.
 
     Args:
       stage: what is being done, as a verb ("convert").
@@ -26,6 +29,7 @@ class Progress:
         self._done: int | float = done
         self._enabled = enabled
         self._bar = None
+        self._lines: collections.deque[tuple[float, int | float]] = collections.deque()  # when, and how many were done
 
     def __enter__(self) -> "Progress":
         self._began = self._last_line = time.monotonic()
@@ -69,12 +73,22 @@ class Progress:
         if now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
             of = f" of {self._total:,}" if self._total is not None else ""
-            left = ""
-            if self._total is not None and self._done > self._start:
-                left = f", {format_seconds((self._total - self._done) / self._rate())} left"
+            recent, left = self._recent_rate(now), ""
+            if recent and self._total is not None:
+                left = f", {format_seconds((self._total - done) / recent)} left"
             self._print(
-                f"{done:,.0f}{of} {self._unit}, {_format_rate(self._rate())}{left}" + (f"  {text}" if text else "")
+                f"{done:,.0f}{of} {self._unit}, {_format_rate(recent or self._rate())}{left}"
+                + (f"  {text}" if text else "")
             )
+
+    def _recent_rate(self, now: float) -> float:
+        """Per second; 0 where it is unknown, at the first line and where nothing was done since. Notes this line."""
+        before = self._lines
+        while len(before) > 1 and now - before[1][0] >= WINDOW_SECONDS and self._done > before[1][1]:
+            before.popleft()
+        since, done = before[0] if before else (now, self._done)
+        before.append((now, self._done))
+        return (self._done - done) / (now - since) if self._done > done else 0.0
 
     def _rate(self) -> float:
         return (self._done - self._start) / max(time.monotonic() - self._began, 1e-9)

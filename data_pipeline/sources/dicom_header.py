@@ -353,7 +353,11 @@ def _unit_code(mapping: Dataset) -> str:
 
 
 def _mapping_to_hu(dataset: Dataset, places: Sequence[Dataset]) -> tuple[float, float] | None:
-    """Slope and intercept of the Real World Value Mapping to HU, where there is one."""
+    """Slope and intercept of the Real World Value Mapping to HU, where there is one.
+
+    Raises:
+      ReadError: it has neither; it may have a table instead (RealWorldValueLUTData), which is not applied.
+    """
     for mapping in _mappings(dataset, places):
         if _unit_code(mapping).upper() == quantities.HOUNSFIELD:
             try:
@@ -361,8 +365,11 @@ def _mapping_to_hu(dataset: Dataset, places: Sequence[Dataset]) -> tuple[float, 
                 intercept = _floats(mapping.get("RealWorldValueIntercept"), 1)
             except (ValueError, TypeError, OverflowError) as error:
                 raise ReadError("malformed header: the Real World Value Mapping is not a number") from error
-            if slope and intercept:
-                return slope[0], intercept[0]
+            if not (slope and intercept):
+                raise ReadError(
+                    "its Real World Value Mapping to HU has no slope and intercept, and a table of values is not applied: export it with RescaleSlope and RescaleIntercept"
+                )
+            return slope[0], intercept[0]
     return None
 
 

@@ -264,7 +264,8 @@ def to_uint16(
             # `bottom` is the lowest step that is not below -1024; all slices of a series start at it, if that fits.
             if int(whole.min()) < bottom:
                 clipped, whole = records.CLIPPED, np.maximum(whole.astype(np.int64), bottom)
-            low = bottom if int(whole.max()) - bottom < LEVELS else int(whole.min())
+            if low is None or low < bottom:
+                low = bottom if int(whole.max()) - bottom < LEVELS else int(whole.min())
         shift = -min(int(whole.min()) if low is None else low, 0)
         intercept = float(intercept - slope * shift)
     top = int(whole.max()) + shift

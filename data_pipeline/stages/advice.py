@@ -37,7 +37,7 @@ _ADVICE: tuple[tuple[str, str], ...] = tuple(
             r"(the )?values are (no |not |HU)",
         ),
         "if they are HU, export the series with RescaleSlope, RescaleIntercept and RescaleType HU": (
-            "nothing says that values are HU", "stored values are indices of a Modality LUT",
+            "nothing says that values are HU", "stored values are indices of a Modality LUT", "its Real World Value Mapping",
         ),
         NOTHING + ", unless maps are wanted": ("a map of",),
         "declare it as PixelPaddingValue, or correct PixelRepresentation": ("values above",),

@@ -74,6 +74,13 @@ def intensities(
     return np.bincount(bins, weights=histogram[stored], minlength=len(edges) - 1).astype(np.int64)
 
 
+class UnitsRefused(NamedTuple):
+    """Series of which no slice is in the dataset because the pixels contradict the unit, and all slices left out for that."""
+
+    series: int = 0
+    slices: int = 0
+
+
 class SeriesCount(NamedTuple):
     """What is counted by series. `evidence`: one of EVIDENCE."""
 
@@ -261,7 +268,7 @@ def today() -> str:
 def make(
     *, name: str, settings: Mapping[str, str | int | float | bool | None], codec: str, counts: Counts,
     shard_rows: Sequence[ShardRow], files: Mapping[str, Mapping[str, int]], intensity: Mapping[str, Sequence[int]],
-    left_out: Mapping[str, int], holdout: Holdout | None, additions: int, inputs: Sequence[str],
+    left_out: Mapping[str, int], refused: UnitsRefused, holdout: Holdout | None, additions: int, inputs: Sequence[str],
 ) -> Card:  # fmt: skip
     """The card as plain JSON values.
 
@@ -275,7 +282,7 @@ def make(
         "version": __version__, "name": name, "built": today(), "sources": sources(inputs), "slices": counts.slices, "series": len(counts.series),
         "patients": len(set().union(*counts.patients.values())), "bytes": sum(shard.bytes for shard in shard_rows),
         "codec": codec, "additions": additions,
-        "kinds": counts.kinds(), "reformatted": counts.reformatted,
+        "kinds": counts.kinds(), "units_refused": refused._asdict(), "reformatted": counts.reformatted,
         "slices_by": {column: dict(sorted(found.items())) for column, found in counts.by.items()},
         "patients_by_split": {split: len(found) for split, found in counts.patients.items()},
         "patients_from": {name: len(found) for name, found in sorted(counts.patients_from.items()) if name},
@@ -303,7 +310,7 @@ def make(
 
 def is_current(made: Card) -> bool:
     """Whether a card has what this version says of a dataset; those of older versions are made anew."""
-    return {"built", "sources", "kinds", "patients_from", "labels", "reformatted"} <= set(made)
+    return {"built", "sources", "kinds", "units_refused", "patients_from", "labels", "reformatted"} <= set(made)
 
 
 def most_first(counts: Mapping[str, int]) -> dict[str, int]:

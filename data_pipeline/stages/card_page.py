@@ -149,7 +149,14 @@ def _kinds(card: Card) -> str:
     head = ("modality", "values are in", "how the unit is known (series)")
     return "<h2>What the values mean</h2>" + _table("", head, ("slices", "series", "slices whose modality is guessed"), rows) + (
         f"<p>{_text(meaning[:1].upper() + meaning[1:])}.</p>" if meaning else ""
-    )  # fmt: skip
+    ) + (f"<p>Left out because the pixels contradict the unit: {_text(said)}.</p>" if (said := refused_units(card)) else "")  # fmt: skip
+
+
+def refused_units(card: Card) -> str:
+    """What was left out because its values are not in the unit that its header says, in words; "" if nothing was."""
+    series, slices = card["units_refused"]["series"], card["units_refused"]["slices"]
+    whole = f", {series:,} whole series among them" if series else ""
+    return f"{slices:,} slice{'s' if slices != 1 else ''}{whole}" if slices else ""
 
 
 def _splits(card: Card) -> str:

@@ -37,6 +37,7 @@ from data_pipeline.stages import (
     inventory,
     near_duplicates,
     pseudonyms,
+    units,
 )
 from data_pipeline.stages.assignment import Settings, StoredPlan
 from data_pipeline.stages.convert import FileOutcome, SeriesSummary, ShardReport
@@ -383,13 +384,14 @@ def publish(
     files.write_tables(aside / shards.INDEX, _index_schema(r, tables), _index_parts(r, tables, near, counts))
     if counts.held_out:
         raise DataError(f"{counts.held_out:,} slices of held-out patients are in the dataset; {REBUILD} with --holdout")
-    fates = _write_manifest(aside / shards.MANIFEST, r.private, additions)
+    found = _write_manifest(aside / shards.MANIFEST, r.private, additions)
     summaries = [json.loads((folder_of(r.private, n) / SUMMARY).read_text(encoding="utf-8")) for n in range(additions)]
     left_out = sum((collections.Counter(summary["left_out"]) for summary in summaries), collections.Counter())
     made = card.make(
-        name=r.name, settings=r.settings, codec=codec.NAMES[codec.DELTA], counts=counts, shard_rows=shard_rows, files=fates,
+        name=r.name, settings=r.settings, codec=codec.NAMES[codec.DELTA], counts=counts, shard_rows=shard_rows, files=found.fates,
         intensity={kind: np.sum([s["intensity"][kind] for s in summaries], axis=0).tolist() for kind in card.EDGES},
         left_out=left_out, holdout=r.holdout, additions=additions,
+        refused=card.UnitsRefused(len(found.refused - set(counts.series)), sum(left_out[rule] for rule in units.REFUSED)),
         inputs=[name for summary in summaries for name in summary.get("inputs", ())],
     )  # fmt: skip
     files.write_text(aside / shards.CARD, json.dumps(made, indent=2) + "\n")
@@ -555,13 +557,25 @@ def _index_parts(
         yield part
 
 
-def _write_manifest(path: Path, private: Path, additions: int) -> dict[str, collections.Counter[str]]:
-    """Every file that was ever an input with its last fate; returns the number of files by fate and reason."""
+class _Manifest(NamedTuple):
+    """What the rows of a manifest add up to.
+
+    Attributes:
+      fates: number of files by fate and reason.
+      refused: series with a file whose values are not in the unit that its header says.
+    """
+
+    fates: dict[str, collections.Counter[str]]
+    refused: set[str]
+
+
+def _write_manifest(path: Path, private: Path, additions: int) -> _Manifest:
+    """Every file that was ever an input with its last fate."""
     latest: dict[bytes, int] = {}
     for addition in range(additions):
         table = pq.read_table(folder_of(private, addition) / FILES, columns=["raw"])
         latest.update(dict.fromkeys(table["raw"].to_pylist(), addition))
-    fates: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    found = _Manifest(collections.defaultdict(collections.Counter), set())
     schema = pa.schema([(name, pa.string()) for name in MANIFEST_COLUMNS])
 
     def rows() -> Iterator[pa.Table]:
@@ -570,12 +584,15 @@ def _write_manifest(path: Path, private: Path, additions: int) -> dict[str, coll
                 for batch in file.iter_batches(_PART, columns=["raw", *MANIFEST_COLUMNS]):
                     table = pa.Table.from_batches([batch])
                     table = table.filter(pa.array([latest[raw] == addition for raw in table["raw"].to_pylist()]))
-                    for fate, reason in zip(table["fate"].to_pylist(), table["reason"].to_pylist(), strict=True):
-                        fates[fate][reason] += 1
+                    columns = (table[name].to_pylist() for name in ("fate", "reason", "series"))
+                    for fate, reason, series in zip(*columns, strict=True):
+                        found.fates[fate][reason] += 1
+                        if fate == "excluded" and reason in units.REFUSED:
+                            found.refused.add(series)
                     yield table.select(list(MANIFEST_COLUMNS)).cast(schema)
 
     files.write_tables(path, schema, rows(), private=True)
-    return fates
+    return found
 
 
 def _shard_row(report: ShardReport, addition: int) -> ShardRow:

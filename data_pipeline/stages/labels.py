@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import os
+import shlex
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -121,6 +122,11 @@ class LabelTables:
         tables = ", ".join(titles)
         listed = ", ".join(dict.fromkeys(have))
         if missing := [name for name in used if name not in have]:
+            parts = [part.strip() for part in missing[0].split(",")]
+            if len(parts) > 1 and set(parts) <= set(have):
+                raise UserError(
+                    f"{tables} has no column {missing[0]!r}; names are separated with spaces: {' '.join(map(shlex.quote, parts))}"
+                )
             raise UserError(f"{tables} has no column {', '.join(missing)}; its columns are: {listed}")
         if not used:
             raise UserError(

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from data_pipeline.format import shards
 from data_pipeline.sources.object_stores import is_address
 from data_pipeline.stages import advice, assignment, card, inventory, pseudonyms
-from data_pipeline.stages.card_page import MODALITIES, UNITS, without_patient
+from data_pipeline.stages.card_page import MODALITIES, UNITS, refused_units, without_patient
 
 REASONS_SHOWN = 5
 FEW_PATIENTS = 5  # of a split, under which its scores say little
@@ -72,7 +72,8 @@ def _evidence(made: card.Card) -> str:
     for kind in made["kinds"]:
         total.update(kind["series_by_units_evidence"])
     words = {"proved": "by the pixels", "declared": "by the header alone", "guessed": "from the values"}
-    return ", ".join(f"{name} {words[name]} for {total[name]:,} series" for name in card.EVIDENCE if total[name])
+    found = ", ".join(f"{name} {words[name]} for {total[name]:,} series" for name in card.EVIDENCE if total[name])
+    return found + (f"; refused for {refused}" if (refused := refused_units(made)) else "")
 
 
 def _notes(made: card.Card) -> Iterator[str]:

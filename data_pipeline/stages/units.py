@@ -23,6 +23,7 @@ UNKNOWN_UNITS = (
 )
 WITHOUT_SIGN = f"values above {hu.FAR_ABOVE:,} HU, which were negative: padding that the header does not declare, or a sign that it does not state"
 HU_IN_MR = "values are HU though the modality is MR"
+REFUSED = frozenset({NO_HU, UNLIKE_SERIES, UNKNOWN_UNITS, WITHOUT_SIGN, HU_IN_MR})
 SEVERAL_SCALES = "slices with several rescale slopes"  # a problem, not a reason: their values are right
 
 # A slice of a body in air shows air. Where half of the slices have at least this share below -200 HU, one that has no value

@@ -13,6 +13,7 @@ from pydicom.uid import JPEG2000, ExplicitVRLittleEndian, MRImageStorage
 from data_pipeline.sources import dicom_header
 from data_pipeline.sources.base import ReadError
 from data_pipeline.sources.dicom_header import read_header
+from data_pipeline.sources.dicom_pixels import read_stored
 from data_pipeline.stages import exclusion
 
 PIXELS = np.random.default_rng(0).integers(0, 4096, (34, 38)).astype(np.uint16)
@@ -270,3 +271,13 @@ def test_real_world_mapping_to_hu_stands_in_for_a_rescale(write_dicom, tmp_path:
     assert (place.slope, place.intercept, place.declared) == (2.0, -1000.0, True)
     with pytest.raises(ReadError, match="give different HU"):
         read_header(str(write_dicom(tmp_path / "b.dcm", RealWorldValueMappingSequence=hu)))
+
+
+def test_real_world_mapping_by_a_table_is_refused(write_dicom, tmp_path: Path) -> None:
+    table = mapping("[hnsf'U]", 1.0, 0.0)
+    del table[0].RealWorldValueSlope, table[0].RealWorldValueIntercept
+    table[0].RealWorldValueLUTData = [-1000.0, 0.0, 40.0]
+    path = write_dicom(tmp_path / "a.dcm", RealWorldValueMappingSequence=table)  # beside a rescale, too
+    for read in (read_header, read_stored):
+        with pytest.raises(ReadError, match="a table of values is not applied: export it with RescaleSlope"):
+            read(str(path))

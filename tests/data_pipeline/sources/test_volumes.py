@@ -313,6 +313,16 @@ def test_padded_ct_is_inferred_and_padding_becomes_air(tmp_path: Path, padding: 
     assert all(bool(one.flags & records.CLIPPED) == (padding < -1024) for one in found)
 
 
+def test_slices_of_a_fractional_ct_have_one_scale(tmp_path: Path) -> None:
+    """Its lowest value lies above -1024, and one slice has the highest."""
+    values = ct() + 0.25
+    values[3, 3, 3] = 2900.5
+    assert values.min() > -1024
+    _, found = slices(write_nifti(tmp_path / "ct.nii", "RAS", values.astype(np.float32)))
+    assert len({(one.slope, one.intercept) for one in found}) == 1
+    np.testing.assert_allclose(real(found), axial(values), atol=0.05)
+
+
 def test_phase_and_field_maps_are_mr_without_loss(tmp_path: Path) -> None:
     x, y, z = np.meshgrid(np.linspace(-1, 1, 64), np.linspace(-1, 1, 64), np.arange(8), indexing="ij")
     inside = x**2 + y**2 < 0.8

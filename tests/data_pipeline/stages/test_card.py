@@ -49,7 +49,7 @@ def test_spacings_are_counted_in_order_and_unknown_ones_last() -> None:
     counts.add(rows(*[("CT", "axial", "", "a")] * 5, spacing_slices=[0.0, 40.0, 0.7, 0.76, 0.75]))
     made = card.make(
         name="x", settings={}, codec="", counts=counts, shard_rows=[], files={}, intensity={}, left_out={}, holdout=None,
-        additions=1, inputs=[],
+        refused=card.UnitsRefused(), additions=1, inputs=[],
     )  # fmt: skip
     assert list(made["spacing_mm"]["between slices"].items()) == [
         ("0.5 to 0.75", 2), ("0.75 to 1", 1), ("over 10", 1), ("unknown", 1),

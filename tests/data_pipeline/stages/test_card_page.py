@@ -57,6 +57,7 @@ def test_page_escapes_markup() -> None:
         "intensity": {}, "files": dict.fromkeys(card.FATES, 0), "reasons": {fate: {} for fate in card.FATES},
         "built": "2026-01-01", "version": "1", "sources": ["<s>"], "patients_from": {"file": 1}, "labels": {"<u>": {"slices": {"train": 1}, "classes": {"<q>": {"train": 1}}}},
         "kinds": [{"modality": "", "units": "HU", "slices": 1, "series": 1, "modality_inferred": 0, "series_by_units_evidence": {}}],
+        "units_refused": {"series": 0, "slices": 0},
         "slices_left_out": {"<i>": 1}, "near_duplicates": {"series": 0, "of another patient": 0, "in another split": 0},
         "settings": {"size": None}, "shards": [{"file": "x", "split": "train", "slices": 1, "bytes": 5, "sha256": "0" * 64}],
     }  # fmt: skip

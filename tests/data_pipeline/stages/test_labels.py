@@ -240,6 +240,7 @@ def test_dicom_without_patient_id_is_told_apart_by_study(tmp_path: Path, write_d
         ("folder,grade\nq,1\n", GRADE, "line 2: the folder it names is not among the inputs"),
         ("title,grade\np/0.png,1\n", GRADE, "has no column file, folder, series, study or patient"),
         ("file,a\np/0.png,1\n", Columns(("b", "c")), "has no column b, c; its columns are: file, a"),
+        ("file,b,c d\np/0.png,1,2\n", Columns(("b,c d",)), "has no column 'b,c d'; names are separated with spaces: b 'c d'"),
         ("file,a\np/0.png,1\n", Columns(split="split"), "has no column split"),
         ("file,a\np/0.png,1\n", Columns(modality="kind"), "has no column kind"),
         ("file,a\np/0.png,9\n", Columns(split="a"), "line 2: split '9' is none of train, validation, test"),

@@ -37,6 +37,17 @@ def test_units_evidence_is_summed_over_kinds(made: dict[str, Any]) -> None:
     assert "units: proved by the pixels for 30 series, guessed from the values for 2 series" in text(made, kinds=kinds)
 
 
+def test_refused_units_are_counted_beside_the_evidence(made: dict[str, Any]) -> None:
+    assert "refused" not in text(made)
+    found = text(made, units_refused={"series": 0, "slices": 1})
+    assert (
+        "units: proved by the pixels for 16 series, declared by the header alone for 16 series; refused for 1 slice\n"
+        in found
+    )
+    found = text(made, units_refused={"series": 2, "slices": 1042})
+    assert "; refused for 1,042 slices, 2 whole series among them\n" in found
+
+
 def test_guessed_modality_is_named(made: dict[str, Any]) -> None:
     kinds = [made["kinds"][0] | {"modality_inferred": 7}, made["kinds"][1]]
     assert "16 series, modality guessed from the values of 7 slices" in text(made, kinds=kinds)

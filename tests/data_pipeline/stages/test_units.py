@@ -1,5 +1,6 @@
 """Units of series and slices. Values are made here, in HU, and then spoilt as scanners, editors and anonymisers do."""
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -179,7 +180,11 @@ def built(run_build, tmp_path: Path) -> Callable[..., tuple[list[dict], dict[str
 MR: dict[str, Any] = {"Modality": "MR", "ImageType": ["ORIGINAL", "PRIMARY", "M"], "BodyPartExamined": "BRAIN"}
 
 
-def test_build_keeps_hu_of_a_proved_series_and_leaves_out_lost_rescales(series, built) -> None:
+def refused(folder: Path) -> dict[str, int]:
+    return json.loads((folder / shards.CARD).read_text())["units_refused"]
+
+
+def test_build_keeps_hu_of_a_proved_series_and_leaves_out_lost_rescales(series, built, tmp_path: Path) -> None:
     lost = (2, 5)
     series(
         "a", lambda number: picture(number) + 1024,
@@ -191,6 +196,7 @@ def test_build_keeps_hu_of_a_proved_series_and_leaves_out_lost_rescales(series, 
     assert {row["units_evidence"] for row in rows} == {"proved"}
     for row in rows:
         np.testing.assert_array_equal(row["real"], picture(round(row["position"] / 2.5)))
+    assert refused(tmp_path / "out") == {"series": 0, "slices": 2}
 
 
 def test_build_names_an_intercept_applied_twice(series, built, write_dicom, tmp_path: Path) -> None:
@@ -198,6 +204,7 @@ def test_build_names_an_intercept_applied_twice(series, built, write_dicom, tmp_
     series("sound", lambda number: picture(number + 20) + 1024)
     _, fates = built()
     assert {fates[f"twice{number}"] for number in range(8)} == {("excluded", units.NO_HU)}
+    assert refused(tmp_path / "out") == {"series": 1, "slices": 8}
     assert {fates[f"sound{number}"][0] for number in range(8)} == {"kept"}
 
 
