@@ -17,7 +17,7 @@ def test_large_matmul_reaches_more_of_the_peak_than_a_pass_over_memory() -> None
     flops, _ = peaks.reached((matmul, ((2048, 2048), (2048, 2048))), "v5e")
     assert 0.7 < flops <= 1.0
     none, memory = peaks.reached((lambda x: x + 1, ((131_072, 4096),)), "v5e")
-    assert none == 0 and 0.5 < memory <= 1.0
+    assert none == 0 and 0.3 < memory <= 1.0
 
 
 def test_every_chip_has_a_smallest_topology_of_one_host() -> None:
