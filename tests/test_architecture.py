@@ -101,3 +101,23 @@ def test_untyped_dicts_stay_at_the_borders() -> None:
     }
     assert sum(counts.values()) < 80, {name: n for name, n in counts.items() if n}
     assert not sum(path.read_text(encoding="utf-8").count("dict[str, object]") for path in FILES)
+
+
+# Modules without behaviour of their own, and those whose tests have another name.
+UNTESTED = {
+    "curia_jax/report/style.py": "constants",
+    "data_pipeline/sources/base.py": "the contract that test_readers.py checks of every reader",
+}
+
+
+def test_every_module_has_a_test_file_at_its_place_in_the_tree() -> None:
+    missing = []
+    for path in [*FILES, *(ROOT / "benchmarks").glob("*.py")]:
+        place = path.relative_to(ROOT)
+        if path.stem == "__init__" or place.parts[0] == "configs" or str(place) in UNTESTED:
+            continue
+        inside = place.relative_to("curia_jax") if place.parts[0] == "curia_jax" else place
+        name = "command" if path.stem == "__main__" else path.stem
+        if not (ROOT / "tests" / inside.parent / f"test_{name}.py").exists():
+            missing.append(str(place))
+    assert not missing, f"no test file for {', '.join(missing)}"

@@ -85,18 +85,3 @@ def test_every_group_is_a_row_with_its_own_n_and_the_metric_of_its_cases(tmp_pat
     assert all(score.study.subgroup is None for score in results.read(tmp_path / "out/results.json"))
     page = (tmp_path / "out/report.html").read_text()
     assert "<td>40 to 60</td>" in page and "<td>rare</td>" in page
-
-
-def test_unknown_column_of_shards_fails_the_task_with_those_that_there_are(tiny_shards, tmp_path) -> None:
-    from curia_jax.evaluate import labels, shard_tasks
-    from data_pipeline.format.shards import SliceSource
-
-    source = SliceSource(tiny_shards, "train")
-    part = labels.Labelled(np.array([3, 1]), *(np.array(["x", "y"]) for _ in range(3)))
-    task = labels.Task("shards/plane", ("x", "y"), (), {labels.TEST: part})
-    dataset = shard_tasks.Dataset(tiny_shards, {labels.TEST: source}, source.index, "")
-    found = shard_tasks.groups(dataset, task, [Column("modality")])
-    modality = source.index.column("modality").to_pylist()
-    assert found["modality"].tolist() == [modality[3], modality[1]]
-    with pytest.raises(UserError, match="--subgroups=ward: the shards have no such column; there are: .*modality"):
-        shard_tasks.groups(dataset, task, [Column("ward")])
