@@ -5,6 +5,7 @@ test cases. It never gets a test target.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -54,7 +55,7 @@ class Prediction:
     """A head's result for the test cases.
 
     Attributes:
-      scores: class probabilities, one value or one log risk per test case.
+      predict: gives `scores`.
       decision: weights of the classes, chosen on the held-out cases; the class with the largest probability times weight is
         the decision that balances recalls. Ones for values and times.
       chosen: the settings chosen on the held-out cases.
@@ -63,11 +64,19 @@ class Prediction:
       selection_score: their macro AUROC; NaN for values and times, and without held-out cases.
     """
 
-    scores: Scores
+    predict: Callable[[], Scores]
     decision: Float[np.ndarray, " outputs"]
     chosen: Setting
     selection_loss: float
     selection_score: float
+
+    @functools.cached_property
+    def scores(self) -> Scores:
+        """Class probabilities, one value or one log risk per test case.
+
+        The head is fitted on the whole bank when they are first asked for: of several readouts, only the best one is.
+        """
+        return self.predict()
 
 
 Head = Callable[[Bank, Any], Prediction]  # features or tokens of the test cases
@@ -134,15 +143,19 @@ def choose_and_predict(
       probabilities: whether scores of classes are probabilities; others become so by a `Scaling`.
       patience: the sweep ends after as many settings in a row that are worse than the best before them; None tries all.
     """
-    everything = np.arange(len(bank.targets))
+    outputs = bank.targets.count if isinstance(bank.targets, Classes) else 1
+
+    def fitted(setting: Setting, scaling: Scaling | None) -> Scores:
+        (scores,) = predict(np.arange(len(bank.targets)), queries, [setting])
+        return scaling(scores) if scaling else scores
+
     if not bank.folds:
-        (scores,) = predict(everything, queries, [default])
-        if not isinstance(bank.targets, Classes):
-            return Prediction(scores, np.ones(scores.shape[1]), default, float("nan"), float("nan"))
-        frequencies = bank.targets.frequencies
-        scores = scores if probabilities else Scaling(1.0, 0.0, frequencies)(scores)
-        weights = 1 / np.where(frequencies > 0, frequencies, 1.0)
-        return Prediction(scores, weights, default, float("nan"), float("nan"))
+        weights, scaling = np.ones(outputs), None
+        if isinstance(bank.targets, Classes):
+            frequencies = bank.targets.frequencies
+            weights = 1 / np.where(frequencies > 0, frequencies, 1.0)
+            scaling = None if probabilities else Scaling(1.0, 0.0, frequencies)
+        return Prediction(lambda: fitted(default, scaling), weights, default, float("nan"), float("nan"))
     held = np.concatenate([held for _, held in bank.folds])
     targets = bank.targets[held]
     best, loss, held_scores, scaling = 0, float("inf"), np.zeros((0, 0)), None
@@ -156,16 +169,18 @@ def choose_and_predict(
             best, loss, held_scores, scaling = number, mean, scores, found
         elif patience is not None and number - best >= patience:
             break
-    (scores,) = predict(everything, queries, [settings[best]])
     chosen = dict(settings[best])
     if scaling:
-        scores = scaling(scores)
         chosen |= {"slope": scaling.slope, "prior": scaling.prior}
+
+    def scores_of_best() -> Scores:
+        return fitted(settings[best], scaling)
+
     if not isinstance(targets, Classes):
-        return Prediction(scores, np.ones(scores.shape[1]), chosen, loss, float("nan"))
+        return Prediction(scores_of_best, np.ones(outputs), chosen, loss, float("nan"))
     area = float(metrics.auroc(targets.labels, held_scores, np.ones((1, len(targets))))[0])
     decided = (targets, held_scores) if bank.units is None else _by_unit(targets, held_scores, bank.units[held])
-    return Prediction(scores, decision_weights(*decided), chosen, loss, area)
+    return Prediction(scores_of_best, decision_weights(*decided), chosen, loss, area)
 
 
 def _by_unit(

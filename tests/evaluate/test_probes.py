@@ -110,18 +110,31 @@ def test_ridge_of_values_equals_sklearn():
     assert found.selection_loss == pytest.approx(min(errors), rel=1e-6)
 
 
+# Newton's method is exact. L-BFGS stops at a gradient of 1e-6 of the mean loss.
+@pytest.mark.parametrize(("most", "atol"), [(probes.NEWTON_COEFFICIENTS, 1e-6), (0, 2e-3)])
 @pytest.mark.parametrize("d", [12, 200])
-def test_logistic_equals_sklearn_for_few_and_many_features(d):
+def test_logistic_equals_sklearn_by_either_solver(d, most, atol, monkeypatch):
+    monkeypatch.setattr(probes, "NEWTON_COEFFICIENTS", most)
     bank = a_bank(d=d)
     queries, _ = blobs(1, 40, d=d)
     found = probes.logistic(bank, queries)
     x, q = standardised(bank, queries)
-    oracle = LogisticRegression(C=found.chosen["C"], max_iter=5000, tol=1e-10).fit(x, bank.targets.labels)
-    # Both stop at a gradient of 1e-6 times the number of cases.
-    np.testing.assert_allclose(found.scores, oracle.predict_proba(q), atol=2e-3)
+    oracle = LogisticRegression(C=found.chosen["C"], solver="newton-cg", max_iter=5000, tol=1e-12)
+    np.testing.assert_allclose(found.scores, oracle.fit(x, bank.targets.labels).predict_proba(q), atol=atol)
 
 
-def test_logistic_penalty_has_the_smallest_log_loss_of_the_sweep():
+def test_logistic_of_two_classes_equals_sklearn():
+    x, y = blobs(0, 90)
+    bank, queries = bank_of(x, y % 2, np.arange(90) >= 60, 2), blobs(1, 40)[0]
+    found = probes.logistic(bank, queries)
+    scaled, q = standardised(bank, queries)
+    oracle = LogisticRegression(C=found.chosen["C"], solver="newton-cg", max_iter=5000, tol=1e-12).fit(scaled, y % 2)
+    np.testing.assert_allclose(found.scores, oracle.predict_proba(q), atol=1e-6)
+
+
+@pytest.mark.parametrize("most", [probes.NEWTON_COEFFICIENTS, 0])
+def test_logistic_penalty_has_the_smallest_log_loss_of_the_sweep(most, monkeypatch):
+    monkeypatch.setattr(probes, "NEWTON_COEFFICIENTS", most)
     bank = a_bank()
     found = probes.logistic(bank, blobs(1, 5)[0])
     scaler = StandardScaler().fit(bank.features[:60].astype(np.float64))

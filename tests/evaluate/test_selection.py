@@ -86,7 +86,10 @@ def test_sweep_ends_after_settings_that_only_get_worse():
     bank = selection.Bank(features(4), Classes(y, 2), ((np.arange(4), np.arange(4)),), "")
     settings = [{"p": p} for p in (0.6, 0.7, 0.65, 0.8, 0.5, 0.4, 0.9)]
     found = selection.choose_and_predict(bank, features(4), settings, predict, default={}, patience=2)
-    assert found.chosen == {"p": 0.8} and tried == [0.6, 0.7, 0.65, 0.8, 0.5, 0.4, 0.8]
+    assert found.chosen == {"p": 0.8} and tried == [0.6, 0.7, 0.65, 0.8, 0.5, 0.4]
+    # The head is fitted on all cases when scores are asked for, and once.
+    np.testing.assert_allclose(found.scores[:, 1], [0.2, 0.8, 0.2, 0.8])
+    assert found.scores is found.scores and tried[6:] == [0.8]
 
 
 def test_scaling_recovers_known_probabilities():
