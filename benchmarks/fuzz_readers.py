@@ -537,7 +537,7 @@ def run(top: Path, plan: Sequence[tuple[int, str]], seed: int) -> Outcome:
         while done < len(plan):
             made = _received(ours, 300)
             if not isinstance(made, Input):
-                raise RuntimeError(f"the reading process cannot go on: {made}")
+                raise RuntimeError(f"the reading process cannot continue: {made}")
             began = began or time.monotonic()
             asked = time.monotonic()
             answer = _received(ours, 6 * SECONDS)

@@ -32,7 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.keep = 3  # newest checkpoints that are kept; at least 1
     config.keep_every = ""  # between checkpoints that are kept for good, a duration; "" keeps the newest alone
     config.keep_best = ""  # keep the checkpoint with the lowest value of this metric too, such as loss; "": no such
-    config.save_patience = 60.0  # minutes for which training goes on while saves fail, on a full disk, say
+    config.save_patience = 60.0  # minutes for which training continues while saves fail, on a full disk for example
 
     config.model = ml_collections.ConfigDict()
     config.model.size = "B"  # Ti, S, B, L, H, or custom with width, depth and heads

@@ -125,7 +125,7 @@ def run(
             finish(code, line)
         _running = False
         if own_process and line == stopped:
-            # Libraries that a signal left half way (XLA in a compilation, say) can crash in Python's own end, and lose the code.
+            # Libraries that a signal interrupted (such as XLA in a compilation) can crash when Python exits, and lose the exit code.
             with contextlib.suppress(OSError, ValueError):
                 sys.stdout.flush()
             os._exit(code)

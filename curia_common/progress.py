@@ -56,7 +56,7 @@ class Progress:
             self._print(f"{amount:,.0f} {self._unit} in {format_seconds(seconds)}, {_format_rate(self._rate())}")
 
     def step(self, amount: int | float = 1, text: str = "") -> None:
-        """`amount` more are done; `text` says more about the newest (a loss, say)."""
+        """`amount` more are done; `text` says more about the newest, such as its loss."""
         self.update(self._done + amount, text)
 
     def update(self, done: int | float, text: str = "") -> None:

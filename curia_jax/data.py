@@ -292,7 +292,7 @@ class Damage:
     """Counts the slices of a source that could not be read.
 
     Args:
-      share: of the slices, up to which a run goes on.
+      share: of the slices that may be damaged before the run ends.
     """
 
     def __init__(self, source: SliceSource, share: int | float) -> None:

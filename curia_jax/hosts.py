@@ -214,7 +214,7 @@ def meet_at_the_end(seconds: int | float) -> None:
 
 @contextlib.contextmanager
 def leaving_at_once(closing: contextlib.ExitStack, heartbeat: int | float) -> Iterator[None]:
-    """Where the block raises and there are other hosts, `closing` is not closed: a save, say, would wait for hosts that wait for
+    """Where the block raises and there are other hosts, `closing` is not closed: a save would wait for hosts that wait for
     this one.
 
     Args:

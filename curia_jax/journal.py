@@ -102,6 +102,6 @@ class Writer:
             self.close()
             if not self._failing:
                 logger.warning(
-                    f"cannot write {self._path}: {error.strerror or error}; the run goes on without, and tries again"
+                    f"cannot write {self._path}: {error.strerror or error}; the run continues without it and will try again"
                 )
             self._failing = True

@@ -147,7 +147,7 @@ class Checkpointer:
           since: top-level parts that checkpoints of earlier versions lack, and what they are taken to be there.
 
         Raises:
-          UserError: the checkpoint holds other tensors than `abstract` (another model size, say).
+          UserError: the checkpoint holds other tensors than `abstract` (such as those of another model size).
           DataError: the checkpoint cannot be read.
         """
         folder = self._folder / str(self.latest_step if step is None else step)
@@ -249,7 +249,7 @@ def _layout(folder: epath.Path, abstract: Any, since: Mapping[str, PyTree]) -> _
 
 
 def check_fits(workdir: str, abstract: PyTree, *, since: Mapping[str, PyTree] | None = None) -> None:
-    """Raises UserError where the newest checkpoint holds other tensors than `abstract` (another model size, say)."""
+    """Raises UserError where the newest checkpoint holds other tensors than `abstract` (such as those of another model size)."""
     _layout(checkpoint.find(workdir), abstract, since or {})
 
 

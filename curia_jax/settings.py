@@ -186,7 +186,7 @@ class Settings(_Section):
       keep: newest checkpoints that stay.
       keep_every: distance between checkpoints that stay for good; empty for none.
       keep_best: metric whose lowest value's checkpoint stays for good; empty for none.
-      save_patience: minutes for which training goes on while saves fail.
+      save_patience: minutes for which training continues while saves fail.
       compiler_options: XLA options that this run changes, by name; None removes one (xla_flags.py).
     """
 

@@ -182,7 +182,7 @@ class Spool:
             except Exception as error:  # noqa: BLE001 - logs never end a run
                 if not self._failing:
                     logger.warning(
-                        f"cannot upload logs to {self._bucket} ({type(error).__name__}); the run goes on, and tries again"
+                        f"cannot upload logs to {self._bucket} ({type(error).__name__}); the run continues and will try again"
                     )
                 self._failing = True
 

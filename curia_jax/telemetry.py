@@ -142,7 +142,7 @@ class Log:
         self._dropped_after = start_step or None  # what TensorBoard has to be told yet
 
     def go_back(self, step: int) -> None:
-        """Drops the lines of metrics after `step`, from which the run goes on, and tells TensorBoard to do so."""
+        """Drops the lines of metrics after `step`, from which the run continues, and tells TensorBoard to do so."""
         self._metrics.close()
         self._metrics = journal.Writer(self._folder / METRICS, lambda line: line["step"] <= step, ("step",))
         with contextlib.suppress(Exception):  # as in `close`
@@ -176,7 +176,7 @@ class Log:
             self._board = None
             if not self._board_fails:
                 logger.warning(
-                    f"cannot write {self._folder / BOARD} ({type(error).__name__}); the run goes on, and tries again"
+                    f"cannot write {self._folder / BOARD} ({type(error).__name__}); the run continues and will try again"
                 )
             self._board_fails = True
 

@@ -60,7 +60,7 @@ class Report(NamedTuple):
     Attributes:
       step: steps taken, this one included.
       input_wait: seconds since the last report in which the devices were idle because the next batch was not there.
-      hook_wait: seconds since the last report in which state hooks (saving, say) held up the loop.
+      hook_wait: seconds since the last report in which state hooks, such as saving, held up the loop.
     """
 
     step: int
@@ -185,7 +185,7 @@ class Stop:
 
 
 class Diverged(Exception):
-    """The state of a step is not one to go on from."""
+    """The state of a step is not one to continue from."""
 
     def __init__(self, step: int, reason: str) -> None:
         super().__init__(f"{reason} at step {step}")
@@ -195,13 +195,13 @@ class Diverged(Exception):
 class Saver:
     """Saves the state, and checks that what is saved is finite.
 
-    A save that fails is tried again, and training goes on meanwhile: after a minute on a single host, when the next one is due
+    A save that fails is tried again while training continues: after a minute on a single host, when the next one is due
     with several, which have to save at the same step.
 
     Args:
       meta: examples seen -> what is saved with the state.
       log: None on all hosts but one.
-      patience: seconds for which training goes on while saves fail.
+      patience: seconds for which training continues while saves fail.
       refusals: updates refused in a row that mean divergence.
       first_loss: of the untrained model; None takes that of the first step.
 
@@ -263,13 +263,13 @@ class Saver:
                 continue
             self._failing_since = now if self._failing_since is None else self._failing_since
             self._retry_at = now + RETRY_SECONDS
-            logger.warning(f"could not save step {ended.step}: {ended.problem}; {self._newest()}; training goes on")
+            logger.warning(f"could not save step {ended.step}: {ended.problem}; {self._newest()}; training continues")
             if self._log is not None:
                 self._log.event("save-failed", step=ended.step, reason=ended.problem, last_good_step=self.saved_step)
         if self._failing_since is not None and now - self._failing_since > self._patience:
             raise StorageError(
                 f"no save has succeeded for {(now - self._failing_since) / 60:.0f} minutes; {self._newest()}. Make room or mend the "
-                "storage and rerun the same command (--config.save_patience sets how long training goes on)"
+                "storage and rerun the same command (--config.save_patience sets how long training continues)"
             )
 
     def _newest(self) -> str:

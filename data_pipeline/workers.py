@@ -142,7 +142,7 @@ def run(
       Progress before an item is read and Done with each result, in the order in which they happen.
 
     Raises:
-      TaskError: a task failed in a way the user can fix (a full disk, say), or a worker died while it read nothing.
+      TaskError: a task failed in a way the user can fix (such as a full disk), or a worker died while it read nothing.
       RemoteFault: a task raised anything else.
     """
     pool = _Pool(function, tasks, memory)

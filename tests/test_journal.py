@@ -48,7 +48,7 @@ def test_file_that_cannot_be_written_is_a_warning_and_no_error(
     for step in (1, 2):
         writer.write({"step": step})
     assert capsys.readouterr().err == (
-        f"cannot write {tmp_path}/a.jsonl: Is a directory; the run goes on without, and tries again\n"
+        f"cannot write {tmp_path}/a.jsonl: Is a directory; the run continues without it and will try again\n"
     )
     (tmp_path / "a.jsonl").rmdir()
     writer.write({"step": 3})

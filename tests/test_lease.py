@@ -83,7 +83,7 @@ def test_damaged_lock_is_taken_over_when_its_lease_has_run_out(
 
 
 def test_owner_that_was_suspended_and_replaced_ends_with_75(tmp_path: Path) -> None:
-    """As after SIGSTOP, or on a machine that lost its network: another run goes on in its place."""
+    """As after SIGSTOP, or on a machine that lost its network: another run takes its place."""
     first = hold(tmp_path, 1)
     wait_until_held(first)
     first.send_signal(signal.SIGSTOP)

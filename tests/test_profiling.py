@@ -1,4 +1,4 @@
-"""Profiles that are asked for while a run goes on."""
+"""Profiles that are asked for while a run continues."""
 
 import time
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests import two_hosts
 
 
 @pytest.mark.parametrize("asked_by", ["file", "signal"])
-def test_request_traces_the_next_steps_and_the_run_goes_on(asked_by: str, tmp_path: Path) -> None:
+def test_request_traces_the_next_steps_and_the_run_continues(asked_by: str, tmp_path: Path) -> None:
     received = signals.Received(threaded=False)
     with profiling.Profiler(str(tmp_path), received) as profiler:
         if asked_by == "file":

@@ -82,7 +82,7 @@ def test_spool_appends_to_the_files_of_an_earlier_start(bucket: str) -> None:
 
 
 @pytest.mark.bucket
-def test_spool_uploads_while_the_run_goes_on(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spool_uploads_while_the_run_continues(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "SHORTEST", 0.1)
     spool = storage.Spool(bucket)
     metrics, deadline = storage.root(bucket) / "metrics.jsonl", time.monotonic() + 60

@@ -189,7 +189,7 @@ def test_newest_checkpoints_stay_and_are_on_disk_at_the_end(tmp_path: Path) -> N
 # ---- saves that fail
 
 
-def test_failed_save_is_an_event_and_training_goes_on() -> None:
+def test_failed_save_is_an_event_and_training_continues() -> None:
     loop = Loop()
     loop.problems[4] = "the disk is full"
     _, finished = loop.run(9, save_every=2)

@@ -89,7 +89,7 @@ def test_beats_keep_the_process_alive(log: logs.LogFile, ends, clock: Clock) -> 
     assert clock.now > 1.0 and ends == []
 
 
-def test_suspended_process_is_not_ended_when_it_goes_on(log: logs.LogFile, ends, clock: Clock) -> None:
+def test_suspended_process_is_not_ended_when_it_continues(log: logs.LogFile, ends, clock: Clock) -> None:
     with watchdog.Watchdog(1.0, log):
         for seconds in (3600.0, *[STEP] * 5):
             clock.move(seconds)

@@ -1,19 +1,25 @@
-"""Scores frozen features of backbones on tasks, with intervals, against a random encoder, the pixels and their histogram.
+"""Scores frozen features of backbones on clinical tasks, with confidence intervals, beside a random encoder, pixels and histogram.
 
-A task is one of CuriaBench (--list shows them), whose data is a folder of its name in --data; or FILE.py, your own (see
-docs/evaluate.md); or shards/LABEL, a label of the shard folder that --data names, or modality, plane or body_part;
-shards/LABEL:value predicts a number, such as an age, with kNN and ridge. Slices without a value are left out. Heads learn
-from the train split. Their settings, and which of --features they get, are chosen on the validation
-split (or by cross-validation over patients where that lacks a class), then each head is fitted on both and scores the test
-split once. Every figure has a 95 % interval from a bootstrap over patients; differences of the first backbone to each other
-are paired.
+A task (--tasks) is one of
+  NAME          a CuriaBench task (see --list); its data is the folder NAME in --data
+  FILE.py       a task of your own (see docs/evaluate.md)
+  shards/LABEL  a label of the shard folder in --data, or modality, plane or body_part; shards/LABEL:value predicts a number,
+                such as an age. Slices without a value are left out.
 
---output gets report.html, which compares all backbones and shows ROC, reliability, confusion and cases that went right and wrong of every task; table.tex, its first table
-for LaTeX; results.json and results.csv, whose rows have task, protocol, backbone, against (the other side of a paired
-difference), head, features, labels (share of the training labels), metric, value, low, high (ends of the interval; null where
-undefined), n and events (test cases, and positive ones), seed, data_sha256, status (ok, not_run, failed), reason and
-subgroup ("scanner=A", null for all test cases); a folder
-for each task with its predictions; and the features, so that the same command again computes only what has changed.
+Heads are trained on the train split. Their settings and features are chosen on the validation split, or by cross-validation
+over patients where there is none or it lacks a class. Each head is then refitted on both and scores the test split once.
+Intervals are 95 %, from a bootstrap over patients; the first backbone is compared with each other one in pairs.
+
+--output gets
+  report.html             all backbones compared; ROC, reliability, confusion and example cases of every task
+  results.json, .csv      a row for each figure: task, protocol, backbone, against (other side of a paired difference), head,
+                          features, labels (share of the training labels), metric, value, low and high (ends of the interval,
+                          null where undefined), n and events (test cases, positive ones), seed, data_sha256, status (ok,
+                          not_run, failed), reason, subgroup ("scanner=A"; null for all test cases)
+  table.tex               the first table of the report
+  a folder for each task  its predictions
+  cache/                  features: rerunning the command computes only what has changed
+
 A task that fails is a row with its reason; the others finish, and the exit code is 65. A task of --suite without data is not run.
 """
 

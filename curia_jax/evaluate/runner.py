@@ -119,7 +119,7 @@ def check_output(folder: Path) -> None:
 
 
 def run(jobs: Sequence[Job], output: Path) -> Outcome:
-    """Runs the jobs that are not done; a job that fails is a row, and the others go on.
+    """Runs the jobs that are not done; a job that fails is a row, and the others continue.
 
     Raises:
       OSError: the disk is full.

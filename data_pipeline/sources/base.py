@@ -121,7 +121,7 @@ class SourceFile(Protocol):
 
     Attributes:
       facts: known from the start.
-      excluded: why it has no slices though it can be read (a label map, say); "" where it has some.
+      excluded: why it has no slices though it can be read (such as a label map); "" where it has some.
       decoder: name of the library that decoded the pixels.
       stored_sha256: of all stored pixels; "" where they are not whole numbers.
     """

@@ -45,7 +45,7 @@ def test_slice_without_patches_is_one_token(models, images, tmp_path) -> None:
     assert found.inside.all() and found.values.shape == (24, 1, 64)
 
 
-def test_stopped_store_goes_on_where_it_was(models, images, tmp_path, monkeypatch) -> None:
+def test_stopped_store_resumes_where_it_stopped(models, images, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(token_store, "PART", 8)
     store = TokenStore(tmp_path, models[0], images, batch_size=4)
 
