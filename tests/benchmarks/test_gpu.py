@@ -12,7 +12,9 @@ from benchmarks.mae_step import Spec
 
 @pytest.mark.long
 @pytest.mark.torch
-@pytest.mark.parametrize("how", [[], ["--batch=2"]], ids=["search", "together"])
+@pytest.mark.parametrize(
+    "how", [pytest.param([], marks=pytest.mark.slow, id="search"), pytest.param(["--batch=2"], id="together")]
+)
 def test_tiny_benchmark_runs_on_a_cpu(how: list[str], tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     assert gpu.main(["--platform=cpu", "--tiny", "--sides=jax,timm", f"--json={out}", *how]) == 0

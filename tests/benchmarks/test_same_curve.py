@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_fast_step_follows_the_plain_one_within_rounding(tiny_shards: Path, tmp_path: Path) -> None:
     command = ["benchmarks/same_curve.py", f"--shards={tiny_shards}", "--steps=3", "--batch=4", "--depth=1"]
     done = subprocess.run(
