@@ -215,7 +215,7 @@ def loader(place: Place, workers: int, batch: int) -> Iterator[int]:
 
     source = shards.SliceSource(place.shards, place.split)
     split = sharding.batch_sharding(sharding.make_mesh(devices=jax.devices()[:1]))
-    canvas = data.canvas_size(source, place.canvas)
+    canvas = data.canvas_size(source.largest, place.canvas)
     stream = data.training_batches(
         source, batch_size=batch, canvas=canvas, seed=0, threads=1, prefetch=2 * batch, workers=workers
     )

@@ -56,7 +56,7 @@ def curve(kind: str, model: dict[str, Any], shards: Path, args: argparse.Namespa
     source = SliceSource(str(shards), "train")
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     make = mae.make if kind == "fast" else plain_step.objective_of
-    canvas = data.canvas_size(source, None)
+    canvas = data.canvas_size(source.largest, None)
     objective = make(config, mesh, canvas=canvas, warmup_steps=max(1, args.steps // 10), total_steps=args.steps)
     state, step = objective.initial_state(0), objective.compile()
     batches = data.training_batches(

@@ -163,6 +163,7 @@ class Loaded:
       examples_seen: examples that the steps consumed.
       path: folder of this step.
       origin: whose weights the run started from; None where they were random.
+      average: the parts of the parameters that the run averages over its steps; empty where it does not.
     """
 
     params: dict[str, Any]
@@ -171,6 +172,12 @@ class Loaded:
     examples_seen: int
     path: str
     origin: Origin | None = None
+    average: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def averaged(self) -> dict[str, Any]:
+        """The parameters that count: averaged where the run averages."""
+        return {**self.params, **self.average}
 
 
 class Verdict(NamedTuple):
@@ -448,7 +455,7 @@ def load(path: str | Path | epath.Path, step: int | None = None) -> Loaded:
     """
     folder = _first_whole(_candidates(str(path), step), str(path))
     meta = read_meta(folder)
-    state = _read_state(folder, only=("params", "step"))
+    state = _read_state(folder, only=("params", "average", "step"))
     found = _step_of(folder, meta)
     if "params" not in state or np.shape(state.get("step", 0)) != ():
         raise DataError(f"checkpoint {folder} has no params, or more than one step; copy it again")
@@ -456,4 +463,12 @@ def load(path: str | Path | epath.Path, step: int | None = None) -> Loaded:
         raise DataError(
             f"checkpoint {folder} says step {found}, but its state has taken {state['step']} steps; copy it again"
         )
-    return Loaded(state["params"], dict(meta.config), found, meta.examples_seen, str(folder), meta.origin)
+    return Loaded(
+        state["params"],
+        dict(meta.config),
+        found,
+        meta.examples_seen,
+        str(folder),
+        meta.origin,
+        state.get("average", {}),
+    )

@@ -1,4 +1,4 @@
-"""Shards to sharded global batches. One integer, the number of examples seen, is the whole data state.
+"""Slices to sharded global batches. One integer, the number of examples seen, is the whole data state.
 
 Example number g of a run (0, 1, 2, …) is a fixed slice for a given seed and split, whatever the batch size and the
 number of hosts: epochs follow one another, each a new shuffle of all slices. Batch k of size B holds the examples
@@ -6,8 +6,8 @@ k*B … k*B + B - 1 after the start; host p of n reads the p-th of n equal parts
 """
 
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NotRequired, Protocol, TypedDict, cast, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NotRequired, Protocol, TypedDict, TypeVar, cast, runtime_checkable
 
 import grain
 import jax
@@ -69,6 +69,7 @@ class HostBatch(TypedDict):
     spacing: NotRequired[Float32[np.ndarray, "batch 2"]]
 
 
+LoadedBatch = TypeVar("LoadedBatch", bound=Mapping[str, Any])
 # What travels to the device, with the type it has there.
 DeviceField = Literal["pixels", "extent", "slope", "intercept", "low", "high", "hu"]
 DEVICE_FIELDS: dict[DeviceField, type[np.generic]] = {
@@ -77,13 +78,16 @@ DEVICE_FIELDS: dict[DeviceField, type[np.generic]] = {
 }  # fmt: skip
 
 
-def canvas_size(source: Slices, canvas: tuple[int, int] | None) -> tuple[int, int]:
-    """Height and width that every slice of `source` fits into; `canvas` itself where it is given.
+def canvas_size(largest: tuple[int, int], canvas: tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width that every slice fits into; `canvas` itself where it is given.
+
+    Args:
+      largest: greatest height and width of a slice, px.
 
     Raises:
       UserError: a slice is larger than `canvas`.
     """
-    height, width = source.largest
+    height, width = largest
     if canvas is None:
         return height, width
     if height > canvas[0] or width > canvas[1]:
@@ -167,26 +171,48 @@ def training_batches(
       UserError: the batch does not divide over the hosts.
       DataError: a slice cannot be read, and is not to be replaced or cannot be.
     """
+    part = part_of_host(batch_size, process_count)
+    load = _LoadBatch(source, seed, examples_seen + process_index * part, batch_size, part, canvas, replace_damaged)
+    return read_ahead(load, batches=max(threads, -(-prefetch // part)), threads=threads, workers=workers)
+
+
+def part_of_host(batch_size: int, process_count: int) -> int:
+    """Examples of a global batch that each host reads.
+
+    Raises:
+      UserError: the batch does not divide over the hosts.
+    """
     if batch_size % process_count:
         raise UserError(
             f"batch_size {batch_size} does not divide over {process_count} hosts; choose a multiple of {process_count}"
         )
-    part = batch_size // process_count
-    load = _LoadBatch(source, seed, examples_seen + process_index * part, batch_size, part, canvas, replace_damaged)
+    return batch_size // process_count
+
+
+def read_ahead(
+    load: Callable[[int], LoadedBatch], *, batches: int, threads: int, workers: int
+) -> Iterator[LoadedBatch]:
+    """The batches 0, 1, 2, … without end.
+
+    Args:
+      load: batch number -> batch; called in threads, and pickled for worker processes.
+      batches: read ahead per worker.
+      threads: per worker.
+      workers: reading processes; 0 reads in this process.
+    """
     # 2**32 batches are "without end": a Grain range needs a stop. One of Grain's elements is a whole batch, because Grain's
     # overhead per element would exceed the decoding of a small slice.
     dataset = grain.MapDataset.range(2**32).map(load)
-    ahead = max(threads, -(-prefetch // part))
-    batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
+    read = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=batches))
     if not workers:
-        return iter(batches)
+        return iter(read)
     # Grain's workers read absl flags, which only programs started through absl have parsed.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
-    batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    read = read.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     # Small fields are sent: by default Grain makes shared memory for each, which costs more.
     options = grain.experimental.DatasetOptions(min_shm_size=2**16)
-    return _from_workers(iter(grain.experimental.WithOptionsIterDataset(batches, options)))
+    return _from_workers(iter(grain.experimental.WithOptionsIterDataset(read, options)))
 
 
 class _LoadBatch:
@@ -214,14 +240,14 @@ class _LoadBatch:
     ) -> HostBatch:
         damaged = np.full(len(numbers), -1)
         try:
-            return {**_read(self._source, numbers, pixels), "damaged": damaged}
+            return {**read(self._source, numbers, pixels), "damaged": damaged}
         except DataError:
             if not self._replace:
                 raise
         readable = numbers.copy()
         for place, number in enumerate(numbers):
             readable[place] = self._readable(number, pixels[place : place + 1])
-        return {**_read(self._source, readable, pixels), "damaged": np.where(readable != numbers, numbers, damaged)}
+        return {**read(self._source, readable, pixels), "damaged": np.where(readable != numbers, numbers, damaged)}
 
     def _readable(self, number: np.int64, pixels: UInt16[np.ndarray, "1 height width"]) -> np.int64:
         """The slice itself, or the first readable one of those that may take its place."""
@@ -246,12 +272,12 @@ class _LoadBatch:
         self._pool = (SharedBufferPool if SharedBufferPool.supported() else BufferPool)(self._shape)
 
 
-def _from_workers(batches: Iterator[HostBatch]) -> Iterator[HostBatch]:
+def _from_workers(batches: Iterator[LoadedBatch]) -> Iterator[LoadedBatch]:
     """Batches of worker processes, with their shared buffers opened."""
     reader = SharedBufferReader()
     for batch in batches:
         if isinstance(batch["pixels"], SharedBuffer):
-            batch = cast(HostBatch, batch | {"pixels": reader.open(batch["pixels"])})
+            batch = cast(LoadedBatch, {**batch, "pixels": reader.open(batch["pixels"])})
         yield batch
         del batch  # or its buffer would stay in use until the next batch is there
 
@@ -265,10 +291,10 @@ def evaluation_batches(
         numbers = np.asarray(slices[start : start + batch_size], np.int64)
         valid = np.arange(batch_size) < len(numbers)
         numbers = np.pad(numbers, (0, batch_size - len(numbers)), mode="edge")
-        yield {**_read(source, numbers, pool.take()), "valid": valid}
+        yield {**read(source, numbers, pool.take()), "valid": valid}
 
 
-def _read(
+def read(
     source: Slices, numbers: Int64[np.ndarray, " batch"], pixels: UInt16[np.ndarray, "batch height width"]
 ) -> HostBatch:
     """The batch of these slices, its pixels written to `pixels`."""

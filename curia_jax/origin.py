@@ -1,25 +1,80 @@
-"""The weights that a run starts from where they are not random: those of another run."""
+"""The weights that a run starts from where they are not random: those of another run, or of an export."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import ml_collections
 
 from curia_common import logs
 from curia_common.errors import DataError, UserError
-from curia_jax import checkpoint, saving, trained_model
+from curia_jax import checkpoint, saving, storage, trained_model
 from curia_jax import config as configs
+from curia_jax.convert import reading
 from curia_jax.models.params import Params
 
 logger = logs.get_logger(__name__)
+SCRATCH = "none"  # what a user names for random weights
 # Weights of one value of these fields mean something else under another.
 _CHECKED = ("model.", "augment.hu_window", "augment.image_mean", "augment.image_std")
+# Fields of the encoder and of the preparation of pixels that a fine-tuning takes over from its origin.
+_OF_ENCODER = (
+    *(f"model.{name}" for name in ("size", *configs.DIMENSIONS, "image_size", "patch_size", "channels", "activation", "unroll")),
+    *(f"augment.{name}" for name in ("hu_window", "image_mean", "image_std", "resample")),
+)  # fmt: skip
 _NEW = "choose another --workdir for a new run"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weights:
+    """Weights that a user names.
+
+    Attributes:
+      params: parts of a model by name: `encoder` and, of a pretraining run, `decoder`.
+      config: fields of the config that they were trained with, by their dotted names.
+      path: where they are, for messages.
+    """
+
+    params: Params
+    config: Mapping[str, Any]
+    step: int
+    examples_seen: int
+    path: str
+
+
+def _read(place: str, step: int | None = None) -> _Weights:
+    """The weights of a run, a checkpoint or an export. Of a fine-tuned run they are its encoder's, as it is exported.
+
+    Raises:
+      UserError: there is no such checkpoint.
+      DataError: it is damaged.
+    """
+    if not storage.is_bucket(place) and reading.is_export(Path(place)):
+        export = reading.read(Path(place))
+        encoder, recipe = export.config, export.recipe
+        fields = {
+            "model.size": configs.CUSTOM, "model.width": encoder.width, "model.depth": encoder.depth,
+            "model.heads": encoder.heads, "model.mlp_width": encoder.mlp_width, "model.image_size": encoder.image_size,
+            "model.patch_size": encoder.patch_size, "model.channels": encoder.channels,
+            "model.activation": encoder.activation, "model.unroll": 1,
+            **{f"augment.{name}": recipe[name] for name in ("hu_window", "image_mean", "image_std", "resample")},
+        }  # fmt: skip
+        fields["augment.hu_window"] = tuple(fields["augment.hu_window"])
+        return _Weights({"encoder": export.params}, fields, export.step, export.examples_seen, place)
+    loaded = checkpoint.load(place, step)
+    fields = configs.flatten(configs.from_checkpoint(loaded.config))
+    params = loaded.params
+    if "head" in params:
+        params = {"encoder": trained_model.load(place, step).params["encoder"]}
+    return _Weights(params, fields, loaded.step, loaded.examples_seen, loaded.path)
 
 
 def find(place: str | None, config: Mapping[str, Any], *, resumed: checkpoint.Meta | None) -> checkpoint.Origin | None:
     """Where the weights of a run come from; None where they are random.
 
     Args:
-      place: what the user names: a work directory, its `checkpoints` folder, or the folder of a step.
+      place: what the user names: a work directory, its `checkpoints` folder, the folder of a step, an export, or SCRATCH.
       config: of the run, as plain JSON.
       resumed: of the checkpoint from which the run resumes.
 
@@ -30,27 +85,57 @@ def find(place: str | None, config: Mapping[str, Any], *, resumed: checkpoint.Me
     if resumed is not None:
         _check_same(place, resumed.origin)
         return resumed.origin
-    if place is None:
+    if place in (None, SCRATCH):
         return None
-    loaded = checkpoint.load(place)
-    for name, (then, now) in configs.changes(configs.from_checkpoint(loaded.config), config).items():
-        if name.startswith(_CHECKED):
-            logger.warning(f"{name} is {now!r}, but {then!r} in {place}, whose weights this run starts from")
-    return _origin(place, loaded)
+    found = _read(place)
+    now = configs.flatten(configs.from_checkpoint(config))
+    for name, then in found.config.items():
+        if name.startswith(_CHECKED) and now.get(name, then) != then:
+            logger.warning(f"{name} is {now[name]!r}, but {then!r} in {place}, whose weights this run starts from")
+    return _origin(place, found)
 
 
-def _origin(place: str, loaded: checkpoint.Loaded) -> checkpoint.Origin:
-    return checkpoint.Origin(place, loaded.step, loaded.examples_seen, trained_model.digest(loaded.params))
+def adopt(
+    config: ml_collections.ConfigDict, overrides: Sequence[str], place: str | None, resumed: Mapping[str, Any] | None
+) -> None:
+    """Takes the shape of the encoder and the preparation of pixels over from the weights that a run starts from, or from the
+    checkpoint that it resumes: fields that neither the config file nor the command line has changed.
+
+    Args:
+      config: is changed.
+      overrides: words `--config.field=value` of the command line.
+      resumed: the config of the checkpoint that is resumed.
+
+    Raises:
+      UserError, DataError: as `find`.
+    """
+    if resumed is not None:
+        found = configs.flatten(configs.from_checkpoint(resumed))
+    elif place in (None, SCRATCH):
+        return
+    else:
+        found = _read(place).config
+    defaults = configs.flatten(configs.load("base"))
+    typed = {word.removeprefix("--config.").partition("=")[0] for word in overrides}
+    now = configs.flatten(config)
+    for name in _OF_ENCODER:
+        if name in found and name not in typed and now[name] == defaults[name]:
+            group, _, field = name.partition(".")
+            config[group][field] = found[name]
+
+
+def _origin(place: str, found: _Weights) -> checkpoint.Origin:
+    return checkpoint.Origin(place, found.step, found.examples_seen, trained_model.digest(found.params))
 
 
 def _check_same(place: str | None, origin: checkpoint.Origin | None) -> None:
-    if place is None or (origin is not None and place == origin.place):
+    if place is None or (origin is not None and place == origin.place) or (place == SCRATCH and origin is None):
         return
     if origin is None:
         raise UserError(
             f"--from={place}: the run in --workdir started from random weights; leave --from out to resume it, or {_NEW}"
         )
-    if _origin(place, checkpoint.load(place)).weights != origin.weights:
+    if place == SCRATCH or _origin(place, _read(place)).weights != origin.weights:
         raise UserError(
             f"--from={place}: the run in --workdir started from {origin.place}, step {origin.step:,}; leave --from out to resume it, "
             f"or {_NEW}"
@@ -58,25 +143,29 @@ def _check_same(place: str | None, origin: checkpoint.Origin | None) -> None:
 
 
 def weights(origin: checkpoint.Origin, abstract: Params) -> Params:
-    """The parameters that a run starts from, as numpy.
+    """The parts of a model that a run starts from, as numpy: those of its parts that the origin has. The others are random.
 
     Args:
-      abstract: their shapes in this run.
+      abstract: shapes of the run's parameters.
 
     Raises:
-      UserError: the model of the run has other tensors.
+      UserError: a part has other tensors in the run.
       DataError: they are no longer those that the run found at its first start.
     """
-    loaded = checkpoint.load(origin.place, origin.step)
-    if (found := trained_model.digest(loaded.params)) != origin.weights:
+    found = _read(origin.place, origin.step)
+    if (digest := trained_model.digest(found.params)) != origin.weights:
         raise DataError(
-            f"{loaded.path} has the weights {found}, but {origin.weights} when this run started; bring them back, or {_NEW}"
+            f"{found.path} has the weights {digest}, but {origin.weights} when this run started; bring them back, or {_NEW}"
         )
-    params = {"params": loaded.params}
+    both = [name for name in abstract if name in found.params]
+    params = {name: found.params[name] for name in both}
     saving.check_tensors(
-        loaded.path, saving.tensors(params), {"params": abstract}, "Use the --config.model it was trained with"
-    )
+        found.path, saving.tensors({"params": params}), {"params": {name: abstract[name] for name in both}},
+        "Use the --config.model it was trained with",
+    )  # fmt: skip
+    random = [name for name in abstract if name not in both]
     logger.info(
         f"starting from the weights of {origin.place}, step {origin.step:,}, {origin.examples_seen:,} examples seen"
+        + (f"; {' and '.join(random)}: new" if random else "")
     )
-    return loaded.params
+    return params

@@ -32,7 +32,8 @@ python -m curia_jax.pretrain --config=configs/demo.py --fields          list eve
     made.add_argument("--workdir", help="folder of this run, or gs://bucket/run; one with checkpoints is resumed")
     made.add_argument(
         "--from", dest="start_from", metavar="RUN",
-        help="run or checkpoint, also gs://bucket/run, whose weights a new run starts from instead of random ones",
+        help="run or checkpoint, also gs://bucket/run, whose weights a new run starts from instead of random ones; or an export, "
+        "which has no decoder: it is new then",
     )  # fmt: skip
     made.add_argument("--fields", action="store_true", help="print the config's fields and values and exit")
     cli.add_json(
@@ -62,7 +63,7 @@ def pretrain(args: argparse.Namespace) -> int:
     from curia_jax import hosts, run
     from curia_jax.objectives import mae
 
-    this = run.prepare(config, args.workdir, args.start_from)
+    this = run.prepare(config, args.workdir, run.open_shards, args.start_from)
     objective = mae.make(
         config, this.mesh, canvas=this.canvas, warmup_steps=this.warmup_steps, total_steps=this.schedule.total_steps,
         step_offset=this.step_offset,

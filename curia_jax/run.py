@@ -1,6 +1,6 @@
-"""What both stages share around the loop: devices, dataset, restore, compile, logs.
+"""What both stages share around the loop: devices, data, restore, compile, logs.
 
-  this = run.prepare(config, workdir)
+  this = run.prepare(config, workdir, run.open_shards)
   objective = mae.make(config, this.mesh, …)
   outcome = run.train(this, objective, run.batches)
 
@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import ml_collections
@@ -60,13 +60,56 @@ class Interrupted(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
+class Examples:
+    """What a run learns from.
+
+    Attributes:
+      dataset: its identity; `slices` is the number of examples in an epoch.
+      noun: what an example is, in the plural.
+      largest: greatest height and width of the pixels, px.
+      start: examples that were seen before training on them began; they count from there.
+      source: the shards that they are read from; None where they are not.
+      described: what the saved config says of them beside `config`.
+    """
+
+    dataset: checkpoint.Dataset
+    noun: str
+    largest: tuple[int, int]
+    start: int = 0
+    source: SliceSource | None = None
+    described: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.dataset.slices
+
+
+Beat = Callable[[str], None]  # says what is being done, to the watchdog
+
+
+@runtime_checkable
+class Evaluation(Protocol):
+    """What a run does beside training, on all hosts together."""
+
+    def validate(self, state: base.State, beat: Beat) -> Mapping[str, float]:
+        """Metrics of a state that is about to be saved, by name; they are saved with it."""
+        ...
+
+    def conclude(self, run: "Run", beat: Beat) -> None:
+        """Once a run has finished; again where it had finished before."""
+        ...
+
+
+# From the settings and the checkpoint that is resumed to the examples. Raises UserError or DataError.
+OpenExamples = Callable[[Settings, checkpoint.Meta | None], Examples]
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """A run before its objective is known.
 
     Attributes:
       config: the whole config as plain JSON, which is saved with every checkpoint.
       canvas: height and width of the pixels in a batch.
-      dataset_start: examples that were seen before training on this dataset began; its examples count from there.
       warmup_steps: of this batch size; from the run's beginning.
       save_every, log_every: steps.
       keep_every: checkpoints at multiples of so many steps stay for good; None for none.
@@ -82,12 +125,10 @@ class Run:
     config: Mapping[str, Any]
     settings: Settings
     workdir: str
-    source: SliceSource
+    examples: Examples
     canvas: tuple[int, int]
     mesh: Mesh
     schedule: training.Schedule
-    dataset: checkpoint.Dataset
-    dataset_start: int
     warmup_steps: int | float
     step_offset: int | float
     save_every: int
@@ -103,9 +144,14 @@ class Run:
     def meta(self, examples_seen: int) -> checkpoint.Meta:
         """What is saved with the state that has seen so many examples."""
         return checkpoint.Meta(
-            self.config, examples_seen, self.dataset, self.dataset_start,
+            self.config, examples_seen, self.examples.dataset, self.examples.start,
             step_examples=self.step_examples, skipped=self.skipped, origin=self.origin,
         )  # fmt: skip
+
+    @property
+    def position(self) -> int:
+        """Number of the next example, counted from where training on these examples began."""
+        return self.meta(self.schedule.examples_seen).position - self.examples.start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,34 +176,37 @@ class Outcome:
 # ---- before the objective is known
 
 
-def prepare(config: ml_collections.ConfigDict, workdir: str, start_from: str | None = None) -> Run:
-    """Checks the settings, sets up the devices, opens the dataset and finds the newest checkpoint. Writes nothing.
+def prepare(
+    config: ml_collections.ConfigDict, workdir: str, open_examples: OpenExamples, start_from: str | None = None,
+) -> Run:  # fmt: skip
+    """Checks the settings, sets up the devices, opens the examples and finds the newest checkpoint. Writes nothing.
 
     Args:
-      start_from: a run or checkpoint whose weights a new run starts from, instead of random ones. A run that is resumed has them.
+      open_examples: such as `open_shards`.
+      start_from: a run, checkpoint or export whose weights a new run starts from, instead of random ones. A run that is resumed
+        has them.
 
     Raises:
-      UserError: a setting is wrong, or does not fit the devices or the dataset.
-      DataError: the dataset is not the one of the checkpoint.
+      UserError: a setting is wrong, or does not fit the devices or the examples.
+      DataError: the examples are not those of the checkpoint.
     """
     began = time.time()
     settings = Settings.of(config)
     use_devices(settings.devices)
-    if not settings.data.shards:
-        raise UserError(
-            "no shards given; name the folder that data_pipeline.build wrote with --config.data.shards=FOLDER"
-        )
-    workdirs.check(workdir)
+    mesh_sizes: Any = config.mesh
+    mesh = sharding.make_mesh(**mesh_sizes)
+    sharding.check_batch(settings.batch_size, mesh)
+    data.part_of_host(settings.batch_size, hosts.count())
     saved_steps = workdirs.saved_steps(workdir)
     step, meta = checkpoint.latest(workdir) or (0, None)
     if meta is None:
         workdirs.check_new(workdir)
     plain = json.loads(config.to_json_best_effort())
     origin = origins.find(start_from, plain, resumed=meta)
-    source, dataset, dataset_start = _open_dataset(settings.data, meta)
-    mesh_sizes: Any = config.mesh
-    mesh = sharding.make_mesh(**mesh_sizes)
-    canvas = data.canvas_size(source, settings.data.canvas)
+    examples = open_examples(settings, meta)
+    plain |= examples.described
+    canvas = data.canvas_size(examples.largest, settings.data.canvas)
+    workdirs.check(workdir)
 
     # A duration in steps stands for the examples of the first start: another batch size changes neither the end of the run nor
     # the schedule of its learning rate, which both follow the examples.
@@ -166,15 +215,17 @@ def prepare(config: ml_collections.ConfigDict, workdir: str, start_from: str | N
     seen = 0
     if meta is not None:
         step_examples, seen = meta.step_examples or int(meta.config.get("batch_size", batch_size)), meta.examples_seen
-    first_steps = configs.steps(settings.duration, batch_size=step_examples, examples=len(source))
-    whole_run = round(configs.count(settings.duration, batch_size=step_examples, examples=len(source)) * step_examples)
+    first_steps = configs.steps(settings.duration, batch_size=step_examples, examples=len(examples))
+    whole_run = round(
+        configs.count(settings.duration, batch_size=step_examples, examples=len(examples)) * step_examples
+    )
     total_steps = step + max(0, round((whole_run - seen) / batch_size))
     if total_steps < 1:
         raise UserError(f"duration {settings.duration!r} is less than one step of {batch_size} examples")
-    warmup = configs.steps(settings.warmup, batch_size=step_examples, examples=len(source), total=first_steps)
+    warmup = configs.steps(settings.warmup, batch_size=step_examples, examples=len(examples), total=first_steps)
 
     def steps(duration: str) -> int:
-        found = configs.steps(duration, batch_size=batch_size, examples=len(source), total=total_steps)
+        found = configs.steps(duration, batch_size=batch_size, examples=len(examples), total=total_steps)
         return max(1, found)
 
     save_every = steps(settings.save_every)
@@ -185,12 +236,10 @@ def prepare(config: ml_collections.ConfigDict, workdir: str, start_from: str | N
         config=plain,
         settings=settings,
         workdir=workdir,
-        source=source,
+        examples=examples,
         canvas=canvas,
         mesh=mesh,
         schedule=training.Schedule(step, total_steps, batch_size, seen),
-        dataset=dataset,
-        dataset_start=dataset_start,
         warmup_steps=_quotient(max(1, warmup) * step_examples, batch_size),
         step_offset=_quotient(seen - step * batch_size, batch_size),
         save_every=save_every,
@@ -245,37 +294,63 @@ def use_devices(devices: Devices) -> None:
         logs.configure(logging.WARNING)
 
 
-def _open_dataset(wanted: Data, meta: checkpoint.Meta | None) -> tuple[SliceSource, checkpoint.Dataset, int]:
-    """The slices to train on, their identity, and the examples seen before training on them began.
+def open_shards(settings: Settings, meta: checkpoint.Meta | None) -> Examples:
+    """The slices of `config.data.shards`.
 
     Raises:
       UserError: there is no such dataset or split.
       DataError: they are not the slices of the checkpoint, and `data.on_change` does not allow that.
     """
+    wanted = settings.data
+    if not wanted.shards:
+        raise UserError(
+            "no shards given; name the folder that data_pipeline.build wrote with --config.data.shards=FOLDER"
+        )
     source = SliceSource(wanted.shards, wanted.split, additions=wanted.additions)
     dataset = checkpoint.Dataset(source.fingerprint, source.additions, len(source), wanted.split)
+
+    def remedy(then: checkpoint.Dataset) -> str:
+        with contextlib.suppress(UserError):
+            if SliceSource(wanted.shards, then.split, additions=then.additions).fingerprint == then.fingerprint:
+                split = f"--config.data.split={then.split} " if then.split != wanted.split else ""
+                return f"{split}--config.data.additions={then.additions} trains on the same slices as before"
+        return "the slices that it was trained on are no longer there"
+
+    start = start_of(dataset, meta, wanted, wanted.shards, remedy)
+    return Examples(dataset, "slices", source.largest, start, source)
+
+
+def start_of(
+    dataset: checkpoint.Dataset, meta: checkpoint.Meta | None, wanted: Data, place: str,
+    remedy: Callable[[checkpoint.Dataset], str],
+) -> int:  # fmt: skip
+    """Examples seen before training on a dataset began.
+
+    Args:
+      meta: of the checkpoint that is resumed.
+      place: the dataset's, for messages.
+      remedy: from the dataset of then to what can be done.
+
+    Raises:
+      DataError: it is not the dataset of the checkpoint, and `data.on_change` does not allow that.
+    """
     if meta is None:
-        return source, dataset, 0
+        return 0
     then = meta.dataset
     if then is None:
         logger.info("this checkpoint does not name its dataset; not checked")
-        return source, dataset, meta.dataset_start
+        return meta.dataset_start
     if then.fingerprint == dataset.fingerprint:
-        return source, dataset, meta.dataset_start
+        return meta.dataset_start
     names = [name for name in ("slices", "additions", "split") if getattr(then, name) != getattr(dataset, name)]
     change = ", ".join(f"{name} {getattr(then, name)} -> {getattr(dataset, name)}" for name in names)
     change = change or "the same number of slices with other contents"
     if wanted.on_change == "new_epoch":
         logger.info(f"the dataset changed ({change}); starting a new epoch on it")
-        return source, dataset, meta.position
-    remedy = "the slices that it was trained on are no longer there"
-    with contextlib.suppress(UserError):
-        if SliceSource(wanted.shards, then.split, additions=then.additions).fingerprint == then.fingerprint:
-            split = f"--config.data.split={then.split} " if "split" in names else ""
-            remedy = f"{split}--config.data.additions={then.additions} trains on the same slices as before"
+        return meta.position
     raise DataError(
-        f"{wanted.shards} is not the dataset that the checkpoint of example {meta.examples_seen:,} was trained on: {change}; "
-        f"{remedy}; --config.data.on_change=new_epoch starts a new epoch on the dataset as it is now"
+        f"{place} is not the dataset that the checkpoint of example {meta.examples_seen:,} was trained on: {change}; "
+        f"{remedy(then)}; --config.data.on_change=new_epoch starts a new epoch on the dataset as it is now"
     )
 
 
@@ -284,19 +359,24 @@ def _open_dataset(wanted: Data, meta: checkpoint.Meta | None) -> tuple[SliceSour
 
 def batches(run: Run) -> Iterator[base.Batch]:
     """Global batches on the devices, from the example after the checkpoint's on."""
-    wanted = run.settings
-    processes.name_semaphores(f"{storage.root(run.workdir)} {hosts.number()}")
+    wanted, source = run.settings, run.examples.source
+    assert source is not None
+    name_semaphores(run)
     on_host = data.training_batches(
-        run.source, batch_size=wanted.batch_size, canvas=run.canvas, seed=wanted.seed,
-        examples_seen=run.meta(run.schedule.examples_seen).position - run.dataset_start,
+        source, batch_size=wanted.batch_size, canvas=run.canvas, seed=wanted.seed, examples_seen=run.position,
         process_index=hosts.number(), process_count=hosts.count(),
         threads=wanted.data.threads, prefetch=wanted.data.prefetch, workers=wanted.data.workers,
         replace_damaged=wanted.data.damaged_share > 0,
     )  # fmt: skip
-    split, damage = sharding.batch_sharding(run.mesh), data.Damage(run.source, wanted.data.damaged_share)
+    split, damage = sharding.batch_sharding(run.mesh), data.Damage(source, wanted.data.damaged_share)
     for batch in on_host:
         damage.note(batch)
         yield data.to_devices(batch, split)
+
+
+def name_semaphores(run: Run) -> None:
+    """Removes semaphores that reading processes of an earlier start have left."""
+    processes.name_semaphores(f"{storage.root(run.workdir)} {hosts.number()}")
 
 
 def _rolled_back(run: Run, diverged: training.Diverged) -> Run:
@@ -321,11 +401,14 @@ def _rolled_back(run: Run, diverged: training.Diverged) -> Run:
     return dataclasses.replace(run, schedule=schedule, skipped=skipped)
 
 
-def train(run: Run, objective: base.Objective, batches: Callable[[Run], Iterator[base.Batch]]) -> Outcome:
+def train(
+    run: Run, objective: base.Objective, batches: Callable[[Run], Iterator[Any]], evaluation: Evaluation | None = None
+) -> Outcome:  # fmt: skip
     """Restores or initialises the state, compiles the step, and trains until the end or until a signal asks to stop.
 
     Args:
       batches: gives the batches of a run; again where it goes back to an earlier checkpoint.
+      evaluation: validates what is saved at multiples of `save_every` and at the end.
 
     Raises:
       UserError: the checkpoint does not fit the objective, or the compiler refuses an option.
@@ -335,15 +418,15 @@ def train(run: Run, objective: base.Objective, batches: Callable[[Run], Iterator
     """
     schedule = run.schedule
     logger.info(
-        f"{len(run.source):,} slices, canvas {run.canvas[0]}x{run.canvas[1]}; {objective.parameters / 1e6:.2f} M parameters; "
+        f"{len(run.examples):,} {run.examples.noun}, canvas {run.canvas[0]}x{run.canvas[1]}; {objective.parameters / 1e6:.2f} M parameters; "
         f"{run.mesh.size} x {jax.devices()[0].device_kind} as {dict(run.mesh.shape)}; {schedule.total_steps:,} steps of "
         f"{schedule.batch_size}"
     )
     if schedule.start_step >= schedule.total_steps:
-        return _nothing_to_do(run, objective)
+        return _nothing_to_do(run, objective, evaluation)
     with contextlib.ExitStack() as closing, hosts.leaving_at_once(closing, run.settings.devices.heartbeat_seconds):
         dog, folder = _take_work_directory(run, closing)
-        start = _Start(run, objective, closing, dog, folder)
+        start = _Start(run, objective, closing, dog, folder, evaluation)
         start.restore()
         start.compile()
         start.open_logs()
@@ -367,7 +450,7 @@ def _since() -> dict[str, Any]:
     return {"guard": base.new_guard()}
 
 
-def _nothing_to_do(run: Run, objective: base.Objective) -> Outcome:
+def _nothing_to_do(run: Run, objective: base.Objective, evaluation: Evaluation | None) -> Outcome:
     """The run has finished before."""
     schedule = run.schedule
     saving.check_fits(run.workdir, objective.abstract_state, since=_since())
@@ -375,6 +458,8 @@ def _nothing_to_do(run: Run, objective: base.Objective) -> Outcome:
         f"nothing to do: {run.workdir} has reached step {schedule.start_step:,} of {schedule.total_steps:,}; a longer "
         "--config.duration continues from there"
     )
+    if evaluation is not None:
+        evaluation.conclude(run, lambda doing: None)
     hosts.meet_at_the_end(_patience(run))
     return Outcome(True, schedule.start_step, schedule.examples_seen, telemetry.last_metrics(run.workdir))
 
@@ -389,12 +474,13 @@ def _take_work_directory(run: Run, closing: contextlib.ExitStack) -> tuple[watch
       DoesNotFitError: the hosts differ, or one is not as launched.
       RestartError: another run has the work directory, or a host is missing.
     """
-    preflight.check_dataset(run.source)
+    if run.examples.source is not None:
+        preflight.check_dataset(run.examples.source)
     with preflight.probing(run.workdir):
         facts = {
             **preflight.build(),
             "config": hosts.digest(json.dumps(run.config, sort_keys=True)),
-            "dataset": run.dataset.fingerprint,
+            "dataset": run.examples.dataset.fingerprint,
             "checkpoint": f"step {run.schedule.start_step}",
             "weights to start from": run.origin.weights if run.origin else "random",
         }
@@ -420,9 +506,11 @@ class _Start:
     """One start of a run, in the order of its methods. What it opens is closed with `closing`."""
 
     def __init__(
-        self, run: Run, objective: base.Objective, closing: contextlib.ExitStack, dog: watchdog.Watchdog, folder: Path
-    ) -> None:
+        self, run: Run, objective: base.Objective, closing: contextlib.ExitStack, dog: watchdog.Watchdog, folder: Path,
+        evaluation: Evaluation | None = None,
+    ) -> None:  # fmt: skip
         self._run, self._objective, self._closing, self._dog, self._folder = run, objective, closing, dog, folder
+        self._evaluation = evaluation
 
     # ---- state
 
@@ -497,7 +585,7 @@ class _Start:
             storage.write_text(storage.root(run.workdir) / workdirs.CONFIG, text)
             self._log.event(
                 "resumed" if schedule.start_step else "started", step=schedule.start_step,
-                examples_seen=schedule.examples_seen, total_steps=schedule.total_steps, slices=len(run.source),
+                examples_seen=schedule.examples_seen, total_steps=schedule.total_steps, slices=len(run.examples),
                 parameters=self._objective.parameters, mesh=dict(run.mesh.shape), hosts=hosts.count(),
                 device=jax.devices()[0].device_kind, jax=jax.__version__, train_flops_per_image=flops, peak_flops=peak,
                 peak_source=peak_source, command=cli.command(), **({"changes": dict(run.changes)} if run.changes else {}),
@@ -527,7 +615,7 @@ class _Start:
 
     # ---- loop
 
-    def loop(self, batches: Callable[[Run], Iterator[base.Batch]]) -> bool:
+    def loop(self, batches: Callable[[Run], Iterator[Any]]) -> bool:
         """Trains; returns whether the run has finished. Where it diverges it goes back and on.
 
         Raises:
@@ -547,6 +635,7 @@ class _Start:
                 self._checkpointer, run.schedule, run.meta, self._log,
                 patience=60 * run.settings.save_patience, refusals=run.settings.guard.patience,
                 first_loss=float(guard["first_loss"]) if guard["applied"] else None,
+                validate=self._validate if self._evaluation is not None else None,
             )  # fmt: skip
             try:
                 with base.memory_errors():
@@ -561,10 +650,16 @@ class _Start:
                     "second Ctrl-C: stopped at once; the same command resumes from the newest checkpoint"
                 ) from None
 
+    def _validate(self, state: base.State) -> Mapping[str, float]:
+        assert self._evaluation is not None
+        self._dog.beat("validating")
+        return self._evaluation.validate(state, self._dog.beat)
+
     def _hooks(self) -> list[training.Hook | training.StateHook]:
         hooks: list[training.Hook | training.StateHook] = []
-        if self._run.settings.data.check_shards:
-            check = data.ShardCheck(self._run.source, first=time.time_ns() % 99_991 + hosts.number())
+        source = self._run.examples.source
+        if self._run.settings.data.check_shards and source is not None:
+            check = data.ShardCheck(source, first=time.time_ns() % 99_991 + hosts.number())
             self._closing.callback(check.close)
             hooks.append(training.Hook(lambda report: check.check()))
         return [*hooks, training.Hook(self._measure), training.Hook(self._show, every=self._run.log_every)]
@@ -597,6 +692,9 @@ class _Start:
         if self._log is not None:
             self._log.event("finished" if finished else "preempted", step=step, examples_seen=seen)
         logger.info(self._ledger.write(step).text())
+        del self._state  # its memory is for the weights that are scored
+        if finished and self._evaluation is not None:
+            self._evaluation.conclude(self._run, self._dog.beat)
         self._dog.beat("waiting for the other hosts to end")
         hosts.meet_at_the_end(_patience(self._run))
         return Outcome(finished, step, seen, telemetry.last_metrics(self._folder) | self._meter.total())

@@ -181,7 +181,7 @@ class Log:
             self._board_fails = True
 
     def event(self, name: str, **fields: Any) -> None:
-        """Appends one line to `events.jsonl`: started, resumed, saved, save-failed, update-refused, rolled-back, preempted, finished."""
+        """Appends one line to `events.jsonl`: started, resumed, validated, saved, save-failed, update-refused, rolled-back, preempted, finished."""
         self._events.write({"event": name, **fields, "time": round(time.time(), 3)})
 
     def close(self) -> None:

@@ -204,6 +204,8 @@ class Saver:
       patience: seconds for which training continues while saves fail.
       refusals: updates refused in a row that mean divergence.
       first_loss: of the untrained model; None takes that of the first step.
+      validate: state -> metrics that are saved with it, of what is saved at multiples of the interval and at the end. Not of what a
+        signal or a retried save puts between: a run that was stopped must not choose among other states.
 
     Attributes:
       saved_step: newest checkpoint; None where there is none.
@@ -219,10 +221,12 @@ class Saver:
         patience: int | float = math.inf,
         refusals: int | float = math.inf,
         first_loss: float | None = None,
+        validate: Callable[[PyTree], Mapping[str, float]] | None = None,
     ) -> None:
         self._checkpointer, self._schedule, self._meta, self._log = checkpointer, schedule, meta, log
         self._first_loss, self._losses = first_loss, collections.deque[float](maxlen=WORSE_STEPS)
         self._patience, self._refusals, self._single_host = patience, refusals, jax.process_count() == 1
+        self._validate = validate
         self._metrics: Mapping[str, float] = {}
         self._failing_since: float | None = None
         self._retry_at, self._every = math.inf, 1
@@ -242,8 +246,13 @@ class Saver:
         if self._metrics.get(REFUSED, 0) and step % self._every == 0 and step < self._schedule.total_steps:
             return  # not a state to go back to; where the run ends, it is saved
         self._retry_at = math.inf
-        seen = self._schedule.examples_at(step)
-        self._checkpointer.save(step, state, dataclasses.replace(self._meta(seen), metrics=self._metrics))
+        seen, metrics = self._schedule.examples_at(step), self._metrics
+        if self._validate is not None and (step % self._every == 0 or step == self._schedule.total_steps):
+            found = self._validate(state)
+            metrics = {**metrics, **found}
+            if self._log is not None:
+                self._log.event("validated", step=step, examples_seen=seen, **found)
+        self._checkpointer.save(step, state, dataclasses.replace(self._meta(seen), metrics=metrics))
         self._note_ended()
 
     def _note_ended(self) -> None:

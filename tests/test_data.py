@@ -208,10 +208,10 @@ def test_evaluation_batches_keep_order_and_mark_padding() -> None:
 
 
 def test_canvas_that_does_not_fit_is_refused() -> None:
-    assert data.canvas_size(Slices(3), None) == (4, 6)
-    assert data.canvas_size(Slices(3), (8, 8)) == (8, 8)
+    assert data.canvas_size(Slices(3).largest, None) == (4, 6)
+    assert data.canvas_size(Slices(3).largest, (8, 8)) == (8, 8)
     with pytest.raises(UserError, match=r"4x6 px do not fit the canvas 4x4; set --config.data.canvas=\(4,6\)"):
-        data.canvas_size(Slices(3), (4, 4))
+        data.canvas_size(Slices(3).largest, (4, 4))
 
 
 def test_batch_that_does_not_divide_over_hosts_is_refused() -> None:

@@ -64,6 +64,25 @@ def test_run_from_weights_resumes_exactly_with_and_without_the_option(
     assert losses(tmp_path / "whole") != losses(earlier)
 
 
+@pytest.mark.long
+def test_export_of_a_run_gives_its_encoder_and_a_new_decoder(
+    tiny_shards: Path, earlier: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = [f"--checkpoint={earlier}", f"--output={tmp_path / 'weights'}", "--layout=dinov2"]
+    assert convert.main(words) == 0
+    still = ["--config.optimizer.base_learning_rate=1e-30", "--config.seed=5"]
+    assert train(tmp_path / "run", tiny_shards, *still, start_from=str(tmp_path / "weights")).finished
+    theirs, ours = (checkpoint.load(place).params for place in (earlier, tmp_path / "run"))
+    encoder = leaves(ours["encoder"])
+    for name, leaf in leaves(theirs["encoder"]).items():
+        np.testing.assert_allclose(encoder[name], leaf, rtol=0, atol=1e-7, err_msg=name)
+    assert not np.array_equal(ours["decoder"]["mask_token"], theirs["decoder"]["mask_token"])
+    assert "decoder: new" in caplog.text
+    _, meta = checkpoint.latest(str(tmp_path / "run")) or pytest.fail("no checkpoint")
+    assert meta.origin is not None and (meta.origin.step, meta.origin.examples_seen) == (6, 96)
+    assert train(tmp_path / "run", tiny_shards, *still, start_from=str(tmp_path / "weights")).finished  # nothing to do
+
+
 def test_other_weights_than_those_of_the_resumed_run_are_refused(
     tiny_shards: Path, earlier: Path, tmp_path: Path
 ) -> None:

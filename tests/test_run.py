@@ -47,7 +47,7 @@ def grown(tiny_shards: Path, tmp_path: Path) -> Path:
 
 def prepare(workdir: Path, shards: Path, *words: str) -> run.Run:
     config = configs.load(str(ROOT / "tests/configs/resumable.py"), [f"--config.data.shards={shards}", *words])
-    return run.prepare(config, str(workdir))
+    return run.prepare(config, str(workdir), run.open_shards)
 
 
 def save_meta(workdir: Path, meta: checkpoint.Meta, step: int = 2) -> None:
@@ -82,7 +82,7 @@ def test_resume_on_the_same_dataset_continues_its_epoch(
     this = prepare(tmp_path / "run", shutil.copytree(tiny_shards, tmp_path / "moved"))  # elsewhere, but the same
     assert this.schedule == training.Schedule(2, 6, batch_size=16, examples_seen=32)
     assert list(this.changes) == ["data.shards"]
-    assert first_slices(this, monkeypatch) == expected_slices(this.source, 32)
+    assert first_slices(this, monkeypatch) == expected_slices(this.examples.source, 32)
 
 
 def test_resume_rejects_grown_dataset_and_names_both_choices(tiny_shards: Path, grown: Path, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_resume_with_additions_trains_on_the_slices_of_then(
 ) -> None:
     save_meta(tmp_path / "run", prepare(tmp_path / "run", tiny_shards).meta(32))
     this = prepare(tmp_path / "run", grown, "--config.data.additions=0")
-    assert len(this.source) == 48 and this.dataset_start == 0
+    assert len(this.examples.source) == 48 and this.examples.start == 0
     assert first_slices(this, monkeypatch) == expected_slices(SliceSource(tiny_shards, "train"), 32)
 
 
@@ -111,18 +111,18 @@ def test_resume_with_new_epoch_counts_from_there(
 ) -> None:
     save_meta(tmp_path / "run", prepare(tmp_path / "run", tiny_shards).meta(32))
     this = prepare(tmp_path / "run", grown, "--config.data.on_change=new_epoch")
-    assert (len(this.source), this.schedule.examples_seen, this.dataset_start) == (96, 32, 32)
+    assert (len(this.examples.source), this.schedule.examples_seen, this.examples.start) == (96, 32, 32)
     save_meta(tmp_path / "run", this.meta(48), step=3)
     for words in ([], ["--config.data.on_change=new_epoch"]):  # the dataset is no longer a changed one
         again = prepare(tmp_path / "run", grown, *words)
-        assert (again.schedule.start_step, again.dataset_start) == (3, 32)
+        assert (again.schedule.start_step, again.examples.start) == (3, 32)
     assert first_slices(this, monkeypatch) == expected_slices(SliceSource(grown, "train"), 0)
     assert first_slices(again, monkeypatch) == expected_slices(SliceSource(grown, "train"), 16)
 
 
 def test_resume_rejects_replaced_slices(tiny_shards: Path, tmp_path: Path) -> None:
     this = prepare(tmp_path / "run", tiny_shards)
-    other = this.dataset._replace(fingerprint="of other shards")
+    other = this.examples.dataset._replace(fingerprint="of other shards")
     save_meta(tmp_path / "run", checkpoint.Meta(this.config, 32, other))
     message = "was trained on: the same number of slices with other contents; the slices that it was trained on are no longer there"
     with pytest.raises(DataError, match=message):
@@ -136,7 +136,7 @@ def test_resume_of_an_old_checkpoint_says_that_its_dataset_is_not_checked(
     save_meta(tmp_path / "run", checkpoint.Meta({"seed": 0}, 32, version=None))
     this = prepare(tmp_path / "run", grown)
     assert capsys.readouterr().err.splitlines()[-1] == "this checkpoint does not name its dataset; not checked"
-    assert this.meta(48).dataset == this.dataset and this.dataset_start == 0
+    assert this.meta(48).dataset == this.examples.dataset and this.examples.start == 0
 
 
 # ---- work directories without a checkpoint
@@ -194,7 +194,7 @@ def train(
 ) -> run.Outcome:
     """A run that gets signals while batch number `stop_at` (from 1) is pulled."""
     config = configs.load(str(ROOT / "tests/configs/resumable.py"), [f"--config.data.shards={shards}", *words])
-    this = run.prepare(config, str(workdir), start_from)
+    this = run.prepare(config, str(workdir), run.open_shards, start_from)
     objective = mae.make(
         config, this.mesh, canvas=this.canvas, warmup_steps=this.warmup_steps, total_steps=this.schedule.total_steps,
         step_offset=this.step_offset,
@@ -284,7 +284,7 @@ def damaged_batches(numbers: Collection[int], slope: float) -> Callable[[run.Run
 
 def train_on(workdir: Path, shards: Path, batches: Callable[[run.Run], Iterator[Any]], *words: str) -> run.Outcome:
     config = configs.load(str(ROOT / "tests/configs/resumable.py"), [f"--config.data.shards={shards}", *words])
-    this = run.prepare(config, str(workdir))
+    this = run.prepare(config, str(workdir), run.open_shards)
     objective = mae.make(
         config, this.mesh, canvas=this.canvas, warmup_steps=this.warmup_steps, total_steps=this.schedule.total_steps
     )
@@ -324,7 +324,7 @@ def test_run_goes_back_and_skips_the_window_of_its_divergence(
     shutil.rmtree(tmp_path / "run/checkpoints/6")
     this = prepare(tmp_path / "run", tiny_shards)
     assert this.schedule.start_step == 4
-    assert first_slices(this, monkeypatch) == expected_slices(this.source, 64 + 48)
+    assert first_slices(this, monkeypatch) == expected_slices(this.examples.source, 64 + 48)
 
 
 def test_run_that_keeps_diverging_ends_with_64(tiny_shards: Path, tmp_path: Path) -> None:
@@ -354,7 +354,7 @@ def test_checkpoint_without_the_guard_resumes(tiny_shards: Path, tmp_path: Path)
     """As versions before 0.3 saved them, with clipping: the optimizer's state in a pair."""
     assert train(tmp_path / "run", tiny_shards, stop_at=2).step == 2
     config = configs.load(str(ROOT / "tests/configs/resumable.py"), [f"--config.data.shards={tiny_shards}"])
-    this = run.prepare(config, str(tmp_path / "run"))
+    this = run.prepare(config, str(tmp_path / "run"), run.open_shards)
     objective = mae.make(config, this.mesh, canvas=this.canvas, warmup_steps=1, total_steps=6)
     checkpointer = saving.Checkpointer(str(tmp_path / "run"))
     state = checkpointer.restore(objective.abstract_state)

@@ -2,9 +2,9 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ class FakeCheckpointer(saving.Checkpointer):
         self._notes, self._latest = notes, latest
         self._problems = problems  # step -> why its save fails
         self._done: list[saving.Ended] = []
+        self.metrics: dict[int, Mapping[str, float]] = {}
 
     @property
     def latest_step(self) -> int | None:
@@ -31,6 +32,7 @@ class FakeCheckpointer(saving.Checkpointer):
     def save(self, step: int, state: Any, meta: checkpoint.Meta) -> None:
         assert int(state["step"]) == step  # the state of step n has taken n steps
         self._notes.append(("save", step, meta.examples_seen))
+        self.metrics[step] = meta.metrics
         self._done.append(saving.Ended(step, meta.examples_seen, self._problems.get(step), 0.25))
 
     def ended(self) -> list[saving.Ended]:
@@ -64,6 +66,7 @@ class Loop:
         self.checkpointer: saving.Checkpointer = FakeCheckpointer(self.notes, self.problems, start_step or None)
         self.on_pull: Callable[[int], None] = lambda number: None
         self.more_hooks: list[Hook | StateHook] = []
+        self.validate: Callable[[Any], dict[str, float]] | None = None
         self._advance = jax.jit(lambda state, batch: {"step": state["step"] + 1, "sum": state["sum"] + batch})
         self.state = {"step": jnp.int32(start_step), "sum": jnp.float32(0)}
         self.scalars = {value: jnp.float32(value) for value in (0.5, 1.0, bad[2] if bad else 1.0)}
@@ -99,6 +102,7 @@ class Loop:
             patience=self.patience,
             refusals=self.refusals,
             first_loss=self.first_loss,
+            validate=self.validate,
         )
         hooks = [*saver.hooks(save_every), Hook(self.report, every=log_every), *self.more_hooks]
         return training.fit(self.state, self.step, self.batches(), schedule, hooks)
@@ -184,6 +188,26 @@ def test_newest_checkpoints_stay_and_are_on_disk_at_the_end(tmp_path: Path) -> N
     finally:
         loop.checkpointer.close()
     assert sorted(p.name for p in (tmp_path / checkpoint.FOLDER).iterdir()) == ["6", "7"]
+
+
+def test_states_are_validated_before_they_are_saved_but_not_where_a_signal_stops() -> None:
+    loop = Loop()
+    loop.validate = lambda state: {"validation_loss": float(state["sum"])}
+    loop.on_pull = lambda number: os.kill(os.getpid(), signal.SIGTERM) if number == 6 else None
+    _, finished = loop.run(9, save_every=3)
+    assert not finished and loop.noted("save") == [3, 6, 7]
+    saved = cast(FakeCheckpointer, loop.checkpointer).metrics
+    assert [saved[step].get("validation_loss") for step in (3, 6, 7)] == [0 + 1 + 2, 0 + 1 + 2 + 3 + 4 + 5, None]
+    assert all(saved[step]["loss"] == 0.5 for step in (3, 6, 7))
+    found = [fields for name, fields in loop.log.events if name == "validated"]
+    assert [(one["step"], one["examples_seen"], one["validation_loss"]) for one in found] == [(3, 24, 3), (6, 48, 15)]
+
+
+def test_last_state_is_validated_whatever_the_interval() -> None:
+    loop = Loop()
+    loop.validate = lambda state: {"validation_loss": float(state["sum"])}
+    loop.run(4, save_every=3)
+    assert cast(FakeCheckpointer, loop.checkpointer).metrics[4]["validation_loss"] == 6
 
 
 # ---- saves that fail

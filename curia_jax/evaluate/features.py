@@ -272,7 +272,7 @@ class ShardImages:
 
     def batches(self, numbers: Int[np.ndarray, " n"], batch_size: int) -> Iterator[data.HostBatch]:
         """As `Images` says."""
-        canvas = data.canvas_size(self.source, None)
+        canvas = data.canvas_size(self.source.largest, None)
         for batch in data.evaluation_batches(self.source, numbers, batch_size=batch_size, canvas=canvas):
             batch["spacing"] = self._spacing[batch["slice"]]
             yield batch

@@ -119,24 +119,17 @@ class Objective:
         """Number of trained values."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.abstract_state["params"]))
 
-    def initial_state(self, seed: int, params: PyTree[Shaped[np.ndarray, "..."]] | None = None) -> State:
+    def initial_state(self, seed: int, params: Mapping[str, PyTree[Shaped[np.ndarray, "..."]]] | None = None) -> State:
         """The state of step 0; each device creates only its own shards.
 
         Args:
-          params: the parameters, on the host; None for random ones.
+          params: parts of the parameters by name, on the host; the others are random.
         """
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         with memory_errors():
             state = jax.jit(self.init, out_shardings=shardings)(jax.random.key(seed))
-            if params is None:
-                return state
-
-            def place(leaf: np.ndarray, where: jax.ShapeDtypeStruct) -> jax.Array:
-                return jax.make_array_from_callback(
-                    leaf.shape, where.sharding, lambda part: leaf[part].astype(where.dtype)
-                )
-
-            state["params"] = jax.tree.map(place, params, self.abstract_state["params"])
+            given = {name: self.abstract_state["params"][name] for name in params or {}}
+            state["params"] = {**state["params"], **place(params or {}, given)}
             return state
 
     def trace(self) -> jax.stages.Traced:
@@ -166,6 +159,21 @@ class Objective:
             raise UserError(
                 f"XLA refuses the compiler options: {str(error).splitlines()[0]}; change --config.compiler_options"
             ) from error
+
+
+def place(
+    params: PyTree[Shaped[np.ndarray, "..."]], abstract: PyTree[jax.ShapeDtypeStruct]
+) -> PyTree[Shaped[Array, "..."]]:
+    """Parameters on the host as arrays on the devices.
+
+    Args:
+      abstract: their shapes and shardings.
+    """
+
+    def on_devices(leaf: np.ndarray, where: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.make_array_from_callback(leaf.shape, where.sharding, lambda part: leaf[part].astype(where.dtype))
+
+    return jax.tree.map(on_devices, params, abstract)
 
 
 @contextlib.contextmanager

@@ -66,7 +66,7 @@ def input_facts(config: ml_collections.ConfigDict, examples: int | None) -> Inpu
             loader_per_core=None,
         )
     source = shards.SliceSource(config.data.shards, config.data.split)
-    canvas = data.canvas_size(source, config.data.canvas)
+    canvas = data.canvas_size(source.largest, config.data.canvas)
     return InputFacts(
         examples or len(source),
         False,

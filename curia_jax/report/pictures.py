@@ -125,7 +125,9 @@ def reconstruct(
     from the original patch, which the model has not seen.
     """
     config = trained.config
-    batch = next(data.evaluation_batches(source, slices, batch_size=len(slices), canvas=data.canvas_size(source, None)))
+    batch = next(
+        data.evaluation_batches(source, slices, batch_size=len(slices), canvas=data.canvas_size(source.largest, None))
+    )
     on_device = data.to_devices(batch, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     images, offset, scale = real_view(on_device, trained.augment, config.encoder.image_size)
     noise = jax.random.uniform(jax.random.key(seed), (len(slices), config.encoder.patches))

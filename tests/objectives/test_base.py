@@ -205,7 +205,7 @@ def train(workdir: Path, shards: Path, *words: str, stop_at: int = 0) -> run.Out
     config = configs.load(
         str(ROOT / "tests/configs/tiny.py"), [*overrides, *mesh, f"--config.data.shards={shards}", *words]
     )
-    this = run.prepare(config, str(workdir))
+    this = run.prepare(config, str(workdir), run.open_shards)
 
     def batches(this: run.Run) -> Iterator[Any]:
         for number, batch in enumerate(run.batches(this), start=1):
@@ -242,6 +242,6 @@ def test_classifier_trains_saves_and_resumes_bit_for_bit(tiny_shards: Path, tmp_
 def test_classifier_is_split_over_a_mesh(tiny_shards: Path, tmp_path: Path) -> None:
     words = [f"--config.data.shards={tiny_shards}", "--config.devices.platform=auto", "--config.devices.cpu_count=0"]
     config = configs.load(str(ROOT / "tests/configs/tiny.py"), [*words, "--config.mesh.data=1", "--config.mesh.fsdp=8"])
-    state = classifier(config, run.prepare(config, str(tmp_path))).abstract_state
+    state = classifier(config, run.prepare(config, str(tmp_path), run.open_shards)).abstract_state
     assert state["params"]["encoder"]["blocks"]["mlp"]["fc1"]["kernel"].sharding.spec == P(None, "fsdp", None)
     assert state["params"]["head"]["kernel"].sharding.spec == P()
