@@ -22,7 +22,7 @@ from curia_common.exit_codes import ExitCode
 from launch import checks, cost, grace, records
 from launch import spec as specs
 from launch.rendering import Target
-from launch.spec import LaunchSpec
+from launch.spec import LaunchSpec, option_name
 
 LOCAL = "local"
 TARGETS = {
@@ -30,6 +30,7 @@ TARGETS = {
     "gke": "launch.gke",
     "queued-resources": "launch.queued_resources",
     "slurm": "launch.slurm",
+    specs.BEAM: "launch.beam",
 }  # name -> module that is a rendering.Target
 MANAGE = ("status", "logs", "stop", "restart")
 
@@ -46,6 +47,7 @@ python -m launch --target=local --topology=v5e:4x4 --dry-run -- pretrain --confi
 python -m launch --target=gke --topology=v5e-256 --slices=2 --spot --dry-run --output=out -- pretrain --config=… --config.mesh.replica=2 --workdir=gs://bucket/run
 python -m launch --target=queued-resources --topology=v4-64 --spot --project=… --zone=… --image=… -- pretrain --config=… --workdir=gs://bucket/run
 python -m launch --target=slurm --topology=gpu:4x8 -- pretrain --config=… --workdir=/shared/run --config.data.shards=/shared/shards
+python -m launch --target=beam --runner=FlinkRunner --cluster=flink:8081 --topology=cpu:16x8 -- build --input /mnt/exams --output /mnt/shards
 python -m launch status first
 python -m launch stop first""",
         codes=(ExitCode.DIVERGED, ExitCode.DATA, ExitCode.DOES_NOT_FIT),
@@ -60,17 +62,25 @@ python -m launch stop first""",
     made.add_argument(
         "--topology",
         metavar="NAME",
-        help="v5e-256 or v5e:16x16, v4 to v7x; gpu:4x8 or cpu:4x2: machines x devices of each",
+        help="v5e-256 or v5e:16x16, v4 to v7x; gpu:4x8 or cpu:4x2: machines x devices of each, with beam workers x vCPUs",
     )
     made.add_argument("--slices", type=int, default=1, metavar="N", help="TPU slices of that topology (1)")
-    made.add_argument("--run", metavar="NAME", help="name of the run (the last part of the command's --workdir)")
+    made.add_argument(
+        "--run", metavar="NAME", help="name of the run (the last part of the command's --workdir or --output)"
+    )
     made.add_argument("--spot", action="store_true", help="preemptible machines")
     made.add_argument("--reserved", action="store_true", help="machines of a reservation")
     made.add_argument("--reservation", metavar="NAME", help="which one")
     made.add_argument("--image", metavar="NAME@sha256:…", help="container image, by digest")
     made.add_argument("--project", metavar="NAME", help="project of the cloud")
     made.add_argument("--zone", metavar="NAME", help="zone of the cloud")
-    made.add_argument("--cluster", metavar="NAME", help="cluster of the project")
+    made.add_argument(
+        "--cluster", metavar="NAME", help="cluster of the project; address of the master of Flink or Spark (beam)"
+    )
+    made.add_argument("--runner", choices=specs.RUNNERS, help="engine of Apache Beam that build converts on (beam)")
+    made.add_argument(
+        "--temp-location", metavar="gs://…", help="folder of a bucket for temporary files of Dataflow (beam)"
+    )
     made.add_argument("--queue", metavar="NAME", help="LocalQueue of Kueue that admits the run (gke)")
     made.add_argument("--service-account", metavar="NAME", help="whose rights the processes have")
     made.add_argument(
@@ -124,15 +134,14 @@ def launch(args: argparse.Namespace) -> int | None:
     """
     if args.words and args.words[0] in MANAGE:
         return manage(args.words[0], args.words[1:], follow=args.follow)
-    for name in ("target", "topology"):
-        if getattr(args, name) is None:
-            raise UserError(f"--{name} is missing; see python -m launch --help")
+    if args.target is None:
+        raise UserError("--target is missing; see python -m launch --help")
     if args.output and not args.dry_run:
         raise UserError("--output belongs to --dry-run; add that")
     spec = specs.make(
         target=args.target, topology=args.topology, slices=args.slices, command=args.words, run=args.run, spot=args.spot,
         reserved=args.reserved, reservation=args.reservation, image=args.image, project=args.project, zone=args.zone,
-        cluster=args.cluster, queue=args.queue, service_account=args.service_account, shards_cache_gib=args.shards_cache,
+        cluster=args.cluster, runner=args.runner, temp_location=args.temp_location, queue=args.queue, service_account=args.service_account, shards_cache_gib=args.shards_cache,
         max_restarts=args.max_restarts, grace_seconds=args.grace, environment=args.env,
         source=source.describe(),
     )  # fmt: skip
@@ -158,8 +167,10 @@ def launch(args: argparse.Namespace) -> int | None:
             print(rendering.script, end="")
         if rendering.placeholders:
             logger.info(
-                f"placeholders, which a submission needs: {', '.join(f'--{name}' for name in rendering.placeholders)}"
+                f"placeholders, which a submission needs: {', '.join(map(option_name, rendering.placeholders))}"
             )
+        if rendering.lacking:
+            logger.info(f"on this machine a submission would end with: {rendering.lacking}")
         return ExitCode.DONE
     if spec.target != LOCAL:
         _ask(spec, plan, yes=args.yes)
@@ -198,7 +209,9 @@ def _check_source(spec: LaunchSpec, *, allow_dirty: bool) -> None:
 
 def _ask(spec: LaunchSpec, plan: cost.Plan | None, *, yes: bool) -> None:
     """Prints the cost of the launch, and continues only if the user answers yes."""
-    what = f"{spec.command} on {spec.topology} ({spec.topology.chips:,} chips, {spec.capacity}) with {spec.target}"
+    unit = {"tpu": "chips", "gpu": "GPUs"}.get(spec.topology.platform, "cores")
+    machines = f"{spec.topology} ({spec.topology.chips:,} {unit}, {spec.capacity})"
+    what = f"{spec.command} on {spec.runner if spec.runner == specs.CLUSTER_DECIDES else machines} with {spec.target}"
     logger.info(f"{what}: {plan.text() if plan else 'no plan, so its cost is not known'}")
     if plan is None and spec.command == cost.PLANNED:
         logger.info(f"plan it: {cost.plan_command(spec)}")

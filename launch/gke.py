@@ -34,6 +34,9 @@ def render(spec: LaunchSpec) -> Rendering:
     Raises:
       UserError: GKE does not serve the spec, or the manifest is invalid.
     """
+    spec.refuse_unused(
+        "image", "project", "zone", "cluster", "queue", "service_account", "shards_cache_gib", "environment", "spot", "reserved",
+    )  # fmt: skip
     there = spec.topology
     if there.generation is None:
         raise UserError(f"{there} has no TPUs, which --target=gke is for; take --target=slurm for GPUs, or local")

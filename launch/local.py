@@ -12,6 +12,7 @@ import shlex
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -42,7 +43,7 @@ def render(spec: LaunchSpec) -> Rendering:
     Raises:
       UserError: an option that has no effect on this machine.
     """
-    spec.refuse_unused()
+    spec.refuse_unused("environment")
     if spec.topology.kind == "gpu":
         raise UserError(
             f"--target=local simulates devices on the CPU, and {spec.topology} are GPUs; take cpu:{spec.topology.shape_text}"
@@ -69,13 +70,19 @@ def submit(spec: LaunchSpec, rendering: Rendering) -> int:
       StorageError: its work directory is in a bucket that cannot be read now.
     """
     del rendering  # a script for people; the supervisor starts the processes itself
-    return _supervise(spec, os.getcwd())
+    return supervise(spec, os.getcwd())
 
 
 def restart(spec: LaunchSpec) -> int:
-    state = State.read(records.folder_of(spec.run))
+    folder = folder_of_processes(spec)
     _stop(spec)
-    return _supervise(spec, state.folder if state else os.getcwd())
+    return supervise(spec, folder)
+
+
+def folder_of_processes(spec: LaunchSpec) -> str:
+    """The folder in which the processes of a run were started; the present one where it has not started."""
+    state = State.read(records.folder_of(spec.run))
+    return state.folder if state else os.getcwd()
 
 
 def stop(spec: LaunchSpec) -> str:
@@ -87,7 +94,7 @@ def status(spec: LaunchSpec) -> str:
     state = State.read(folder)
     lines = [
         f"command: {spec.command_line}",
-        f"machines: {spec.topology.hosts} processes on this machine, for {spec.topology}",
+        f"machines: {_processes(spec)} on this machine, for {spec.topology}",
     ]
     if state is None:
         return "\n".join([f"run {spec.run} has not started", *lines])
@@ -95,13 +102,12 @@ def status(spec: LaunchSpec) -> str:
     phase = state.phase
     if phase in ("running", "restarting") and not state.supervisor.alive:
         phase = f"has lost its launcher; {alive} of its processes go on" if alive else "was killed with its launcher"
-    lines.insert(
-        0, f"run {spec.run}: {phase}, attempt {state.attempt}, {alive} of {spec.topology.hosts} processes alive"
-    )
+    lines.insert(0, f"run {spec.run}: {phase}, attempt {state.attempt}, {alive} of {_processes(spec)} alive")
     lines.append(f"restarts: {state.restarts} of {spec.max_restarts}" + (f"; last: {state.why}" if state.why else ""))
     try:
         step = workdirs.newest_checkpoint(spec.workdir)
-        lines.append(f"newest checkpoint: {'none' if step is None else f'step {step:,}'} in {spec.workdir}")
+        if spec.workdir is not None:
+            lines.append(f"newest checkpoint: {'none' if step is None else f'step {step:,}'} in {spec.workdir}")
     except StorageError as error:
         lines.append(f"newest checkpoint: {error}")
     lines.append(f"output: {folder / gang.OUTPUT}")
@@ -139,7 +145,22 @@ def _stop(spec: LaunchSpec) -> bool:
     return True
 
 
-def _supervise(spec: LaunchSpec, working_directory: str) -> int:
+def _as_it_is(spec: LaunchSpec, attempt: int) -> LaunchSpec:
+    del attempt
+    return spec
+
+
+def supervise(
+    spec: LaunchSpec, working_directory: str, of_attempt: Callable[[LaunchSpec, int], LaunchSpec] = _as_it_is
+) -> int:
+    """Runs all attempts of a run.
+
+    Args:
+      working_directory: of its processes.
+      of_attempt: (spec, number of an attempt) -> what is started here for it.
+
+    Returns and raises what `submit` does.
+    """
     folder = records.folder_of(spec.run)
     output = Output(folder / gang.OUTPUT)
     stop = threading.Event()
@@ -155,8 +176,9 @@ def _supervise(spec: LaunchSpec, working_directory: str) -> int:
         while True:
             attempt += 1
             step = newest
-            output.say(f"attempt {attempt}: {spec.topology.hosts} processes, {_from(step)}")
-            running = Gang(spec, attempt, output, inherited=lock, folder=working_directory)
+            started = of_attempt(spec, attempt)
+            output.say(f"attempt {attempt}: {_processes(started)}{_from(spec, step)}")
+            running = Gang(started, attempt, output, inherited=lock, folder=working_directory)
             state = dataclasses.replace(state, phase="running", attempt=attempt, processes=running.processes)
             state.write(folder)
             received.on_abort = running.kill
@@ -172,15 +194,15 @@ def _supervise(spec: LaunchSpec, working_directory: str) -> int:
                 _give_up(state, folder, end.code, f"{why}; starting again would not change that")
             if stop.is_set():
                 dataclasses.replace(state, phase="stopped").write(folder)
-                output.say(f"stopped, {_from(newest)} next; python -m launch restart {spec.run}")
+                then = f"{_from(spec, newest)} next" if spec.workdir else ""
+                output.say(f"stopped{then}; python -m launch restart {spec.run}")
                 return ExitCode.RESTART
             slow = end.seconds > FAST_SECONDS or newest != step
             alike = _alike(end)
             failures = [] if slow else [alike] if failures[-1:] != [alike] else [*failures, alike]
             if len(failures) == ALIKE:
-                _give_up(
-                    state, folder, end.code, f"{ALIKE} attempts in a row failed alike without a new checkpoint: {why}"
-                )
+                idle = " without a new checkpoint" if spec.workdir else ""
+                _give_up(state, folder, end.code, f"{ALIKE} attempts in a row failed alike{idle}: {why}")
             if state.restarts == spec.max_restarts:
                 _give_up(state, folder, end.code, f"no restart is left of --max-restarts={spec.max_restarts}: {why}")
             pause = min(FIRST_PAUSE * 2 ** (len(failures) - 1), LONGEST_PAUSE) if failures else 0.0
@@ -211,5 +233,12 @@ def _look(spec: LaunchSpec, before: int | None, output: Output) -> int | None:
         return before
 
 
-def _from(step: int | None) -> str:
-    return "from the beginning" if step is None else f"from the checkpoint of step {step:,}"
+def _from(spec: LaunchSpec, step: int | None) -> str:
+    """Where a run with checkpoints starts."""
+    if spec.workdir is None:
+        return ""
+    return ", from the beginning" if step is None else f", from the checkpoint of step {step:,}"
+
+
+def _processes(spec: LaunchSpec) -> str:
+    return f"{spec.topology.hosts} process{'es' if spec.topology.hosts > 1 else ''}"

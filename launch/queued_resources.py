@@ -76,7 +76,9 @@ def render(spec: LaunchSpec) -> Rendering:
     Raises:
       UserError: the Cloud TPU API does not serve the spec.
     """
-    spec.refuse_unused("image", "project", "zone", "service_account", "shards_cache_gib", "spot", "reserved")
+    spec.refuse_unused(
+        "image", "project", "zone", "service_account", "shards_cache_gib", "environment", "spot", "reserved"
+    )
     there = spec.topology
     if there.generation is None:
         raise UserError(f"{there} has no TPUs, which queued resources are; take --target=slurm for GPUs, or local")

@@ -40,14 +40,14 @@ def write(spec: LaunchSpec) -> None:
     """Records a spec.
 
     Raises:
-      UserError: a run of this name has another target or work directory.
+      UserError: a run of this name has another target, or another work directory or output.
     """
     folder = folder_of(spec.run)
     if (folder / SPEC_FILE).is_file():
         known = read(spec.run)
-        if (known.target, known.workdir) != (spec.target, spec.workdir):
+        if (known.target, known.place) != (spec.target, spec.place):
             raise UserError(
-                f"run {spec.run} was launched on {known.target} with --workdir={known.workdir}; give this one another name with --run=NAME"
+                f"run {spec.run} was launched on {known.target} with {known.place or known.command}; give this one another name with --run=NAME"
             )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SPEC_FILE).write_text(spec.to_json(), encoding="utf-8")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from curia_common.errors import UserError
-from launch.spec import OPEN, LaunchSpec
+from launch.spec import OPEN, LaunchSpec, option_name
 
 COMMANDS_FILE, SPEC_FILE = "commands.sh", "spec.json"
 _PLACEHOLDER = re.compile(f"<({'|'.join(OPEN)})>")
@@ -22,11 +22,13 @@ class Rendering:
       files: name -> text; commands name them relative to the folder that they are written to.
       commands: what a submission runs there, in order: argument lists.
       links: title -> address of logs and dashboards, for printing.
+      lacking: what this machine does not have and a submission needs, with the remedy; "" for nothing.
     """
 
     files: Mapping[str, str]
     commands: tuple[tuple[str, ...], ...]
     links: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    lacking: str = ""
 
     @property
     def placeholders(self) -> tuple[str, ...]:
@@ -59,10 +61,12 @@ class Rendering:
                 (folder / name).chmod(0o755)
 
     def check_complete(self) -> None:
-        """Raises UserError where a placeholder is left, which a submission cannot send."""
+        """Raises UserError where a placeholder is left, which a submission cannot send, or this machine lacks something."""
         if self.placeholders:
-            missing = ", ".join(f"--{name}=…" for name in self.placeholders)
+            missing = ", ".join(f"{option_name(name)}=…" for name in self.placeholders)
             raise UserError(f"not given, and needed to submit: {missing}; --dry-run goes without")
+        if self.lacking:
+            raise UserError(self.lacking)
 
 
 def bash_array(name: str, words: Sequence[str]) -> str:

@@ -30,7 +30,7 @@ def render(spec: LaunchSpec) -> Rendering:
     Raises:
       UserError: Slurm does not serve the spec.
     """
-    spec.refuse_unused()
+    spec.refuse_unused("environment")
     there = spec.topology
     if there.platform == "tpu":
         raise UserError(f"{there} has TPUs, which --target=slurm does not serve; --target=gke does")

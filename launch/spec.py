@@ -1,6 +1,7 @@
 """What is launched, and where: the one record that every target renders."""
 
 import dataclasses
+import itertools
 import json
 import re
 import shlex
@@ -24,26 +25,31 @@ class Command:
       module: as `python -m` takes it.
       many_hosts: runs on all hosts of a pod together, and resumes.
       has_fields: prints every field of its config with --fields.
+      on_beam: hands its work to Apache Beam with --runner=beam.
     """
 
     module: str
     many_hosts: bool
     has_fields: bool = False
+    on_beam: bool = False
 
 
 COMMANDS = {
     "pretrain": Command("curia_jax.pretrain", many_hosts=True, has_fields=True),
     "convert": Command("curia_jax.convert", many_hosts=False),
     "evaluate": Command("curia_jax.evaluate", many_hosts=False),
-    "build": Command("data_pipeline.build", many_hosts=False),
+    "build": Command("data_pipeline.build", many_hosts=False, on_beam=True),
 }
 NAME_LENGTH = 40  # leaves room for what targets append; Kubernetes names have at most 63 characters
 # Failures in a row with the same exit code, each after less than FAST_SECONDS, after which a run is not started again.
 ALIKE, FAST_SECONDS = 5, 600
 # Fields that a dry run may lack. `filled` writes them as <name>, and a submission refuses what is left of these.
-OPEN = ("image", "project", "zone", "cluster")
+OPEN = ("image", "project", "zone", "cluster", "temp_location")
 # Fields that not every target has a use for; `refuse_unused` names them as the options they come from.
-OPTIONAL = (*OPEN, "queue", "service_account", "shards_cache_gib")
+OPTIONAL = (*OPEN, "runner", "queue", "service_account", "shards_cache_gib", "environment")
+BEAM = "beam"  # the target whose machines do a part of the work of a command, which itself runs here
+# Runners of Apache Beam. Spark's cluster decides how many of its executors work, so that there is no --topology.
+RUNNERS = ("DataflowRunner", "FlinkRunner", CLUSTER_DECIDES := "SparkRunner")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +65,9 @@ class LaunchSpec:
       capacity: how the machines are paid for.
       reservation: name of the reservation, where there are several.
       image: container image by digest.
-      project, zone, cluster: of the cloud.
+      project, zone, cluster: of the cloud; `cluster` is the address of the master where that is Flink or Spark.
+      runner: of Apache Beam, such as DataflowRunner; None for other targets.
+      temp_location: folder of a bucket where Dataflow keeps temporary files.
       queue: LocalQueue of Kueue, which admits the run; None starts it at once.
       service_account: whose rights the processes have; None takes the default one.
       shards_cache_gib: memory of each host that keeps shards from a bucket, GiB; 0 keeps none.
@@ -81,6 +89,8 @@ class LaunchSpec:
     project: str | None = None
     zone: str | None = None
     cluster: str | None = None
+    runner: str | None = None
+    temp_location: str | None = None
     queue: str | None = None
     service_account: str | None = None
     shards_cache_gib: int = 0
@@ -103,6 +113,11 @@ class LaunchSpec:
         """Value of an option of the command, `--config.data.shards` for example; the last one counts. None without."""
         return option_of(self.words, name)
 
+    @property
+    def place(self) -> str | None:
+        """Where the command keeps what it makes: --workdir, or --output."""
+        return self.workdir or self.option("--output")
+
     def filled(self, field: str) -> str:
         """Value of one of the fields OPEN, or its placeholder, `<project>`."""
         return getattr(self, field) or f"<{field}>"
@@ -118,7 +133,7 @@ class LaunchSpec:
         """
         given = [name for name in OPTIONAL if getattr(self, name)]
         given += [self.capacity] if self.capacity != "on-demand" else []
-        unused = [f"--{name.removesuffix('_gib').replace('_', '-')}" for name in given if name not in used]
+        unused = [option_name(name) for name in given if name not in used]
         if unused:
             raise UserError(f"{', '.join(unused)} means nothing with --target={self.target}; leave it out")
 
@@ -154,13 +169,16 @@ class LaunchSpec:
 
 
 def make(
-    *, target: str, topology: str, slices: int, command: Sequence[str], run: str | None, spot: bool, reserved: bool,
-    reservation: str | None, image: str | None, project: str | None, zone: str | None, cluster: str | None,
-    queue: str | None, service_account: str | None, shards_cache_gib: int, max_restarts: int, grace_seconds: int, environment: Sequence[str], source: str,
+    *, target: str, topology: str | None, command: Sequence[str], slices: int = 1, run: str | None = None, spot: bool = False,
+    reserved: bool = False, reservation: str | None = None, image: str | None = None, project: str | None = None,
+    zone: str | None = None, cluster: str | None = None, runner: str | None = None, temp_location: str | None = None,
+    queue: str | None = None, service_account: str | None = None, shards_cache_gib: int = 0, max_restarts: int = 50,
+    grace_seconds: int = 60, environment: Sequence[str] = (), source: str = "",
 ) -> LaunchSpec:  # fmt: skip
     """Checks what was typed, without looking at anything outside.
 
     Args:
+      topology: None for a cluster that decides by itself how many machines work.
       command: what follows `--`.
       environment: "NAME=value" each.
 
@@ -172,11 +190,16 @@ def make(
     name, words = command[0], tuple(command[1:])
     if name not in COMMANDS:
         raise UserError(f"there is no command {name!r} to launch; there are: {', '.join(COMMANDS)}")
-    there = topologies.parse(topology, slices)
+    if topology is None and runner != CLUSTER_DECIDES:
+        raise UserError("--topology is missing; see python -m launch --help")
+    there = topologies.parse(topology or "cpu:1x1", slices)
     topologies.check_offered(there)
-    if there.hosts > 1 and not COMMANDS[name].many_hosts:
+    if there.hosts > 1 and not COMMANDS[name].many_hosts and target != BEAM:
         one = next((f"{there.kind}:{s}" for s in _one_host(there)), f"{there.kind}:1x{there.shape[-1]}")
-        raise UserError(f"{name} runs on one host, and {there} has {there.hosts}; take one, such as --topology={one}")
+        many = f", or --target={BEAM} --runner=… for many" if COMMANDS[name].on_beam else ""
+        raise UserError(
+            f"{name} runs on one host, and {there} has {there.hosts}; take one, such as --topology={one}{many}"
+        )
     workdir = option_of(words, "--workdir")
     if COMMANDS[name].many_hosts and not workdir:
         raise UserError(f"{name} has no --workdir, without which it cannot resume; add --workdir=… after {name}")
@@ -197,18 +220,24 @@ def make(
         if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
             raise UserError(f"--env={word} is not NAME=value; write --env=NAME=value")
     return LaunchSpec(
-        target=target, run=_run_name(run, workdir, name), command=name, words=words, topology=there, workdir=workdir,
+        target=target, run=_run_name(run, workdir or option_of(words, "--output"), name), command=name, words=words, topology=there, workdir=workdir,
         capacity="spot" if spot else "reserved" if reserved else "on-demand", reservation=reservation, image=image,
-        project=project, zone=zone, cluster=cluster, queue=queue, service_account=service_account,
+        project=project, zone=zone, cluster=cluster, runner=runner, temp_location=temp_location, queue=queue, service_account=service_account,
         shards_cache_gib=shards_cache_gib, max_restarts=max_restarts, grace_seconds=grace_seconds,
         environment=tuple((variable, value) for variable, _, value in pairs), source=source,
     )  # fmt: skip
 
 
+def option_name(field: str) -> str:
+    """The option of the launcher from which a field of LaunchSpec comes."""
+    renamed = {"shards_cache_gib": "shards-cache", "environment": "env"}
+    return f"--{renamed.get(field, field.replace('_', '-'))}"
+
+
 def option_of(words: Sequence[str], name: str) -> str | None:
     """Value of the last `--name=value` or `--name value` among words."""
     found = None
-    for word, following in zip(words, (*words[1:], ""), strict=True):
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
         if word.startswith(f"{name}="):
             found = word.partition("=")[2]
         elif word == name:
@@ -224,15 +253,15 @@ def _one_host(topology: Topology) -> list[str]:
     return [one.shape_text for one in shapes if one.hosts == 1]
 
 
-def _run_name(given: str | None, workdir: str | None, command: str) -> str:
-    """The name that was given, or one made of the work directory's."""
+def _run_name(given: str | None, place: str | None, command: str) -> str:
+    """The name that was given, or one made of that of the folder where the run keeps what it makes."""
     if given is not None:
         if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", given) or len(given) > NAME_LENGTH:
             raise UserError(
                 f"--run={given} cannot name a run; take up to {NAME_LENGTH} lower-case letters, digits and dashes, a letter first"
             )
         return given
-    last = Path(workdir).name if workdir else command
+    last = Path(place).name if place else command
     name = re.sub(r"[^a-z0-9]+", "-", last.lower()).strip("-")[:NAME_LENGTH].rstrip("-")
     return name if name[:1].isalpha() else f"run-{name}"[:NAME_LENGTH].rstrip("-")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch import spec as specs
+from launch import workdirs
 from launch.spec import LaunchSpec
 from tests.launch.fake_cloud import Cloud
 
@@ -24,19 +25,18 @@ def spec_of(target: str, topology: str, *words: str, **options: object) -> Launc
     place = {} if target == "slurm" else {"project": "p", "zone": "us-east5-b", "image": IMAGE}
     if target == "gke":
         place |= {"cluster": "curia"}
-    given = {
-        "slices": 1, "run": "first", "spot": False, "reserved": False, "reservation": None, "image": None, "project": None,
-        "zone": None, "cluster": None, "queue": None, "service_account": None, "shards_cache_gib": 0, "max_restarts": 50,
-        "grace_seconds": 60, "environment": [], "source": "0123456789ab", **place, **options,
-    }  # fmt: skip
+    given = {"run": "first", "source": "0123456789ab", **place, **options}
     return specs.make(target=target, topology=topology, command=command, **given)  # pyright: ignore[reportArgumentType]
 
 
 def make_cloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cloud:
-    """A fake cloud whose programs are the ones on the PATH, and a folder of its own for records of runs."""
+    """A fake cloud whose programs are the ones on the PATH, and a folder of its own for records of runs. No bucket is looked into."""
     cloud = Cloud.make(tmp_path / "cloud", BUCKET)
     monkeypatch.setenv("PATH", f"{cloud.folder / 'bin'}:/usr/bin:/bin")
     monkeypatch.setenv("FAKE_BUCKET", BUCKET)
+    monkeypatch.setattr(
+        workdirs, "may_look", lambda workdir, contact: False
+    )  # gcsfs would ask the real cloud for half a minute
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     return cloud
 

@@ -7,6 +7,7 @@ import pytest
 from curia_common.errors import UserError
 from launch import __main__ as command
 from launch import records
+from launch import spec as specs
 from tests.launch.clouds import spec_of
 
 
@@ -21,6 +22,16 @@ def test_name_of_another_target_is_refused_and_its_record_kept() -> None:
     with pytest.raises(UserError, match=r"run first was launched on gke .* --run=NAME"):
         records.write(spec_of("slurm", "gpu:2x8"))
     assert records.read("first") == first
+
+
+def test_name_of_a_build_into_another_folder_is_refused() -> None:
+    def build(output: str) -> specs.LaunchSpec:
+        return specs.make(target="local", topology="cpu:1x1", command=["build", "--input=a", f"--output={output}"])
+
+    records.write(build("/a/shards"))
+    records.write(build("/a/shards"))
+    with pytest.raises(UserError, match="run shards was launched on local with /a/shards; give this one another name"):
+        records.write(build("/b/shards"))
 
 
 def test_damaged_record_is_named(capsys) -> None:

@@ -11,11 +11,7 @@ DIGEST = "europe-docker.pkg.dev/p/r/curia@sha256:" + "0a" * 32
 
 
 def made(words: str = "pretrain --config=demo --workdir=runs/First_Run", **changes) -> specs.LaunchSpec:
-    given = {
-        "target": "gke", "topology": "v5e-256", "slices": 1, "command": words.split(), "run": None, "spot": False, "reserved": False,
-        "reservation": None, "image": None, "project": None, "zone": None, "cluster": None, "queue": None, "service_account": None, "shards_cache_gib": 0, "max_restarts": 50, "grace_seconds": 60,
-        "environment": [], "source": "abc",
-    }  # fmt: skip
+    given = {"target": "gke", "topology": "v5e-256", "command": words.split(), "source": "abc"}
     return specs.make(**given | changes)
 
 
@@ -47,6 +43,11 @@ def test_run_is_named_after_its_work_directory(workdir: str, name: str) -> None:
     assert made(command=["pretrain", f"--workdir={workdir}"]).run == name
 
 
+def test_run_without_a_work_directory_is_named_after_its_output_or_command() -> None:
+    assert made(command=["build", "--output=/mnt/CT_shards"], topology="cpu:1x1").run == "ct-shards"
+    assert made(command=["evaluate"], topology="cpu:1x1").run == "evaluate"
+
+
 def test_contract_has_the_counts_of_all_slices() -> None:
     contract = made(topology="tpu7x-128", slices=2).contract("3", "host:1")
     assert dataclasses.astuple(contract) == ("first-run", "3", "tpu", 32, 256, 2, "host:1")
@@ -59,7 +60,8 @@ def test_contract_has_the_counts_of_all_slices() -> None:
         ("train --workdir=a", {}, "no command 'train' to launch; there are: pretrain"),
         ("pretrain --config=demo", {}, "pretrain has no --workdir"),
         ("evaluate --checkpoint=a", {}, r"evaluate runs on one host, and v5e:16x16 has 64; .* --topology=v5e:2x2"),
-        ("build --output=a", {"topology": "cpu:4x2"}, "--topology=cpu:1x2"),
+        ("build --output=a", {"topology": "cpu:4x2"}, "--topology=cpu:1x2, or --target=beam --runner=… for many"),
+        ("evaluate", {"topology": None}, "--topology is missing"),
         ("pretrain --workdir=a", {"topology": "v5e-250"}, "there is no TPU slice v5e-250; the nearest are v5e-256"),
         ("pretrain --workdir=a", {"topology": "v5e:16x15"}, "there is no TPU slice v5e:16x15"),
         ("pretrain --workdir=a", {"spot": True, "reserved": True}, "--spot and --reserved exclude each other"),
