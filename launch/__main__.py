@@ -157,6 +157,8 @@ def launch(args: argparse.Namespace) -> int | None:
     spec = checks.check(spec, platform, allow_changes=args.allow_changes, contact=not args.dry_run)
     grace.check(spec, plan, contact=not args.dry_run)
     rendering = target.render(spec)
+    if plan is None and cost.can_be_planned(spec) and spec.target != LOCAL:
+        logger.info(f"no plan, so memory and cost are not known; plan it: {cost.plan_command(spec)}")
     if args.dry_run:
         if args.output:
             rendering.write(Path(args.output), spec)
@@ -213,8 +215,6 @@ def _ask(spec: LaunchSpec, plan: cost.Plan | None, *, yes: bool) -> None:
     machines = f"{spec.topology} ({spec.topology.chips:,} {unit}, {spec.capacity})"
     what = f"{spec.command} on {spec.runner if spec.runner == specs.CLUSTER_DECIDES else machines} with {spec.target}"
     logger.info(f"{what}: {plan.text() if plan else 'no plan, so its cost is not known'}")
-    if plan is None and spec.command == cost.PLANNED:
-        logger.info(f"plan it: {cost.plan_command(spec)}")
     if yes:
         return
     if not sys.stdin.isatty():

@@ -66,8 +66,17 @@ def shards_of(spec: LaunchSpec) -> Mount | None:
 
 
 def check(spec: LaunchSpec) -> None:
-    """Raises UserError where a cache is wanted and no shards are in a bucket; says where there are some and no cache."""
+    """Refuses what hosts of the cloud cannot read or would lose; says where each image will be a request.
+
+    Raises:
+      UserError: shards or an output in a folder that is not in a bucket, or a cache without shards in a bucket.
+    """
     shards = shards_of(spec)
+    folder = spec.option(SHARDS_OPTION)
+    if folder and shards is None:
+        raise UserError(
+            f"{SHARDS_OPTION}={folder} is a folder that hosts of the cloud do not have; write gs://BUCKET/FOLDER"
+        )
     if shards is None and spec.shards_cache_gib:
         raise UserError(f"--shards-cache={spec.shards_cache_gib} is for shards in a bucket; set {SHARDS_OPTION}=gs://…")
     if shards is not None and not shards.cache_gib:

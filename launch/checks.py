@@ -3,6 +3,7 @@
 What a launch decides, how many processes and devices there are, it sets itself where the config is for other machines.
 
 The launcher gets the fields from the command itself (`--fields`), so that they are what it will read: config file, overrides and defaults.
+Of commands without fields it lets their own parser read the options.
 """
 
 import ast
@@ -33,6 +34,17 @@ _FREE = (
     "save_",
 )
 _AXES = ("replica", "data", "fsdp")
+SHARDS = "data.shards"
+# Parses the words of a command; nothing else of it runs.
+_PARSE = """
+import importlib, importlib.util, sys
+name = sys.argv[1]
+if importlib.util.find_spec(name).submodule_search_locations is not None:
+    name += ".__main__"
+parser = getattr(importlib.import_module(name), "parser", None)
+if parser is not None:
+    parser().parse_args(sys.argv[2:])
+"""
 
 logger = logs.get_logger(__name__)
 
@@ -52,9 +64,10 @@ def check(spec: LaunchSpec, platform: str, *, allow_changes: bool = False, conta
       UserError: they do not go together, or the command refuses the config.
     """
     if not COMMANDS[spec.command].has_fields:
+        parse_words(spec)
         return spec
     fields = fields_of(spec)
-    added = _decided(spec, fields, platform)
+    added = (*_decided(spec, fields, platform), *_shards(spec, fields, contact=contact))
     _check_mesh(spec, fields)
     if not allow_changes and spec.workdir and workdirs.may_look(spec.workdir, contact=contact):
         _check_workdir(spec, spec.workdir, fields)
@@ -77,6 +90,36 @@ def fields_of(spec: LaunchSpec) -> dict[str, Any]:
         raise UserError(f"{spec.command} refuses its options: {lines[-1].removeprefix('error: ')}")
     pairs = (line.partition(" = ") for line in found.stdout.splitlines())
     return {name: ast.literal_eval(value) for name, _, value in pairs}
+
+
+def parse_words(spec: LaunchSpec) -> None:
+    """Lets a command parse its options, and do nothing else.
+
+    Raises:
+      UserError: what it says of those that it refuses.
+    """
+    command = [sys.executable, "-c", _PARSE, COMMANDS[spec.command].module, *spec.words]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    if found.returncode:
+        lines = found.stderr.strip().splitlines() or [f"exit code {found.returncode}"]
+        raise UserError(f"{spec.command} refuses its options: {lines[-1].rpartition('error: ')[2]}")
+
+
+def _shards(spec: LaunchSpec, fields: Mapping[str, Any], *, contact: bool) -> tuple[str, ...]:
+    """The shards of the config file as an option, which the targets look at.
+
+    Raises:
+      UserError: a submission without any.
+    """
+    if SHARDS not in fields or spec.option(f"--config.{SHARDS}") is not None:
+        return ()
+    if fields[SHARDS]:
+        return (f"--config.{SHARDS}={fields[SHARDS]}",)
+    missing = f"{SHARDS} is empty; add --config.{SHARDS}=… after {spec.command}, the folder that python -m data_pipeline.build wrote"
+    if contact:
+        raise UserError(missing)
+    logger.info(f"a submission would end with: {missing}")
+    return ()
 
 
 def _decided(spec: LaunchSpec, fields: Mapping[str, Any], platform: str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 from curia_common.errors import DoesNotFitError, UserError
 from launch.spec import LaunchSpec
 
-PLANNED = "pretrain"
+PLANNED = "pretrain"  # the command that the planner plans, on TPUs
 # Fields of the config that change neither memory nor time of a step.
 _FREE = ("--config.data.", "--config.devices.", "--config.keep", "--config.save_", "--config.log_", "--config.seed")
 
@@ -47,6 +47,11 @@ class Plan:
         return f"{self.hours:,.1f} h, {self.chip_hours:,.0f} chip-hours, {cost}"
 
 
+def can_be_planned(spec: LaunchSpec) -> bool:
+    """Whether there is a plan for such launches."""
+    return spec.command == PLANNED and spec.topology.generation is not None
+
+
 def plan_command(spec: LaunchSpec) -> str:
     """The command that writes the plan of a run."""
     overrides = [word for word in spec.words if word.startswith("--config.")]
@@ -82,8 +87,9 @@ def read(path: str, spec: LaunchSpec) -> Plan:
         ("overrides", _relevant(plan.overrides), _relevant(spec.words)),
     ):
         if planned != wanted:
+            verb = "are" if what == "overrides" else "is"
             raise UserError(
-                f"--plan={path} is of another run: its {what} is {planned or 'none'}, not {wanted or 'none'}; {again}"
+                f"--plan={path} is of another run: its {what} {verb} {planned or 'none'}, not {wanted or 'none'}; {again}"
             )
     return plan
 
@@ -104,12 +110,12 @@ def check(plan: Plan | None, spec: LaunchSpec, *, max_cost: int | float | None, 
     if max_cost is None:
         return
     if plan is None:
-        if spec.command == PLANNED:
+        if can_be_planned(spec):
             raise UserError(
                 f"--max-cost={max_cost:g} needs a plan; make one and give it with --plan: {plan_command(spec)}"
             )
         raise UserError(
-            f"--max-cost={max_cost:g}: there are plans for {PLANNED} alone, not for {spec.command}; leave it out"
+            f"--max-cost={max_cost:g}: there are plans for {PLANNED} on TPUs alone, not for {spec.command} on {spec.topology}; leave it out"
         )
     if plan.cost is None:
         raise UserError(f"--max-cost={max_cost:g}, but the plan has no cost; plan with --prices=FILE")

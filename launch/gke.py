@@ -48,6 +48,11 @@ def render(spec: LaunchSpec) -> Rendering:
         raise UserError(
             f"--workdir={spec.workdir} is a folder of one pod, which is gone when that ends; write gs://BUCKET/FOLDER"
         )
+    if spec.workdir is None:
+        raise UserError(
+            f"{spec.command} writes to a folder of the pod, which is gone when that ends; run it where the folder stays: --target=slurm, or "
+            f"local, or without launch: {spec.command_line}"
+        )
     buckets.check(spec)
     manifest = jobset.build(spec)
     if wrong := jobset.problems(manifest, spec):

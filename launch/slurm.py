@@ -20,6 +20,7 @@ from launch.spec import ALIKE, FAST_SECONDS, LaunchSpec
 SCRIPT = "job.sbatch"
 BODY = Path(__file__).with_name("job.sh")
 OUTPUT, JOB, STOP, FAILURES = "output.log", "job", "stop", "failures"  # beside the script
+OWN_DISK = ("/tmp/", "/var/tmp/", "/dev/shm/")  # each machine has folders of its own there
 POLL_SECONDS = 5.0
 Pause = Callable[[float], object]
 
@@ -41,6 +42,12 @@ def render(spec: LaunchSpec) -> Rendering:
         )
     if spec.workdir is not None and not spec.workdir.startswith("/") and "://" not in spec.workdir:
         raise UserError(f"--workdir={spec.workdir} is relative, and jobs start in another folder; write the whole path")
+    for option in ("--workdir", buckets.SHARDS_OPTION):
+        folder = spec.option(option) or ""
+        if there.hosts > 1 and folder.startswith(OWN_DISK):
+            raise UserError(
+                f"{option}={folder} is on the own disk of each machine; name a folder that all machines share"
+            )
     return Rendering(files={SCRIPT: _script(spec)}, commands=(("sbatch", "--parsable", SCRIPT),))
 
 

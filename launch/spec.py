@@ -203,6 +203,11 @@ def make(
     workdir = option_of(words, "--workdir")
     if COMMANDS[name].many_hosts and not workdir:
         raise UserError(f"{name} has no --workdir, without which it cannot resume; add --workdir=… after {name}")
+    if workdir and "://" in workdir and not workdir.startswith("gs://"):
+        raise UserError(
+            f"--workdir={workdir}: runs lock their work directory and mark their checkpoints by conditional writes, which are tested in "
+            "gs:// alone; write gs://BUCKET/FOLDER, or mount that bucket and name the folder"
+        )
     if spot and reserved:
         raise UserError("--spot and --reserved exclude each other; leave one out")
     if reservation and not reserved:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from data_pipeline import build
 
-told = Path(os.environ["TOLD"])
-with told.open("a") as stream:
-    stream.write(f"{build.parser().parse_args().beam_options}\n")
-codes = os.environ["CODES"].split()
-code = codes[len(told.read_text().splitlines()) - 1]
-if code == "hang":
-    print(shlex.join(sys.argv[1:]), flush=True)
-    time.sleep(120)
-sys.exit(f"error: exit code {code}" if code == "1" else int(code))
+if __name__ == "__main__":
+    told = Path(os.environ["TOLD"])
+    with told.open("a") as stream:
+        stream.write(f"{build.parser().parse_args().beam_options}\n")
+    codes = os.environ["CODES"].split()
+    code = codes[len(told.read_text().splitlines()) - 1]
+    if code == "hang":
+        print(shlex.join(sys.argv[1:]), flush=True)
+        time.sleep(120)
+    sys.exit(f"error: exit code {code}" if code == "1" else int(code))

@@ -17,9 +17,11 @@ def test_folder_of_a_bucket_is_mounted_and_read_there() -> None:
     assert buckets.argv_of(spec) == (*spec.argv, f"{OPTION}={mount.path}")
 
 
-def test_shards_in_a_folder_need_no_mount() -> None:
+def test_shards_in_a_folder_need_no_mount_and_are_not_in_the_cloud() -> None:
     spec = spec_of("gke", "v5e:4x4", f"{OPTION}=/data/ct")
     assert buckets.shards_of(spec) is None and buckets.argv_of(spec) == spec.argv
+    with pytest.raises(UserError, match=f"{OPTION}=/data/ct is a folder that hosts of the cloud do not have"):
+        buckets.check(spec)
 
 
 def test_address_without_a_bucket_is_refused() -> None:

@@ -10,6 +10,7 @@ from launch import __main__ as command
 from launch import checks, spec
 from tests.launch.test_spec import made
 
+PARSE_WORDS = checks.parse_words
 TINY = "pretrain --config=tests/configs/tiny.py --workdir={run}"
 
 
@@ -66,6 +67,47 @@ def test_config_that_does_not_fit_is_refused_with_a_remedy(
         check(words, topology, platform, slices=slices)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("build --inptu=a --output=b", "build refuses its options: the following arguments are required: --input"),
+        ("convert --checkpoint=a --output=b --layout=vit --huu", "convert refuses its options: unrecognized arguments: --huu"),
+        ("evaluate --protocol=none", "evaluate refuses its options: argument --protocol: invalid choice: 'none'"),
+    ],
+)  # fmt: skip
+def test_options_that_a_command_without_fields_refuses_are_one_line(words: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as raised:
+        PARSE_WORDS(made(words, topology="cpu:1x1"))
+    assert "\n" not in str(raised.value)
+
+
+def test_options_of_a_command_are_parsed_and_nothing_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    PARSE_WORDS(made("build --input=nowhere --output=b", topology="cpu:1x1"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_submission_without_shards_is_refused_and_a_dry_run_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    words = TINY.format(run="runs/none")
+    check(words, "cpu:1x4", "cpu")
+    missing = "data.shards is empty; add --config.data.shards=… after pretrain"
+    assert f"a submission would end with: {missing}" in caplog.text
+    with pytest.raises(UserError, match=missing):
+        checks.check(made(words, target="local", topology="cpu:1x4"), "cpu", contact=True)
+
+
+def test_shards_of_the_config_file_become_an_option(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "from curia_jax.configs import demo\n\n\ndef get_config():\n    config = demo.get_config()\n"
+        "    config.data.shards = 'gs://data/ct'\n    return config\n"
+    )
+    found = check(f"pretrain --config={tmp_path}/own.py --workdir=a", "cpu:1x4", "cpu")
+    assert found.words[-1] == "--config.data.shards=gs://data/ct"
+    found = check(f"pretrain --config={tmp_path}/own.py --workdir=a --config.data.shards=b", "cpu:1x4", "cpu")
+    assert found.words[-1] == "--config.data.shards=b"
+
+
 def test_work_directory_of_another_config_is_refused(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     run = tmp_path / "run"
@@ -99,4 +141,4 @@ def test_bucket_with_a_run_of_another_config_is_looked_at_in_a_launch_alone(buck
     words = TINY.format(run=bucket)
     checks.check(made(words, target="local", topology="cpu:1x4"), "cpu")  # a dry run contacts nothing
     with pytest.raises(UserError, match=f"{bucket} is the work directory of another config"):
-        checks.check(made(words, target="local", topology="cpu:1x4"), "cpu", contact=True)
+        checks.check(made(f"{words} --config.data.shards=a", target="local", topology="cpu:1x4"), "cpu", contact=True)

@@ -46,7 +46,7 @@ def test_plan_of_the_run_has_its_hours_and_cost(plan_file: Callable[..., str]) -
     [
         ({"topology": "2 x v5e:16x16"}, "its topology is 2 x v5e:16x16, not v5e:16x16; plan this one: python -m curia_jax.plan"),
         ({"config": "pretrain_vit_l16_224"}, "its config is pretrain_vit_l16_224, not pretrain_vit_b16_224"),
-        ({"overrides": []}, "its overrides is none, not --config.mesh.fsdp=32"),
+        ({"overrides": []}, "its overrides are none, not --config.mesh.fsdp=32"),
     ],
 )  # fmt: skip
 def test_plan_of_another_run_is_refused(plan_file: Callable[..., str], changes: dict[str, Any], message: str) -> None:
@@ -75,6 +75,11 @@ def test_max_cost_refuses_what_is_dearer_or_has_no_plan(plan_file: Callable[...,
         cost.check(cost.read(plan_file(), SPEC), SPEC, max_cost=3000, ignore_fit=False)
     with pytest.raises(UserError, match="--max-cost=3000 needs a plan; make one"):
         cost.check(None, SPEC, max_cost=3000, ignore_fit=False)
+    for other in (made(WORDS, topology="gpu:2x8"), made("evaluate --output=a", topology="v5e:2x2")):
+        with pytest.raises(
+            UserError, match=f"plans for pretrain on TPUs alone, not for {other.command} on {other.topology}"
+        ):
+            cost.check(None, other, max_cost=3000, ignore_fit=False)
 
 
 def test_plan_command_is_one_that_the_planner_takes() -> None:

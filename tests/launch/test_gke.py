@@ -11,6 +11,7 @@ import yaml
 from curia_common.errors import UserError
 from launch import __main__ as command
 from launch import gke, jobset
+from launch import spec as specs
 from launch.rendering import Rendering
 from tests.launch import fake_cloud
 from tests.launch.clouds import IMAGE, check_scripts, make_cloud, spec_of
@@ -93,6 +94,12 @@ def test_spec_that_gke_does_not_serve_is_refused(topology: str, options: dict[st
 def test_work_directory_of_one_pod_is_refused() -> None:
     with pytest.raises(UserError, match="--workdir=runs/first is a folder of one pod"):
         gke.render(spec_of("gke", "v5e:4x4", "--workdir=runs/first"))
+
+
+def test_output_of_a_command_in_a_pod_is_refused() -> None:
+    words = ["evaluate", "--suite=curiabench", "--data=a", "--output=b"]
+    with pytest.raises(UserError, match="evaluate writes to a folder of the pod, which is gone when that ends"):
+        gke.render(specs.make(target="gke", topology="v5e:2x2", command=words))
 
 
 def test_location_of_the_cluster_is_given_or_the_region_of_the_zone() -> None:

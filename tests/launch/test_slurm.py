@@ -37,6 +37,13 @@ def test_script_passes_shellcheck(tmp_path: Path) -> None:
         ("v5e:4x4", (), {}, "has TPUs, which --target=slurm does not serve; --target=gke does"),
         ("gpu:2x8", ("--workdir=runs/first",), {}, "--workdir=runs/first is relative"),
         ("gpu:2x8", ("--config.data.shards=gs://data/ct",), {}, "is a bucket, which Slurm does not mount"),
+        ("gpu:2x8", ("--workdir=/tmp/first",), {}, "--workdir=/tmp/first is on the own disk of each machine"),
+        (
+            "gpu:2x8",
+            ("--config.data.shards=/dev/shm/ct",),
+            {},
+            "--config.data.shards=/dev/shm/ct is on the own disk of each machine",
+        ),
         ("gpu:2x8", (), {"project": "p"}, "--project means nothing with --target=slurm"),
         ("gpu:2x8", (), {"spot": True}, "--spot means nothing"),
     ],

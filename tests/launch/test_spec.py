@@ -64,6 +64,7 @@ def test_contract_has_the_counts_of_all_slices() -> None:
         ("evaluate", {"topology": None}, "--topology is missing"),
         ("pretrain --workdir=a", {"topology": "v5e-250"}, "there is no TPU slice v5e-250; the nearest are v5e-256"),
         ("pretrain --workdir=a", {"topology": "v5e:16x15"}, "there is no TPU slice v5e:16x15"),
+        ("pretrain --workdir=s3://b/run", {}, "--workdir=s3://b/run: .* conditional writes, which are tested in gs:// alone; write gs://"),
         ("pretrain --workdir=a", {"spot": True, "reserved": True}, "--spot and --reserved exclude each other"),
         ("pretrain --workdir=a", {"reservation": "r"}, "add --reserved"),
         ("pretrain --workdir=a", {"image": "curia:latest"}, "--image=curia:latest has no digest"),
