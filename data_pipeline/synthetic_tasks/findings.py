@@ -132,30 +132,42 @@ def haemorrhage(patient: Patient) -> list[Picture]:
 # ---- chest
 
 
-def _nodule(patient: Patient, at: Sequence[float]) -> Canvas:
-    """A lung nodule in the middle of the field: round, or with spikes where it is malignant. Sizes overlap."""
+def _nodule(patient: Patient, at: Sequence[float]) -> tuple[Canvas, np.ndarray]:
+    """A lung nodule in the middle of the field, and the ball around it that the mask is: round, or with spikes where it is
+    malignant. Sizes overlap. A halo and vessels, as wide and as many in both classes, hide the edge from a histogram.
+    """
     r = patient.r
     centre = (r.choice((-1, 1)) * r.uniform(0.32, 0.48), r.uniform(-0.18, 0.12), 0.0)
     canvas = view(patient, at=at, centre=centre[:2], half_width=0.42)
     anatomy.chest(canvas, r)
-    if patient.target:
-        where = blob(canvas, centre, r.uniform(0.1, 0.17), r, lobes=int(r.integers(5, 9)), depth=r.uniform(0.3, 0.5))
-    else:
-        where = blob(canvas, centre, r.uniform(0.09, 0.16), r, lobes=2, depth=r.uniform(0, 0.15))
-    canvas.paint("lesion", where)
-    return canvas
+    radius, halo = r.uniform(0.1, 0.16), r.uniform(0.02, 0.08)
+    lobes, depth = (int(r.integers(5, 9)), r.uniform(0.3, 0.5)) if patient.target else (2, r.uniform(0, 0.15))
+    canvas.paint("gland", blob(canvas, centre, radius + halo, r), only=("lung",))
+    for _ in range(int(r.integers(1, 5))):
+        angle = r.uniform(-np.pi, np.pi)
+        end = centre[0] + 0.4 * np.cos(angle), centre[1] + 0.4 * np.sin(angle)
+        share, off = along(centre[:2], end, canvas.x, canvas.y)
+        canvas.paint("vein", (share > 0.3) & (off < r.uniform(0.01, 0.02)), only=("lung", "gland"))
+    # As large as a round one: spikes add depth^2 / 2 to the area.
+    canvas.paint("lesion", blob(canvas, centre, radius / (1 + depth**2 / 2) ** 0.5, r, lobes=lobes, depth=depth))
+    return canvas, blob(canvas, centre, r.uniform(0.24, 0.28), r, height=1.0)
+
+
+def _nodule_image(canvas: Canvas, r: np.random.Generator) -> np.ndarray:
+    return expose(canvas, "CT", r, lesion=r.uniform(-20, 60), gland=r.uniform(-800, -100))
 
 
 def nodule_slice(patient: Patient) -> list[Picture]:
-    canvas = _nodule(patient, (-0.06, 0.06))
-    image, where = expose(canvas, "CT", patient.r, lesion=patient.r.uniform(-20, 60)), mask(_label(canvas, "lesion"))
+    """Malignant nodules have spikes. Sizes, HU and what surrounds them overlap."""
+    canvas, around = _nodule(patient, (-0.06, 0.06))
+    image, where = _nodule_image(canvas, patient.r), mask(around)
     return [Picture(image[..., k], where[..., k]) for k in range(2)]
 
 
 def nodule_volume(patient: Patient) -> list[Picture]:
-    canvas = _nodule(patient, tuple(np.linspace(-0.12, 0.12, 5)))
-    image = expose(canvas, "CT", patient.r, lesion=patient.r.uniform(-20, 60))
-    return [Picture(image, mask(_label(canvas, "lesion")))]
+    """Malignant nodules have spikes. Sizes, HU and what surrounds them overlap."""
+    canvas, around = _nodule(patient, tuple(np.linspace(-0.12, 0.12, 5)))
+    return [Picture(_nodule_image(canvas, patient.r), mask(around))]
 
 
 def lung_infection(patient: Patient) -> list[Picture]:
@@ -384,7 +396,10 @@ def subarticular_stenosis(patient: Patient) -> list[Picture]:
 
 
 def ligament_tear(patient: Patient) -> list[Picture]:
-    """The anterior cruciate ligament: 0 intact, 1 frayed over half of its thickness, 2 parted, its ends lax."""
+    """The anterior cruciate ligament: 0 intact, with fluid beside it; 1 fluid in half of its thickness; 2 fluid parts it.
+
+    The pocket of fluid and the ligament are as large in all of them: only where they lie tells.
+    """
     r = patient.r
     canvas = view(patient, plane="sagittal", at=np.linspace(-0.3, 0.3, 7), half_width=0.85)
     x, y, z = (np.broadcast_to(axis, canvas.labels.shape) for axis in (canvas.x, canvas.y, canvas.z))
@@ -400,22 +415,16 @@ def ligament_tear(patient: Patient) -> list[Picture]:
     )  # the posterior one
     upper, lower = (0.38 + r.uniform(-0.04, 0.04), 0.3), (-0.2 + r.uniform(-0.05, 0.05), -0.18)
     share, off = along(lower, upper, y, z)
-    middle = r.uniform(0.4, 0.6)
-    near = np.exp(-(((share - middle) / 0.15) ** 2))
-    if patient.target == 1:
-        off = off + 0.025 * np.sin(40 * share) * near
-    elif patient.target == 2:
-        off = np.abs(along(lower, (upper[0], upper[1]), y, z)[1] - 0.1 * near * r.uniform(0.3, 1))
-    inside = (np.abs(x) < 0.14) & (share > 0) & (share < 1)
-    thickness = 0.065 * (1 - (0.55 * near if patient.target == 1 else 0))
-    # Everybody has some fluid, in front and at the ligament's foot; a tear is filled with it.
-    canvas.paint(
-        "water", canvas.ellipsoid((0, -0.55, 0.35), (0.3, r.uniform(0.05, 0.15), r.uniform(0.1, 0.3))), only=("fat",)
-    )
-    canvas.paint("water", inside & (off < 0.08) & (share < r.uniform(0, 0.35)))
-    if patient.target:
-        canvas.paint("water", inside & (off < 0.08) & (near > 0.6))
-    torn = (patient.target == 2) & (np.abs(share - middle) < r.uniform(0.1, 0.18))
-    canvas.paint("ligament", inside & (off < thickness) & ~torn)
-    region = (np.abs(x) < 0.2) & (share > -0.1) & (share < 1.1) & (along(lower, upper, y, z)[1] < 0.18)
+    # Everybody has some fluid in front.
+    front = canvas.ellipsoid((0, -0.55, 0.35), (0.3, r.uniform(0.05, 0.15), r.uniform(0.1, 0.3)))
+    canvas.paint("water", front, only=("fat",))
+    # Fluid that lies in the ligament hides a part of it, which the rest makes up for.
+    thickness = r.uniform(0.05, 0.08) * (0.6, 0.78, 1.0)[patient.target]
+    pocket, length, middle = r.uniform(0.08, 0.095), r.uniform(0.12, 0.2), r.uniform(0.4, 0.6)
+    canvas.paint("ligament", (np.abs(x) < 0.14) & (share > 0) & (share < 1) & (off < thickness))
+    beside = (thickness + pocket + r.uniform(0.0, 0.03), pocket, r.uniform(0.0, 0.01))[patient.target]
+    signed = off * np.where((z - lower[1]) * (upper[0] - lower[0]) < (y - lower[0]) * (upper[1] - lower[1]), -1, 1)
+    where = (np.abs(share - middle) < length) & (np.abs(signed - r.choice((-1, 1)) * beside) < pocket)
+    canvas.paint("water", (np.abs(x) < 0.14) & where)
+    region = (np.abs(x) < 0.2) & (share > -0.1) & (share < 1.1) & (off < 0.28)
     return [Picture(expose(canvas, "T2", r, gland=0.45), mask(region))]
