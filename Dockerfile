@@ -25,7 +25,7 @@ ENV CURIA_REVISION=${REVISION}
 LABEL org.opencontainers.image.title="curia-jax" \
       org.opencontainers.image.revision="${REVISION}"
 
-# Workers of Apache Beam on Dataflow (VARIANT=cpu): Beam's harness starts, and finds the packages of the build.
+# Workers of Apache Beam on Dataflow (make image VARIANT=beam): Beam's harness starts, and finds the packages of the build.
 FROM apache/beam_python${PYTHON}_sdk:${BEAM} AS beam-sdk
 FROM image AS beam
 COPY --from=beam-sdk /opt/apache/beam /opt/apache/beam

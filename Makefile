@@ -23,7 +23,7 @@ help:
 	@echo "make golden                           plan the named runs with the TPU compiler and compare with tests/golden (minutes)"
 	@echo "make lint                             ruff and pyright"
 	@echo "make lock                             renew requirements/*.txt from setup.py"
-	@echo "make image IMAGE=name [VARIANT=tpu]   the container image of this commit: tpu, cuda or cpu; pushes it and prints its digest"
+	@echo "make image IMAGE=name [VARIANT=tpu]   the container image of this commit: tpu, cuda, cpu or beam; pushes it and prints its digest"
 	@echo "make clean                            remove the environments and demo/"
 	@echo "PYTHON=python3.13 runs any of them with that Python, in .venv-3.13. Locked are both ends of what is supported:"
 	@echo "Python 3.11 with jax 0.10 and Python 3.13 with jax 0.12."
@@ -104,7 +104,7 @@ REVISION = $(shell git describe --always --abbrev=12 --exclude='*' --dirty)
 # Named after the commit; launched by the digest that is printed, so that every host has the same.
 image:
 	@test -n '$(IMAGE)' || { echo "error: name the image with IMAGE=REGION-docker.pkg.dev/PROJECT/REPOSITORY/curia-jax"; exit 2; }
-	docker build --build-arg VARIANT='$(VARIANT)' --build-arg REVISION='$(REVISION)' --tag '$(IMAGE):$(VARIANT)-$(REVISION)' .
+	docker build $(if $(filter beam,$(VARIANT)),--target=beam --build-arg VARIANT=cpu,--build-arg VARIANT='$(VARIANT)') --build-arg REVISION='$(REVISION)' --tag '$(IMAGE):$(VARIANT)-$(REVISION)' .
 	docker push '$(IMAGE):$(VARIANT)-$(REVISION)'
 	docker inspect --format '{{index .RepoDigests 0}}' '$(IMAGE):$(VARIANT)-$(REVISION)'
 
