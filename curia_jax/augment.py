@@ -1,6 +1,6 @@
 """What happens to pixels on the device: rescale, window, crop, flip, normalise; random views follow from a key alone."""
 
-from typing import NotRequired, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,18 @@ class Batch(TypedDict):
     mask: NotRequired[Float32[Array, "batch rows columns"]]
 
 
+class View(NamedTuple):
+    """Slices as the model sees them.
+
+    Attributes:
+      images: normalised.
+      inside: patches of the region, see `patches_inside`; None without a mask.
+    """
+
+    images: Float[Array, "batch height width 1"]
+    inside: Bool[Array, "batch patches"] | None
+
+
 def evaluation_view(batch: Batch, settings: Augment, size: tuple[int, int]) -> Float[Array, "batch height width 1"]:
     """The deterministic view that features are extracted from: the whole slice, resized to `size`, normalised.
 
@@ -43,11 +55,9 @@ def evaluation_view(batch: Batch, settings: Augment, size: tuple[int, int]) -> F
     Args:
       size: height and width of the result, px.
     """
-    count = batch["pixels"].shape[0]
     low = jnp.where(batch["hu"], settings.hu_window[0], batch["low"])
     high = jnp.where(batch["hu"], settings.hu_window[1], batch["high"])
-    box = jnp.concatenate([jnp.zeros((count, 2)), batch["extent"]], axis=1)
-    image = resize(_unit_interval(batch, low, high), batch["extent"], box, size, settings.resample)
+    image = resize(_unit_interval(batch, low, high), batch["extent"], whole(batch["extent"]), size, settings.resample)
     return (image - settings.image_mean)[..., None] / settings.image_std
 
 
@@ -61,6 +71,29 @@ def training_view(
     Args:
       size: height and width of the result, px.
     """
+    return _random_view(batch, key, settings, size)[0]
+
+
+def training_view_of_region(
+    batch: Batch, key: Key[Array, ""], settings: Augment, size: tuple[int, int], grid: tuple[int, int]
+) -> View:
+    """As `training_view`, of slices with a mask: crops are widened until they hold the whole region.
+
+    Args:
+      grid: patches down and across.
+    """
+    images, box, mirrored = _random_view(batch, key, settings, size)
+    inside = patches_inside(batch["mask"], batch["extent"], grid, box)
+    if mirrored is not None:
+        rows = inside.reshape(-1, *grid)
+        inside = jnp.where(mirrored[:, None, None], rows[:, :, ::-1], rows).reshape(inside.shape)
+    return View(images, inside)
+
+
+def _random_view(
+    batch: Batch, key: Key[Array, ""], settings: Augment, size: tuple[int, int]
+) -> tuple[Float[Array, "batch height width 1"], Float[Array, "batch 4"], Bool[Array, " batch"] | None]:
+    """Images, the boxes they show, and which are mirrored."""
     count = batch["pixels"].shape[0]
     keys = jax.random.split(key, 6)
     low, high = _random_window(batch, keys[0], settings)
@@ -73,12 +106,72 @@ def training_view(
     crop = jnp.minimum(jnp.stack([jnp.sqrt(area / ratio), jnp.sqrt(area * ratio)], axis=1), extent)
     start = jax.random.uniform(keys[3], (count, 2)) * (extent - crop)
     box = jnp.concatenate([start, start + crop], axis=1)
+    if "mask" in batch:
+        box = _widened(box, batch["mask"])
 
     image = resize(_unit_interval(batch, low, high), batch["extent"], box, size, settings.resample)
+    mirrored = None
     if settings.flip:
         mirrored = jax.random.bernoulli(keys[4], shape=(count,))
         image = jnp.where(mirrored[:, None, None], image[:, :, ::-1], image)
-    return (image - settings.image_mean)[..., None] / settings.image_std
+    return (image - settings.image_mean)[..., None] / settings.image_std, box, mirrored
+
+
+def _widened(box: Float[Array, "batch 4"], mask: Float[Array, "batch rows columns"]) -> Float[Array, "batch 4"]:
+    """The smallest boxes that hold these and what is above 0 in the masks."""
+    for axis in (0, 1):
+        some = (mask > 0).any(axis=2 - axis)
+        first, last = jnp.argmax(some, axis=1), some.shape[1] - jnp.argmax(some[:, ::-1], axis=1)
+        there = some.any(axis=1)
+        box = box.at[:, axis].min(jnp.where(there, first, jnp.inf))
+        box = box.at[:, 2 + axis].max(jnp.where(there, last, -jnp.inf))
+    return box
+
+
+MASK_SIDE = 512  # px, to which the official evaluator resizes masks
+
+
+def patches_inside(
+    mask: Float[Array, "batch rows columns"],
+    extent: Int[Array, "batch 2"],
+    grid: tuple[int, int],
+    box: Float[Array, "batch 4"] | None = None,
+) -> Bool[Array, "batch patches"]:
+    """Patches that a mask reaches, row by row, by the rule of the official evaluator (raidium-med/curia).
+
+    The mask is resized to MASK_SIDE, bilinear and antialiased; inside is what is above 0.5, or above half the maximum where
+    that is nothing. A patch is inside where any of its MASK_SIDE // grid pixels a side is. That works for grids whose patches
+    fill MASK_SIDE; others are resized to a whole number of pixels a patch. Where no patch is left, which the official evaluator
+    refuses, it is the one at the centre of the mask.
+
+    Args:
+      mask: 1 inside, on the canvas.
+      extent: rows and columns of the image proper, px.
+      grid: patches down and across.
+      box: of the image that the patches show, as in `resize`; all of it unless given.
+    """
+    steps = [max(1, MASK_SIDE // count) for count in grid]
+    height, width = (
+        MASK_SIDE if MASK_SIDE // step == count else count * step for step, count in zip(steps, grid, strict=True)
+    )
+    box = whole(extent) if box is None else box
+    resized = resize(mask, extent, box, (height, width), "bilinear")
+    threshold = jnp.minimum(0.5, resized.max(axis=(1, 2)) / 2)
+    covered = resized[:, : grid[0] * steps[0], : grid[1] * steps[1]] > threshold[:, None, None]
+    inside = covered.reshape(len(mask), grid[0], steps[0], grid[1], steps[1]).any(axis=(2, 4)).reshape(len(mask), -1)
+    total = jnp.maximum(mask.sum(axis=(1, 2)), 1e-6)
+    places = []
+    for axis, count in enumerate(grid):
+        centre = (mask.sum(axis=2 - axis) * (jnp.arange(mask.shape[1 + axis]) + 0.5)).sum(axis=1) / total
+        share = (centre - box[:, axis]) / (box[:, 2 + axis] - box[:, axis])
+        places.append(jnp.clip((share * count).astype(jnp.int32), 0, count - 1))
+    nearest = jnp.arange(grid[0] * grid[1]) == (places[0] * grid[1] + places[1])[:, None]
+    return jnp.where(inside.any(axis=1, keepdims=True), inside, nearest)
+
+
+def whole(extent: Int[Array, "batch 2"]) -> Float[Array, "batch 4"]:
+    """The box of the whole image."""
+    return jnp.concatenate([jnp.zeros_like(extent), extent], axis=1).astype(jnp.float32)
 
 
 def _random_window(

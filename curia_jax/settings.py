@@ -165,15 +165,52 @@ class Guard(_Section):
 
     Attributes:
       factor: an update is refused where the norm of its gradients is above `factor` times the running mean of that norm, or the loss
-        above `factor` times that of the first step.
+        above `factor` times that of the first step. None refuses what is not finite alone.
       patience: updates refused in a row after which a run goes back to its last good checkpoint.
       rollbacks: how often it does that before it gives up.
     """
 
     section = "guard"
-    factor: Number = _field("a number above 1", lambda v: _number(v) and v > 1, 10)
+    factor: Number | None = _field("a number above 1, or None", lambda v: v is None or (_number(v) and v > 1), 10)
     patience: int = _field("a whole number of at least 1", lambda v: _whole(v, 1), 20)
     rollbacks: int = _field("a whole number of at least 0", _whole, 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetune(_Section):
+    """What fine-tuning trains, and how (objectives/supervised.py, finetune.py).
+
+    Attributes:
+      train: "full", all parameters; "lora", adapters of the encoder and the head; "head" alone.
+      head, pooling: `kind` and `pooling` of the head, see models.head.HeadConfig.
+      slices: most slices of a bag; a case with more gets that many, evenly spaced.
+      sampling: "natural", or "balanced", every class equally often.
+      class_weights: "none", or "balanced": n / (classes x cases of the class).
+      layer_decay: the learning rate of a block is this times that of the block after it; of full fine-tuning.
+      drop_path: probability with which a slice skips the branches of the last block; linear over the depth, from 0.
+      label_smoothing: share of a target that is spread evenly; of classes and labels.
+      mixup: alpha of the Beta distribution that two cases of a batch are mixed by; 0 mixes none.
+      average: decay of the running mean of the weights, see objectives.base.moving_average; 0 keeps none.
+      lora_rank, lora_alpha, lora_targets: see models.lora.LoRAConfig; targets are joined by a plus.
+    """
+
+    section = "finetune"
+    train: Literal["full", "lora", "head"] = _field("full, lora or head", lambda v: v in ("full", "lora", "head"))
+    head: Literal["linear", "attentive"] = _field("linear or attentive", lambda v: v in ("linear", "attentive"))
+    pooling: Literal["cls", "mean", "cls_mean"] = _field(
+        "cls, mean or cls_mean", lambda v: v in ("cls", "mean", "cls_mean")
+    )
+    slices: int = _field("a whole number of at least 1", lambda v: _whole(v, 1))
+    sampling: Literal["natural", "balanced"] = _field("natural or balanced", lambda v: v in ("natural", "balanced"))
+    class_weights: Literal["none", "balanced"] = _field("none or balanced", lambda v: v in ("none", "balanced"))
+    layer_decay: Number = _field("a number above 0 and up to 1", lambda v: _number(v) and 0 < v <= 1)
+    drop_path: Number = _field("a number from 0 to below 1", lambda v: _number(v) and 0 <= v < 1)
+    label_smoothing: Number = _field("a number from 0 to below 1", lambda v: _number(v) and 0 <= v < 1)
+    mixup: Number = _field("a number of at least 0", lambda v: _number(v) and v >= 0)
+    average: Number = _field("a number from 0 to below 1", lambda v: _number(v) and 0 <= v < 1)
+    lora_rank: int = _field("a whole number of at least 0", _whole)
+    lora_alpha: Number = _field("a number above 0", lambda v: _number(v) and v > 0)
+    lora_targets: str = _field("names joined by +, such as qkv+proj", lambda v: isinstance(v, str))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +225,7 @@ class Settings(_Section):
       keep_best: metric whose lowest value's checkpoint stays for good; empty for none.
       save_patience: minutes for which training continues while saves fail.
       compiler_options: XLA options that this run changes, by name; None removes one (xla_flags.py).
+      finetune: None in configs of pretraining.
     """
 
     optimizer: Optimizer
@@ -210,6 +248,7 @@ class Settings(_Section):
         lambda v: isinstance(v, dict) and all(one is None or isinstance(one, str | int | float) for one in v.values()),
         {},
     )
+    finetune: Finetune | None = None
 
     @classmethod
     def of(cls, config: ml_collections.ConfigDict | Mapping[str, Any]) -> "Settings":
@@ -218,5 +257,7 @@ class Settings(_Section):
         if isinstance(options := fields.get("compiler_options"), ml_collections.ConfigDict):
             fields["compiler_options"] = options.to_dict()
         records = (Optimizer, Augment, Data, Devices, Guard)
-        sections = {record.section: record.of(fields.get(record.section, {})) for record in records}
+        sections: dict[str, Any] = {record.section: record.of(fields.get(record.section, {})) for record in records}
+        if Finetune.section in fields:
+            sections[Finetune.section] = Finetune.of(fields[Finetune.section])
         return super().of({**fields, **sections})

@@ -324,7 +324,7 @@ class Saver:
 
     def _check_trend(self, step: int, loss: float) -> None:
         """Raises Diverged where the model has been worse than an untrained one for long."""
-        self._first_loss = loss if self._first_loss is None else self._first_loss
+        self._first_loss = self._first_loss or loss  # a batch without an event of a Cox model has none
         self._losses.append(loss)
         mean = math.fsum(self._losses) / WORSE_STEPS
         if len(self._losses) == WORSE_STEPS and mean > WORSE * abs(self._first_loss):

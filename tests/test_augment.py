@@ -130,3 +130,39 @@ def test_half_of_the_images_are_flipped(settings) -> None:
 def test_reading_windows_keep_their_order() -> None:
     """Random draws index them: another order would change every run."""
     assert augment.READING_WINDOWS == [(-1350.0, 150.0), (-160.0, 240.0), (-500.0, 1300.0)]
+
+
+def test_training_view_of_a_region_holds_it_and_marks_its_patches(settings) -> None:
+    """Crops of a fifth of the slice would lose a region in a corner. The pixels of the region are bright, the rest dark."""
+    batch = make_batch(40, hu=True) | {"extent": jnp.full((40, 2), 48, jnp.int32)}
+    mask = np.zeros((40, 48, 64), np.float32)
+    mask[:, 36:44, 4:10] = 1
+    mask[39] = 0  # a slice that the region does not reach
+    batch |= {"mask": jnp.asarray(mask), "pixels": jnp.asarray(np.where(mask > 0, 2024, 24).astype(np.uint16))}
+    settings = dataclasses.replace(settings, crop_scale=(0.04, 0.3), reading_window_probability=0.0)
+    grid = (8, 8)
+    images, inside = augment.training_view_of_region(batch, jax.random.key(0), settings, (64, 64), grid)
+    bright = np.asarray(images)[:39, :, :, 0] > np.asarray(images).mean()
+    patches = bright.reshape(39, 8, 8, 8, 8).mean(axis=(2, 4)).reshape(39, 64)
+    inside = np.asarray(inside)[:39]
+    assert inside[patches > 0.5].all() and not inside[patches == 0].any()
+    assert len({row.tobytes() for row in inside}) > 20  # the views differ
+    # All of it is in view: in its own pixels its area is that of the region.
+    assert (patches.sum(axis=1) > 0).all()
+    plain = {name: value for name, value in batch.items() if name != "mask"}
+    lost = np.asarray(augment.training_view(plain, jax.random.key(0), settings, (64, 64)))[:39, :, :, 0]
+    assert (lost.max(axis=(1, 2)) < np.asarray(images).mean()).mean() > 0.3
+
+
+def test_training_view_of_a_region_is_the_evaluation_view_where_nothing_is_random(settings) -> None:
+    batch = make_batch(hu=False)
+    mask = np.zeros((6, 48, 64), np.float32)
+    mask[:, 5:15, 20:30] = 1
+    batch |= {"mask": jnp.asarray(mask)}
+    still = dataclasses.replace(
+        settings, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=False, intensity_jitter=0.0
+    )
+    square = batch | {"extent": jnp.full((6, 2), 40, jnp.int32)}
+    found = augment.training_view_of_region(square, jax.random.key(0), still, SIZE, (4, 5))
+    np.testing.assert_allclose(found.images, augment.evaluation_view(square, still, SIZE), atol=2e-4)
+    np.testing.assert_array_equal(found.inside, augment.patches_inside(square["mask"], square["extent"], (4, 5)))

@@ -32,7 +32,7 @@ class Readout:
     Attributes:
       pooling: statistics that are concatenated, of POOLINGS: "cls"; the "mean" of the patch tokens; their standard deviation,
         "std", which keeps some of what the mean loses (both together: Snyder et al. 2018, doi 10.1109/ICASSP.2018.8461375).
-        Where a task has masks, mean and std are over the patches inside; see `patches_inside`.
+        Where a task has masks, mean and std are over the patches inside; see `augment.patches_inside`.
       layers: outputs that are pooled and concatenated: LAST, that of the final norm, BEFORE_NORM, that of the last block, or numbers
         of blocks from 1 to the depth, whose outputs are taken before any norm.
     """
@@ -132,7 +132,9 @@ def encoder_view(
         for encoder_config in encoders:
             images = augment.evaluation_view(batch, settings, encoder_config.image_size)
             encoder = vit.bind(encoder_config, params)
-            inside = patches_inside(batch["mask"], batch["extent"], encoder_config.grid) if "mask" in batch else None
+            inside = (
+                augment.patches_inside(batch["mask"], batch["extent"], encoder_config.grid) if "mask" in batch else None
+            )
             last, hidden = encoder.encode(encoder.embed(images), [block - 1 for block in blocks])
             outputs: dict[int | str, Float[Array, "batch tokens width"]] = {LAST: last}
             outputs |= dict(zip(blocks, hidden, strict=True))
@@ -153,7 +155,7 @@ def encoder_view(
             found.append((hidden[0] if before_norm else last)[:, 1:].astype(jnp.float32))
             grid = encoder_config.grid
             within.append(
-                patches_inside(batch["mask"], batch["extent"], grid)
+                augment.patches_inside(batch["mask"], batch["extent"], grid)
                 if "mask" in batch
                 else jnp.ones((len(images), grid[0] * grid[1]), bool)
             )
@@ -162,52 +164,11 @@ def encoder_view(
     return View(compute, params, tokens)
 
 
-MASK_SIDE = 512  # px, to which the official evaluator resizes masks
-
-
-def patches_inside(
-    mask: Float[Array, "batch rows columns"], extent: Int[Array, "batch 2"], grid: tuple[int, int]
-) -> Bool[Array, "batch patches"]:
-    """Patches that a mask reaches, row by row, by the rule of the official evaluator (raidium-med/curia).
-
-    The mask is resized to MASK_SIDE, bilinear and antialiased; inside is what is above 0.5, or above half the maximum where
-    that is nothing. A patch is inside where any of its MASK_SIDE // grid pixels a side is. That works for grids whose patches
-    fill MASK_SIDE; others are resized to a whole number of pixels a patch. Where no patch is left, which the official evaluator
-    refuses, it is the one at the centre of the mask.
-
-    Args:
-      mask: 1 inside, on the canvas.
-      extent: rows and columns of the image proper, px.
-      grid: patches down and across.
-    """
-    steps = [max(1, MASK_SIDE // count) for count in grid]
-    height, width = (
-        MASK_SIDE if MASK_SIDE // step == count else count * step for step, count in zip(steps, grid, strict=True)
-    )
-    box = _whole(extent)
-    resized = augment.resize(mask, extent, box, (height, width), "bilinear")
-    threshold = jnp.minimum(0.5, resized.max(axis=(1, 2)) / 2)
-    covered = resized[:, : grid[0] * steps[0], : grid[1] * steps[1]] > threshold[:, None, None]
-    inside = covered.reshape(len(mask), grid[0], steps[0], grid[1], steps[1]).any(axis=(2, 4)).reshape(len(mask), -1)
-    total = jnp.maximum(mask.sum(axis=(1, 2)), 1e-6)
-    places = []
-    for axis, count in enumerate(grid):
-        centre = (mask.sum(axis=2 - axis) * (jnp.arange(mask.shape[1 + axis]) + 0.5)).sum(axis=1) / total
-        places.append(jnp.clip((centre / extent[:, axis] * count).astype(jnp.int32), 0, count - 1))
-    nearest = jnp.arange(grid[0] * grid[1]) == (places[0] * grid[1] + places[1])[:, None]
-    return jnp.where(inside.any(axis=1, keepdims=True), inside, nearest)
-
-
-def _whole(extent: Int[Array, "batch 2"]) -> Float[Array, "batch 4"]:
-    """The box of the whole image."""
-    return jnp.concatenate([jnp.zeros_like(extent), extent], axis=1).astype(jnp.float32)
-
-
 def _coverage(batch: augment.Batch, side: int) -> Float[Array, "batch side side"]:
     """Share of each pixel of the resized slice that is inside the mask; ones without a mask."""
     if "mask" not in batch:
         return jnp.ones((len(batch["pixels"]), side, side))
-    box = _whole(batch["extent"])
+    box = augment.whole(batch["extent"])
     return augment.resize(batch["mask"], batch["extent"], box, (side, side), "bilinear")
 
 

@@ -17,7 +17,7 @@ import curia_common
 from curia_common.errors import DataError, UserError
 from curia_jax import augment, data
 from curia_jax.evaluate import preparation
-from curia_jax.evaluate.features import BEFORE_NORM, LAST, Readout, patches_inside
+from curia_jax.evaluate.features import BEFORE_NORM, LAST, Readout
 from curia_jax.evaluate.preparation import Preparation
 from curia_jax.evaluate.results import Provenance
 
@@ -168,7 +168,7 @@ def to_numpy(values: Array) -> Float32[np.ndarray, "..."]:
     return np.asarray(values, np.float32)
 
 
-_inside = jax.jit(patches_inside, static_argnums=2)
+_inside = jax.jit(augment.patches_inside, static_argnums=2)
 
 
 @functools.cache

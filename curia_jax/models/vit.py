@@ -180,15 +180,30 @@ def config(
 # ---- parts
 
 
+class Adapter(nnx.Module):
+    """What LoRA adds to a linear layer: scale x a b, with `a` (inputs, rank) and `b` (rank, outputs); see lora.py."""
+
+    def __init__(
+        self, a: Shaped[Array, "*depth inputs rank"], b: Shaped[Array, "*depth rank outputs"], scale: float
+    ) -> None:
+        self.a, self.b, self.scale = nnx.Param(a), nnx.Param(b), scale
+
+    def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
+        return ops.matmul(ops.matmul(x, self.a[...]), self.b[...]) * self.scale
+
+
 class Linear(nnx.Module):
-    """y = x kernel + bias; xavier-uniform kernel, zero bias."""
+    """y = x kernel + bias; xavier-uniform kernel, zero bias. An adapter is set by `lora.attach`."""
+
+    adapter: Adapter | None = None
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs) -> None:
         self.kernel = nnx.Param(nnx.initializers.xavier_uniform()(rngs.params(), (inputs, outputs), jnp.float32))
         self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32))
 
     def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
-        return ops.linear(x, self.kernel[...], self.bias[...])
+        y = ops.linear(x, self.kernel[...], self.bias[...])
+        return y if self.adapter is None else y + self.adapter(x)
 
 
 class LayerNorm(nnx.Module):
@@ -219,6 +234,8 @@ class Attention(nnx.Module):
         self, x: Float[Array, "batch tokens width"], kind: str = "xla", segments: int = 1
     ) -> Float[Array, "batch tokens width"]:
         qkv = ops.matmul(x, self.qkv.kernel[...])  # its bias is added where heads are separated
+        if self.qkv.adapter is not None:
+            qkv = qkv + self.qkv.adapter(x)
         return self.proj(ATTENTION[kind](qkv, self.qkv.bias[...], self.heads, segments))
 
 
@@ -232,6 +249,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
         fc1, fc2 = self.fc1, self.fc2
+        if fc1.adapter is not None or fc2.adapter is not None:
+            return fc2(ops.gelu(fc1(x), self.approximate))
         return ops.mlp(x, fc1.kernel[...], fc1.bias[...], fc2.kernel[...], fc2.bias[...], self.approximate)
 
 
@@ -245,12 +264,33 @@ class Block(nnx.Module):
         self.mlp = MLP(width, mlp_width, activation, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "batch tokens width"], kind: str = "xla", segments: int = 1
+        self,
+        x: Float[Array, "batch tokens width"],
+        kind: str = "xla",
+        segments: int = 1,
+        kept: Float[Array, "2 batch tokens 1"] | None = None,
     ) -> Float[Array, "batch tokens width"]:
+        """`kept` multiplies the two branches, see `drop_path`."""
         with jax.named_scope("attention"):
-            x = x + self.attn(self.norm1(x), kind, segments)
+            x = x + _scaled(self.attn(self.norm1(x), kind, segments), None if kept is None else kept[0])
         with jax.named_scope("mlp"):
-            return x + self.mlp(self.norm2(x))
+            return x + _scaled(self.mlp(self.norm2(x)), None if kept is None else kept[1])
+
+
+def _scaled(x: Float[Array, "batch tokens width"], by: Float[Array, "batch tokens 1"] | None) -> Array:
+    return x if by is None else (x.astype(jnp.float32) * by).astype(x.dtype)
+
+
+def drop_path(draws: Float[Array, "batch depth 2"], rate: int | float) -> Float[Array, "batch depth 2"]:
+    """What multiplies the two branches of each block and image under stochastic depth (Huang et al. 2016): 0 where it is dropped,
+    else 1 / (1 - rate of the block), which keeps the mean. The rate goes linearly from 0 to that of the last block, as in timm.
+
+    Args:
+      draws: uniform on [0, 1).
+      rate: of the last block, below 1.
+    """
+    rates = jnp.linspace(0.0, rate, draws.shape[1])[:, None]
+    return (draws >= rates) / (1 - rates)
 
 
 def stacked_blocks(
@@ -267,7 +307,13 @@ def stacked_blocks(
 
 
 def apply_blocks(
-    blocks: Block, x: Float[Array, "batch tokens width"], config: ViTConfig, *, unroll: int, keep: Sequence[int] = ()
+    blocks: Block,
+    x: Float[Array, "batch tokens width"],
+    config: ViTConfig,
+    *,
+    unroll: int,
+    keep: Sequence[int] = (),
+    kept: Float[Array, "batch depth 2"] | None = None,
 ) -> tuple[Float[Array, "batch tokens width"], list[Float[Array, "batch tokens width"]]]:
     """Runs stacked blocks one after the other.
 
@@ -275,6 +321,7 @@ def apply_blocks(
       config: its `attention` and `remat` apply.
       unroll: blocks per iteration; the whole depth leaves no loop.
       keep: numbers of the blocks (from 0) whose outputs are returned too.
+      kept: what multiplies the branches, see `drop_path`.
 
     Returns:
       The last output, and those of `keep` in its order.
@@ -282,14 +329,18 @@ def apply_blocks(
     graph, stack = nnx.split(blocks)
     packed, segments = ops.pack_images(x) if config.attention == "pallas" else (x, 1)
 
-    def block(x: Array, weights: nnx.State) -> Array:
-        return nnx.merge(graph, weights)(x, config.attention, segments)
+    def block(x: Array, of_block: tuple[nnx.State, Array | None]) -> Array:
+        weights, kept = of_block
+        return nnx.merge(graph, weights)(x, config.attention, segments, kept)
 
     if REMAT[config.remat] is not None:
         depth = stack.norm1.scale[...].shape[0]
         block = jax.checkpoint(block, policy=REMAT[config.remat], prevent_cse=unroll == depth)
-    packed, kept = ops.over_layers(block, packed, stack, unroll=unroll, keep=keep)
-    return packed.reshape(x.shape), [one.reshape(x.shape) for one in kept]
+    if kept is not None:
+        by_row = jnp.moveaxis(kept, 0, 2).reshape(*kept.shape[1:], len(packed), segments)
+        kept = jnp.repeat(by_row, x.shape[1], axis=3)[..., None]
+    packed, outputs = ops.over_layers(block, packed, (stack, kept), unroll=unroll, keep=keep)
+    return packed.reshape(x.shape), [one.reshape(x.shape) for one in outputs]
 
 
 def position_table(width: int, grid: tuple[int, int]) -> Float[np.ndarray, "tokens width"]:
@@ -364,25 +415,31 @@ class ViT(nnx.Module):
             return self.patch_embed(patches) + positions
 
     def encode(
-        self, x: Float[Array, "batch patches width"], layers: Sequence[int] = ()
+        self,
+        x: Float[Array, "batch patches width"],
+        layers: Sequence[int] = (),
+        kept: Float[Array, "batch depth 2"] | None = None,
     ) -> tuple[Float[Array, "batch tokens width"], list[Float[Array, "batch tokens width"]]]:
         """CLS before the given patch embeddings, all blocks, the final norm.
 
         Args:
           layers: blocks (from 0; negative ones count from the end) whose outputs, before any norm, are returned too.
+          kept: what multiplies the branches of the blocks, see `drop_path`.
         """
         config = self.config
         cls = jnp.broadcast_to(self.cls_token[...].astype(x.dtype), (x.shape[0], 1, config.width))
         x = jnp.concatenate([cls, x], axis=1)  # the position of CLS is zero
         keep = [range(config.depth)[layer] for layer in layers]
-        x, hidden = apply_blocks(self.blocks, x, config, unroll=config.unroll, keep=keep)
+        x, hidden = apply_blocks(self.blocks, x, config, unroll=config.unroll, keep=keep, kept=kept)
         with jax.named_scope("norm"):
             return self.norm(x), hidden
 
-    def __call__(self, images: Float[Array, "batch rows columns channels"]) -> Float[Array, "batch tokens width"]:
-        """Normalised images to tokens after the final norm, CLS first."""
+    def __call__(
+        self, images: Float[Array, "batch rows columns channels"], kept: Float[Array, "batch depth 2"] | None = None
+    ) -> Float[Array, "batch tokens width"]:
+        """Normalised images to tokens after the final norm, CLS first; `kept` is of `drop_path`."""
         with jax.named_scope("encoder"):
-            return self.encode(self.embed(images))[0]
+            return self.encode(self.embed(images), kept=kept)[0]
 
 
 def init(config: ViTConfig, key: Key[Array, ""]) -> Params:

@@ -6,7 +6,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Key, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
 
 from curia_common.errors import DoesNotFitError, UserError
 from curia_jax import data, sharding, xla_flags
@@ -34,12 +34,15 @@ class State(TypedDict):
       params: nested dict of float32 arrays.
       opt_state: optax state; its moments are sharded like their parameters.
       guard: what decides whether an update is applied. Checkpoints of versions before 0.3 have none.
+      average: running mean of the trained parameters, sharded like them; only where an objective averages. Frozen groups have none:
+        the averaged model is {**params, **average}.
     """
 
     step: jax.Array
     params: Params
     opt_state: optax.OptState
     guard: "GuardState"
+    average: NotRequired[Params]
 
 
 class GuardState(TypedDict):
@@ -72,16 +75,19 @@ _RELENT = 1.1
 
 
 def judge(
-    guard: GuardState, loss: Float[Array, ""], gradient_norm: Float[Array, ""], factor: int | float
+    guard: GuardState, loss: Float[Array, ""], gradient_norm: Float[Array, ""], factor: int | float | None
 ) -> tuple[Bool[Array, ""], GuardState]:
     """Whether to apply an update, and the statistics afterwards.
 
     A loss or norm that is not finite is refused; so is a norm above `factor` times its running mean, and a loss above `factor`
-    times that of the first update, which an untrained model has.
+    times that of the first update, which an untrained model has. Without a factor, what is finite is applied.
     """
     finite, first = jnp.isfinite(loss) & jnp.isfinite(gradient_norm), guard["applied"] == 0
-    usual = (gradient_norm <= factor * guard["gradient_norm"]) & (loss <= factor * jnp.abs(guard["first_loss"]))
-    good = finite & (usual | first)
+    if factor is None:
+        good = finite
+    else:
+        usual = (gradient_norm <= factor * guard["gradient_norm"]) & (loss <= factor * jnp.abs(guard["first_loss"]))
+        good = finite & (usual | first)
     weight = 1 / jnp.minimum(guard["applied"] + 1, _MEAN_OVER)
     mean = guard["gradient_norm"] + weight * (gradient_norm - guard["gradient_norm"])
     return good, {
@@ -104,6 +110,7 @@ class Objective:
       compiler_options: XLA options for the devices of the mesh.
       flops_per_example: model FLOPs of a training step per example, backward pass included, no credit for rematerialisation.
       progress_format: what a progress line shows of the metrics, as a format string.
+      frozen: top-level groups of the parameters that are not trained; they have no moments.
     """
 
     init: Callable[[jax.Array], State]
@@ -113,11 +120,12 @@ class Objective:
     compiler_options: dict[str, str]
     flops_per_example: int | float
     progress_format: str = "loss {loss:.4f}"
+    frozen: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
         """Number of trained values."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.abstract_state["params"]))
+        return sum(leaf.size for leaf in jax.tree.leaves(_split(self.abstract_state["params"], self.frozen)[1]))
 
     def initial_state(self, seed: int, params: Mapping[str, PyTree[Shaped[np.ndarray, "..."]]] | None = None) -> State:
         """The state of step 0; each device creates only its own shards.
@@ -194,65 +202,103 @@ def memory_errors() -> Iterator[None]:
         ) from error
 
 
+def slice_fields(canvas: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Fields of one slice in an augment.Batch, without a mask.
+
+    Args:
+      canvas: height and width of its pixels.
+    """
+    shapes = {"pixels": canvas, "extent": (2,)}
+    return {name: jax.ShapeDtypeStruct(shapes.get(name, ()), dtype) for name, dtype in data.DEVICE_FIELDS.items()}
+
+
+def moving_average(average: Params, params: Params, decay: int | float, step: Int[Array, ""] | int) -> Params:
+    """The running mean of the parameters after one more step: d average + (1 - d) params, d = min(decay, step / (step + 10)).
+
+    It is short at first, so that it does not remember where the run started: the mean after the first step is the parameters.
+
+    Args:
+      step: steps taken before this one.
+    """
+    kept = jnp.minimum(decay, step / (step + 10.0))
+    return jax.tree.map(lambda old, new: new + kept * (old - new), average, params)
+
+
 def make(
     *,
     init: Callable[[Key[Array, ""]], Params],
-    prepare: Callable[[Batch, Key[Array, ""]], tuple[Shaped[Array, "batch ..."], ...]],
+    prepare: Callable[[Batch, Key[Array, ""]], tuple[PyTree[Shaped[Array, "batch ..."]], ...]],
     loss: Callable[..., tuple[Float[Array, ""], Metrics]],
     rules: sharding.Rules,
     optimizer: optax.GradientTransformation,
     learning_rate: optax.Schedule,
     mesh: Mesh,
     batch_size: int,
-    canvas: tuple[int, int],
+    example: Mapping[str, jax.ShapeDtypeStruct],
     seed: int,
-    gradient_dtype: DTypeLike,
+    gradient_dtype: DTypeLike | None,
     flops_per_example: int | float,
     compiler_options: Mapping[str, str | int | float | bool | None] | None = None,
     guard: Guard | None = None,
     progress_format: str = "loss {loss:.4f}",
+    frozen: tuple[str, ...] = (),
+    average_decay: int | float | None = None,
 ) -> Objective:
     """Derives an objective from a model's init and its loss, shapes before arrays.
 
     Args:
-      init: key -> new parameters.
+      init: key -> new parameters, a dict of groups.
       prepare: (batch, key) -> arrays with the batch first: what the loss takes. No gradient passes through it. The key follows
         from the seed and the step alone.
       loss: (params, *prepared) -> (loss, further metrics), each a mean over the examples.
       rules: sharding rows of every parameter.
       optimizer, learning_rate: as optimizer.make returns them.
       batch_size: global.
-      canvas: height and width of the pixels in a batch.
-      gradient_dtype: type in which gradients are communicated between TPU slices.
-      flops_per_example, progress_format: see Objective.
+      example: shape and type of every field of one example.
+      gradient_dtype: type in which gradients are communicated between TPU slices. None leaves that to the compiler: for losses
+        that are no means over the examples, and where parameters are frozen.
+      flops_per_example, progress_format, frozen: see Objective.
       compiler_options: `config.compiler_options`.
       guard: None takes the defaults.
+      average_decay: of State.average, see `moving_average`; None keeps no average.
 
     Raises:
       UserError: the batch or a parameter does not divide over the mesh.
       ValueError: the rules do not fit the parameters.
     """
     sharding.check_batch(batch_size, mesh)
+    explicit = mesh.shape["replica"] > 1 and gradient_dtype is not None
+    if explicit and frozen:
+        raise ValueError("frozen parameters need gradient_dtype None")
     factor = (guard or Guard()).factor
 
     def new_state(key: jax.Array) -> State:
         params = init(key)
-        return {
+        trained = _split(params, frozen)[1]
+        state: State = {
             "step": jnp.zeros((), jnp.int32),
             "params": params,
-            "opt_state": optimizer.init(params),
+            "opt_state": optimizer.init(trained),
             "guard": new_guard(),
         }
+        if average_decay is not None:
+            state["average"] = jax.tree.map(jnp.copy, trained)
+        return state
 
     shapes = jax.eval_shape(new_state, jax.random.key(0))
     specs = sharding.parameter_specs(shapes["params"], rules)
-    value_and_grad = jax.value_and_grad(loss, has_aux=True)
-    if mesh.shape["replica"] > 1:
-        value_and_grad = sharding.with_explicit_gradient_allreduce(value_and_grad, specs, mesh, gradient_dtype)
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        held, trained = _split(state["params"], frozen)
+
+        def loss_of_trained(trained: Params, *prepared: PyTree) -> tuple[Float[Array, ""], Metrics]:
+            return loss({**held, **trained}, *prepared)
+
+        value_and_grad = jax.value_and_grad(loss_of_trained, has_aux=True)
+        if explicit:
+            value_and_grad = sharding.with_explicit_gradient_allreduce(value_and_grad, specs, mesh, gradient_dtype)
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
-        (value, further), gradients = value_and_grad(state["params"], *prepare(batch, key))
+        (value, further), gradients = value_and_grad(trained, *prepare(batch, key))
         gradient_norm = optax.tree.norm(gradients)
         good, guard = judge(state["guard"], value, gradient_norm, factor)
 
@@ -263,11 +309,12 @@ def make(
             return jnp.where(good, new, old)
 
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(gradients, state["opt_state"], state["params"])
-            params, opt_state = jax.tree.map(
-                unless_refused, (optax.apply_updates(state["params"], updates), opt_state), (state["params"], state["opt_state"]),
+            updates, opt_state = optimizer.update(gradients, state["opt_state"], trained)
+            trained, opt_state = jax.tree.map(
+                unless_refused, (optax.apply_updates(trained, updates), opt_state), (trained, state["opt_state"]),
                 is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState),
             )  # fmt: skip
+        params = {**held, **trained}
         metrics = {
             "loss": value,
             **further,
@@ -276,17 +323,23 @@ def make(
             "parameter_norm": optax.tree.norm(params),
             "refused_updates": guard["refused"].astype(jnp.float32),
         }
-        return {"step": state["step"] + 1, "params": params, "opt_state": opt_state, "guard": guard}, metrics
+        new: State = {"step": state["step"] + 1, "params": params, "opt_state": opt_state, "guard": guard}
+        if average_decay is not None and "average" in state:
+            with jax.named_scope("average"):
+                new["average"] = moving_average(state["average"], trained, average_decay, state["step"])
+        return new, metrics
 
     params = sharding.parameter_shardings(shapes["params"], mesh, rules)
+    (_, trained), (_, of_trained) = _split(shapes["params"], frozen), _split(params, frozen)
     shardings = {
         "step": NamedSharding(mesh, P()),
         "params": params,
-        "opt_state": sharding.optimizer_shardings(optimizer, shapes["params"], params, mesh),
+        "opt_state": sharding.optimizer_shardings(optimizer, trained, of_trained, mesh),
         "guard": jax.tree.map(lambda _: NamedSharding(mesh, P()), shapes["guard"]),
     }
+    if average_decay is not None:
+        shardings["average"] = of_trained
     split = sharding.batch_sharding(mesh)
-    per_example = {"pixels": canvas, "extent": (2,)}
     return Objective(
         init=new_state,
         step=step,
@@ -294,12 +347,20 @@ def make(
             lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings
         ),
         abstract_batch={
-            name: jax.ShapeDtypeStruct((batch_size, *per_example.get(name, ())), dtype, sharding=split)
-            for name, dtype in data.DEVICE_FIELDS.items()
+            name: jax.ShapeDtypeStruct((batch_size, *field.shape), field.dtype, sharding=split)
+            for name, field in example.items()
         },
         compiler_options=xla_flags.compiler_options(
             mesh.devices.flat[0].device_kind, mesh.shape["replica"], compiler_options
         ),
         flops_per_example=flops_per_example,
         progress_format=progress_format,
+        frozen=frozen,
     )
+
+
+def _split(params: Params, frozen: tuple[str, ...]) -> tuple[dict[str, Params], dict[str, Params]]:
+    """The groups of parameters that are frozen, and those that are trained."""
+    return {name: params[name] for name in frozen}, {
+        name: group for name, group in params.items() if name not in frozen
+    }

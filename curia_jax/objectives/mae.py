@@ -90,7 +90,7 @@ def make(
         learning_rate=learning_rate,
         mesh=mesh,
         batch_size=chosen.batch_size,
-        canvas=canvas,
+        example=base.slice_fields(canvas),
         seed=chosen.seed,
         gradient_dtype=jnp.dtype(model.encoder.dtype),
         # The backward pass has two matmuls for each of the forward pass.

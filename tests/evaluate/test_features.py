@@ -196,7 +196,7 @@ def test_image_size_that_is_no_multiple_of_patch_is_refused(model) -> None:
 
 
 def inside(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    found = features.patches_inside(jnp.asarray(mask[None], jnp.float32), jnp.asarray([mask.shape]), grid)
+    found = augment.patches_inside(jnp.asarray(mask[None], jnp.float32), jnp.asarray([mask.shape]), grid)
     return np.asarray(found)[0].reshape(grid)
 
 

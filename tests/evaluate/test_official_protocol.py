@@ -12,7 +12,7 @@ import pytest
 from curia_common.errors import UserError
 from curia_jax import augment
 from curia_jax.evaluate import __main__ as evaluate
-from curia_jax.evaluate import backbones, features, official, official_protocol, task_data, tasks
+from curia_jax.evaluate import backbones, official, official_protocol, task_data, tasks
 from curia_jax.evaluate.official_protocol import ATTENTION, LINEAR
 from curia_jax.evaluate.targets import Classes
 from curia_jax.evaluate.task_data import TaskImages
@@ -64,7 +64,7 @@ def encoded(study: Path, images: TaskImages):
     after, hidden = encoder.encode(encoder.embed(view), [model.config.encoder.depth - 1])
     inside = np.ones((len(after), 4), bool)
     if "mask" in batch:
-        inside = np.asarray(features.patches_inside(on_device["mask"], on_device["extent"], (2, 2)))
+        inside = np.asarray(augment.patches_inside(on_device["mask"], on_device["extent"], (2, 2)))
     return np.asarray(hidden[0]), np.asarray(after), inside
 
 

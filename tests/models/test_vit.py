@@ -197,6 +197,38 @@ def test_bfloat16_stays_near_float32() -> None:
     np.testing.assert_allclose(found.astype(jnp.float32), wanted, atol=2**-9 * math.sqrt(48) * 3)
 
 
+# ---- drop path
+
+
+def test_drop_path_multiplies_as_timm_does() -> None:
+    """Rates are linspace(0, rate, depth); what is kept is divided by the share that is."""
+    draws = jnp.asarray(np.random.default_rng(0).random((500, 4, 2)))
+    found = np.asarray(vit.drop_path(draws, 0.6))
+    for block, rate in enumerate(np.linspace(0, 0.6, 4)):
+        np.testing.assert_allclose(np.unique(found[:, block]), [0, 1 / (1 - rate)] if block else [1], rtol=1e-5)
+        np.testing.assert_array_equal(found[:, block] == 0, draws[:, block] < rate)
+
+
+@pytest.mark.parametrize(
+    "program", [{"unroll": 1}, {"unroll": 4}, {"unroll": 1, "remat": "full"}, {"attention": "pallas"}]
+)
+def test_drop_path_scales_the_branches_of_each_image(program: dict[str, Any]) -> None:
+    """A transcription with one block after the other; of pallas, images are packed into rows of several."""
+    config = vit.config("custom", **SMALL, dtype="float32", **program)
+    params, images = vit.init(config, jax.random.key(0)), random_images(config, 8)
+    kept = jnp.asarray(np.random.default_rng(1).choice([0.0, 0.5, 2.0], (8, 4, 2)), jnp.float32)
+    plain = vit.bind(vit.config("custom", **SMALL, dtype="float32"), params)
+    x = plain.embed(images)
+    x = jnp.concatenate([jnp.broadcast_to(params["cls_token"], (8, 1, 16)), x], axis=1)
+    for number in range(4):
+        block = vit.Block(16, 2, 32, "gelu", 1e-6, rngs=vit.nnx.Rngs(0))
+        block = vit.from_dict(lambda block=block: block, jax.tree.map(lambda leaf, n=number: leaf[n], params["blocks"]))
+        x = x + kept[:, number, 0, None, None] * block.attn(block.norm1(x))
+        x = x + kept[:, number, 1, None, None] * block.mlp(block.norm2(x))
+    found = vit.bind(config, params)(images, kept)
+    np.testing.assert_allclose(found, plain.norm(x), atol=2e-5)
+
+
 # ---- FLOPs
 
 

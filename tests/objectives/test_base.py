@@ -52,7 +52,7 @@ def linear(mesh: dict[str, int] | None = None, **changes: Any) -> base.Objective
     devices = sharding.make_mesh(**mesh) if mesh else sharding.make_mesh(data=1, devices=jax.devices()[:1])
     fields: dict[str, Any] = {
         "init": init, "prepare": prepare, "loss": loss, "rules": RULES, "optimizer": optax.sgd(RATE, momentum=0.5),
-        "learning_rate": lambda step: 1.0 / (1 + step), "mesh": devices, "batch_size": 8, "canvas": (4, 4), "seed": 3,
+        "learning_rate": lambda step: 1.0 / (1 + step), "mesh": devices, "batch_size": 8, "example": base.slice_fields((4, 4)), "seed": 3,
         "gradient_dtype": jnp.float32, "flops_per_example": 96,
     }  # fmt: skip
     return base.make(**fields | changes)
@@ -190,7 +190,7 @@ def classifier(config: Any, this: run.Run) -> base.Objective:
         init=init, prepare=prepare, loss=loss,
         rules=(*sharding.encoder_rules("encoder"), (r"head/(kernel|bias)", P())),
         optimizer=transform, learning_rate=learning_rate, mesh=this.mesh, batch_size=config.batch_size,
-        canvas=this.canvas, seed=config.seed, gradient_dtype=jnp.float32, flops_per_example=3 * vit.flops(model),
+        example=base.slice_fields(this.canvas), seed=config.seed, gradient_dtype=jnp.float32, flops_per_example=3 * vit.flops(model),
         progress_format="loss {loss:.4f} accuracy {accuracy:.1%}",
     )  # fmt: skip
 

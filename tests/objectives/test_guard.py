@@ -6,7 +6,7 @@ import pytest
 from curia_jax.objectives import base
 
 
-def judged(updates: list[tuple[float, float]], factor: float = 10.0) -> tuple[list[bool], base.GuardState]:
+def judged(updates: list[tuple[float, float]], factor: float | None = 10.0) -> tuple[list[bool], base.GuardState]:
     """(loss, gradient norm) of successive steps -> which are applied."""
     guard, applied = base.new_guard(), []
     for loss, norm in updates:
@@ -47,3 +47,9 @@ def test_lasting_change_of_the_norm_is_accepted_after_some_steps() -> None:
 def test_mean_forgets_old_norms() -> None:
     _, guard = judged([(1.0, 1.0)] * 500 + [(1.0, 5.0)] * 500)
     assert float(guard["gradient_norm"]) == pytest.approx(5 - 4 * 0.99**500, rel=1e-3)
+
+
+def test_without_a_factor_only_what_is_not_finite_is_refused() -> None:
+    applied, guard = judged([(0.0, 0.0), (5.0, 1.0), (1e6, 1e9), (float("nan"), 1.0), (2.0, 1.0)], factor=None)
+    assert applied == [True, True, True, False, True]
+    assert int(guard["refused"]) == 0
