@@ -41,7 +41,7 @@ def layer_scales(params: PyTree, decay: int | float) -> PyTree[Float[Array, "...
     """
     depth = params["encoder"]["blocks"]["norm1"]["scale"].shape[0]
 
-    def scale(path: tuple[Any, ...], leaf: jax.Array | jax.ShapeDtypeStruct) -> Array:
+    def scale(path: tuple[Any, ...], leaf: Any) -> Array:
         group, *rest = (part.key for part in path)
         if group != "encoder" or rest[0] == "norm":
             return jnp.ones(())

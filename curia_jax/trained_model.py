@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,26 @@ import numpy as np
 from etils import epath
 
 from curia_common.errors import DataError
-from curia_jax import checkpoint
+from curia_jax import checkpoint, json_records
 from curia_jax import config as configs
-from curia_jax.models import mae
+from curia_jax.models import head as heads
+from curia_jax.models import lora, mae, vit
 from curia_jax.models.params import Params
 from curia_jax.settings import Augment
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """What LoRA trained.
+
+    Attributes:
+      params: as `lora.init` makes them.
+      base_encoder: weights of the encoder without them.
+    """
+
+    config: lora.LoRAConfig
+    params: Params
+    base_encoder: Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,14 +39,17 @@ class TrainedModel:
     """A trained model, read without an accelerator.
 
     Attributes:
-      config: float32 without rematerialisation, whatever it was trained in.
-      params: weights of the encoder and the decoder.
+      config: float32 without rematerialisation, whatever it was trained in. After fine-tuning its fields of the decoder mean nothing.
+      params: weights of the encoder and, after pretraining, the decoder; after fine-tuning the averaged ones, with adapters merged.
       augment: how pixels are prepared.
       seed: of the run.
       step: optimizer steps taken.
       examples_seen: examples that these steps consumed.
       path: folder of the step.
       origin: whose weights the run started from; None where they were random.
+      head, head_params: of fine-tuning; None after pretraining.
+      adapters: None where LoRA has trained none.
+      task: what the run was fine-tuned for, `task` of its config; empty after pretraining.
     """
 
     config: mae.MAEConfig
@@ -41,6 +60,10 @@ class TrainedModel:
     examples_seen: int
     path: epath.Path
     origin: checkpoint.Origin | None = None
+    head: heads.HeadConfig | None = None
+    head_params: Params | None = None
+    adapters: Adapters | None = None
+    task: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def run_name(self) -> str | None:
@@ -71,30 +94,79 @@ def load(path: str | Path, step: int | None = None) -> TrainedModel:
         raise DataError(
             f"the config of checkpoint {loaded.path} is damaged: model or seed is of another type; copy it again"
         )
+    params: dict[str, Params] = loaded.averaged
+    head, adapters = _head(config, params), _adapters(config, params)
+    if adapters is not None:
+        params["encoder"] = lora.merged(adapters.base_encoder, adapters.config, adapters.params)
+    head_params = None
+    if head is not None:
+        head_params, params = params["head"], {"encoder": params["encoder"]}
     return TrainedModel(
-        config=model_config(config.model, loaded.params),
-        params=loaded.params,
+        config=model_config(config.model, params, encoder_alone=head is not None),
+        params=params,
         augment=Augment.of(config.augment),
         seed=config.seed,
         step=loaded.step,
         examples_seen=loaded.examples_seen,
         path=epath.Path(loaded.path),
         origin=loaded.origin,
+        head=head,
+        head_params=head_params,
+        adapters=adapters,
+        task=config.task.to_dict() if "task" in config else {},
     )
 
 
-def model_config(settings: ml_collections.ConfigDict, params: Params) -> mae.MAEConfig:
+def _head(config: Any, params: Params) -> heads.HeadConfig | None:
+    """The head that a run was fine-tuned with.
+
+    Raises:
+      DataError: there is no such head, or its weights are not these.
+    """
+    if "head" not in config:
+        return None
+    try:
+        head = json_records.record(heads.HeadConfig, config.head.to_dict())
+        width = params["encoder"]["patch_embed"]["kernel"].shape[1]
+        heads.bind(head, width, params["head"])
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise DataError(f"the checkpoint does not hold the head of its config: {checkpoint.reason(error)}") from error
+    return head
+
+
+def _adapters(config: Any, params: Params) -> Adapters | None:
+    if "lora" not in params:
+        return None
+    try:
+        tune = config.finetune
+        found = lora.LoRAConfig(tune.lora_rank, tune.lora_alpha, tuple(tune.lora_targets.split("+")))
+        wanted = jax.eval_shape(lambda: lora.init(found, params["encoder"], jax.random.key(0)))
+        shapes = [jax.tree.map(np.shape, tree) for tree in (wanted, params["lora"])]
+        if shapes[0] != shapes[1]:
+            raise ValueError("its adapters have other shapes")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"the checkpoint does not hold the adapters of its config: {checkpoint.reason(error)}"
+        ) from error
+    return Adapters(found, params["lora"], params["encoder"])
+
+
+def model_config(settings: ml_collections.ConfigDict, params: Params, *, encoder_alone: bool = False) -> mae.MAEConfig:
     """The model that weights belong to.
 
     Args:
-      settings: the run's `model` settings, the arguments of `mae.config`.
+      settings: the run's `model` settings, arguments of `mae.config`.
+      encoder_alone: there is no decoder.
 
     Raises:
       DataError: there is no such model, or its weights are not these.
     """
     try:
         config = mae.config(**{**settings.to_dict(), "dtype": "float32", "remat": "none"})
-        mae.bind(config, params)
+        if encoder_alone:
+            vit.bind(config.encoder, params["encoder"])
+        else:
+            mae.bind(config, params)
     except (TypeError, ValueError, ArithmeticError) as error:
         raise DataError(f"the checkpoint does not hold the model of its config: {checkpoint.reason(error)}") from error
     return config

@@ -15,7 +15,7 @@ import pytest
 
 from curia_common.errors import UserError
 from curia_jax import config as configs
-from curia_jax.models import mae
+from curia_jax.models import mae, vit
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "configs"
@@ -39,9 +39,15 @@ def test_named_config_equals_its_golden_file(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMED)
 def test_named_config_has_every_base_field_and_makes_a_model(name: str) -> None:
-    config = configs.load(name)
-    mae.config(**config.model)
-    assert configs.flatten(config).keys() == configs.flatten(configs.load("base")).keys()
+    config, base = configs.load(name), configs.flatten(configs.load("base")).keys()
+    if name.startswith("finetune"):
+        vit.config(**config.model)
+        fields = {field for field in configs.flatten(config) if not field.startswith("finetune.")}
+        decoder = {field for field in base if field.startswith(("model.decoder", "model.mask", "model.norm"))}
+        assert fields == base - decoder
+    else:
+        mae.config(**config.model)
+        assert configs.flatten(config).keys() == base
     assert (
         "@" not in (ROOT / "configs" / f"{name}.py").read_text(encoding="utf-8").split('"""')[1]
     )  # nothing to fill in
@@ -60,10 +66,11 @@ def test_pretraining_configs_are_what_their_names_say() -> None:
             assert config.batch_size % 256 == 0 and config.batch_size <= 16_384
 
 
-def test_every_field_has_a_comment() -> None:
-    source = (ROOT / "configs/base.py").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("name", "group"), [("base", ""), ("finetune_vit", "finetune.")])
+def test_every_field_has_a_comment(name: str, group: str) -> None:
+    source = (ROOT / f"configs/{name}.py").read_text(encoding="utf-8")
     comments = re.findall(r"^    config\.([\w.]+) = .*?  # .*$", source, flags=re.MULTILINE)
-    assert set(comments) >= configs.flatten(configs.load("base")).keys()
+    assert set(comments) >= {field for field in configs.flatten(configs.load(name)) if field.startswith(group)}
 
 
 def test_path_and_name_load_the_same_config() -> None:

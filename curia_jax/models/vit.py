@@ -10,6 +10,7 @@ Blocks are stacked over depth in one set of arrays, so that one tree serves the 
 
 import dataclasses
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -329,7 +330,7 @@ def apply_blocks(
     graph, stack = nnx.split(blocks)
     packed, segments = ops.pack_images(x) if config.attention == "pallas" else (x, 1)
 
-    def block(x: Array, of_block: tuple[nnx.State, Array | None]) -> Array:
+    def block(x: Array, of_block: Any) -> Array:
         weights, kept = of_block
         return nnx.merge(graph, weights)(x, config.attention, segments, kept)
 

@@ -359,8 +359,8 @@ def make(
     )
 
 
-def _split(params: Params, frozen: tuple[str, ...]) -> tuple[dict[str, Params], dict[str, Params]]:
-    """The groups of parameters that are frozen, and those that are trained."""
+def _split(params: Mapping[str, PyTree], frozen: tuple[str, ...]) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
+    """The groups of parameters, or of what is in their tree, that are frozen, and those that are trained."""
     return {name: params[name] for name in frozen}, {
         name: group for name, group in params.items() if name not in frozen
     }

@@ -272,7 +272,7 @@ def _slices(batch: Batch) -> augment.Batch:
     fields: Any = {name: _flat(batch[name]) for name in data.DEVICE_FIELDS}
     fields["extent"] = jnp.maximum(fields["extent"], 1)  # slices that fill a bag have none, and would be resized to NaN
     if "region" in batch:
-        fields["mask"] = _flat(batch["region"])
+        fields["mask"] = _flat(batch["region"] * batch["valid"][:, :, None, None])
     return fields
 
 

@@ -86,10 +86,10 @@ def trace_step(
     canvas: tuple[int, int],
     make: Callable[..., base.Objective] = mae.make,
 ) -> TracedStep:
-    """Traces the step that `pretrain` runs with this config.
+    """Traces the step that a run with this config takes.
 
     Args:
-      examples: slices per epoch.
+      examples: per epoch.
       canvas: height and width of the pixels in a batch.
       make: builds the objective; benchmarks pass their own.
 

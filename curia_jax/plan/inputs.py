@@ -6,6 +6,7 @@ from pathlib import Path
 
 import ml_collections
 
+from curia_common.errors import UserError
 from curia_jax import data
 from curia_jax.plan.topologies import Topology
 from data_pipeline.format import shards
@@ -21,7 +22,7 @@ class InputFacts:
     """The dataset of a run.
 
     Attributes:
-      examples: slices per epoch.
+      examples: slices per epoch, cases of fine-tuning.
       examples_assumed: neither --examples nor shards gave that number.
       canvas: height and width of the pixels in a batch.
       bytes_per_image: of a record in storage.
@@ -54,8 +55,13 @@ def input_facts(config: ml_collections.ConfigDict, examples: int | None) -> Inpu
     """The dataset that the config names, with a measurement of the loader; assumptions if it names none.
 
     Args:
-      examples: slices per epoch; None takes those of the shards.
+      examples: slices per epoch, cases of fine-tuning; None takes those of the shards.
+
+    Raises:
+      UserError: of fine-tuning the number of cases is not given.
     """
+    if "finetune" in config and examples is None:
+        raise UserError("the config is of fine-tuning; give the number of cases to train on with --examples=N")
     if not config.data.shards:
         height, width = config.data.canvas or config.model.image_size
         return InputFacts(

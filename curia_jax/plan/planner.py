@@ -1,6 +1,7 @@
 """Plans one config on a topology: memory, step time, input and cost."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -116,7 +117,7 @@ class Planner:
     """Plans configs on one topology.
 
     Attributes:
-      make: builds the objective; benchmarks pass their own.
+      make: builds the objective, see objectives.maker; benchmarks pass their own.
     """
 
     topology: topologies.Topology
@@ -167,7 +168,7 @@ class Planner:
             if not compiled.text:
                 raise estimator.HloError("the compiler gave no text of its program in a known form")
             found = estimator.estimate(
-                compiled.text, topology, step.mesh, batch_size=config.batch_size,
+                compiled.text, topology, step.mesh, batch_size=_images(step.objective),
                 model_flops=plan.model_flops_per_step, hardware_flops=plan.hardware_flops_per_step,
                 pallas_flops=flops.pallas_flops(step.traced),
             )  # fmt: skip
@@ -181,3 +182,8 @@ class Planner:
             input=input_needs(found.images_per_second, topology, self.data),
             cost=run_cost(step.total_steps, found.estimated_step_seconds, topology, self.prices),
         )
+
+
+def _images(objective: base.Objective) -> int:
+    """Of a step: a case of fine-tuning may have several slices."""
+    return math.prod(objective.abstract_batch["pixels"].shape[:-2])

@@ -129,7 +129,7 @@ def _show_input(needs: InputNeeds) -> None:
 def _show_cost(plan: Plan, cost: RunCost) -> None:
     table = _table("the whole run", "", "")
     assumed = " (assumed; --examples=N)" if plan.data.examples_assumed else ""
-    table.add_row("steps", f"{cost.total_steps:,}; {plan.data.examples:,} slices per epoch{assumed}")
+    table.add_row("steps", f"{cost.total_steps:,}; {plan.data.examples:,} examples per epoch{assumed}")
     table.add_row("hours", f"{cost.hours:,.1f}")
     table.add_row("chip-hours", f"{cost.chip_hours:,.0f}")
     table.add_row(

@@ -66,13 +66,17 @@ class Choices:
 
 def choices(config: ml_collections.ConfigDict, topology: Topology) -> Choices:
     """What a search tries: only values that divide the topology and the model."""
-    model = mae.config(**config.model)
+    if "finetune" in config:
+        encoder = vit.config(**config.model)
+        width = encoder.width
+    else:
+        model = mae.config(**config.model)
+        encoder, width = model.encoder, math.gcd(model.encoder.width, model.decoder_width)
     inner = topology.devices // topology.slices
-    width = math.gcd(model.encoder.width, model.decoder_width)
     batches = (config.batch_size // 2, config.batch_size, 2 * config.batch_size)
     return Choices(
         remat=tuple(vit.REMAT),
-        unroll=tuple(sorted({1, model.encoder.depth})),
+        unroll=tuple(sorted({1, encoder.depth})),
         batch_size=tuple(n for n in batches if 0 < n <= LARGEST_BATCH and n % topology.devices == 0),
         fsdp=tuple(n for n in (1, 4, 16, 32, 64) if inner % n == 0 and width % n == 0),
     )

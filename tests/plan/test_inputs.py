@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from curia_common.errors import UserError
 from curia_jax import config as configs
 from curia_jax.plan import inputs, topologies
 
@@ -38,3 +39,10 @@ def test_input_facts_without_shards_are_assumed():
     found = inputs.input_facts(configs.load(TINY), None)
     assert (found.examples, found.examples_assumed, found.loader_per_core) == (1_281_167, True, None)
     assert found.bytes_per_image == 2 * found.canvas[0] * found.canvas[1]
+
+
+def test_fine_tuning_needs_the_number_of_cases():
+    config = configs.load("finetune_vit")
+    with pytest.raises(UserError, match="give the number of cases to train on with --examples=N"):
+        inputs.input_facts(config, None)
+    assert inputs.input_facts(config, 800).examples == 800

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from curia_jax import config as configs
-from curia_jax.plan import compiler, estimator, planner, prices, topologies
+from curia_jax.plan import compiler, estimator, objectives, planner, prices, topologies
 from curia_jax.plan.estimator import HloError, StepEstimate
 from curia_jax.plan.inputs import InputFacts
 from curia_jax.plan.planner import MemoryReport, Plan, Planner
@@ -99,3 +99,24 @@ def test_json_lists_arguments_and_temporaries_together() -> None:
     assert "largest_temporaries" not in found and "cost" not in found
     assert (found["batch_per_chip"], found["hbm_bytes_per_chip"], found["hbm_limit_bytes"]) == (4, 5, 10)
     assert (found["estimated_step_seconds"], found["examples"], found["canvas"]) == (0.5, 1600, [32, 32])
+
+
+def test_rate_of_fine_tuning_counts_the_slices_of_its_cases(plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    images: list[int] = []
+    found = plan(ANSWER, "v5e:2x2")  # also puts the made up answers in place
+    monkeypatch.setattr(estimator, "estimate", lambda *unused, **named: images.append(named["batch_size"]) or STEP)
+    words = (
+        "size=custom",
+        "width=16",
+        "depth=2",
+        "heads=2",
+        "image_size=16",
+        "patch_size=8",
+        "unroll=1",
+        "attention=xla",
+    )
+    config = configs.load("finetune_vit", [*(f"--config.model.{word}" for word in words), "--config.batch_size=8"])
+    make = objectives.maker(config, bag=3)
+    found = Planner(topologies.parse("v5e:2x2"), DATA, prices.PRICES, make).plan(config)
+    assert images == [24] and found.batch_size == 8
+    assert found.cost.total_steps == 50 * 1600 // 8

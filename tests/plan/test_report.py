@@ -90,7 +90,7 @@ def test_every_table_of_a_plan_has_its_figures(capsys) -> None:
         "all-gather fsdp yes 24 12.50 2.000 0.000 1.000",
         "per host 10,240 images/s on 1 hosts from storage 0.61 GB/s",
         "10 images/s per core of this machine x 112 cores = 1,120: does not suffice",
-        "steps 36,000; 1,000 slices per epoch (assumed; --examples=N) hours 1.0 chip-hours 4 cost 5 USD at 1.20 per chip-hour (2025-08)",
+        "steps 36,000; 1,000 examples per epoch (assumed; --examples=N) hours 1.0 chip-hours 4 cost 5 USD at 1.20 per chip-hour (2025-08)",
     ):
         assert words in text
     assert "not tested" not in text
@@ -103,7 +103,7 @@ def test_missing_price_and_measurement_say_what_to_give(capsys) -> None:
     text = shown(dataclasses.replace(PLAN, data=data, cost=cost, input=needs), capsys)
     assert "no price known for v5e:2x2; give --prices=FILE" in text
     assert "not measured: --config.data.shards names no shards" in text
-    assert "1,000 slices per epoch hours" in text
+    assert "1,000 examples per epoch hours" in text
 
 
 def test_untested_compiler_and_unreadable_program_are_warned_of(capsys) -> None:

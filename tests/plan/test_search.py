@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from curia_jax import config as configs
 from curia_jax.plan import prices, search, topologies
 from curia_jax.plan.estimator import StepEstimate
 from curia_jax.plan.inputs import InputFacts
@@ -84,3 +85,9 @@ def test_choices_divide_the_topology_and_the_model(field: str):
     found = search.choices(search.configs.load(TINY), V5E)
     wanted = {"remat": ("none", "matmuls", "full"), "unroll": (1, 2), "batch_size": (8, 16, 32), "fsdp": (1, 4)}
     assert set(getattr(found, field)) == set(wanted[field])
+
+
+def test_choices_of_fine_tuning_divide_its_encoder():
+    config = configs.load("finetune_vit")
+    found = search.choices(config, topologies.parse("v5e:4x4"))
+    assert (found.unroll, found.batch_size, found.fsdp) == ((1, 12), (32, 64, 128), (1, 4, 16))
