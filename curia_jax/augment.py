@@ -74,15 +74,17 @@ def training_view(
     return _random_view(batch, key, settings, size)[0]
 
 
-def training_view_of_region(
+def training_view_and_region(
     batch: Batch, key: Key[Array, ""], settings: Augment, size: tuple[int, int], grid: tuple[int, int]
 ) -> View:
-    """As `training_view`, of slices with a mask: crops are widened until they hold the whole region.
+    """As `training_view`; of slices with a mask, crops are widened until they hold the whole region.
 
     Args:
       grid: patches down and across.
     """
     images, box, mirrored = _random_view(batch, key, settings, size)
+    if "mask" not in batch:
+        return View(images, None)
     inside = patches_inside(batch["mask"], batch["extent"], grid, box)
     if mirrored is not None:
         rows = inside.reshape(-1, *grid)

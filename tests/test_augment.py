@@ -141,7 +141,7 @@ def test_training_view_of_a_region_holds_it_and_marks_its_patches(settings) -> N
     batch |= {"mask": jnp.asarray(mask), "pixels": jnp.asarray(np.where(mask > 0, 2024, 24).astype(np.uint16))}
     settings = dataclasses.replace(settings, crop_scale=(0.04, 0.3), reading_window_probability=0.0)
     grid = (8, 8)
-    images, inside = augment.training_view_of_region(batch, jax.random.key(0), settings, (64, 64), grid)
+    images, inside = augment.training_view_and_region(batch, jax.random.key(0), settings, (64, 64), grid)
     bright = np.asarray(images)[:39, :, :, 0] > np.asarray(images).mean()
     patches = bright.reshape(39, 8, 8, 8, 8).mean(axis=(2, 4)).reshape(39, 64)
     inside = np.asarray(inside)[:39]
@@ -163,6 +163,6 @@ def test_training_view_of_a_region_is_the_evaluation_view_where_nothing_is_rando
         settings, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=False, intensity_jitter=0.0
     )
     square = batch | {"extent": jnp.full((6, 2), 40, jnp.int32)}
-    found = augment.training_view_of_region(square, jax.random.key(0), still, SIZE, (4, 5))
+    found = augment.training_view_and_region(square, jax.random.key(0), still, SIZE, (4, 5))
     np.testing.assert_allclose(found.images, augment.evaluation_view(square, still, SIZE), atol=2e-4)
     np.testing.assert_array_equal(found.inside, augment.patches_inside(square["mask"], square["extent"], (4, 5)))

@@ -97,6 +97,7 @@ def test_fine_tuned_run_has_averaged_weights_with_adapters_merged(tmp_path) -> N
     checkpoints.save(tmp_path / "run", {7: {"params": params, "average": average}}, config=plain)
     found = trained_model.load(tmp_path / "run")
     assert (found.head, found.task["name"], found.config.encoder.depth) == (HEAD, "ich", 3)
+    assert found.head_params is not None and found.adapters is not None
     assert set(found.params) == {"encoder"}
     np.testing.assert_array_equal(found.head_params["kernel"], average["head"]["kernel"])
     before, adapter = params["encoder"]["blocks"]["attn"]["qkv"]["kernel"], average["lora"]["blocks"]["attn"]["qkv"]

@@ -6,7 +6,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -227,7 +227,7 @@ def moving_average(average: Params, params: Params, decay: int | float, step: In
 def make(
     *,
     init: Callable[[Key[Array, ""]], Params],
-    prepare: Callable[[Batch, Key[Array, ""]], tuple[PyTree[Shaped[Array, "batch ..."]], ...]],
+    prepare: Callable[[Any, Key[Array, ""]], tuple[PyTree[Shaped[Array, "batch ..."]], ...]],
     loss: Callable[..., tuple[Float[Array, ""], Metrics]],
     rules: sharding.Rules,
     optimizer: optax.GradientTransformation,
@@ -267,8 +267,8 @@ def make(
       ValueError: the rules do not fit the parameters.
     """
     sharding.check_batch(batch_size, mesh)
-    explicit = mesh.shape["replica"] > 1 and gradient_dtype is not None
-    if explicit and frozen:
+    dtype = gradient_dtype if mesh.shape["replica"] > 1 else None
+    if dtype is not None and frozen:
         raise ValueError("frozen parameters need gradient_dtype None")
     factor = (guard or Guard()).factor
 
@@ -295,8 +295,8 @@ def make(
             return loss({**held, **trained}, *prepared)
 
         value_and_grad = jax.value_and_grad(loss_of_trained, has_aux=True)
-        if explicit:
-            value_and_grad = sharding.with_explicit_gradient_allreduce(value_and_grad, specs, mesh, gradient_dtype)
+        if dtype is not None:
+            value_and_grad = sharding.with_explicit_gradient_allreduce(value_and_grad, specs, mesh, dtype)
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
         (value, further), gradients = value_and_grad(trained, *prepare(batch, key))
         gradient_norm = optax.tree.norm(gradients)

@@ -123,12 +123,9 @@ def make(
         view_key, drop_key, mix_key = jax.random.split(key, 3)
         flat, valid = _slices(batch), batch["valid"]
         with jax.named_scope("augment"):
-            if masked:
-                images, inside = augment.training_view_of_region(
-                    flat, view_key, chosen.augment, model.image_size, model.grid
-                )
-            else:
-                images, inside = augment.training_view(flat, view_key, chosen.augment, model.image_size), None
+            images, inside = augment.training_view_and_region(
+                flat, view_key, chosen.augment, model.image_size, model.grid
+            )
         kept = None
         if tune.drop_path and tune.train == "full":
             draws = jax.random.uniform(drop_key, (*valid.shape, model.depth, 2))
@@ -147,7 +144,7 @@ def make(
     def predict(params: base.Params, batch: Batch) -> heads.Logits:
         flat, valid = _slices(batch), batch["valid"]
         images = augment.evaluation_view(flat, chosen.augment, model.image_size)
-        inside = augment.patches_inside(flat["mask"], flat["extent"], model.grid) if masked else None
+        inside = augment.patches_inside(flat["mask"], flat["extent"], model.grid) if "mask" in flat else None
         images = images.reshape(*valid.shape, *images.shape[1:])
         return outputs(params, images, None, valid, _region(inside, batch))
 

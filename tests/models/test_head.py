@@ -115,7 +115,7 @@ def test_pooling_equals_torch() -> None:
     import torch
 
     width, count = 64, 32
-    queries, value = map(np.asarray, head.new_queries(*jax.random.split(jax.random.key(0)), width))
+    queries, value = map(np.asarray, head.new_queries(jax.random.key(0), jax.random.key(1), width))
     tokens = np.random.default_rng(0).normal(size=(3, 11, width)).astype(np.float32)
     with torch.no_grad():
         x = torch.tensor(tokens)
@@ -128,7 +128,7 @@ def test_pooling_equals_torch() -> None:
 
 @pytest.mark.parametrize(("width", "queries"), [(64, 32), (768, 32), (10, 10), (100, 25)])
 def test_queries_divide_the_width(width: int, queries: int) -> None:
-    found, value = head.new_queries(*jax.random.split(jax.random.key(0)), width)
+    found, value = head.new_queries(jax.random.key(0), jax.random.key(1), width)
     assert (found.shape, value.shape) == ((queries, width), (width, width))
 
 

@@ -236,7 +236,7 @@ def test_training_learns_classes() -> None:
     assert losses[0] == pytest.approx(np.log(3), rel=1e-3) and losses[-1] < 0.4
     assert float(metrics["accuracy"]) == 1
     found = objective.predict(
-        {**state["params"], **state["average"]},
+        {**state["params"], **state.get("average", {})},
         {n: v for n, v in placed(objective, batch).items() if n not in ("target", "weight")},
     )
     assert (np.asarray(found.outputs).argmax(axis=1) == batch["target"]).all()
@@ -315,7 +315,7 @@ def test_moments_and_averages_are_split_like_their_parameters(words: tuple[str, 
     objective = make(*words, "mesh.data=1", "mesh.fsdp=8", mesh={"data": 1, "fsdp": 8}, head=head_of(kind="attentive"))
     state = objective.abstract_state
     params = sharding.paths(state["params"])
-    trees = [optax.tree.get(state["opt_state"], name) for name in ("mu", "nu")] + [state["average"]]
+    trees = [optax.tree.get(state["opt_state"], name) for name in ("mu", "nu")] + [state.get("average", {})]
     for tree in trees:
         for path, leaf in sharding.paths(tree).items():
             assert leaf.sharding == params[path].sharding, path
