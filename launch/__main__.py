@@ -157,6 +157,8 @@ def launch(args: argparse.Namespace) -> int | None:
     spec = checks.check(spec, platform, allow_changes=args.allow_changes, contact=not args.dry_run)
     grace.check(spec, plan, contact=not args.dry_run)
     rendering = target.render(spec)
+    for note in rendering.notes:
+        logger.info(note)
     if plan is None and cost.can_be_planned(spec) and spec.target != LOCAL:
         logger.info(f"no plan, so memory and cost are not known; plan it: {cost.plan_command(spec)}")
     if args.dry_run:
@@ -166,7 +168,9 @@ def launch(args: argparse.Namespace) -> int | None:
                 f"wrote {', '.join(sorted(path.name for path in Path(args.output).iterdir()))} to {args.output}"
             )
         else:
-            print(rendering.script, end="")
+            print(rendering.script, end="", flush=True)
+            if rendering.files:
+                logger.info(f"--output=DIR writes {', '.join(rendering.files)}, which these commands read")
         if rendering.placeholders:
             logger.info(
                 f"placeholders, which a submission needs: {', '.join(map(option_name, rendering.placeholders))}"

@@ -7,15 +7,12 @@ a cache that holds the dataset, each host reads every shard once.
 
 from typing import NamedTuple
 
-from curia_common import logs
 from curia_common.errors import UserError
 from launch.spec import LaunchSpec
 
 SHARDS_OPTION = "--config.data.shards"
 PATH = "/mnt/curia-shards"
 SCHEME = "gs://"
-
-logger = logs.get_logger(__name__)
 
 
 class Mount(NamedTuple):
@@ -65,11 +62,14 @@ def shards_of(spec: LaunchSpec) -> Mount | None:
     return Mount(bucket, folder.strip("/"), PATH, spec.shards_cache_gib)
 
 
-def check(spec: LaunchSpec) -> None:
-    """Refuses what hosts of the cloud cannot read or would lose; says where each image will be a request.
+def check(spec: LaunchSpec) -> tuple[str, ...]:
+    """Refuses shards that hosts of the cloud cannot read.
+
+    Returns:
+      What the user should know before a submission: that each image will be a request.
 
     Raises:
-      UserError: shards or an output in a folder that is not in a bucket, or a cache without shards in a bucket.
+      UserError: shards that are not in a bucket, or a cache without shards in a bucket.
     """
     shards = shards_of(spec)
     folder = spec.option(SHARDS_OPTION)
@@ -79,10 +79,11 @@ def check(spec: LaunchSpec) -> None:
         )
     if shards is None and spec.shards_cache_gib:
         raise UserError(f"--shards-cache={spec.shards_cache_gib} is for shards in a bucket; set {SHARDS_OPTION}=gs://…")
-    if shards is not None and not shards.cache_gib:
-        logger.info(
-            f"each image will be a request to gs://{shards.bucket}; --shards-cache=GIB of at least the size of the shards avoids that"
-        )
+    if shards is None or shards.cache_gib:
+        return ()
+    return (
+        f"each image will be a request to gs://{shards.bucket}; --shards-cache=GIB of at least the size of the shards avoids that",
+    )
 
 
 def argv_of(spec: LaunchSpec) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from curia_common.errors import DoesNotFitError, UserError
+from launch.buckets import SCHEME, SHARDS_OPTION
 from launch.spec import LaunchSpec
 
 PLANNED = "pretrain"  # the command that the planner plans, on TPUs
@@ -53,12 +54,15 @@ def can_be_planned(spec: LaunchSpec) -> bool:
 
 
 def plan_command(spec: LaunchSpec) -> str:
-    """The command that writes the plan of a run."""
-    overrides = [word for word in spec.words if word.startswith("--config.")]
+    """The command that writes the plan of a run, and what to add where the planner cannot count the slices in a bucket."""
+    in_bucket = f"{SHARDS_OPTION}={SCHEME}"
+    given = [word for word in spec.words if word.startswith("--config.")]
+    overrides = [word for word in given if not word.startswith(in_bucket)]
+    more = " (add --examples=N, the number of slices in the bucket)" if len(overrides) < len(given) else ""
     slices = [f"--slices={spec.topology.slices}"] if spec.topology.slices > 1 else []
     topology = f"--topology={spec.topology.kind}:{spec.topology.shape_text}"
     words = [f"--config={spec.option('--config')}", topology, *slices, *overrides, "--json=plan.json"]
-    return f"python -m curia_jax.plan {shlex.join(words)}"
+    return f"python -m curia_jax.plan {shlex.join(words)}{more}"
 
 
 def read(path: str, spec: LaunchSpec) -> Plan:

@@ -53,7 +53,7 @@ def render(spec: LaunchSpec) -> Rendering:
             f"{spec.command} writes to a folder of the pod, which is gone when that ends; run it where the folder stays: --target=slurm, or "
             f"local, or without launch: {spec.command_line}"
         )
-    buckets.check(spec)
+    notes = buckets.check(spec)
     manifest = jobset.build(spec)
     if wrong := jobset.problems(manifest, spec):
         raise UserError(f"{MANIFEST} is invalid: {wrong[0]}" + (f" (and {len(wrong) - 1} more)" if wrong[1:] else ""))
@@ -65,6 +65,7 @@ def render(spec: LaunchSpec) -> Rendering:
         },
         commands=(_credentials(spec), _kubectl(spec, "create", f"--filename={MANIFEST}")),
         links=_links(spec),
+        notes=notes,
     )
 
 

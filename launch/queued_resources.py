@@ -88,11 +88,12 @@ def render(spec: LaunchSpec) -> Rendering:
         raise UserError(
             f"--workdir is {spec.workdir or 'missing'}; workers and supervisor meet in a bucket there: write gs://BUCKET/FOLDER"
         )
-    buckets.check(spec)
+    notes = buckets.check(spec)
     return Rendering(
         files={STARTUP: _startup(spec), SHUTDOWN: _shutdown(spec)},
         commands=(create_command(spec, generation=0),),
         links=_links(spec),
+        notes=notes,
     )
 
 

@@ -22,12 +22,14 @@ class Rendering:
       files: name -> text; commands name them relative to the folder that they are written to.
       commands: what a submission runs there, in order: argument lists.
       links: title -> address of logs and dashboards, for printing.
+      notes: what the user should know before a submission, a line each.
       lacking: what this machine does not have and a submission needs, with the remedy; "" for nothing.
     """
 
     files: Mapping[str, str]
     commands: tuple[tuple[str, ...], ...]
     links: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     lacking: str = ""
 
     @property

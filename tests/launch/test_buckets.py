@@ -24,6 +24,14 @@ def test_shards_in_a_folder_need_no_mount_and_are_not_in_the_cloud() -> None:
         buckets.check(spec)
 
 
+def test_shards_without_a_cache_are_a_note_and_a_cache_needs_shards() -> None:
+    [note] = buckets.check(spec_of("gke", "v5e:4x4", f"{OPTION}=gs://data/ct"))
+    assert note.startswith("each image will be a request to gs://data; --shards-cache=GIB")
+    assert buckets.check(spec_of("gke", "v5e:4x4", f"{OPTION}=gs://data/ct", shards_cache_gib=3)) == ()
+    with pytest.raises(UserError, match="--shards-cache=3 is for shards in a bucket; set --config.data.shards=gs://"):
+        buckets.check(spec_of("gke", "v5e:4x4", shards_cache_gib=3))
+
+
 def test_address_without_a_bucket_is_refused() -> None:
     with pytest.raises(UserError, match="names no bucket; write gs://BUCKET/FOLDER"):
         buckets.shards_of(spec_of("gke", "v5e:4x4", f"{OPTION}=gs:///ct"))

@@ -38,6 +38,20 @@ def test_dry_run_writes_all_that_would_be_sent(tmp_path: Path, state: Path) -> N
     assert not state.exists()
 
 
+def test_dry_run_without_a_folder_says_each_thing_once(capsys) -> None:
+    words = ["pretrain", "--config=demo", "--workdir=gs://b/run", "--config.data.shards=gs://b/ct"]
+    assert command.main(["--target=gke", "--topology=v5e-16", "--dry-run", "--", *words]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("#!/bin/sh\n") and "kubectl create --filename=jobset.yaml" in shown.out
+    lines = shown.err.splitlines()
+    assert [line.split(";")[0] for line in lines] == [
+        "each image will be a request to gs://b",
+        "no plan, so memory and cost are not known",
+        "--output=DIR writes jobset.yaml, nodepools.sh, other_launchers.txt, which these commands read",
+        "placeholders, which a submission needs: --image, --project, --zone, --cluster",
+    ]
+
+
 def test_dry_run_leaves_a_folder_of_something_else_alone(tmp_path: Path, capsys) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     assert command.main(["--target=local", "--topology=cpu:2x1", "--dry-run", f"--output={tmp_path}", *PRETRAIN]) == 2

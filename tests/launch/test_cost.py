@@ -96,6 +96,16 @@ def test_plan_command_is_one_that_the_planner_takes() -> None:
     assert found.overrides == ["--config.mesh.fsdp=32", "--config.data.shards=s"]
 
 
+def test_plan_command_leaves_out_shards_in_a_bucket_and_asks_for_their_number() -> None:
+    spec = made(
+        "pretrain --config=demo --workdir=gs://b/run --config.seed=1 --config.data.shards=gs://b/ct", topology="v5e-16"
+    )
+    assert cost.plan_command(spec) == (
+        "python -m curia_jax.plan --config=demo --topology=v5e:4x4 --config.seed=1 --json=plan.json "
+        "(add --examples=N, the number of slices in the bucket)"
+    )
+
+
 def test_dear_launch_is_refused_before_anything_is_created(plan_file, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("PATH", "/nowhere")
