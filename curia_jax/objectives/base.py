@@ -325,7 +325,7 @@ def make(
         }
         new: State = {"step": state["step"] + 1, "params": params, "opt_state": opt_state, "guard": guard}
         if average_decay is not None and "average" in state:
-            with jax.named_scope("average"):
+            with jax.named_scope("optimizer"):
                 new["average"] = moving_average(state["average"], trained, average_decay, state["step"])
         return new, metrics
 

@@ -283,6 +283,14 @@ def test_prediction_of_a_masked_task_depends_on_the_region_alone() -> None:
     assert np.abs(objective.predict(params, placed(objective, right)).outputs - found).max() > 0.01
 
 
+def test_weights_fit_images_of_another_size() -> None:
+    """Positions are computed: no parameter has a shape that depends on the size."""
+    small, large = (make(f"model.image_size={size}") for size in (16, 24))
+    assert large.model.patches == 9 and small.model.patches == 4
+    shapes = [jax.tree.map(lambda leaf: leaf.shape, one.abstract_state["params"]) for one in (small, large)]
+    assert shapes[0] == shapes[1]
+
+
 # ---- devices
 
 

@@ -219,7 +219,7 @@ def _collective_times(account: accounting.Account, network: Network) -> tuple[Co
 
 # ---- parts of the model
 
-_STAGES = ("augment", "loss", "optimizer", "encoder", "decoder")
+_STAGES = ("augment", "loss", "optimizer", "encoder", "decoder", "head")
 _INSIDE = ("patch_embed", "attention", "mlp", "norm", "mask", "pred")
 
 
@@ -233,7 +233,7 @@ def part_of(op_name: str) -> str:
     words = re.findall(r"\w+", "/".join(op_name.split("/")[:-1]))  # the last word is the operation
     stage = next((w for w in words if w in _STAGES), None)
     inside = next((w for w in reversed(words) if w in _INSIDE), None)
-    if stage in ("augment", "loss", "optimizer"):
+    if stage in ("augment", "loss", "optimizer", "head"):
         return stage
     if inside == "patch_embed":
         return "patch_embed"

@@ -88,6 +88,7 @@ def test_memory_bound_kernel_is_charged_for_its_bytes():
         ("jit(step)/jvp(loss)/reduce_sum", "loss"),
         ("jit(step)/augment/gather", "augment"),
         ("jit(step)/optimizer/mul", "optimizer"),
+        ("jit(step)/transpose(jvp(head))/dot_general", "head"),
         ("jit(step)/jvp(encoder)/while/body/jit(dynamic_update_index_in_dim)/dynamic_update_slice", "encoder stacking"),
         ("jit(step)/jvp(decoder)/add", "decoder rest"),
         ("jit(step)/reduce_sum", "other"),
