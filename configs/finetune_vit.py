@@ -53,7 +53,8 @@ def get_config() -> ml_collections.ConfigDict:
     # Losses near zero and those of a few cases vary by more than in pretraining.
     config.guard.factor = placeholder(float)  # None: what is finite is applied
 
-    config.mesh.fsdp = 1
+    # All devices: with a few images each, an optimizer that does all of its work on every device takes as long as the encoder.
+    config.mesh.data, config.mesh.fsdp = 1, -1
     config.lock()
     config.compiler_options.unlock()
     return config

@@ -269,7 +269,7 @@ class Block(nnx.Module):
         x: Float[Array, "batch tokens width"],
         kind: str = "xla",
         segments: int = 1,
-        kept: Float[Array, "2 batch tokens 1"] | None = None,
+        kept: Float[Array, "2 batch tokens_or_1 1"] | None = None,
     ) -> Float[Array, "batch tokens width"]:
         """`kept` multiplies the two branches, see `drop_path`."""
         with jax.named_scope("attention"):
@@ -278,7 +278,7 @@ class Block(nnx.Module):
             return x + _scaled(self.mlp(self.norm2(x)), None if kept is None else kept[1])
 
 
-def _scaled(x: Float[Array, "batch tokens width"], by: Float[Array, "batch tokens 1"] | None) -> Array:
+def _scaled(x: Float[Array, "batch tokens width"], by: Float[Array, "batch tokens_or_1 1"] | None) -> Array:
     return x if by is None else (x.astype(jnp.float32) * by).astype(x.dtype)
 
 
@@ -338,8 +338,9 @@ def apply_blocks(
         depth = stack.norm1.scale[...].shape[0]
         block = jax.checkpoint(block, policy=REMAT[config.remat], prevent_cse=unroll == depth)
     if kept is not None:
-        by_row = jnp.moveaxis(kept, 0, 2).reshape(*kept.shape[1:], len(packed), segments)
-        kept = jnp.repeat(by_row, x.shape[1], axis=3)[..., None]
+        by_row = jnp.moveaxis(kept, 0, 2).reshape(*kept.shape[1:], len(packed), segments, 1)
+        # One number an image is broadcast where it is used; of several images in a row, each token needs its own.
+        kept = by_row if segments == 1 else jnp.repeat(by_row, x.shape[1], axis=3)
     packed, outputs = ops.over_layers(block, packed, (stack, kept), unroll=unroll, keep=keep)
     return packed.reshape(x.shape), [one.reshape(x.shape) for one in outputs]
 

@@ -163,7 +163,8 @@ def what_would_fit(planner: Planner, file: str, overrides: Sequence[str], *, sec
     remat: list[Overrides] = [
         (f"--config.model.remat={name}",) for name in tried.remat if name not in ("none", config.model.remat)
     ]
-    mesh = [_mesh(planner.topology, n) for n in tried.fsdp if n > config.mesh.fsdp][:1]
+    split = config.mesh.fsdp if config.mesh.fsdp > 0 else math.inf  # -1 is all that is left
+    mesh = [_mesh(planner.topology, n) for n in tried.fsdp if n > split][:1]
     everything: Overrides = tuple(word for words in (*remat[-1:], *mesh) for word in words)
     smaller = [(*everything, f"--config.batch_size={n}") for n in tried.batch_size if n < config.batch_size]
     began = time.monotonic()
