@@ -1,15 +1,18 @@
 """Converts a checkpoint to weights for PyTorch and checks that they compute what the trained model does.
 
 A layout is the tensor names and the config.json that one class expects:
-  vit_mae   ViTMAEForPreTraining of transformers: encoder and decoder, to reconstruct or to train on
-  vit       ViTModel of transformers: the encoder, for features; takes images and patches that are not square
-  dinov2    Dinov2Model of transformers: the encoder, for evaluators that load DINOv2
-  timm      VisionTransformer of timm: the encoder
+  vit_mae           ViTMAEForPreTraining of transformers: encoder and decoder, to reconstruct or to train on
+  vit               ViTModel of transformers: the encoder, for features; takes images and patches that are not square
+  dinov2            Dinov2Model of transformers: the encoder, for evaluators that load DINOv2
+  timm              VisionTransformer of timm: the encoder
+  vit_classifier    ViTForImageClassification of transformers: a fine-tuned run whose linear head pools CLS
+  dinov2_classifier Dinov2ForImageClassification of transformers: one whose linear head pools CLS, the mean or both
+  timm_classifier   VisionTransformer of timm with num_classes: one whose linear head pools CLS or the mean
 
 The folder gets model.safetensors (float32), config.json, a model card and, for transformers, an image processor: its settings in
 preprocessor_config.json, and its code.
 It is read back and run in NumPy from its tensor names and config.json alone, and in PyTorch where that is installed.
-Features (for vit_mae also prediction, mask and loss) have to agree with the JAX model to 1e-5, on images with and without
+Features (for vit_mae also prediction, mask and loss, for classifiers logits) have to agree with the JAX model to 1e-5, on images with and without
 contrast, and the image processor with the training's view of a slice to 1e-4. Only then is the folder renamed to --output. Reads checkpoints of any mesh and needs no accelerator.
 """
 
@@ -28,15 +31,20 @@ from curia_common.errors import UserError
 from curia_common.exit_codes import ExitCode
 
 if TYPE_CHECKING:
-    from curia_jax.convert import checks
+    from curia_jax.convert import card, checks
+    from curia_jax.convert.folder import Json
+    from curia_jax.convert.layouts import Layout
     from curia_jax.models import mae
+    from curia_jax.models.params import Params
+    from curia_jax.trained_model import TrainedModel
 
 HU = {None: "auto", "auto": "auto", "true": True, "false": False}
-LAYOUT_NAMES = ("vit_mae", "vit", "dinov2", "timm")
+LAYOUT_NAMES = ("vit_mae", "vit", "dinov2", "timm", "vit_classifier", "dinov2_classifier", "timm_classifier")
 EXAMPLES = """
 python -m curia_jax.convert --checkpoint=demo/run --output=weights/vit --layout=vit
 python -m curia_jax.convert --checkpoint=demo/run --output=weights/dinov2 --layout=dinov2 --image-size=512
 python -m curia_jax.convert --checkpoint=demo/run --output=weights/mae --layout=vit_mae --step=300 --json=mae.json
+python -m curia_jax.convert --checkpoint=runs/ich --output=weights/ich --layout=vit_classifier,dinov2_classifier
 """
 
 log = logs.get_logger(__name__)
@@ -44,9 +52,20 @@ log = logs.get_logger(__name__)
 
 def parser() -> cli.Parser:
     made = cli.parser("python -m curia_jax.convert", __doc__, examples=EXAMPLES, codes=(ExitCode.DATA,))
-    made.add_argument("--checkpoint", required=True, help="work directory of curia_jax.pretrain, or folder of a step")
-    made.add_argument("--output", required=True, help="folder to write; one that this command wrote is replaced")
-    made.add_argument("--layout", required=True, choices=LAYOUT_NAMES, help="which class is to load it; see above")
+    made.add_argument(
+        "--checkpoint", required=True, help="work directory of curia_jax.pretrain or finetune, or folder of a step"
+    )
+    made.add_argument(
+        "--output",
+        required=True,
+        help="folder to write; one that this command wrote is replaced. Of several layouts each gets a folder of its name in it",
+    )
+    made.add_argument(
+        "--layout",
+        required=True,
+        metavar="LAYOUT,…",
+        help=f"which class is to load it: {', '.join(LAYOUT_NAMES)}; see above",
+    )
     made.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
     made.add_argument(
         "--image-size",
@@ -62,7 +81,7 @@ def parser() -> cli.Parser:
     cli.add_json(
         made,
         "layout, step, examples_seen, encoder_sha256, image_size, version, files (name, bytes, sha256), tensors, parameters, "
-        "checks (by, what, difference, allowed) and not_run (program: reason)",
+        "checks (by, what, difference, allowed) and not_run (program: reason); of several layouts a list of these",
     )
     return made
 
@@ -80,18 +99,24 @@ def convert(args: argparse.Namespace) -> None:
     from curia_jax import trained_model
     from curia_jax.convert import card, checks, folder, layouts
 
-    layout, output = layouts.LAYOUTS[args.layout], Path(args.output).expanduser()
+    chosen = [layouts.LAYOUTS[name] for name in _layouts(args.layout)]
+    output = Path(args.output).expanduser()
+    outputs = [output] if len(chosen) == 1 else [output / layout.name for layout in chosen]
     image_size = _image_size(args.image_size)
-    folder.check_replaceable(output)
-    if args.hu and not layout.for_transformers:
+    for path in outputs:
+        folder.check_replaceable(path)
+    if args.hu and not any(layout.for_transformers for layout in chosen):
         raise UserError(
-            f"--hu sets the image processor of transformers, which --layout={layout.name} has not; leave it out"
+            f"--hu sets the image processor of transformers, which --layout={args.layout} has not; leave it out"
         )
 
     # ---- what was trained
     trained = trained_model.load(args.checkpoint, args.step)
-    config = _resized(trained.config, image_size) if image_size else trained.config
-    layout.check(config)
+    if image_size:
+        trained = dataclasses.replace(trained, config=_resized(trained.config, image_size))
+    config = trained.config
+    for layout in chosen:
+        layout.check(config, trained.head, decoder="decoder" in trained.params)
     encoder = config.encoder
     provenance = card.Provenance(
         run=trained.run_name, step=trained.step, examples_seen=trained.examples_seen,
@@ -103,45 +128,84 @@ def convert(args: argparse.Namespace) -> None:
         f"step {trained.step:,}, {trained.examples_seen:,} examples seen: {encoder.depth} blocks of width {encoder.width}, "
         f"images of {size} px, patches of {patch}"
     )
-    if layout.name == "dinov2" and (obstacle := layouts.evaluator_obstacle(config)):
+    if any(layout.name == "dinov2" for layout in chosen) and (obstacle := layouts.evaluator_obstacle(config)):
         log.warning(obstacle)
-    wanted = checks.run_jax(config, trained.params, decoder=layout.has_decoder)
+    params = dict(trained.params)
+    if trained.head is not None and trained.head_params is not None:
+        params["head"] = trained.head_params
+        if not any(layout.has_head for layout in chosen):
+            log.info(f"the head stays behind: --layout={args.layout} holds the encoder alone")
+    wanted = checks.run_jax(
+        config, params, decoder=any(layout.has_decoder for layout in chosen),
+        head_config=trained.head if any(layout.has_head for layout in chosen) else None,
+    )  # fmt: skip
 
-    # ---- written to a temporary folder, checked, renamed
-    tensors, parameters = layouts.tensors(layout, config, trained.params)
+    # ---- written to temporary folders, checked, renamed
+    made = [
+        _write(path, layout, trained, params, provenance, wanted, hu=args.hu)
+        for path, layout in zip(outputs, chosen, strict=True)
+    ]
+    cli.write_json(args.json, made[0] if len(made) == 1 else made)
+
+
+def _write(
+    output: Path, layout: "Layout", trained: "TrainedModel", params: "Params", provenance: "card.Provenance",
+    wanted: "checks.Results", *, hu: str | None,
+) -> "Json":  # fmt: skip
+    """Writes and checks the folder of one layout; returns what --json says of it.
+
+    Args:
+      params: branches of the model, the head among them.
+      wanted: from `checks.run_jax`, of all layouts.
+
+    Raises:
+      CheckFailed: the folder does not compute what the model does.
+    """
+    from curia_jax.convert import card, checks, folder, layouts
+
+    config, augment, encoder, head = trained.config, trained.augment, trained.config.encoder, None
+    if layout.has_head and trained.head is not None:
+        head, own = layout.own_head(trained.head, params["head"])
+        params = {**params, "head": own}
+    wanted = {what: values for what, values in wanted.items() if what in layout.computes}
+    tensors, parameters = layouts.tensors(layout, config, params)
     try:
         with folder.publish(output) as new:
             folder.write(
                 new,
                 tensors=tensors,
-                metadata=card.safetensors_metadata(layout, encoder, trained.augment, provenance),
-                config=card.config_json(layout, config, trained.augment, provenance),
-                preprocessor=card.preprocessor_json(trained.augment, encoder, hu=HU[args.hu])
-                if layout.for_transformers
-                else None,
-                card=card.text(layout, config, trained.augment, provenance, parameters),
+                metadata=card.safetensors_metadata(layout, encoder, augment, provenance),
+                config=card.config_json(layout, config, augment, provenance, head),
+                preprocessor=card.preprocessor_json(augment, encoder, hu=HU[hu]) if layout.for_transformers else None,
+                card=card.text(layout, config, augment, provenance, parameters, head),
             )
             log.info(f"{len(tensors)} tensors written; reading them back and comparing with the JAX model")
-            report = checks.run(new, layout, config, trained.augment, wanted, tensors)
+            report = checks.run(new, layout, config, augment, wanted, tensors)
             files = [
                 {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
                 for path in sorted(new.iterdir())
             ]
     except checks.CheckFailed as error:
-        raise checks.CheckFailed(f"{error}. Nothing was written to {args.output}") from error
+        raise checks.CheckFailed(f"{error}. Nothing was written to {output}") from error
 
     log.info(_summary(report))
     total = sum(int(file["bytes"]) for file in files)
     log.info(f"{output}: {parameters / 1e6:.2f} M parameters, {total / 1e6:.1f} MB, for {layout.target}")
-    cli.write_json(
-        args.json,
-        {
-            "layout": layout.name, "step": trained.step, "examples_seen": trained.examples_seen,
-            "encoder_sha256": provenance.encoder_sha256, "image_size": list(encoder.image_size),
-            "version": provenance.version, "files": files, "tensors": len(tensors), "parameters": parameters,
-            "checks": [dataclasses.asdict(check) for check in report.held], "not_run": dict(report.not_run),
-        },
-    )  # fmt: skip
+    return {
+        "layout": layout.name, "step": trained.step, "examples_seen": trained.examples_seen,
+        "encoder_sha256": provenance.encoder_sha256, "image_size": list(encoder.image_size),
+        "version": provenance.version, "files": files, "tensors": len(tensors), "parameters": parameters,
+        "checks": [dataclasses.asdict(check) for check in report.held], "not_run": dict(report.not_run),
+    }  # fmt: skip
+
+
+def _layouts(text: str) -> list[str]:
+    """Names of layouts, each once."""
+    names = list(dict.fromkeys(name for name in text.split(",") if name))
+    for name in names or [text]:
+        if name not in LAYOUT_NAMES:
+            raise UserError(f"--layout={text}: no layout {name!r}; there are {', '.join(LAYOUT_NAMES)}")
+    return names
 
 
 def _image_size(text: str | None) -> tuple[int, int] | None:

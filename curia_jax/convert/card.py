@@ -9,6 +9,7 @@ from curia_jax.checkpoint import Origin
 from curia_jax.convert.folder import OWN, PROCESSOR_CODE, Json
 from curia_jax.convert.layouts import Layout
 from curia_jax.models import mae, vit
+from curia_jax.models.head import HeadConfig
 from curia_jax.settings import Augment
 
 PATCH_ORDER = "row, column, channel"  # of the values in a patch, as decoder_pred gives them
@@ -67,10 +68,18 @@ def safetensors_metadata(
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in header.items()}
 
 
-def config_json(layout: Layout, config: mae.MAEConfig, augment: Augment, provenance: Provenance) -> Json:
-    """config.json: what the class reads, and under our own key provenance and how pixels are prepared."""
-    content = layout.config(config)
+def config_json(
+    layout: Layout, config: mae.MAEConfig, augment: Augment, provenance: Provenance, head: HeadConfig | None = None
+) -> Json:
+    """config.json: what the class reads, and under our own key provenance and how pixels are prepared.
+
+    Args:
+      head: of a classifier, as `Layout.own_head` gives it.
+    """
+    content = layout.content(config, head)
     own = _own(layout, config.encoder, provenance) | {"preprocessing": recipe(augment, config.encoder)}
+    if head is not None:
+        own["head"] = dataclasses.asdict(head)
     if layout.for_transformers:
         return content | {OWN: own}
     # What timm's pretrained_cfg can say of the recipe: everything after the window has scaled a slice to [0, 1].
@@ -116,11 +125,15 @@ def preprocessor_json(augment: Augment, encoder: vit.ViTConfig, *, hu: bool | Li
     }
 
 
-def text(layout: Layout, config: mae.MAEConfig, augment: Augment, provenance: Provenance, parameters: int) -> str:
+def text(
+    layout: Layout, config: mae.MAEConfig, augment: Augment, provenance: Provenance, parameters: int,
+    head: HeadConfig | None = None,
+) -> str:  # fmt: skip
     """The model card, README.md.
 
     Args:
       parameters: trained values in the file.
+      head: of a classifier, as `Layout.own_head` gives it.
     """
     # No pipeline_tag: the pipelines of transformers read images as 8-bit RGB, which is not what the encoder takes.
     encoder = config.encoder
@@ -134,6 +147,15 @@ def text(layout: Layout, config: mae.MAEConfig, augment: Augment, provenance: Pr
             f"{provenance.origin.step:,} ({provenance.origin.examples_seen:,} examples seen)."
         )
     what = "Masked autoencoder (encoder and decoder)" if layout.has_decoder else "Encoder of a masked autoencoder"
+    if head is not None:
+        what = f"Classifier, fine-tuned from the encoder of a masked autoencoder ({TARGETS[head.target]})"
+    made = "trained" if head is not None else "pretrained"
+    cls_note = (
+        ""
+        if head is not None
+        else "CLS is the first token; no training loss acted on it directly, so compare it with the mean of\n"
+        "the patch tokens before you rely on it.\n"
+    )
     return f"""---
 library_name: {"transformers" if layout.for_transformers else "timm"}
 tags: [medical-imaging, ct, mri, masked-autoencoder]
@@ -141,7 +163,7 @@ tags: [medical-imaging, ct, mri, masked-autoencoder]
 
 # ViT of {encoder.depth} blocks, width {encoder.width}, patches of {patch} px, for CT and MR slices
 
-{what}, pretrained with curia_jax, {parameters / 1e6:.2f} M parameters, float32.
+{what}, {made} with curia_jax, {parameters / 1e6:.2f} M parameters, float32.
 From {run}step {provenance.step:,} ({provenance.examples_seen:,} examples seen); encoder weights
 `{provenance.encoder_sha256}`; converted with curia_jax {provenance.version}.{origin}
 
@@ -151,7 +173,7 @@ From {run}step {provenance.step:,} ({provenance.examples_seen:,} examples seen);
 {_load(layout)}
 ```
 
-`pixel_values` is float32, batch x {encoder.channels} x {height} x {width}. {_result(layout, config)}
+`pixel_values` is float32, batch x {encoder.channels} x {height} x {width}. {_result(layout, config, head)}
 
 ## Input
 
@@ -161,22 +183,25 @@ From {run}step {provenance.step:,} ({provenance.examples_seen:,} examples seen);
 
 LayerNorm epsilon {encoder.layer_norm_eps:g}; GELU {GELU[encoder.activation]}; fixed 2-D sin-cos positions for
 {encoder.grid[0]} x {encoder.grid[1]} patches (for another image size convert again with `--image-size`: interpolated
-positions differ). CLS is the first token; no training loss acted on it directly, so compare it with the mean of
-the patch tokens before you rely on it.
-
+positions differ). {cls_note}
 This folder was read back and compared with the trained model before it was published.
 """
 
 
+TARGETS = {
+    "classes": "one class each", "labels": "labels, each yes or no", "value": "a value", "time": "log hazard of a Cox model",
+}  # fmt: skip
+
+
 def _load(layout: Layout) -> str:
-    if layout.name == "timm":
-        return (
-            "import timm\n\n"
-            'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()\n'
-            "tokens = model.forward_features(pixel_values)"
-        )
+    if not layout.for_transformers:
+        call = "logits = model(pixel_values)" if layout.has_head else "tokens = model.forward_features(pixel_values)"
+        return f'import timm\n\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True).eval()\n{call}'
     extra = ", add_pooling_layer=False" if layout.name == "vit" else ""
-    call = "output = model(pixel_values)" if layout.has_decoder else "tokens = model(pixel_values).last_hidden_state"
+    call = (
+        "output = model(pixel_values)" if layout.has_decoder else "logits = model(pixel_values).logits" if layout.has_head
+        else "tokens = model(pixel_values).last_hidden_state"
+    )  # fmt: skip
     return (
         f"from transformers import AutoImageProcessor, {layout.target}\n\n"
         'processor = AutoImageProcessor.from_pretrained("FOLDER", trust_remote_code=True)\n'
@@ -185,7 +210,14 @@ def _load(layout: Layout) -> str:
     )
 
 
-def _result(layout: Layout, config: mae.MAEConfig) -> str:
+def _result(layout: Layout, config: mae.MAEConfig, head: HeadConfig | None) -> str:
+    if head is not None:
+        names = ", ".join(f"{number} {name}" for number, name in enumerate(head.names))
+        meaning = {
+            "classes": "their softmax are probabilities of", "labels": "the sigmoid of each is the probability of",
+            "value": "they are the value, in its own units:", "time": "they are the log hazard, higher is sooner:",
+        }[head.target]  # fmt: skip
+        return f"`logits` is batch x {head.outputs}; {meaning} {names}. For a volume take the mean of the logits of its slices."
     if not layout.has_decoder:
         return "`tokens[:, 0]` is CLS, `tokens[:, 1:]` are the patches row by row, after the final norm."
     units = (

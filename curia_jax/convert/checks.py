@@ -27,7 +27,8 @@ from curia_jax import augment
 from curia_jax.convert import numpy_forward
 from curia_jax.convert.folder import CONFIG, PROCESSOR_CODE, WEIGHTS
 from curia_jax.convert.layouts import LAYOUTS, Layout
-from curia_jax.models import mae, vit
+from curia_jax.models import head, mae, vit
+from curia_jax.models.head import HeadConfig
 from curia_jax.models.params import Params
 from curia_jax.settings import Augment
 
@@ -43,7 +44,7 @@ IMAGES = ("random", "half constant", "zeros")
 SLICES = ("in HU", "in other units")  # for the image processor
 _AXES = {
     "features": ("image", "token", "channel"), "prediction": ("image", "patch", "value"), "mask": ("image", "patch"),
-    "loss": (), "pixels": ("image", "channel", "row", "column"),
+    "logits": ("image", "output"), "loss": (), "pixels": ("image", "channel", "row", "column"),
 }  # fmt: skip
 
 Results = Mapping[str, Float[np.ndarray, "..."]]
@@ -63,7 +64,7 @@ class Check:
 
     Attributes:
       by: what read the folder: "file", "NumPy", "transformers 5.23.0", …
-      what: tensors, keys, pixels, features, prediction, mask or loss.
+      what: tensors, keys, pixels, features, logits, prediction, mask or loss.
       difference: the largest; 0 for equal tensors and for keys that all matched.
       allowed: largest difference that passes.
     """
@@ -103,8 +104,12 @@ def inputs(config: vit.ViTConfig) -> Inputs:
     return Inputs(images, random.random((len(IMAGES), config.patches), np.float32))
 
 
-def run_jax(config: mae.MAEConfig, params: Params, *, decoder: bool) -> Results:
+def run_jax(config: mae.MAEConfig, params: Params, *, decoder: bool, head_config: HeadConfig | None = None) -> Results:
     """What the JAX model computes for `inputs`, in float32: features; with `decoder` also prediction, mask and loss.
+
+    Args:
+      params: branches of the model; `head` where there is one.
+      head_config: of a classifier, for logits; those of a value are in its units.
 
     Raises:
       DataError: a result is not finite.
@@ -116,13 +121,19 @@ def run_jax(config: mae.MAEConfig, params: Params, *, decoder: bool) -> Results:
 
     @jax.jit
     def run(params: Params) -> dict[str, jax.Array]:
-        results = {"features": vit.bind(config.encoder, params["encoder"])(images)}
+        tokens = vit.bind(config.encoder, params["encoder"])(images)
+        results = {"features": tokens}
+        if head_config is not None:
+            bound = head.bind(head_config, config.encoder.width, params["head"])
+            outputs = bound(tokens[:, None], jnp.ones((len(tokens), 1), bool)).outputs
+            results["logits"] = head_config.mean + head_config.scale * outputs
         if decoder:
             output = mae.bind(config, params)(images, noise)
             results |= {"prediction": output.prediction, "mask": output.mask, "loss": output.loss}
         return results
 
-    results = jax.device_get(run(params if decoder else {"encoder": params["encoder"]}))
+    used = ("encoder", *(["decoder"] if decoder else []), *(["head"] if head_config else []))
+    results = jax.device_get(run({part: params[part] for part in used}))
     for what, values in results.items():
         if not np.isfinite(values).all():
             raise DataError(f"the checkpoint's {what} is not finite; convert an earlier one with --step")
@@ -238,13 +249,15 @@ def compare_numpy(folder: Path, layout: str, inputs: Inputs, wanted: Results) ->
         settings = numpy_forward.read_settings(layout, json.loads((folder / CONFIG).read_text(encoding="utf-8")))
         tensors = numpy_forward.Tensors(safetensors.numpy.load_file(folder / WEIGHTS))
         found = {"features": numpy_forward.features(layout, settings, tensors, pixels)}
+        if "logits" in wanted:
+            found["logits"] = numpy_forward.logits(layout, settings, tensors, found["features"])
         if "prediction" in wanted:
             found |= numpy_forward.reconstruction(settings, tensors, pixels, inputs.noise)
     except KeyError as error:
         raise CheckFailed(f"NumPy finds no {error.args[0]!r} in {WEIGHTS} or {CONFIG}") from error
     except Exception as error:  # whatever in them is not as it was written
         raise CheckFailed(f"NumPy cannot run the model of {WEIGHTS} and {CONFIG}: {_first_line(error)}") from error
-    unread = tensors.unread - ({"embeddings.mask_token"} if layout == "dinov2" else set())
+    unread = {name for name in tensors.unread if not name.endswith("embeddings.mask_token")}
     if unread:
         raise CheckFailed(f"{WEIGHTS} holds {min(unread)}, which this layout does not use")
     return compare("NumPy", found, wanted)
@@ -302,6 +315,9 @@ def compare_transformers(folder: Path, layout: str, inputs: Inputs, wanted: Resu
             model.config.mask_ratio = 0.0
             in_order = torch.arange(inputs.noise.shape[1], dtype=torch.float32).expand(inputs.noise.shape)
             found["features"] = model.vit(pixels, noise=in_order).last_hidden_state
+        elif layout.endswith("_classifier"):
+            output = model(pixels)
+            found = {"features": model.base_model(pixels).last_hidden_state, "logits": output.logits}
         else:
             found = {"features": model(pixels).last_hidden_state}
     results = {what: values.numpy() for what, values in found.items()}
@@ -369,4 +385,7 @@ def compare_timm(folder: Path, layout: str, inputs: Inputs, wanted: Results) -> 
         raise CheckFailed(f"{by} cannot load the folder: {_first_line(error)}") from error
     with torch.no_grad():
         features = model.eval().forward_features(torch.tensor(inputs.images).permute(0, 3, 1, 2).contiguous())
-    return [Check(by, "keys", 0.0, 0.0), *compare(by, {"features": features.numpy()}, wanted)]
+        found = {"features": features.numpy()}
+        if "logits" in wanted:
+            found["logits"] = model.forward_head(features).numpy()
+    return [Check(by, "keys", 0.0, 0.0), *compare(by, found, wanted)]

@@ -5,6 +5,9 @@ weight and bias; "{}" is the index of the block; a tuple names the parts of a fu
 split equally in this order. `entries` expands a table tensor by tensor, in either direction.
 
 Names are those of transformers 4, which version 5 reads as well; only version 5 reads the names that it uses in memory.
+
+The layouts of classifiers hold the linear head of a fine-tuned run too. Each class pools tokens in a way of its own, so that a head
+goes into the classes of its pooling; that of Dinov2ForImageClassification, CLS and mean, contains the two others.
 """
 
 import dataclasses
@@ -19,6 +22,7 @@ from jaxtyping import Float
 from curia_common.errors import UserError
 from curia_jax.convert.folder import Json
 from curia_jax.models import mae, vit
+from curia_jax.models.head import HeadConfig
 from curia_jax.models.params import Params
 
 Table = Mapping[str, str | tuple[str, ...]]
@@ -75,6 +79,9 @@ TIMM_TABLE: Table = {
     **_blocks("encoder/blocks", "blocks.{}", _TIMM_BLOCK),
     "encoder/norm": "norm",
 }
+VIT_CLASSIFIER_TABLE: Table = {**_transformers_encoder("vit.", _VIT_BLOCK), "head": "classifier"}
+DINOV2_CLASSIFIER_TABLE: Table = {**_transformers_encoder("dinov2.", _DINOV2_BLOCK), "head": "classifier"}
+TIMM_CLASSIFIER_TABLE: Table = {**TIMM_TABLE, "head": "head"}
 
 
 # ---- tensors that are not parameters of ours
@@ -86,6 +93,16 @@ def _encoder_positions(config: mae.MAEConfig) -> Float[np.ndarray, "1 tokens wid
 
 def _no_layer_scale(config: mae.MAEConfig) -> Float[np.ndarray, " width"]:
     return np.ones(config.encoder.width, np.float32)
+
+
+def _dinov2_constants(prefix: str = "") -> dict[str, Callable[[mae.MAEConfig], np.ndarray]]:
+    return {
+        f"{prefix}embeddings.position_embeddings": _encoder_positions,
+        # Dinov2 replaces hidden patches with it before the encoder; a masked autoencoder drops them.
+        f"{prefix}embeddings.mask_token": lambda config: np.zeros((1, config.encoder.width), np.float32),
+        f"{prefix}encoder.layer.{{}}.layer_scale1.lambda1": _no_layer_scale,
+        f"{prefix}encoder.layer.{{}}.layer_scale2.lambda1": _no_layer_scale,
+    }
 
 
 # ---- config.json
@@ -115,9 +132,9 @@ def _transformers_config(config: vit.ViTConfig) -> Json:
     }
 
 
-def _vit_config(config: mae.MAEConfig) -> Json:
+def _vit_config(config: mae.MAEConfig, name: str = "ViTModel") -> Json:
     return {
-        "architectures": ["ViTModel"],
+        "architectures": [name],
         "model_type": "vit",
         **_transformers_config(config.encoder),
         "intermediate_size": config.encoder.mlp_width,
@@ -139,9 +156,9 @@ def _vit_mae_config(config: mae.MAEConfig) -> Json:
     }
 
 
-def _dinov2_config(config: mae.MAEConfig) -> Json:
+def _dinov2_config(config: mae.MAEConfig, name: str = "Dinov2Model") -> Json:
     return {
-        "architectures": ["Dinov2Model"],
+        "architectures": [name],
         "model_type": "dinov2",
         **_transformers_config(config.encoder),
         "mlp_ratio": config.encoder.mlp_width // config.encoder.width,
@@ -192,13 +209,38 @@ def _timm_config(config: mae.MAEConfig) -> Json:
     }
 
 
+PROBLEM_TYPES = {
+    "classes": "single_label_classification", "labels": "multi_label_classification", "value": "regression",
+    "time": "regression",
+}  # fmt: skip
+
+
+def _with_head(content: Json, head: HeadConfig) -> Json:
+    """config.json of a classifier: that of its encoder, and what its outputs are called."""
+    if "architectures" not in content:  # timm's
+        pool = {"cls": "token", "mean": "avg"}[head.pooling]
+        # timm has no final norm before pooling and one after it, unless fc_norm is off.
+        args = content["model_args"] | {"global_pool": pool, "fc_norm": False}
+        given = content["pretrained_cfg"] | {"num_classes": head.outputs}
+        return content | {
+            "num_classes": head.outputs, "label_names": list(head.names), "global_pool": pool, "model_args": args,
+            "pretrained_cfg": given,
+        }  # fmt: skip
+    return content | {
+        "id2label": {str(number): name for number, name in enumerate(head.names)},
+        "label2id": {name: number for number, name in enumerate(head.names)},
+        "problem_type": PROBLEM_TYPES[head.target],
+    }
+
+
 # ---- what a layout cannot hold
 
 
-def _square_obstacles(config: mae.MAEConfig) -> list[str]:
+def _square_obstacles(config: mae.MAEConfig, kind: str = "") -> list[str]:
+    """`kind`: ending of the names of the layouts to use instead."""
     sizes = {"patches": config.encoder.patch_size, "images": config.encoder.image_size}
     return [
-        f"takes square {what}, but this model's are {height}x{width} px; use --layout=vit or timm"
+        f"takes square {what}, but this model's are {height}x{width} px; use --layout=vit{kind} or timm{kind}"
         for what, (height, width) in sizes.items()
         if height != width
     ]
@@ -214,22 +256,22 @@ def _vit_mae_obstacles(config: mae.MAEConfig) -> list[str]:
     return obstacles
 
 
-def _dinov2_obstacles(config: mae.MAEConfig) -> list[str]:
-    obstacles, encoder = _square_obstacles(config), config.encoder
+def _dinov2_obstacles(config: mae.MAEConfig, kind: str = "") -> list[str]:
+    obstacles, encoder = _square_obstacles(config, kind), config.encoder
     if encoder.mlp_width % encoder.width:
         obstacles.append(
             f"takes an MLP width that is a multiple of the width, but this model's are {encoder.mlp_width} and "
-            f"{encoder.width}; use --layout=vit"
+            f"{encoder.width}; use --layout=vit{kind}"
         )
     return obstacles
 
 
-def _timm_obstacles(config: mae.MAEConfig) -> list[str]:
+def _timm_obstacles(config: mae.MAEConfig, kind: str = "") -> list[str]:
     if config.encoder.layer_norm_eps == TIMM_LAYER_NORM_EPS:
         return []
     return [
         f"has a fixed layer_norm_eps of {TIMM_LAYER_NORM_EPS:g}, but this model was trained with "
-        f"{config.encoder.layer_norm_eps:g}; use --layout=vit"
+        f"{config.encoder.layer_norm_eps:g}; use --layout=vit{kind}"
     ]
 
 
@@ -266,6 +308,7 @@ class Layout:
       constants: name -> tensor that is computed, not trained; "{}" is the index of the block.
       config: content of config.json without our own key.
       obstacles: reasons why the class cannot hold a model; each continues the sentence "<target> …".
+      poolings: of the heads that it holds; empty where it holds an encoder alone.
     """
 
     name: str
@@ -274,25 +317,94 @@ class Layout:
     constants: Mapping[str, Callable[[mae.MAEConfig], np.ndarray]]
     config: Callable[[mae.MAEConfig], Json]
     obstacles: Callable[[mae.MAEConfig], list[str]]
+    poolings: tuple[str, ...] = ()
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Branches of our tree that the layout holds."""
-        return ("encoder", "decoder") if self.has_decoder else ("encoder",)
+        return tuple(
+            part for part in ("encoder", "decoder", "head") if any(key.split("/")[0] == part for key in self.table)
+        )
 
     @property
     def has_decoder(self) -> bool:
-        return any(key.startswith("decoder/") for key in self.table)
+        return "decoder" in self.parts
+
+    @property
+    def has_head(self) -> bool:
+        return "head" in self.parts
+
+    @property
+    def computes(self) -> tuple[str, ...]:
+        """What its class returns, by the names of `checks.Results`."""
+        return (
+            "features",
+            *(("prediction", "mask", "loss") if self.has_decoder else ()),
+            *(("logits",) if self.has_head else ()),
+        )
 
     @property
     def for_transformers(self) -> bool:
-        return self.name != "timm"
+        return not self.name.startswith("timm")
 
-    def check(self, config: mae.MAEConfig) -> None:
-        """Raises UserError where the layout cannot hold the model."""
+    def check(
+        self, config: mae.MAEConfig, head: HeadConfig | None = None, *, decoder: bool = True, region: bool = False
+    ) -> None:
+        """Raises UserError where the layout cannot hold the model.
+
+        Args:
+          head: of a fine-tuned run.
+          decoder: the run has one; a fine-tuned one does not.
+          region: the head pools the patches inside a mask.
+        """
         obstacles = self.obstacles(config)
+        if self.has_decoder and not decoder:
+            obstacles.append(
+                "has a decoder, which a fine-tuned run has not; use --layout=vit, or convert the run that it started from"
+            )
+        if self.has_head:
+            obstacles += self._head_obstacles(head, region=region)
         if obstacles:
             raise UserError(f"--layout={self.name} cannot hold this model: {self.target} {'; it '.join(obstacles)}")
+
+    def _head_obstacles(self, head: HeadConfig | None, *, region: bool) -> list[str]:
+        """Why the class cannot hold a head."""
+        if head is None:
+            return [
+                "has a head, which a pretrained run has not; use --layout=vit, dinov2 or timm, or fine-tune it first"
+            ]
+        encoder = "--layout=vit holds its encoder, and curia_jax.predict runs it as it is"
+        if head.kind != "linear":
+            return [f"has a linear head, but this run's is {head.kind}; {encoder}"]
+        if region:
+            return ["pools all patches, but this run's head those inside a mask; --layout=vit holds its encoder"]
+        if head.pooling in self.poolings:
+            return []
+        others = ", ".join(name for name, layout in LAYOUTS.items() if head.pooling in layout.poolings)
+        return [
+            f"pools {' or '.join(self.poolings)}, but this run's head {head.pooling}; use --layout={others}, or fine-tune with "
+            f"--config.finetune.pooling={self.poolings[0]}"
+        ]
+
+    def own_head(self, head: HeadConfig, params: Params) -> tuple[HeadConfig, Params]:
+        """The linear head as the class computes it: in its own pooling, and a value in its own units.
+
+        Args:
+          params: kernel (features, outputs) and bias (outputs).
+        """
+        kernel, bias = (np.asarray(params[name], np.float64) for name in ("kernel", "bias"))
+        kernel, bias = kernel * head.scale, bias * head.scale + head.mean
+        pooling = head.pooling
+        if self.poolings[-1] == "cls_mean" != pooling:
+            nothing, pooling = np.zeros_like(kernel), "cls_mean"
+            kernel = np.concatenate([kernel, nothing] if head.pooling == "cls" else [nothing, kernel])
+        own = dataclasses.replace(head, pooling=pooling, mean=0.0, scale=1.0)
+        return own, {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}
+
+    def content(self, config: mae.MAEConfig, head: HeadConfig | None = None) -> Json:
+        """config.json without our own key; of a classifier with the head that it has after `own_head`."""
+        content = self.config(config)
+        return _with_head(content, head) if self.has_head and head is not None else content
 
 
 LAYOUTS = {
@@ -311,19 +423,25 @@ LAYOUTS = {
             _vit_config, lambda config: [],
         ),
         Layout(
-            "dinov2", "Dinov2Model", DINOV2_TABLE,
-            {
-                "embeddings.position_embeddings": _encoder_positions,
-                # Dinov2 replaces hidden patches with it before the encoder; a masked autoencoder drops them.
-                "embeddings.mask_token": lambda config: np.zeros((1, config.encoder.width), np.float32),
-                "encoder.layer.{}.layer_scale1.lambda1": _no_layer_scale,
-                "encoder.layer.{}.layer_scale2.lambda1": _no_layer_scale,
-            },
-            _dinov2_config, _dinov2_obstacles,
+            "dinov2", "Dinov2Model", DINOV2_TABLE, _dinov2_constants(), _dinov2_config, _dinov2_obstacles,
         ),
         Layout(
             "timm", "timm's VisionTransformer", TIMM_TABLE, {"pos_embed": _encoder_positions},
             _timm_config, _timm_obstacles,
+        ),
+        Layout(
+            "vit_classifier", "ViTForImageClassification", VIT_CLASSIFIER_TABLE,
+            {"vit.embeddings.position_embeddings": _encoder_positions},
+            lambda config: _vit_config(config, "ViTForImageClassification"), lambda config: [], ("cls",),
+        ),
+        Layout(
+            "dinov2_classifier", "Dinov2ForImageClassification", DINOV2_CLASSIFIER_TABLE, _dinov2_constants("dinov2."),
+            lambda config: _dinov2_config(config, "Dinov2ForImageClassification"),
+            lambda config: _dinov2_obstacles(config, "_classifier"), ("cls", "mean", "cls_mean"),
+        ),
+        Layout(
+            "timm_classifier", "timm's VisionTransformer", TIMM_CLASSIFIER_TABLE, {"pos_embed": _encoder_positions},
+            _timm_config, lambda config: _timm_obstacles(config, "_classifier"), ("cls", "mean"),
         ),
     )
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """What PyTorch computes from an exported folder, in NumPy and float64.
 
-Written from the definitions of the classes that load a folder (ViTMAEForPreTraining, ViTModel and Dinov2Model of
-transformers, VisionTransformer of timm), on the tensor names and the config.json of each. It shares no code with the JAX
+Written from the definitions of the classes that load a folder (ViTMAEForPreTraining, ViTModel, Dinov2Model and the classifiers of
+both of transformers, VisionTransformer of timm), on the tensor names and the config.json of each. It shares no code with the JAX
 model or the name tables, so that a mistake in either does not cancel out. Images are (batch, channel, row, column).
 """
 
@@ -37,6 +37,8 @@ class Settings:
       image_size, patch_size: (rows, columns) in px.
       activation: "gelu", "gelu_pytorch_tanh" or "gelu_tanh".
       decoder: of the layout vit_mae.
+      outputs: of a classifier; else 0.
+      pool: of timm, "token" or "avg".
     """
 
     width: int
@@ -49,24 +51,29 @@ class Settings:
     activation: str
     eps: float
     decoder: Decoder | None = None
+    outputs: int = 0
+    pool: str = ""
 
 
 def read_settings(layout: str, config: Json) -> Settings:
     """Settings from config.json.
 
     Args:
-      layout: vit_mae, vit, dinov2 or timm.
+      layout: vit_mae, vit, dinov2, timm, or one of the last three with _classifier.
 
     Raises:
       KeyError: a setting is missing.
     """
-    if layout == "timm":
+    if layout.startswith("timm"):
         args = config["model_args"]
+        if layout == "timm_classifier" and args["fc_norm"]:
+            raise ValueError("fc_norm is on, which replaces the final norm")
         width = args["embed_dim"]
         return Settings(
             width=width, depth=args["depth"], heads=args["num_heads"], mlp_width=int(width * args["mlp_ratio"]),
             channels=args["in_chans"], image_size=_pair(args["img_size"]), patch_size=_pair(args["patch_size"]),
             activation=args["act_layer"], eps=1e-6,  # of timm's LayerNorm
+            outputs=config["num_classes"], pool=args["global_pool"],
         )  # fmt: skip
     width = config["hidden_size"]
     decoder = None
@@ -78,9 +85,10 @@ def read_settings(layout: str, config: Json) -> Settings:
         )  # fmt: skip
     return Settings(
         width=width, depth=config["num_hidden_layers"], heads=config["num_attention_heads"],
-        mlp_width=width * config["mlp_ratio"] if layout == "dinov2" else config["intermediate_size"],
+        mlp_width=width * config["mlp_ratio"] if layout.startswith("dinov2") else config["intermediate_size"],
         channels=config["num_channels"], image_size=_pair(config["image_size"]), patch_size=_pair(config["patch_size"]),
         activation=config["hidden_act"], eps=config["layer_norm_eps"], decoder=decoder,
+        outputs=len(config["id2label"]) if layout.endswith("_classifier") else 0,
     )  # fmt: skip
 
 
@@ -123,19 +131,40 @@ def features(
     """All tokens after the final norm, CLS first, nothing masked.
 
     Args:
-      layout: vit_mae, vit, dinov2 or timm.
+      layout: as of `read_settings`.
 
     Raises:
       KeyError: a tensor is missing.
       ValueError: a tensor or the images do not have the shape that config.json gives.
     """
-    if layout == "timm":
+    if layout.startswith("timm"):
         return _timm(settings, tensors, images)
-    if layout == "dinov2":
-        return _dinov2(settings, tensors, images)
-    prefix = "vit." if layout == "vit_mae" else ""
+    if layout.startswith("dinov2"):
+        return _dinov2(settings, tensors, "dinov2." if layout == "dinov2_classifier" else "", images)
+    prefix = "" if layout == "vit" else "vit."
     x, cls = _embed(settings, tensors, f"{prefix}embeddings", images)
     return _vit_layers(settings, tensors, prefix, np.concatenate([cls, x], axis=1))
+
+
+def logits(
+    layout: str, settings: Settings, tensors: Tensors, tokens: Float[np.ndarray, "batch tokens width"]
+) -> Float[np.ndarray, "batch outputs"]:
+    """What a classifier returns.
+
+    Args:
+      layout: vit_classifier, dinov2_classifier or timm_classifier.
+      tokens: from `features`.
+
+    Raises:
+      KeyError: a tensor is missing.
+      ValueError: a tensor does not have the shape that config.json gives.
+    """
+    cls, mean = tokens[:, 0], tokens[:, 1:].mean(axis=1)
+    if layout == "vit_classifier":
+        return tensors.linear("classifier", cls, settings.outputs)
+    if layout == "dinov2_classifier":
+        return tensors.linear("classifier", np.concatenate([cls, mean], axis=1), settings.outputs)
+    return tensors.linear("head", {"token": cls, "avg": mean}[settings.pool], settings.outputs)
 
 
 def reconstruction(
@@ -214,19 +243,19 @@ def _query_key_value(tensors: Tensors, name: str, x: Values) -> tuple[Values, Va
     return query, key, value
 
 
-def _dinov2(settings: Settings, tensors: Tensors, images: Values) -> Values:
-    patches, cls = _embed(settings, tensors, "embeddings", images)
+def _dinov2(settings: Settings, tensors: Tensors, prefix: str, images: Values) -> Values:
+    patches, cls = _embed(settings, tensors, f"{prefix}embeddings", images)
     x = np.concatenate([cls, patches], axis=1)
     width, eps = settings.width, settings.eps
     for i in range(settings.depth):
-        name = f"encoder.layer.{i}"
+        name = f"{prefix}encoder.layer.{i}"
         y = _attend(*_query_key_value(tensors, name, tensors.norm(f"{name}.norm1", x, eps)), settings.heads)
         y = tensors.linear(f"{name}.attention.output.dense", y, width)
         x = x + y * tensors.read(f"{name}.layer_scale1.lambda1", width)
         y = tensors.linear(f"{name}.mlp.fc1", tensors.norm(f"{name}.norm2", x, eps), settings.mlp_width)
         y = tensors.linear(f"{name}.mlp.fc2", _activate(settings.activation, y), width)
         x = x + y * tensors.read(f"{name}.layer_scale2.lambda1", width)
-    return tensors.norm("layernorm", x, eps)
+    return tensors.norm(f"{prefix}layernorm", x, eps)
 
 
 # ---- timm

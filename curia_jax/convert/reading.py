@@ -15,6 +15,7 @@ from curia_jax.convert import numpy_forward
 from curia_jax.convert.folder import CONFIG, OWN, PREPROCESSOR, WEIGHTS, Json
 from curia_jax.convert.layouts import LAYOUTS, Layout, entries
 from curia_jax.models import vit
+from curia_jax.models.head import HeadConfig
 from curia_jax.models.params import Params
 from curia_jax.settings import Augment
 
@@ -28,6 +29,7 @@ class Export:
     Attributes:
       step, examples_seen: of the checkpoint.
       recipe: what the folder says of the preparation of pixels; fields of Augment.
+      head, head_params: of a classifier; None of other layouts.
     """
 
     config: vit.ViTConfig
@@ -35,6 +37,8 @@ class Export:
     step: int
     examples_seen: int
     recipe: Json
+    head: HeadConfig | None = None
+    head_params: Params | None = None
 
     def augment(self, otherwise: Augment) -> Augment:
         """The preparation of pixels; what concerns training alone is from `otherwise`."""
@@ -55,7 +59,7 @@ def is_export(folder: Path) -> bool:
 
 
 def read(folder: Path) -> Export:
-    """The encoder of a folder of any layout.
+    """The encoder of a folder of any layout, and the head of a classifier.
 
     Raises:
       DataError: a file is missing or damaged, or the weights are not those that were written.
@@ -74,8 +78,16 @@ def read(folder: Path) -> Export:
             recipe = own["preprocessing"]
         else:  # a folder for transformers, written by version 0.3.0 or before
             recipe = json_records.loads((folder / PREPROCESSOR).read_bytes())[OWN]
-        params = _params(layout, config, safetensors.numpy.load_file(folder / WEIGHTS))
-        found = Export(config, params, own["step"], own["examples_seen"], recipe)
+        tensors = safetensors.numpy.load_file(folder / WEIGHTS)
+        params, head, head_params = _params(layout, config, tensors), None, None
+        if layout.has_head:
+            head = json_records.record(HeadConfig, own["head"])
+            name = str(layout.table["head"])
+            kernel = np.ascontiguousarray(tensors[f"{name}.weight"].T)
+            if kernel.shape != (head.features(config.width), head.outputs):
+                raise ValueError(f"{name}.weight is not of {head.outputs} outputs on {head.pooling}")
+            head_params = {"kernel": kernel, "bias": tensors[f"{name}.bias"]}
+        found = Export(config, params, own["step"], own["examples_seen"], recipe, head, head_params)
         wanted = own["encoder_sha256"]
     except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise DataError(

@@ -28,6 +28,7 @@ LAYOUTS_OF = {
     "square_tanh": ("vit_mae", "dinov2"),
     "patches_not_square": ("vit", "timm"),
 }
+ENCODERS, CLASSIFIERS = ("vit_mae", "vit", "dinov2", "timm"), ("vit_classifier", "dinov2_classifier", "timm_classifier")
 EXPORTS = [(name, layout) for name, layouts in LAYOUTS_OF.items() for layout in layouts]
 
 

@@ -14,7 +14,7 @@ from curia_jax import config as configs
 from curia_jax.convert import card, layouts
 from curia_jax.models import mae
 from curia_jax.settings import Augment
-from tests.convert.cases import CASES
+from tests.convert.cases import CASES, ENCODERS
 
 AUGMENT = Augment.of(configs.load("demo").augment)
 # Rounding of HU in float32, resized; the demo's window of 500 HU magnifies it four times as much as one of 2,000 HU.
@@ -134,7 +134,7 @@ def test_model_card_explains_inverted_files_and_norm_pix() -> None:
 
 def test_model_card_advertises_no_pipeline() -> None:
     """Pipelines read images as 8-bit RGB, and raise with an encoder of one channel."""
-    for layout in layouts.LAYOUTS:
+    for layout in ENCODERS:
         assert "pipeline_tag" not in text_of(layout)
 
 

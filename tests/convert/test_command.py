@@ -23,7 +23,7 @@ from curia_jax.convert import checks, layouts
 from curia_jax.settings import Augment
 from curia_jax.trained_model import digest
 from tests import checkpoints
-from tests.convert.cases import CASES, EXPORTS, HAS_TORCH
+from tests.convert.cases import CASES, ENCODERS, EXPORTS, HAS_TORCH
 
 AUGMENT = Augment.of(configs.load("demo").augment)
 
@@ -37,7 +37,7 @@ def run(workdir: Path, output: Path, layout: str, *words: str) -> int:
 
 def test_json_describes_the_written_folder(runs, converted) -> None:
     loaded = checkpoint.load(runs("square"))
-    for layout in layouts.LAYOUTS:
+    for layout in ENCODERS:
         folder, result = converted("square", layout)
         files = {path.name: path for path in folder.iterdir()}
         for name in ("preprocessor_config.json", "image_processing_curia_jax.py"):
@@ -83,7 +83,7 @@ def test_every_check_is_within_its_limit(name: str, layout: str, converted) -> N
 
 def test_written_files_contain_no_path_of_this_machine(runs, converted) -> None:
     place = str(runs("square").parents[1])
-    for layout in layouts.LAYOUTS:
+    for layout in ENCODERS:
         folder, result = converted("square", layout)
         for path in folder.iterdir():
             assert place.encode() not in path.read_bytes() and b"/tmp" not in path.read_bytes(), path.name

@@ -11,7 +11,7 @@ from curia_common.errors import UserError
 from curia_jax.convert import __main__ as convert
 from curia_jax.convert import layouts
 from curia_jax.models import mae
-from tests.convert.cases import CASES
+from tests.convert.cases import CASES, CLASSIFIERS
 from tests.models import make_references as reference
 
 D, INNER, DD, DINNER, C, P, L = 16, 32, 12, 24, 3, 5, 9  # of the case three_channels
@@ -130,7 +130,7 @@ def setup(name: str = "three_channels", **changes: Any) -> tuple[mae.MAEConfig, 
 
 
 def test_command_offers_every_layout() -> None:
-    assert convert.LAYOUT_NAMES == tuple(layouts.LAYOUTS) == tuple(KEYS)
+    assert convert.LAYOUT_NAMES == tuple(layouts.LAYOUTS) == (*KEYS, *CLASSIFIERS)
 
 
 @pytest.mark.parametrize("layout", KEYS)

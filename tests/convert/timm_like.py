@@ -54,14 +54,15 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Takes the `model_args` of a config.json."""
+    """Takes the `model_args` of a config.json, and the number of classes."""
 
     def __init__(
         self, *, img_size: Any, patch_size: Any, in_chans: int, embed_dim: int, depth: int, num_heads: int,
-        mlp_ratio: float, act_layer: str, global_pool: str,
+        mlp_ratio: float, act_layer: str, global_pool: str, fc_norm: bool | None = None, num_classes: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
-        assert global_pool == "token"
+        assert global_pool == "token" or (global_pool == "avg" and fc_norm is False)
+        self.global_pool = global_pool
         (height, width), (ph, pw) = ((n, n) if isinstance(n, int) else n for n in (img_size, patch_size))
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
@@ -70,8 +71,13 @@ class VisionTransformer(nn.Module):
         blocks = [Block(embed_dim, num_heads, int(embed_dim * mlp_ratio), approximate) for _ in range(depth)]
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         x = self.patch_embed(x)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
         return self.norm(self.blocks(x))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.forward_features(x)
+        return self.head(tokens[:, 0] if self.global_pool == "token" else tokens[:, 1:].mean(dim=1))
