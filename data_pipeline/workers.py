@@ -169,7 +169,9 @@ def run(
                 else:
                     raise RemoteFault(message.text)
             for worker in list(pool.workers):
-                if worker.task is not None and worker.item is not None and time.monotonic() - worker.since > timeout:
+                # Messages wait while the caller works on a result: `since` is that of the last one received.
+                stuck = worker.item is not None and time.monotonic() - worker.since > timeout and not worker.pipe.poll()
+                if worker.task is not None and stuck:
                     worker.stop()
                     pool.restart_without_item(worker, f"reading it took more than {timeout:g} s")
         if idle is not None:

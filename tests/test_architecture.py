@@ -47,6 +47,7 @@ ALLOWED = {
     "data_pipeline.sources": ("data_pipeline.sources", "data_pipeline.format", "curia_common"),
     "curia_jax": ("curia_jax", "data_pipeline.format", "curia_common"),
     "curia_jax.demo": ("curia_jax", "data_pipeline", "curia_common"),
+    "curia_jax.predict": ("curia_jax", "data_pipeline", "curia_common"),
     "curia_jax.models": ("curia_jax.models",),
     "configs": ("curia_jax.configs",),
 }

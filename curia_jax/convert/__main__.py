@@ -116,7 +116,8 @@ def convert(args: argparse.Namespace) -> None:
         trained = dataclasses.replace(trained, config=_resized(trained.config, image_size))
     config = trained.config
     for layout in chosen:
-        layout.check(config, trained.head, decoder="decoder" in trained.params)
+        region = bool((trained.task or {}).get("masked", False))
+        layout.check(config, trained.head, decoder="decoder" in trained.params, region=region)
     encoder = config.encoder
     provenance = card.Provenance(
         run=trained.run_name, step=trained.step, examples_seen=trained.examples_seen,
@@ -167,6 +168,8 @@ def _write(
     if layout.has_head and trained.head is not None:
         head, own = layout.own_head(trained.head, params["head"])
         params = {**params, "head": own}
+    task = trained.task or {}
+    slices = int(task.get("slices", 1))
     wanted = {what: values for what, values in wanted.items() if what in layout.computes}
     tensors, parameters = layouts.tensors(layout, config, params)
     try:
@@ -175,9 +178,9 @@ def _write(
                 new,
                 tensors=tensors,
                 metadata=card.safetensors_metadata(layout, encoder, augment, provenance),
-                config=card.config_json(layout, config, augment, provenance, head),
+                config=card.config_json(layout, config, augment, provenance, head, slices),
                 preprocessor=card.preprocessor_json(augment, encoder, hu=HU[hu]) if layout.for_transformers else None,
-                card=card.text(layout, config, augment, provenance, parameters, head),
+                card=card.text(layout, config, augment, provenance, parameters, head, slices),
             )
             log.info(f"{len(tensors)} tensors written; reading them back and comparing with the JAX model")
             report = checks.run(new, layout, config, augment, wanted, tensors)

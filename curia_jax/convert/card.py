@@ -69,17 +69,19 @@ def safetensors_metadata(
 
 
 def config_json(
-    layout: Layout, config: mae.MAEConfig, augment: Augment, provenance: Provenance, head: HeadConfig | None = None
-) -> Json:
+    layout: Layout, config: mae.MAEConfig, augment: Augment, provenance: Provenance, head: HeadConfig | None = None,
+    slices: int = 1,
+) -> Json:  # fmt: skip
     """config.json: what the class reads, and under our own key provenance and how pixels are prepared.
 
     Args:
       head: of a classifier, as `Layout.own_head` gives it.
+      slices: most slices of a case that the head was trained on.
     """
     content = layout.content(config, head)
     own = _own(layout, config.encoder, provenance) | {"preprocessing": recipe(augment, config.encoder)}
     if head is not None:
-        own["head"] = dataclasses.asdict(head)
+        own |= {"head": dataclasses.asdict(head), "slices": slices}
     if layout.for_transformers:
         return content | {OWN: own}
     # What timm's pretrained_cfg can say of the recipe: everything after the window has scaled a slice to [0, 1].
@@ -127,13 +129,14 @@ def preprocessor_json(augment: Augment, encoder: vit.ViTConfig, *, hu: bool | Li
 
 def text(
     layout: Layout, config: mae.MAEConfig, augment: Augment, provenance: Provenance, parameters: int,
-    head: HeadConfig | None = None,
+    head: HeadConfig | None = None, slices: int = 1,
 ) -> str:  # fmt: skip
     """The model card, README.md.
 
     Args:
       parameters: trained values in the file.
       head: of a classifier, as `Layout.own_head` gives it.
+      slices: most slices of a case that the head was trained on.
     """
     # No pipeline_tag: the pipelines of transformers read images as 8-bit RGB, which is not what the encoder takes.
     encoder = config.encoder
@@ -173,7 +176,7 @@ From {run}step {provenance.step:,} ({provenance.examples_seen:,} examples seen);
 {_load(layout)}
 ```
 
-`pixel_values` is float32, batch x {encoder.channels} x {height} x {width}. {_result(layout, config, head)}
+`pixel_values` is float32, batch x {encoder.channels} x {height} x {width}. {_result(layout, config, head, slices)}
 
 ## Input
 
@@ -210,14 +213,19 @@ def _load(layout: Layout) -> str:
     )
 
 
-def _result(layout: Layout, config: mae.MAEConfig, head: HeadConfig | None) -> str:
+def _result(layout: Layout, config: mae.MAEConfig, head: HeadConfig | None, slices: int) -> str:
     if head is not None:
         names = ", ".join(f"{number} {name}" for number, name in enumerate(head.names))
         meaning = {
             "classes": "their softmax are probabilities of", "labels": "the sigmoid of each is the probability of",
             "value": "they are the value, in its own units:", "time": "they are the log hazard, higher is sooner:",
         }[head.target]  # fmt: skip
-        return f"`logits` is batch x {head.outputs}; {meaning} {names}. For a volume take the mean of the logits of its slices."
+        of_many = (
+            ""
+            if slices == 1
+            else f" It was trained on cases of up to {slices} slices: the logits of a case are the mean of theirs."
+        )
+        return f"`logits` is batch x {head.outputs}; {meaning} {names}.{of_many}"
     if not layout.has_decoder:
         return "`tokens[:, 0]` is CLS, `tokens[:, 1:]` are the patches row by row, after the final norm."
     units = (

@@ -30,6 +30,7 @@ class Export:
       step, examples_seen: of the checkpoint.
       recipe: what the folder says of the preparation of pixels; fields of Augment.
       head, head_params: of a classifier; None of other layouts.
+      slices: most slices of a case that the head was trained on.
     """
 
     config: vit.ViTConfig
@@ -39,6 +40,7 @@ class Export:
     recipe: Json
     head: HeadConfig | None = None
     head_params: Params | None = None
+    slices: int = 1
 
     def augment(self, otherwise: Augment) -> Augment:
         """The preparation of pixels; what concerns training alone is from `otherwise`."""
@@ -79,15 +81,15 @@ def read(folder: Path) -> Export:
         else:  # a folder for transformers, written by version 0.3.0 or before
             recipe = json_records.loads((folder / PREPROCESSOR).read_bytes())[OWN]
         tensors = safetensors.numpy.load_file(folder / WEIGHTS)
-        params, head, head_params = _params(layout, config, tensors), None, None
+        params, head, head_params, slices = _params(layout, config, tensors), None, None, 1
         if layout.has_head:
             head = json_records.record(HeadConfig, own["head"])
             name = str(layout.table["head"])
             kernel = np.ascontiguousarray(tensors[f"{name}.weight"].T)
             if kernel.shape != (head.features(config.width), head.outputs):
                 raise ValueError(f"{name}.weight is not of {head.outputs} outputs on {head.pooling}")
-            head_params = {"kernel": kernel, "bias": tensors[f"{name}.bias"]}
-        found = Export(config, params, own["step"], own["examples_seen"], recipe, head, head_params)
+            head_params, slices = {"kernel": kernel, "bias": tensors[f"{name}.bias"]}, int(own["slices"])
+        found = Export(config, params, own["step"], own["examples_seen"], recipe, head, head_params, slices)
         wanted = own["encoder_sha256"]
     except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise DataError(

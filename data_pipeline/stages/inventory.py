@@ -6,9 +6,9 @@ import functools
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydicom.uid import MediaStorageDirectoryStorage
 
@@ -45,6 +45,7 @@ class Options:
       keep_faces: keep series that show a face, or may show one because their body part is not named.
       keep_maps: keep maps of a quantity (ADC, iodine, phase, …), in arbitrary units.
       unpacked: folder of the copies of compressed archives.
+      unpack_gb: space that these may take, GB.
     """
 
     key: bytes
@@ -53,6 +54,7 @@ class Options:
     keep_faces: bool = True
     keep_maps: bool = False
     unpacked: str = ""
+    unpack_gb: int = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,6 +312,29 @@ def _plain_name(name: str) -> str:
 def _identity(path: str) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_dev, status.st_ino
+
+
+# (what is done, how many items, function, tasks) -> results in the order of the tasks; see workers.run
+RunTasks = Callable[[str, int, Callable[..., Any], Sequence[Any]], list[Any]]
+
+
+def take(
+    found: Sequence[str | Object], options: Options, run: RunTasks, *, is_new: Callable[[Source], bool] = lambda _: True
+) -> list[Entry]:
+    """Entries of all files and objects, archives opened.
+
+    Args:
+      is_new: whether a file has to be looked at; the others have no entry.
+    """
+    packed = [path for path in map(path_of, found) if archives.is_archive(path)]
+    tasks = [(path, options.unpacked, options.unpack_gb * 1_000_000_000) for path in packed]
+    listings: list[archives.Listing] = run("archives", len(packed), archives.list_members, tasks)
+    sources: list[Source] = [one for one in found if not archives.is_archive(path_of(one))]
+    sources += [member for listing in listings for member in listing.members]
+    sources = [source for source in sources if is_new(source)]
+    parts = [(sources[n : n + FILES_PER_TASK], options) for n in range(0, len(sources), FILES_PER_TASK)]
+    entries = [entry for part in run("inventory", len(sources), inspect, parts) for entry in part]
+    return entries + [Entry(*one.archive, fate="quarantined", reason=one.problem) for one in listings if one.problem]
 
 
 def inspect(task: tuple[Sequence[Source], Options], skip: Mapping[str, str], heartbeat: Heartbeat) -> list[Entry]:

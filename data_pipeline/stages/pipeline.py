@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 import re
@@ -280,9 +281,7 @@ def _differences(before: Settings, now: Settings) -> str:
 def _take_inventory(build: _Build, found: Sequence[str | object_stores.Object]) -> list[inventory.Entry]:
     """What is new among the inputs."""
     options, known = build.options, build.known
-    unpacked = archives.folder(options.output)
-    sources: list[inventory.Source] = []
-    packed: list[str] = []
+    others: list[str | object_stores.Object] = []
     own: list[inventory.Entry] = []
     for one in found:
         path = inventory.path_of(one)
@@ -290,28 +289,15 @@ def _take_inventory(build: _Build, found: Sequence[str | object_stores.Object]) 
             own += [inventory.Entry(path, fate="excluded", reason=inventory.A_LABEL_TABLE)] * (path not in known.files)
         elif options.holdout and _is_one_of(path, [options.holdout]):
             own += [inventory.Entry(path, fate="excluded", reason=inventory.A_HOLDOUT_FILE)] * (path not in known.files)
-        elif archives.is_archive(path):
-            packed.append(path)
         else:
-            sources.append(one)
-    tasks = [(path, unpacked, options.unpack_gb * 1_000_000_000) for path in packed]
-    listings: list[archives.Listing] = _run(build, "archives", len(packed), archives.list_members, tasks)
-    sources += [member for listing in listings for member in listing.members]
-    sources = [source for source in sources if _is_new(source, known)]
+            others.append(one)
     wishes = inventory.Options(
         key=build.key, modality=options.modality, keep_lossy=not options.drop_lossy, keep_faces=not options.drop_faces,
-        keep_maps=options.keep_maps, unpacked=unpacked,
+        keep_maps=options.keep_maps, unpacked=archives.folder(options.output), unpack_gb=options.unpack_gb,
     )  # fmt: skip
-    size = inventory.FILES_PER_TASK
-    tasks = [(sources[n : n + size], wishes) for n in range(0, len(sources), size)]
-    entries = own
-    for part in _run(build, "inventory", len(sources), inventory.inspect, tasks):
-        entries += part
-    return entries + [
-        inventory.Entry(*one.archive, fate="quarantined", reason=one.problem)
-        for one in listings
-        if one.problem and one.archive.path not in known.files
-    ]
+    run = functools.partial(_run, build)
+    entries = inventory.take(others, wishes, run, is_new=lambda source: _is_new(source, known))
+    return own + [one for one in entries if one.path not in known.files or not archives.is_archive(one.path)]
 
 
 def _is_one_of(path: str, names: Sequence[str]) -> bool:

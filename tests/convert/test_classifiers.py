@@ -199,12 +199,6 @@ def test_nothing_is_written_if_one_of_several_layouts_cannot(monkeypatch, tmp_pa
     assert not (tmp_path / "ich").exists()
 
 
-def test_unknown_layout_is_named(tmp_path, capsys) -> None:
-    words = [f"--checkpoint={tmp_path}", f"--output={tmp_path / 'out'}", "--layout=vit,keras"]
-    assert convert.main(words) == 2
-    assert "--layout=vit,keras: no layout 'keras'; there are vit_mae, vit," in capsys.readouterr().err
-
-
 def test_changed_head_is_found_by_the_checks(export) -> None:
     folder = export(CLASSES, "vit_classifier")
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")

@@ -39,7 +39,7 @@ DECODER = {
 }  # fmt: skip
 TIMM = {
     "embed_dim": 16, "depth": 3, "num_heads": 2, "mlp_ratio": 2.5, "in_chans": 1, "img_size": [24, 24],
-    "patch_size": [8, 4], "act_layer": "gelu_tanh",
+    "patch_size": [8, 4], "act_layer": "gelu_tanh", "global_pool": "token",
 }  # fmt: skip
 ENCODER = {
     "width": 16, "depth": 3, "heads": 2, "mlp_width": 40, "channels": 1, "image_size": (24, 24), "patch_size": (8, 4)
@@ -56,7 +56,10 @@ TANH, EPS = "gelu_pytorch_tanh", 1e-5
         # Dinov2 has no intermediate_size but a whole ratio; timm's ratio may be broken, and its epsilon is always 1e-6.
         ("dinov2", {name: value for name, value in COMMON.items() if name != "intermediate_size"} | {"mlp_ratio": 4},
          Settings(**ENCODER | {"mlp_width": 64}, activation=TANH, eps=EPS)),
-        ("timm", {"model_args": TIMM}, Settings(**ENCODER, activation="gelu_tanh", eps=1e-6)),
+        ("timm", {"model_args": TIMM, "num_classes": 0}, Settings(**ENCODER, activation="gelu_tanh", eps=1e-6, pool="token")),
+        ("vit_classifier", COMMON | {"id2label": {"0": "no", "1": "yes"}}, Settings(**ENCODER, activation=TANH, eps=EPS, outputs=2)),
+        ("timm_classifier", {"model_args": TIMM | {"global_pool": "avg", "fc_norm": False}, "num_classes": 3},
+         Settings(**ENCODER, activation="gelu_tanh", eps=1e-6, outputs=3, pool="avg")),
     ],
 )  # fmt: skip
 def test_settings_are_those_that_the_class_reads(layout: str, config: dict[str, Any], wanted: Settings) -> None:

@@ -1,0 +1,1 @@
+"""Classes of exams by a fine-tuned model."""
