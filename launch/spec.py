@@ -37,6 +37,7 @@ class Command:
 COMMANDS = {
     "pretrain": Command("curia_jax.pretrain", many_hosts=True, has_fields=True),
     "convert": Command("curia_jax.convert", many_hosts=False),
+    "predict": Command("curia_jax.predict", many_hosts=False),
     "evaluate": Command("curia_jax.evaluate", many_hosts=False),
     "build": Command("data_pipeline.build", many_hosts=False, on_beam=True),
 }

@@ -78,6 +78,7 @@ WRONG = [
     ("launch", "status no-such-run", 2, "no-such-run"),
     ("curia_jax.convert", "--checkpoint={tmp}/missing --output={tmp}/out --layout=vit", 2, "missing"),
     ("curia_jax.convert", "--checkpoint={tmp} --output={tmp}/out --layout=vit", 2, "checkpoint"),
+    ("curia_jax.predict", "--weights={tmp}/missing --input={tmp}/text --output={tmp}/p.parquet", 2, "missing"),
     ("curia_jax.evaluate", SCORE + " --backbones={tmp}/missing", 2, "missing"),
     ("curia_jax.evaluate", SCORE + " --backbones={tmp} --batch-size=0", 2, "--batch-size"),
     ("curia_jax.evaluate", SCORE + " --backbones={tmp} --draws=0", 2, "--draws"),

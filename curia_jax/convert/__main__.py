@@ -78,6 +78,15 @@ def parser() -> cli.Parser:
         help="units that the image processor takes: HU (true), others such as MR (false), or by header and values "
         "(default: auto)",
     )
+    made.add_argument(
+        "--adapter",
+        type=int,
+        nargs="?",
+        const=5,
+        choices=(4, 5),
+        help="of a run fine-tuned with LoRA: write the low-rank adapter alone, as peft reads it, for this version of transformers "
+        "(5); without it the adapter is merged into the weights",
+    )
     cli.add_json(
         made,
         "layout, step, examples_seen, encoder_sha256, image_size, version, files (name, bytes, sha256), tensors, parameters, "
@@ -97,7 +106,7 @@ def convert(args: argparse.Namespace) -> None:
     jax.config.update("jax_platforms", "cpu")
 
     from curia_jax import trained_model
-    from curia_jax.convert import card, checks, folder, layouts
+    from curia_jax.convert import adapter, card, checks, folder, layouts
 
     chosen = [layouts.LAYOUTS[name] for name in _layouts(args.layout)]
     output = Path(args.output).expanduser()
@@ -110,6 +119,9 @@ def convert(args: argparse.Namespace) -> None:
             f"--hu sets the image processor of transformers, which --layout={args.layout} has not; leave it out"
         )
 
+    if args.adapter and (other := [layout.name for layout in chosen if layout.name not in adapter.LAYOUTS]):
+        raise UserError(f"--adapter is for --layout={' or '.join(adapter.LAYOUTS)}, not {other[0]}; leave it out there")
+
     # ---- what was trained
     trained = trained_model.load(args.checkpoint, args.step)
     if image_size:
@@ -118,6 +130,10 @@ def convert(args: argparse.Namespace) -> None:
     for layout in chosen:
         region = bool((trained.task or {}).get("masked", False))
         layout.check(config, trained.head, decoder="decoder" in trained.params, region=region)
+    if args.adapter and (trained.adapters is None or not trained.adapters.config.rank):
+        raise UserError(
+            f"--checkpoint={args.checkpoint} has no adapter: it was not fine-tuned with --config.finetune.train=lora; leave --adapter out"
+        )
     encoder = config.encoder
     provenance = card.Provenance(
         run=trained.run_name, step=trained.step, examples_seen=trained.examples_seen,
@@ -143,7 +159,7 @@ def convert(args: argparse.Namespace) -> None:
 
     # ---- written to temporary folders, checked, renamed
     made = [
-        _write(path, layout, trained, params, provenance, wanted, hu=args.hu)
+        _write(path, layout, trained, params, provenance, wanted, hu=args.hu, adapter_for=args.adapter)
         for path, layout in zip(outputs, chosen, strict=True)
     ]
     cli.write_json(args.json, made[0] if len(made) == 1 else made)
@@ -151,18 +167,22 @@ def convert(args: argparse.Namespace) -> None:
 
 def _write(
     output: Path, layout: "Layout", trained: "TrainedModel", params: "Params", provenance: "card.Provenance",
-    wanted: "checks.Results", *, hu: str | None,
+    wanted: "checks.Results", *, hu: str | None, adapter_for: int | None,
 ) -> "Json":  # fmt: skip
     """Writes and checks the folder of one layout; returns what --json says of it.
 
     Args:
       params: branches of the model, the head among them.
       wanted: from `checks.run_jax`, of all layouts.
+      adapter_for: version of transformers for which the adapter alone is written; None for all weights.
 
     Raises:
       CheckFailed: the folder does not compute what the model does.
     """
-    from curia_jax.convert import card, checks, folder, layouts
+    import numpy as np
+
+    from curia_jax import trained_model
+    from curia_jax.convert import adapter, card, checks, folder, layouts
 
     config, augment, encoder, head = trained.config, trained.augment, trained.config.encoder, None
     if layout.has_head and trained.head is not None:
@@ -172,18 +192,33 @@ def _write(
     slices = int(task.get("slices", 1))
     wanted = {what: values for what, values in wanted.items() if what in layout.computes}
     tensors, parameters = layouts.tensors(layout, config, params)
+    lora, base_sha256, content = trained.adapters, None, None
+    if adapter_for and lora is not None:
+        tensors = adapter.tensors(layout, lora.config, lora.params, params["head"], adapter_for)
+        parameters = sum(values.size for values in tensors.values())
+        content = adapter.config_json(layout, lora.config, adapter_for)
+        base_sha256 = trained_model.digest(lora.base_encoder)
     try:
         with folder.publish(output) as new:
             folder.write(
                 new,
                 tensors=tensors,
                 metadata=card.safetensors_metadata(layout, encoder, augment, provenance),
-                config=card.config_json(layout, config, augment, provenance, head, slices),
+                config=card.config_json(layout, config, augment, provenance, head, slices, base_sha256),
                 preprocessor=card.preprocessor_json(augment, encoder, hu=HU[hu]) if layout.for_transformers else None,
-                card=card.text(layout, config, augment, provenance, parameters, head, slices),
+                card=card.text(layout, config, augment, provenance, parameters, head, slices, base_sha256),
+                adapter=content,
             )
             log.info(f"{len(tensors)} tensors written; reading them back and comparing with the JAX model")
-            report = checks.run(new, layout, config, augment, wanted, tensors)
+            if adapter_for and lora is not None:
+                names = adapter.renamed(layout, lora.config, encoder.depth, adapter_for)
+                no_head = {name: np.zeros_like(values) for name, values in params["head"].items()}
+                base, _ = layouts.tensors(layout, config, {"encoder": lora.base_encoder, "head": no_head})
+                report = checks.run_adapter(
+                    new, layout, base, names, wanted, tensors, checks.inputs(encoder), version=adapter_for
+                )
+            else:
+                report = checks.run(new, layout, config, augment, wanted, tensors)
             files = [
                 {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
                 for path in sorted(new.iterdir())

@@ -70,18 +70,21 @@ def safetensors_metadata(
 
 def config_json(
     layout: Layout, config: mae.MAEConfig, augment: Augment, provenance: Provenance, head: HeadConfig | None = None,
-    slices: int = 1,
+    slices: int = 1, base_sha256: str | None = None,
 ) -> Json:  # fmt: skip
     """config.json: what the class reads, and under our own key provenance and how pixels are prepared.
 
     Args:
       head: of a classifier, as `Layout.own_head` gives it.
       slices: most slices of a case that the head was trained on.
+      base_sha256: digest of the encoder that an adapter belongs to; None where there is none.
     """
     content = layout.content(config, head)
     own = _own(layout, config.encoder, provenance) | {"preprocessing": recipe(augment, config.encoder)}
     if head is not None:
         own |= {"head": dataclasses.asdict(head), "slices": slices}
+    if base_sha256 is not None:
+        own["base_encoder_sha256"] = base_sha256
     if layout.for_transformers:
         return content | {OWN: own}
     # What timm's pretrained_cfg can say of the recipe: everything after the window has scaled a slice to [0, 1].
@@ -129,7 +132,7 @@ def preprocessor_json(augment: Augment, encoder: vit.ViTConfig, *, hu: bool | Li
 
 def text(
     layout: Layout, config: mae.MAEConfig, augment: Augment, provenance: Provenance, parameters: int,
-    head: HeadConfig | None = None, slices: int = 1,
+    head: HeadConfig | None = None, slices: int = 1, base_sha256: str | None = None,
 ) -> str:  # fmt: skip
     """The model card, README.md.
 
@@ -137,6 +140,7 @@ def text(
       parameters: trained values in the file.
       head: of a classifier, as `Layout.own_head` gives it.
       slices: most slices of a case that the head was trained on.
+      base_sha256: digest of the encoder that an adapter belongs to; None where there is none.
     """
     # No pipeline_tag: the pipelines of transformers read images as 8-bit RGB, which is not what the encoder takes.
     encoder = config.encoder
@@ -152,6 +156,8 @@ def text(
     what = "Masked autoencoder (encoder and decoder)" if layout.has_decoder else "Encoder of a masked autoencoder"
     if head is not None:
         what = f"Classifier, fine-tuned from the encoder of a masked autoencoder ({TARGETS[head.target]})"
+    if base_sha256 is not None:
+        what = f"Low-rank adapter (LoRA) and head of a classifier ({TARGETS[head.target] if head else ''})"
     made = "trained" if head is not None else "pretrained"
     cls_note = (
         ""
@@ -173,7 +179,7 @@ From {run}step {provenance.step:,} ({provenance.examples_seen:,} examples seen);
 ## Load
 
 ```python
-{_load(layout)}
+{_load(layout) if base_sha256 is None else _load_adapter(layout, base_sha256)}
 ```
 
 `pixel_values` is float32, batch x {encoder.channels} x {height} x {width}. {_result(layout, config, head, slices)}
@@ -210,6 +216,19 @@ def _load(layout: Layout) -> str:
         'processor = AutoImageProcessor.from_pretrained("FOLDER", trust_remote_code=True)\n'
         f'model = {layout.target}.from_pretrained("FOLDER"{extra}).eval()\n'
         f'pixel_values = processor(slices)["pixel_values"]\n{call}'
+    )
+
+
+def _load_adapter(layout: Layout, base_sha256: str) -> str:
+    return (
+        f"from peft import PeftModel\nfrom transformers import AutoConfig, AutoImageProcessor, {layout.target}\n\n"
+        f"# BASE: the run that fine-tuning started from, by curia_jax.convert --layout={layout.name.removesuffix('_classifier')}, with\n"
+        f"# the encoder {base_sha256} in its config.json\n"
+        'config = AutoConfig.from_pretrained("FOLDER")\n'
+        f'base = {layout.target}.from_pretrained("BASE", config=config)\n'
+        'model = PeftModel.from_pretrained(base, "FOLDER").eval()\n'
+        'processor = AutoImageProcessor.from_pretrained("FOLDER", trust_remote_code=True)\n'
+        'logits = model(processor(slices)["pixel_values"]).logits'
     )
 
 

@@ -11,6 +11,8 @@ import importlib.util
 import json
 import math
 import runpy
+import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -24,8 +26,8 @@ from jaxtyping import Float
 
 from curia_common.errors import DataError
 from curia_jax import augment
-from curia_jax.convert import numpy_forward
-from curia_jax.convert.folder import CONFIG, PROCESSOR_CODE, WEIGHTS
+from curia_jax.convert import adapter, numpy_forward
+from curia_jax.convert.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, PROCESSOR_CODE, WEIGHTS
 from curia_jax.convert.layouts import LAYOUTS, Layout
 from curia_jax.models import head, mae, vit
 from curia_jax.models.head import HeadConfig
@@ -172,6 +174,38 @@ def run(
     return Report(tuple(held), {})
 
 
+def run_adapter(
+    folder: Path, layout: Layout, base: Mapping[str, np.ndarray], renamed: Mapping[str, str], wanted: Results,
+    tensors: Mapping[str, np.ndarray], inputs: Inputs, *, version: int,
+) -> Report:  # fmt: skip
+    """All checks of an adapter that this machine can run: what it makes of its base model is the trained model.
+
+    Args:
+      base: tensors of the base model in this layout.
+      renamed: module as the adapter names it -> as the base does.
+      tensors: what was to be written.
+      version: of transformers that the adapter is for.
+
+    Raises:
+      CheckFailed: a comparison failed.
+    """
+    held = [compare_file(folder, tensors, ADAPTER_WEIGHTS)]
+    content = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    written = safetensors.numpy.load_file(folder / ADAPTER_WEIGHTS)
+    try:
+        whole = adapter.merged(base, written, content, renamed)
+    except KeyError as error:
+        raise CheckFailed(f"{ADAPTER_WEIGHTS} names {error.args[0]!r}, which the base model has not") from error
+    held += _compare_tensors(folder, layout.name, whole, inputs, wanted)
+    try:
+        for package in ("torch", "transformers", "peft"):
+            import_package(package)
+        held += compare_peft(folder, layout, base, inputs, wanted, version=version)
+    except NotUsable as error:
+        return Report(tuple(held), {"peft": str(error)})
+    return Report(tuple(held), {})
+
+
 # ---- comparing
 
 
@@ -214,24 +248,24 @@ def compare(by: str, found: Results, wanted: Results) -> list[Check]:
     return held
 
 
-def compare_file(folder: Path, tensors: Mapping[str, np.ndarray]) -> Check:
-    """Every tensor of the file, bit by bit.
+def compare_file(folder: Path, tensors: Mapping[str, np.ndarray], name: str = WEIGHTS) -> Check:
+    """Every tensor of the file `name`, bit by bit.
 
     Raises:
       CheckFailed: a name, type, shape or value differs.
     """
-    written = safetensors.numpy.load_file(folder / WEIGHTS)
-    with safetensors.safe_open(folder / WEIGHTS, framework="numpy") as file:
+    written, weights = safetensors.numpy.load_file(folder / name), name
+    with safetensors.safe_open(folder / weights, framework="numpy") as file:
         if file.metadata().get("format") != "pt":
-            raise CheckFailed(f"{WEIGHTS} lacks the metadata format=pt")
+            raise CheckFailed(f"{weights} lacks the metadata format=pt")
     if names := sorted(set(written) ^ set(tensors)):
-        raise CheckFailed(f"{WEIGHTS}: {names[0]} is in the file or in the model, but not in both")
+        raise CheckFailed(f"{weights}: {names[0]} is in the file or in the model, but not in both")
     for name, values in tensors.items():
         found = written[name]
         if (found.dtype, found.shape) != (np.dtype(np.float32), values.shape):
-            raise CheckFailed(f"{WEIGHTS}: {name} is {found.dtype} {found.shape}, wanted float32 {values.shape}")
+            raise CheckFailed(f"{weights}: {name} is {found.dtype} {found.shape}, wanted float32 {values.shape}")
         if not np.array_equal(found, values):
-            raise CheckFailed(f"{WEIGHTS}: the values of {name} are not those that were to be written")
+            raise CheckFailed(f"{weights}: the values of {name} are not those that were to be written")
     return Check("file", "tensors", 0.0, 0.0)
 
 
@@ -244,20 +278,27 @@ def compare_numpy(folder: Path, layout: str, inputs: Inputs, wanted: Results) ->
     Raises:
       CheckFailed: it does not run, leaves tensors unused or computes something else.
     """
+    return _compare_tensors(folder, layout, safetensors.numpy.load_file(folder / WEIGHTS), inputs, wanted)
+
+
+def _compare_tensors(
+    folder: Path, layout: str, tensors: Mapping[str, np.ndarray], inputs: Inputs, wanted: Results
+) -> list[Check]:
+    """As `compare_numpy`, with these tensors in place of those of the folder."""
     pixels = inputs.images.transpose(0, 3, 1, 2)
+    read = numpy_forward.Tensors(tensors)
     try:
         settings = numpy_forward.read_settings(layout, json.loads((folder / CONFIG).read_text(encoding="utf-8")))
-        tensors = numpy_forward.Tensors(safetensors.numpy.load_file(folder / WEIGHTS))
-        found = {"features": numpy_forward.features(layout, settings, tensors, pixels)}
+        found = {"features": numpy_forward.features(layout, settings, read, pixels)}
         if "logits" in wanted:
-            found["logits"] = numpy_forward.logits(layout, settings, tensors, found["features"])
+            found["logits"] = numpy_forward.logits(layout, settings, read, found["features"])
         if "prediction" in wanted:
-            found |= numpy_forward.reconstruction(settings, tensors, pixels, inputs.noise)
+            found |= numpy_forward.reconstruction(settings, read, pixels, inputs.noise)
     except KeyError as error:
         raise CheckFailed(f"NumPy finds no {error.args[0]!r} in {WEIGHTS} or {CONFIG}") from error
     except Exception as error:  # whatever in them is not as it was written
         raise CheckFailed(f"NumPy cannot run the model of {WEIGHTS} and {CONFIG}: {_first_line(error)}") from error
-    unread = {name for name in tensors.unread if not name.endswith("embeddings.mask_token")}
+    unread = {name for name in read.unread if not name.endswith("embeddings.mask_token")}
     if unread:
         raise CheckFailed(f"{WEIGHTS} holds {min(unread)}, which this layout does not use")
     return compare("NumPy", found, wanted)
@@ -322,6 +363,38 @@ def compare_transformers(folder: Path, layout: str, inputs: Inputs, wanted: Resu
             found = {"features": model(pixels).last_hidden_state}
     results = {what: values.numpy() for what, values in found.items()}
     return [Check(by, "keys", 0.0, 0.0), *compare(by, results, wanted)]
+
+
+def compare_peft(
+    folder: Path, layout: Layout, base: Mapping[str, np.ndarray], inputs: Inputs, wanted: Results, *, version: int
+) -> list[Check]:
+    """Loads the base model and the adapter as their users do and runs them on the CPU in float32.
+
+    Raises:
+      CheckFailed: loading fails, a layer is without its adapter, or something else is computed.
+      NotUsable: this installation has another version of transformers than the adapter is for.
+    """
+    import peft  # pyright: ignore[reportMissingImports] - optional, in the extra `backbones`
+    import torch
+    import transformers
+
+    if int(transformers.__version__.split(".")[0]) != version:
+        raise NotUsable(f"transformers is {transformers.__version__}, and the adapter for {version}")
+    by = f"peft {peft.__version__}"
+    with tempfile.TemporaryDirectory() as place:
+        safetensors.numpy.save_file(dict(base), Path(place, WEIGHTS), metadata={"format": "pt"})
+        Path(place, CONFIG).write_bytes((folder / CONFIG).read_bytes())
+        try:
+            model = getattr(transformers, layout.target).from_pretrained(place, local_files_only=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message=".*(missing|unexpected) adapter keys.*")
+                model = peft.PeftModel.from_pretrained(model, folder)
+        except Exception as error:  # a wrong file can break a loader in any way
+            raise CheckFailed(f"{by} cannot load the folder: {_first_line(error)}") from error
+    model = model.to("cpu", torch.float32).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor(inputs.images).permute(0, 3, 1, 2).contiguous()).logits
+    return compare(by, {"logits": logits.numpy()}, {"logits": wanted["logits"]})
 
 
 def compare_processor(folder: Path, settings: Augment, encoder: vit.ViTConfig) -> Check:

@@ -19,7 +19,9 @@ from curia_jax import json_records
 WEIGHTS, CONFIG, PREPROCESSOR, CARD = "model.safetensors", "config.json", "preprocessor_config.json", "README.md"
 # The code of the image processor, copied from beside this module.
 PROCESSOR_CODE = "image_processing_curia_jax.py"
-FILES = (WEIGHTS, CONFIG, PREPROCESSOR, PROCESSOR_CODE, CARD)
+# Of an adapter in the form of peft, in place of WEIGHTS.
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+FILES = (WEIGHTS, CONFIG, PREPROCESSOR, PROCESSOR_CODE, CARD, ADAPTER_WEIGHTS, ADAPTER_CONFIG)
 # Our own key in config.json, and the prefix of our own keys in the safetensors header.
 OWN = "curia_jax"
 
@@ -34,6 +36,7 @@ def write(
     config: Json,
     preprocessor: Json | None,
     card: str,
+    adapter: Json | None = None,
 ) -> None:
     """Writes the files of a layout into an empty folder.
 
@@ -41,14 +44,18 @@ def write(
       tensors: C-contiguous; safetensors writes others in memory order, without an error.
       metadata: own keys of the safetensors header.
       preprocessor: content of preprocessor_config.json, which the image processor's code comes with; None for neither.
+      adapter: content of adapter_config.json, where the tensors are those of an adapter.
     """
     for name, values in tensors.items():
         if not values.flags.c_contiguous:
             raise ValueError(f"{name} is not C-contiguous")
     header = {"format": "pt", **{f"{OWN}.{key}": value for key, value in metadata.items()}}
-    safetensors.numpy.save_file(dict(tensors), folder / WEIGHTS, metadata=header)
+    weights = folder / (WEIGHTS if adapter is None else ADAPTER_WEIGHTS)
+    safetensors.numpy.save_file(dict(tensors), weights, metadata=header)
     # safetensors makes a file that only its owner can read; take the permissions of the folder instead.
-    (folder / WEIGHTS).chmod(folder.stat().st_mode & 0o666)
+    weights.chmod(folder.stat().st_mode & 0o666)
+    if adapter is not None:
+        _write_json(folder / ADAPTER_CONFIG, adapter)
     _write_json(folder / CONFIG, config)
     if preprocessor is not None:
         _write_json(folder / PREPROCESSOR, preprocessor)

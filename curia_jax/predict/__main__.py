@@ -46,9 +46,7 @@ log = logs.get_logger(__name__)
 
 
 def parser() -> cli.Parser:
-    made = cli.parser(
-        "python -m curia_jax.predict", __doc__, examples=EXAMPLES, codes=(ExitCode.DATA, ExitCode.RESTART)
-    )
+    made = cli.parser("python -m curia_jax.predict", __doc__, examples=EXAMPLES, codes=(ExitCode.DATA,))
     made.add_argument(
         "--weights",
         required=True,
