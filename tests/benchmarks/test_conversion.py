@@ -5,7 +5,7 @@ import math
 import pytest
 
 from benchmarks import conversion
-from curia_jax.convert import layouts
+from tests.convert.cases import ENCODERS
 from tests.convert.mistakes import MISTAKES
 
 MODEL = {
@@ -23,7 +23,7 @@ def rows(capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
 def test_every_layout_is_within_a_hundred_thousandth_of_the_model(tmp_path, capsys) -> None:
     conversion.layout_table(MODEL, tmp_path)
     found = rows(capsys)
-    assert {row[0].strip("`") for row in found} == set(layouts.LAYOUTS)
+    assert {row[0].strip("`") for row in found} == set(ENCODERS)
     assert all(float(row[2]) < 1e-5 for row in found)
     assert {row[0] for row in found if row[3]} == {"`vit_mae`"}  # the layout with a decoder
 

@@ -22,6 +22,8 @@ def work(task, skip, heartbeat):
         if item.startswith("killed once") and not os.path.exists(item.split(":")[1]):
             open(item.split(":")[1], "w").close()
             os.kill(os.getpid(), signal.SIGKILL)
+        if item.startswith("mark:"):
+            open(item.split(":")[1], "w").close()
         if item.startswith("killed always"):
             os.kill(os.getpid(), signal.SIGKILL)
         if item == "user":

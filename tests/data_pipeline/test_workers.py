@@ -84,6 +84,18 @@ def test_work_after_the_last_item_has_no_time_limit(tasks) -> None:
     assert results == {0: [("a", "done"), ("slow end", "done")]}
 
 
+def test_worker_that_went_on_while_the_caller_was_busy_is_not_stuck(tasks, tmp_path: Path) -> None:
+    mark, results = tmp_path / "mark", {}
+    for message in workers.run(tasks.work, [["a", f"mark:{mark}"]], workers=1, timeout=2.0):
+        if isinstance(message, workers.Done):
+            results[message.number] = message.result
+        elif message.item == "a":
+            time.sleep(2.5)  # longer than the time limit of an item
+            while not mark.exists():
+                time.sleep(0.05)
+    assert [outcome for _, outcome in results[0]] == ["done", "done"]
+
+
 def test_worker_that_dies_between_items_is_an_error(tasks) -> None:
     with pytest.raises(UserError, match="out of memory: try fewer --workers"):
         run(tasks.work, [["dead end"]], count=1)
