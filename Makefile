@@ -17,7 +17,7 @@ help:
 	@echo "make test [TORCH=no]                  the test suite; TORCH=no leaves PyTorch out and compares with frozen references"
 	@echo "make test-short                       without the tests that take ten seconds or more"
 	@echo "make test-slow                        the tests that take minutes (the full demo among them)"
-	@echo "make test-backbones                   backbones of transformers, timm and open_clip, in an environment of their own (Python 3.11)"
+	@echo "make test-backbones                   backbones of transformers, timm and open_clip, and adapters for peft, in an environment of their own (Python 3.11)"
 	@echo "make fuzz                             10,000 damaged and malicious files through the ingest, 20,000 through the other readers"
 	@echo "make faults                           kills, full disks and damage on runs of the command, and what becomes of them"
 	@echo "make golden                           plan the named runs with the TPU compiler and compare with tests/golden (minutes)"
@@ -55,7 +55,7 @@ $(VENV)-backbones/.installed: requirements/backbones.txt requirements/torch.txt 
 	@touch $@
 
 test-backbones: $(VENV)-backbones/.installed
-	$(VENV)-backbones/bin/python -m pytest --numprocesses=0 tests/evaluate/test_torch_backbones.py
+	$(VENV)-backbones/bin/python -m pytest --numprocesses=0 tests/evaluate/test_torch_backbones.py tests/convert/test_adapter.py tests/convert/test_classifiers.py
 
 demo: $(VENV)/.demo-installed
 	$(VENV)/bin/python -m curia_jax.demo --output='$(OUT)' $(if $(DATA),--data='$(DATA)')

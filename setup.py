@@ -3,7 +3,7 @@
 The base install trains on existing shards. Extras add what not every machine needs:
 `ingest` reads exams, `cloud` brings buckets to it and to work directories (gs://), `beam` reads on many machines,
 `evaluate` scores and reports,
-`torch` checks exports against PyTorch, `backbones` scores models of transformers, timm and open_clip, `cuda`/`tpu` bring an accelerator,
+`torch` checks exports against PyTorch, `backbones` scores models of transformers, timm and open_clip and checks adapters with peft, `cuda`/`tpu` bring an accelerator,
 `test` and `lint` are for work on the project itself.
 """
 
@@ -93,7 +93,7 @@ setup(
         "beam": [*INGEST, *BEAM],
         "evaluate": EVALUATE,
         "torch": ["torch>=2.4", "transformers>=4.57,<6"],
-        "backbones": ["torch>=2.4", "transformers>=4.57,<6", "timm>=1.0.9", "open_clip_torch>=3.0"],
+        "backbones": ["torch>=2.4", "transformers>=4.57,<6", "timm>=1.0.9", "open_clip_torch>=3.0", "peft>=0.21"],
         "cuda": ["jax[cuda13]>=0.10,<0.13"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "plan": ["jax[tpu]>=0.10,<0.13"],  # its compiler works without a TPU

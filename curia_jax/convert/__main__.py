@@ -128,7 +128,7 @@ def convert(args: argparse.Namespace) -> None:
         trained = dataclasses.replace(trained, config=_resized(trained.config, image_size))
     config = trained.config
     for layout in chosen:
-        region = bool((trained.task or {}).get("masked", False))
+        region = bool(trained.task.get("masked", False))
         layout.check(config, trained.head, decoder="decoder" in trained.params, region=region)
     if args.adapter and (trained.adapters is None or not trained.adapters.config.rank):
         raise UserError(
@@ -138,7 +138,7 @@ def convert(args: argparse.Namespace) -> None:
     provenance = card.Provenance(
         run=trained.run_name, step=trained.step, examples_seen=trained.examples_seen,
         encoder_sha256=trained_model.digest(trained.params["encoder"]), version=curia_common.__version__,
-        origin=trained.origin,
+        origin=trained.origin, task=trained.task.get("name"),
     )  # fmt: skip
     size, patch = ("x".join(map(str, pair)) for pair in (encoder.image_size, encoder.patch_size))
     log.info(
@@ -188,8 +188,7 @@ def _write(
     if layout.has_head and trained.head is not None:
         head, own = layout.own_head(trained.head, params["head"])
         params = {**params, "head": own}
-    task = trained.task or {}
-    slices = int(task.get("slices", 1))
+    slices = int(trained.task.get("slices", 1))
     wanted = {what: values for what, values in wanted.items() if what in layout.computes}
     tensors, parameters = layouts.tensors(layout, config, params)
     lora, base_sha256, content = trained.adapters, None, None

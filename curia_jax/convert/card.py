@@ -26,6 +26,7 @@ class Provenance:
       encoder_sha256: `trained_model.digest` of the encoder.
       version: of this project, at conversion.
       origin: whose weights the run started from; None where they were random.
+      task: that the run was fine-tuned on; None of a pretrained one.
     """
 
     run: str | None
@@ -34,6 +35,7 @@ class Provenance:
     encoder_sha256: str
     version: str
     origin: Origin | None = None
+    task: str | None = None
 
 
 def recipe(augment: Augment, encoder: vit.ViTConfig) -> Json:
@@ -155,16 +157,17 @@ def text(
         )
     what = "Masked autoencoder (encoder and decoder)" if layout.has_decoder else "Encoder of a masked autoencoder"
     if head is not None:
-        what = f"Classifier, fine-tuned from the encoder of a masked autoencoder ({TARGETS[head.target]})"
-    if base_sha256 is not None:
-        what = f"Low-rank adapter (LoRA) and head of a classifier ({TARGETS[head.target] if head else ''})"
-    made = "trained" if head is not None else "pretrained"
-    cls_note = (
-        ""
-        if head is not None
-        else "CLS is the first token; no training loss acted on it directly, so compare it with the mean of\n"
-        "the patch tokens before you rely on it.\n"
-    )
+        what = f"Classifier ({TARGETS[head.target]})"
+    if head is not None and base_sha256 is not None:
+        what = f"Low-rank adapter (LoRA) and head of a classifier ({TARGETS[head.target]})"
+    made, cls_note = "pretrained", ""
+    if provenance.task is not None:
+        made = f"fine-tuned on {provenance.task}"
+    else:
+        cls_note = (
+            "CLS is the first token; no training loss acted on it directly, so compare it with the mean of\n"
+            "the patch tokens before you rely on it.\n"
+        )
     return f"""---
 library_name: {"transformers" if layout.for_transformers else "timm"}
 tags: [medical-imaging, ct, mri, masked-autoencoder]

@@ -148,8 +148,7 @@ def load(weights: str, step: int | None = None, *, otherwise: Augment) -> Classi
     else:
         run = trained_model.load(weights, step)
         found, config, encoder, settings = run, run.config.encoder, run.params["encoder"], run.augment
-        task = run.task or {}
-        masked, slices = bool(task.get("masked", False)), int(task.get("slices", 1))
+        masked, slices = bool(run.task.get("masked", False)), int(run.task.get("slices", 1))
     if found.head is None or found.head_params is None:
         raise UserError(
             f"--weights={weights} has no head: it is an encoder; name a work directory of curia_jax.finetune, or an export of one "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import json
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def model(config: HeadConfig) -> trained_model.TrainedModel:
     return trained_model.TrainedModel(
         config=arguments, params={"encoder": encoder}, augment=AUGMENT, seed=0, step=7, examples_seen=56,
         path=epath.Path("runs/ich/checkpoints/7"), head=config, head_params=params,
+        task={"name": "ich", "masked": False, "slices": 1},
     )  # fmt: skip
 
 
@@ -136,6 +138,21 @@ def test_module_with_names_of_timm_gives_our_logits(pooling: str, export) -> Non
     np.testing.assert_allclose(found, wanted(config), rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("timm") is None, reason="timm is not installed; make test-backbones has it"
+)
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_timm_classifier_gives_our_logits(pooling: str, export) -> None:
+    import timm
+    import torch
+
+    config = dataclasses.replace(CLASSES, pooling=pooling)
+    loaded = timm.create_model(f"local-dir:{export(config, 'timm_classifier')}", pretrained=True).eval()
+    with torch.no_grad():
+        found = loaded(torch.tensor(channels_first(images())))
+    np.testing.assert_allclose(found, wanted(config), rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize("layout", ["vit_classifier", "dinov2_classifier"])
 @pytest.mark.parametrize(
@@ -197,6 +214,27 @@ def test_nothing_is_written_if_one_of_several_layouts_cannot(monkeypatch, tmp_pa
     assert convert.main(["--checkpoint=runs/ich", *words]) == 2
     assert "ViTForImageClassification pools cls" in capsys.readouterr().err
     assert not (tmp_path / "ich").exists()
+
+
+def test_card_and_config_say_what_the_head_is(export) -> None:
+    folder = export(CLASSES, "vit_classifier")
+    card = (folder / "README.md").read_text()
+    for text in (
+        "Classifier (one class each), fine-tuned on ich with curia_jax", "ViTForImageClassification.from_pretrained",
+        "`logits` is batch x 3; their softmax are probabilities of 0 no tear, 1 partial, 2 complete.",
+    ):  # fmt: skip
+        assert text in card
+    assert "no training loss acted on it" not in card
+    own = json.loads((folder / "config.json").read_text())["curia_jax"]
+    assert own["task"] == "ich" and own["slices"] == 1
+    assert own["head"] == dataclasses.asdict(CLASSES) | {"names": list(CLASSES.names)}
+
+
+def test_encoder_of_fine_tuned_run_says_that_its_head_stays_behind(export, caplog) -> None:
+    folder = export(CLASSES, "vit")
+    assert "the head stays behind: --layout=vit holds the encoder alone" in caplog.text
+    assert "Encoder of a masked autoencoder, fine-tuned on ich with curia_jax" in (folder / "README.md").read_text()
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["ViTModel"]
 
 
 def test_changed_head_is_found_by_the_checks(export) -> None:
