@@ -88,7 +88,7 @@ class Parts:
             for path, part in self._known.items():
                 table = pq.read_table(path.with_suffix(".parquet"))
                 series = [one for identity, one in part.exams.items() if identity in wanted]
-                yield table.filter(pc.is_in(table["series"], pa.array(series, pa.string()))).cast(schema)
+                yield table.filter(pc.field("series").isin(series)).cast(schema)
 
         cli.commit()
         return files.write_tables(self._output, schema, tables())

@@ -215,7 +215,7 @@ def _convert(
     place.mkdir(mode=0o700)
     written.rename(place / report.file)
     row = ShardRow(
-        report.file, SPLIT, report.records, report.slices, report.bytes, report.sha256, *report.largest, None, 0
+        report.file, SPLIT, report.records, report.slices, report.bytes, report.sha256, report.largest[0], report.largest[1], None, 0
     )  # fmt: skip
     files.write_table(place / shards.SHARDS, pa.Table.from_pylist([row._asdict()]), private=True)
     files.write_table(place / shards.INDEX, pa.Table.from_pylist(rows), private=True)

@@ -83,7 +83,7 @@ def test_adapter_has_pairs_for_q_k_and_v_that_sum_to_the_fused_one(layout: str, 
 def test_peft_gives_the_logits_of_the_merged_export(layout: str, targets: tuple[str, ...], export, tmp_path) -> None:
     import torch
     import transformers
-    from peft import PeftModel
+    from peft import PeftModel  # pyright: ignore[reportMissingImports] - optional
 
     version = int(transformers.__version__.split(".")[0])
     made = adapted(targets)
@@ -116,6 +116,7 @@ def adapted_base(made: trained_model.TrainedModel, layout: str, output):
 def test_merging_both_files_into_the_base_is_the_trained_encoder(export) -> None:
     made, layout = adapted(ALL), layouts.LAYOUTS["vit_classifier"]
     folder = export(made, layout.name, 5)
+    assert made.head is not None and made.head_params is not None
     own = layout.own_head(made.head, made.head_params)[1]
     base, _ = layouts.tensors(layout, made.config, {"encoder": made.adapters.base_encoder, "head": own})
     wanted, _ = layouts.tensors(layout, made.config, {**made.params, "head": own})

@@ -143,7 +143,7 @@ def test_module_with_names_of_timm_gives_our_logits(pooling: str, export) -> Non
 )
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_timm_classifier_gives_our_logits(pooling: str, export) -> None:
-    import timm
+    import timm  # pyright: ignore[reportMissingImports] - optional
     import torch
 
     config = dataclasses.replace(CLASSES, pooling=pooling)
@@ -180,7 +180,7 @@ def test_export_of_classifier_is_read_back_with_its_head(export) -> None:
     config = HeadConfig("linear", "mean", "value", ("age",), mean=54.0, scale=16.5)
     read = reading.read(export(config, "dinov2_classifier"))
     assert read.head == HeadConfig("linear", "cls_mean", "value", ("age",))
-    assert read.head_params is not None
+    assert read.head is not None and read.head_params is not None
     jax.tree.map(np.testing.assert_array_equal, dict(read.params), dict(model(config).params["encoder"]))
     bound = head.bind(read.head, read.config.width, read.head_params)
     found = bound(jnp.asarray(tokens()[:, None], jnp.float32), jnp.ones((3, 1), bool)).outputs
