@@ -40,8 +40,9 @@ class Classifier:
     """A fine-tuned model on all local devices.
 
     Attributes:
-      config, params: of the encoder in float32, and of the head; params has both.
-      augment: how pixels are prepared.
+      config: of the encoder, in float32.
+      params: {"encoder": …, "head": …}.
+      settings: how pixels are prepared.
       slices: most slices of a case; 1 of a model that was trained on single ones.
       step: of the run.
       digest: of all weights.
@@ -50,7 +51,7 @@ class Classifier:
     config: vit.ViTConfig
     head: HeadConfig
     params: Params
-    augment: Augment
+    settings: Augment
     slices: int
     step: int
     digest: str
@@ -102,7 +103,7 @@ class Classifier:
     def _compute(
         self, params: Params, batch: augment.Batch, valid: Bool[Array, "cases slices"]
     ) -> tuple[Float[Array, "cases outputs"], Float[Array, "cases slices outputs"]]:
-        images = augment.evaluation_view(batch, self.augment, self.config.image_size)
+        images = augment.evaluation_view(batch, self.settings, self.config.image_size)
         tokens = vit.bind(self.config, params["encoder"])(images)
         bound = head.bind(self.head, self.config.width, params["head"])
         cases, slices = valid.shape
