@@ -1,9 +1,8 @@
 """Adapters of fine-tuned runs in the form of peft: merged by definition, and by peft where it is installed."""
 
-import dataclasses
 import importlib.util
 import json
-import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,38 +12,20 @@ from curia_jax import trained_model
 from curia_jax.convert import __main__ as convert
 from curia_jax.convert import adapter, layouts
 from curia_jax.models import lora
-from curia_jax.models.lora import LoRAConfig
-from tests.convert.test_classifiers import CLASSES, channels_first, images, model
+from tests.convert.fine_tuned import ALPHA, CLASSES, RANK, params_of, run
+from tests.convert.test_classifiers import channels_first, images
 
 ALL = ("qkv", "proj", "fc1", "fc2")
-RANK = 3
-
-
-def adapted(targets: tuple[str, ...], pooling: str = "cls") -> trained_model.TrainedModel:
-    """A model whose encoder is another one with an adapter merged into it."""
-    made = model(dataclasses.replace(CLASSES, pooling=pooling))
-    base, random = made.params["encoder"], np.random.default_rng(5)
-    config, blocks = LoRAConfig(RANK, 6, targets), {}
-    for name in targets:
-        part = lora.TARGETS[name]
-        depth, inputs, outputs = base["blocks"][part][name]["kernel"].shape
-        blocks.setdefault(part, {})[name] = {
-            "a": random.normal(0, 0.3, (depth, inputs, RANK)).astype(np.float32),
-            "b": random.normal(0, 0.3, (depth, RANK, outputs)).astype(np.float32),
-        }
-    params = {"blocks": blocks}
-    adapters = types.SimpleNamespace(config=config, params=params, base_encoder=base)
-    merged = {"encoder": lora.merged(base, config, params)}
-    return dataclasses.replace(made, params=merged, adapters=adapters)
 
 
 @pytest.fixture
-def export(monkeypatch, tmp_path):
-    def make(made: trained_model.TrainedModel, layout: str, version: int):
-        monkeypatch.setattr(trained_model, "load", lambda *_: made)
+def export(tmp_path):
+    """(targets, layout, version) -> the folder of the adapter."""
+
+    def make(targets: tuple[str, ...], layout: str, version: int) -> Path:
         output = tmp_path / layout
         words = [f"--output={output}", f"--layout={layout}", f"--adapter={version}", f"--json={tmp_path / 'made'}"]
-        assert convert.main(["--checkpoint=runs/ich", *words]) == 0
+        assert convert.main([f"--checkpoint={run(CLASSES, targets)}", *words]) == 0
         return output
 
     return make
@@ -53,8 +34,7 @@ def export(monkeypatch, tmp_path):
 @pytest.mark.parametrize("version", adapter.VERSIONS)
 @pytest.mark.parametrize("layout", adapter.LAYOUTS)
 def test_adapter_has_pairs_for_q_k_and_v_that_sum_to_the_fused_one(layout: str, version: int, export) -> None:
-    made = adapted(("qkv",))
-    folder = export(made, layout, version)
+    folder = export(("qkv",), layout, version)
     tensors = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
     block = {
         ("vit_classifier", 4): "vit.encoder.layer.1.attention.attention.", ("vit_classifier", 5): "vit.layers.1.attention.",
@@ -62,7 +42,7 @@ def test_adapter_has_pairs_for_q_k_and_v_that_sum_to_the_fused_one(layout: str, 
         ("dinov2_classifier", 5): "dinov2.encoder.layer.1.attention.",
     }[layout, version]  # fmt: skip
     names = ("query", "key", "value") if version == 4 else ("q_proj", "k_proj", "v_proj")
-    own = made.adapters.params["blocks"]["attn"]["qkv"]
+    own = params_of(CLASSES, ("qkv",))["lora"]["blocks"]["attn"]["qkv"]
     fused = own["a"][1] @ own["b"][1]
     for name, columns in zip(names, np.split(fused, 3, axis=1), strict=True):
         a, b = (tensors[f"base_model.model.{block}{name}.lora_{half}.weight"] for half in "AB")
@@ -86,15 +66,16 @@ def test_peft_gives_the_logits_of_the_merged_export(layout: str, targets: tuple[
     from peft import PeftModel  # pyright: ignore[reportMissingImports] - optional
 
     version = int(transformers.__version__.split(".")[0])
-    made = adapted(targets)
-    folder = export(made, layout, version)
-    words = ["--checkpoint=runs/ich", f"--output={tmp_path / 'merged'}", f"--layout={layout}"]
-    assert convert.main(words) == 0
+    folder = export(targets, layout, version)
+    # The run that fine-tuning started from, with the head of the fine-tuned one.
+    for name, workdir in (("merged", run(CLASSES, targets)), ("base", run(CLASSES))):
+        words = [f"--checkpoint={workdir}", f"--output={tmp_path / name}", f"--layout={layout}"]
+        assert convert.main(words) == 0
     checked = json.loads((tmp_path / "made").read_text())["checks"]
     assert any(check["by"].startswith("peft") and check["what"] == "logits" for check in checked)
 
     kind = transformers.AutoModelForImageClassification
-    base = adapted_base(made, layout, tmp_path / "base")
+    base = tmp_path / "base"
     pixels = torch.tensor(channels_first(images()))
     with torch.no_grad():
         found = PeftModel.from_pretrained(kind.from_pretrained(base), folder).eval()(pixels).logits
@@ -104,36 +85,27 @@ def test_peft_gives_the_logits_of_the_merged_export(layout: str, targets: tuple[
     assert float((found - plain).abs().max()) > 0.1
 
 
-def adapted_base(made: trained_model.TrainedModel, layout: str, output):
-    """The run that fine-tuning started from, as a classifier with the head of the fine-tuned one."""
-    before = dataclasses.replace(made, params={"encoder": made.adapters.base_encoder}, adapters=None)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trained_model, "load", lambda *_: before)
-        assert convert.main(["--checkpoint=runs/b16", f"--output={output}", f"--layout={layout}"]) == 0
-    return output
-
-
 def test_merging_both_files_into_the_base_is_the_trained_encoder(export) -> None:
-    made, layout = adapted(ALL), layouts.LAYOUTS["vit_classifier"]
-    folder = export(made, layout.name, 5)
-    assert made.head is not None and made.head_params is not None
-    own = layout.own_head(made.head, made.head_params)[1]
-    base, _ = layouts.tensors(layout, made.config, {"encoder": made.adapters.base_encoder, "head": own})
-    wanted, _ = layouts.tensors(layout, made.config, {**made.params, "head": own})
+    layout, trained = layouts.LAYOUTS["vit_classifier"], trained_model.load(run(CLASSES, ALL))
+    folder = export(ALL, layout.name, 5)
+    assert trained.head_params is not None
+    wanted, _ = layouts.tensors(layout, trained.config, {**trained.params, "head": trained.head_params})
+    base, _ = layouts.tensors(layout, trained.config, params_of(CLASSES))
     found = adapter.merged(
         base, safetensors.numpy.load_file(folder / "adapter_model.safetensors"),
-        json.loads((folder / "adapter_config.json").read_text()), adapter.renamed(layout, made.adapters.config, 2, 5),
+        json.loads((folder / "adapter_config.json").read_text()), adapter.renamed(layout, lora.LoRAConfig(RANK, ALPHA, ALL), 2, 5),
     )  # fmt: skip
     for name, values in wanted.items():
         np.testing.assert_allclose(found[name], values, rtol=0, atol=1e-6, err_msg=name)
+    own = json.loads((folder / "config.json").read_text())["curia_jax"]
+    assert own["base_encoder_sha256"] == trained_model.digest(params_of(CLASSES)["encoder"])
 
 
 def test_adapter_that_is_scaled_twice_is_found_by_the_checks(monkeypatch, tmp_path, capsys) -> None:
     content = adapter.config_json
     monkeypatch.setattr(adapter, "config_json", lambda *words: content(*words) | {"lora_alpha": 12})
-    monkeypatch.setattr(trained_model, "load", lambda *_: adapted(ALL))
     words = [f"--output={tmp_path / 'out'}", "--layout=vit_classifier", "--adapter"]
-    assert convert.main(["--checkpoint=runs/ich", *words]) == 65
+    assert convert.main([f"--checkpoint={run(CLASSES, ALL)}", *words]) == 65
     assert "NumPy and the trained model differ" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -148,7 +120,6 @@ def test_adapter_that_is_scaled_twice_is_found_by_the_checks(monkeypatch, tmp_pa
         ),
     ],
 )
-def test_adapter_is_refused_where_there_is_none(words, message, monkeypatch, tmp_path, capsys) -> None:
-    monkeypatch.setattr(trained_model, "load", lambda *_: model(CLASSES))
-    assert convert.main(["--checkpoint=runs/ich", f"--output={tmp_path / 'out'}", "--adapter", *words]) == 2
+def test_adapter_is_refused_where_there_is_none(words, message, tmp_path, capsys) -> None:
+    assert convert.main([f"--checkpoint={run(CLASSES)}", f"--output={tmp_path / 'out'}", "--adapter", *words]) == 2
     assert message in capsys.readouterr().err

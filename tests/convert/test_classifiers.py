@@ -11,24 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from etils import epath
 
 from curia_common.errors import UserError
-from curia_jax import config as configs
-from curia_jax import trained_model
 from curia_jax.convert import __main__ as convert
 from curia_jax.convert import checks, layouts, numpy_forward, reading
 from curia_jax.models import head, mae, vit
 from curia_jax.models.head import HeadConfig
-from curia_jax.settings import Augment
 from tests.convert.cases import CASES, HAS_TORCH, TOLERANCE
+from tests.convert.fine_tuned import CLASSES, params_of, run
 from tests.models import make_references as reference
 
 if HAS_TORCH:
     from tests.convert import timm_like
 
-AUGMENT = Augment.of(configs.load("demo").augment)
-CLASSES = HeadConfig("linear", "cls", "classes", ("no tear", "partial", "complete"))
 HELD = [
     (layout, pooling)
     for layout, poolings in (("vit", ("cls",)), ("dinov2", head.POOLINGS), ("timm", ("cls", "mean")))
@@ -36,28 +31,13 @@ HELD = [
 ]
 
 
-def model(config: HeadConfig) -> trained_model.TrainedModel:
-    """A fine-tuned model with random weights; the kernel of a new head would be too near zero to see a difference."""
-    arguments = mae.config(**CASES["square"])
-    random = np.random.default_rng(3)
-    shapes = jax.eval_shape(lambda: head.init(config, arguments.encoder.width, jax.random.key(0)))
-    params = jax.tree.map(lambda leaf: random.normal(0, 0.5, leaf.shape).astype(np.float32), dict(shapes))
-    encoder = reference.random_params(arguments, seed=1)["encoder"]
-    return trained_model.TrainedModel(
-        config=arguments, params={"encoder": encoder}, augment=AUGMENT, seed=0, step=7, examples_seen=56,
-        path=epath.Path("runs/ich/checkpoints/7"), head=config, head_params=params,
-        task={"name": "ich", "masked": False, "slices": 1},
-    )  # fmt: skip
-
-
 @pytest.fixture
-def export(monkeypatch, tmp_path):
-    """(head, layout) -> the folder that the command writes of a model with this head."""
+def export(tmp_path):
+    """(head, layout) -> the folder that the command writes of a run with this head."""
 
-    def make(config: HeadConfig, layout: str, *words: str) -> Path:
-        monkeypatch.setattr(trained_model, "load", lambda *_: model(config))
+    def make(config: HeadConfig, layout: str) -> Path:
         output = tmp_path / layout
-        assert convert.main(["--checkpoint=runs/ich", f"--output={output}", f"--layout={layout}", *words]) == 0
+        assert convert.main([f"--checkpoint={run(config)}", f"--output={output}", f"--layout={layout}"]) == 0
         return output
 
     return make
@@ -70,15 +50,13 @@ def images() -> np.ndarray:
 
 @functools.cache
 def tokens() -> np.ndarray:
-    trained = model(CLASSES)
-    encoder = vit.bind(trained.config.encoder, trained.params["encoder"])
+    encoder = vit.bind(mae.config(**CASES["square"]).encoder, params_of(CLASSES)["encoder"])
     return np.asarray(jax.jit(encoder)(jnp.asarray(images())), np.float64)
 
 
 def wanted(config: HeadConfig) -> np.ndarray:
     """Logits by the definition, from the tokens of the JAX encoder."""
-    params = model(config).head_params
-    assert params is not None
+    params = params_of(config)["head"]
     cls, mean = tokens()[:, 0], tokens()[:, 1:].mean(axis=1)
     pooled = {"cls": cls, "mean": mean, "cls_mean": np.concatenate([cls, mean], axis=1)}[config.pooling]
     return config.mean + config.scale * (pooled @ params["kernel"] + params["bias"])
@@ -181,7 +159,7 @@ def test_export_of_classifier_is_read_back_with_its_head(export) -> None:
     read = reading.read(export(config, "dinov2_classifier"))
     assert read.head == HeadConfig("linear", "cls_mean", "value", ("age",))
     assert read.head is not None and read.head_params is not None
-    jax.tree.map(np.testing.assert_array_equal, dict(read.params), dict(model(config).params["encoder"]))
+    jax.tree.map(np.testing.assert_array_equal, dict(read.params), params_of(config)["encoder"])
     bound = head.bind(read.head, read.config.width, read.head_params)
     found = bound(jnp.asarray(tokens()[:, None], jnp.float32), jnp.ones((3, 1), bool)).outputs
     np.testing.assert_allclose(found, wanted(config), rtol=TOLERANCE)
@@ -190,14 +168,13 @@ def test_export_of_classifier_is_read_back_with_its_head(export) -> None:
 # ---- the command
 
 
-def test_several_layouts_get_a_folder_each(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(trained_model, "load", lambda *_: model(CLASSES))
+def test_several_layouts_get_a_folder_each(tmp_path) -> None:
     words = [
         f"--output={tmp_path / 'ich'}",
         "--layout=vit_classifier,dinov2_classifier,timm",
         f"--json={tmp_path / 'made'}",
     ]
-    assert convert.main(["--checkpoint=runs/ich", *words]) == 0
+    assert convert.main([f"--checkpoint={run(CLASSES)}", *words]) == 0
     made = json.loads((tmp_path / "made").read_text())
     assert [one["layout"] for one in made] == ["vit_classifier", "dinov2_classifier", "timm"]
     for one in made:
@@ -208,10 +185,10 @@ def test_several_layouts_get_a_folder_each(monkeypatch, tmp_path) -> None:
         assert checked == {"features"} | ({"logits"} if one["layout"] != "timm" else set())
 
 
-def test_nothing_is_written_if_one_of_several_layouts_cannot(monkeypatch, tmp_path, capsys) -> None:
-    monkeypatch.setattr(trained_model, "load", lambda *_: model(dataclasses.replace(CLASSES, pooling="mean")))
+def test_nothing_is_written_if_one_of_several_layouts_cannot(tmp_path, capsys) -> None:
+    workdir = run(dataclasses.replace(CLASSES, pooling="mean"))
     words = [f"--output={tmp_path / 'ich'}", "--layout=dinov2_classifier,vit_classifier"]
-    assert convert.main(["--checkpoint=runs/ich", *words]) == 2
+    assert convert.main([f"--checkpoint={workdir}", *words]) == 2
     assert "ViTForImageClassification pools cls" in capsys.readouterr().err
     assert not (tmp_path / "ich").exists()
 
@@ -242,11 +219,10 @@ def test_changed_head_is_found_by_the_checks(export) -> None:
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     tensors["classifier.weight"] = tensors["classifier.weight"][::-1].copy()
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    trained = model(CLASSES)
-    params = {**trained.params, "head": trained.head_params}
-    computed = checks.run_jax(trained.config, params, decoder=False, head_config=CLASSES)
+    config = mae.config(**CASES["square"])
+    computed = checks.run_jax(config, params_of(CLASSES), decoder=False, head_config=CLASSES)
     with pytest.raises(checks.CheckFailed, match=r"differ: logits by .*, at image \d, output \d"):
-        checks.compare_numpy(folder, "vit_classifier", checks.inputs(trained.config.encoder), computed)
+        checks.compare_numpy(folder, "vit_classifier", checks.inputs(config.encoder), computed)
 
 
 # ---- what a class cannot hold

@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from curia_jax import trained_model
 from curia_jax.convert import __main__ as convert
 from curia_jax.models.head import HeadConfig
 from curia_jax.predict import __main__ as predict
 from data_pipeline import build, synthetic_exams, workers
-from tests.convert.test_classifiers import model
+from tests.convert import fine_tuned
 
 KEY = "a key that everybody may know"
 HEAD = HeadConfig("linear", "cls", "classes", ("none", "one", "many"))
@@ -62,9 +61,7 @@ def dataset(study, key_file, tmp_path_factory) -> Path:
 def weights(tmp_path_factory) -> Path:
     """An export of a classifier of single slices."""
     folder = tmp_path_factory.mktemp("weights") / "classifier"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trained_model, "load", lambda *_: model(HEAD))
-        assert convert.main(["--checkpoint=run", f"--output={folder}", "--layout=vit_classifier"]) == 0
+    assert convert.main([f"--checkpoint={fine_tuned.run(HEAD)}", f"--output={folder}", "--layout=vit_classifier"]) == 0
     return folder
 
 

@@ -1,7 +1,6 @@
 """The command from exams to a table: its values, its resume, what it leaves out, and what it tells nobody."""
 
 import csv
-import dataclasses
 import json
 import re
 import runpy
@@ -13,13 +12,13 @@ import pytest
 import safetensors.numpy
 import scipy.special
 
-from curia_jax import trained_model
+from curia_jax.convert import __main__ as convert
 from curia_jax.convert import numpy_forward
 from curia_jax.models.head import HeadConfig
 from curia_jax.predict import __main__ as predict
 from data_pipeline.format.shards import SliceSource
 from data_pipeline.stages import exams
-from tests.convert.test_classifiers import model
+from tests.convert import fine_tuned
 from tests.predict.conftest import HEAD
 
 SPLITS = "train+test"
@@ -177,11 +176,9 @@ def test_input_without_any_slice_is_data_error(run, tmp_path) -> None:
     assert result.code == 65 and "no slice of --input could be predicted; " in result.err
 
 
-def test_bag_of_slices_names_the_slice_it_attends_to(run, study, dataset, monkeypatch, tmp_path) -> None:
+def test_bag_of_slices_names_the_slice_it_attends_to(run, study, tmp_path) -> None:
     head = HeadConfig("attentive", "cls", "labels", ("bleed", "fracture"))
-    made = model(head)
-    monkeypatch.setattr(trained_model, "load", lambda *_: predict_of(made, slices=3))
-    assert run(study, tmp_path / "found.parquet", f"--weights={tmp_path}").code == 0
+    assert run(study, tmp_path / "found.parquet", f"--weights={fine_tuned.run(head, slices=3)}").code == 0
     rows = pq.read_table(tmp_path / "found.parquet").to_pylist()
     assert len(rows) == 8 * 2 and {row["class"] for row in rows} == {"bleed", "fracture"}
     by_series = {}
@@ -191,33 +188,35 @@ def test_bag_of_slices_names_the_slice_it_attends_to(run, study, dataset, monkey
     assert all(len(places) == 1 and places <= {0, 2, 4} for places in by_series.values())
 
 
-def predict_of(made: trained_model.TrainedModel, **task) -> trained_model.TrainedModel:
-    return dataclasses.replace(made, task={"masked": False, "slices": 1} | task)
-
-
-def test_value_is_in_its_units_under_its_own_column(run, study, monkeypatch, tmp_path) -> None:
+def test_value_is_in_its_units_under_its_own_column(run, study, tmp_path) -> None:
     head = HeadConfig("linear", "mean", "value", ("age",), mean=54.0, scale=2.0)
-    monkeypatch.setattr(trained_model, "load", lambda *_: predict_of(model(head)))
-    assert run(study, tmp_path / "found.parquet", f"--weights={tmp_path}").code == 0
+    assert run(study, tmp_path / "found.parquet", f"--weights={fine_tuned.run(head)}").code == 0
     table = pq.read_table(tmp_path / "found.parquet")
     assert table.column_names == ["id", "series", "class", "value", "slice"]
     assert set(table["class"].to_pylist()) == {"age"} and table["slice"].null_count == len(table) == 8
     assert all(30 < value < 80 for value in table["value"].to_pylist())
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"head": None, "head_params": None}, "has no head: it is an encoder"),
-        ({"task": {"masked": True, "slices": 1}}, "was trained with region masks, which exams do not have"),
-    ],
-    ids=["encoder", "masked"],
-)
-def test_weights_that_cannot_predict_are_refused(changes, message, run, study, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(trained_model, "load", lambda *_: dataclasses.replace(model(HEAD), **changes))
-    result = run(study, tmp_path / "found.parquet", f"--weights={tmp_path}")
-    assert result.code == 2 and message in result.err
-    assert list(tmp_path.iterdir()) == []
+def test_weights_that_cannot_predict_are_refused(run, study, weights, tmp_path) -> None:
+    masked = fine_tuned.run(HeadConfig("linear", "mean", "classes", ("no", "yes")), masked=True)
+    result = run(study, tmp_path / "found.parquet", f"--weights={masked}")
+    assert result.code == 2 and "was trained with region masks, which exams do not have" in result.err
+    words = [f"--checkpoint={fine_tuned.run(HEAD)}", f"--output={tmp_path / 'vit'}", "--layout=vit"]
+    assert convert.main(words) == 0
+    result = run(study, tmp_path / "found.parquet", f"--weights={tmp_path / 'vit'}")
+    assert result.code == 2 and "has no head: it is an encoder" in result.err
+    result = run(study, tmp_path / "found.parquet", f"--weights={weights}", "--step=7")
+    assert result.code == 2 and "is an export; leave it out" in result.err
+    assert [path.name for path in tmp_path.iterdir()] == ["vit"]
+
+
+def test_run_and_its_export_say_the_same(run, study, tmp_path) -> None:
+    assert run(study, tmp_path / "export.parquet").code == 0
+    assert run(study, tmp_path / "run.parquet", f"--weights={fine_tuned.run(HEAD)}", "--step=7").code == 0
+    found, wanted = by_class(tmp_path / "run.parquet"), by_class(tmp_path / "export.parquet")
+    assert found.keys() == wanted.keys()
+    for place, row in wanted.items():
+        assert found[place]["probability"] == pytest.approx(row["probability"], abs=1e-6)
 
 
 @pytest.mark.parametrize(
