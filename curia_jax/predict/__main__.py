@@ -31,8 +31,8 @@ from curia_common.exit_codes import ExitCode
 
 if TYPE_CHECKING:
     from curia_jax.predict.classifier import Classifier
-    from data_pipeline.format.shards import SliceSource
-    from data_pipeline.stages.exams import FileOutcome
+    from curia_jax.predict.inputs import Input
+    from curia_jax.predict.parts import Parts
 
 VOLUMES = ("mean", "max", "each")  # see table.rows
 EXAMPLES = """
@@ -40,7 +40,6 @@ python -m curia_jax.predict --weights=runs/ich --input=exams --output=prediction
 python -m curia_jax.predict --weights=weights/ich --input=exams --output=predictions.parquet --volumes=max --paths
 python -m curia_jax.predict --weights=runs/ich --input=shards --output=predictions.parquet
 """
-SERIES_TOGETHER = 64  # of shards
 
 log = logs.get_logger(__name__)
 
@@ -108,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def predict(args: argparse.Namespace) -> None:
     from curia_jax.evaluate import preparation
-    from curia_jax.predict import classifier, parts, table
+    from curia_jax.predict import classifier, inputs, parts
     from data_pipeline.format import shards
     from data_pipeline.stages import exams, pseudonyms
 
@@ -120,80 +119,87 @@ def predict(args: argparse.Namespace) -> None:
         raise UserError(f"--output={output}: there is no folder {output.parent}; make it first")
     if output.is_dir():
         raise UserError(f"--output={output} is a folder; name a file in it")
+    before = parts.request_of(output)
     of_shards = [path for path in args.input if Path(path, shards.SHARDS).is_file()]
     if of_shards and len(args.input) > 1:
         raise UserError(f"--input: {of_shards[0]} is a shard folder, which has to be the only input")
     model = classifier.load(args.weights, args.step, otherwise=preparation.default_settings())
     log.info(_described(model, args.volumes))
 
-    # ---- which exams there are
-    decides = {
+    # ---- which series there are, and which of them are predicted
+    request = {
         "version": curia_common.__version__, "weights": model.digest, "step": model.step, "target": model.head.target,
         "slices": model.slices, "volumes": args.volumes if model.slices == 1 else None, "paths": args.paths,
         "modality": args.modality,
     }  # fmt: skip
-    if of_shards:
-        made = parts.Parts(output, json.dumps(decides))
-        whole = _shards(of_shards[0])
-        identities = {f"{whole.fingerprint[:16]}/{series}": series for series in table.series_of(whole)}
-        outcomes: dict[str, FileOutcome | None] = {}
-    else:
+    secret = b""
+    if not of_shards:
         key = pseudonyms.load_key(args.key_file, args.output)
-        made = parts.Parts(output, json.dumps(decides | {"key": pseudonyms.digest(key.secret, "key", "")}))
-        options = exams.Options(
-            made.folder, key.secret, args.modality, args.workers, args.timeout, args.memory_gb,
-        )  # fmt: skip
         log.info(key.origin)
-        own = (output, parts.left_out_path(output), pseudonyms.key_beside(args.output), args.key_file)
-        found = exams.find(args.input, options, leave_out=[str(path) for path in own if path])
-        identities = {exam.identity: exam.series for exam in found.exams}
-        outcomes = dict(found.files)
-    if made.restarted:
-        log.info("an unfinished table of other weights or options was there: started anew")
-    everything = json.dumps(decides | {"exams": hashlib.sha256("\n".join(sorted(identities)).encode()).hexdigest()})
-    if parts.finished(output, everything):
-        log.info(f"{output} has the predictions of these exams already")
-        made.remove()
-        return
-
-    # ---- predicted, part by part
-    done = len(made.done & set(identities))
-    if done:
-        log.info(f"{done:,} of {len(identities):,} series are predicted already")
-    with progress.Progress("predict", len(identities), "series", done=done) as counter:
+        secret, request["key"] = key.secret, pseudonyms.digest(key.secret, "key", "")
+    with parts.Parts(output, json.dumps(request)) as made:
+        if made.restarted:
+            log.info("an unfinished table of other weights or options was there: started anew")
+        given: inputs.Input
         if of_shards:
-            todo = [series for identity, series in identities.items() if identity not in made.done]
-            for start in range(0, len(todo), SERIES_TOGETHER):
-                some = todo[start : start + SERIES_TOGETHER]
-                rows = table.rows(model, whole, args.volumes, batch_size=args.batch_size, only=some)
-                made.add({f"{whole.fingerprint[:16]}/{series}": series for series in some}, rows, {})
-                counter.step(len(some))
+            given = inputs.Shards(of_shards[0])
         else:
-            left = [exam for exam in found.exams if exam.identity not in made.done]
-            for group in exams.read(left, options):
-                names = {exam.series: exam.path for exam in group.exams} if args.paths else {}
-                rows = table.rows(model, group.slices, args.volumes, batch_size=args.batch_size, names=names)
-                made.add({exam.identity: exam.series for exam in group.exams}, rows, group.files)
-                counter.step(len(group.exams))
+            options = exams.Options(
+                made.folder, secret, args.modality, args.workers, args.timeout, args.memory_gb,
+            )  # fmt: skip
+            own = (output, parts.left_out_path(output), pseudonyms.key_beside(args.output), args.key_file)
+            given = inputs.Exams(args.input, options, [str(path) for path in own if path])
+        request["series"] = hashlib.sha256("\n".join(sorted(given.series)).encode()).hexdigest()
+        if before is not None and before != json.dumps(request):
+            raise UserError(
+                f"--output={output} holds predictions of other weights, inputs or options; name another one, or remove it"
+            )
+        if before is None:
+            _write(args, model, given, made, json.dumps(request))
+        else:
+            log.info(f"{output} has the predictions of these series already")
 
-    # ---- written
-    fates = {path: one or made.files[path] for path, one in outcomes.items()}
-    schema = table.schema(model.head).with_metadata({parts.METADATA: everything.encode()})
-    count = made.write(set(identities), schema)
+
+def _write(args: argparse.Namespace, model: "Classifier", given: "Input", made: "Parts", request: str) -> None:
+    """Predicts the series that are missing, and writes the table.
+
+    Raises:
+      DataError: there is no slice at all.
+    """
+    from curia_jax.predict import parts, table
+
+    output = Path(args.output)
+    if done := len(made.done & set(given.series)):
+        log.info(f"{done:,} of {len(given.series):,} series are predicted already")
+    with progress.Progress("predict", len(given.series), "series", done=done) as counter:
+        for part in given.read(made.done):
+            names = part.paths if args.paths else {}
+            rows = table.rows(
+                model,
+                part.slices,
+                args.volumes,
+                batch_size=args.batch_size,
+                names=names,
+                only=list(part.series.values()),
+            )
+            made.add(part.series, rows, part.files)
+            counter.step(len(part.series))
+    fates = {path: one or made.outcomes[path] for path, one in given.files.items()}
     left_out = parts.write_left_out(output, fates, paths=args.paths)
-    made.remove()
     if left_out:
         quarantined = sum(one.fate == "quarantined" for one in fates.values())
         log.info(
             f"{left_out:,} of {len(fates):,} files were left out, {quarantined:,} of them because they cannot be read: "
             f"{parts.left_out_path(output)}"
         )
-    log.info(f"{output}: {count:,} rows of {len(identities):,} series")
-    cli.write_json(args.json, {
-        "series": len(identities), "rows": count, "left_out": left_out, "weights": model.digest, "classes": list(model.head.names),
-    })  # fmt: skip
+    count = made.count(given.series.keys())
     if not count:
         raise DataError(f"no slice of --input could be predicted; {parts.left_out_path(output)} says why")
+    made.write(given.series.keys(), table.schema(model.head).with_metadata({parts.METADATA: request.encode()}))
+    log.info(f"{output}: {count:,} rows of {len(given.series):,} series")
+    cli.write_json(args.json, {
+        "series": len(given.series), "rows": count, "left_out": left_out, "weights": model.digest, "classes": list(model.head.names),
+    })  # fmt: skip
 
 
 def _described(model: "Classifier", volumes: str) -> str:
@@ -204,13 +210,6 @@ def _described(model: "Classifier", volumes: str) -> str:
     if model.slices > 1:
         each = f"of a series from up to {model.slices} slices together"
     return f"step {model.step:,}, {model.head.kind} head for {model.head.target} ({names}); {each}"
-
-
-def _shards(folder: str) -> "SliceSource":
-    from data_pipeline.format import shards
-
-    splits = sorted(set(shards.read_shards(Path(folder))["split"].to_pylist()))
-    return shards.SliceSource(folder, "+".join(splits))
 
 
 if __name__ == "__main__":

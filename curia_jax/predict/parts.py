@@ -1,5 +1,6 @@
 """Predictions as they are made: in parts beside the output, so that a stopped command resumes."""
 
+import contextlib
 import csv
 import io
 import json
@@ -7,7 +8,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -29,7 +30,8 @@ class _Part(NamedTuple):
 
 
 class Parts:
-    """A private folder beside the output, which is removed when that is written.
+    """A private folder beside the output. A context manager, which removes it at the end unless it is left by an exception while it
+    has parts.
 
     Args:
       output: the table to write in the end.
@@ -57,6 +59,13 @@ class Parts:
         self._known = {path: self._read(path) for path in sorted(self.folder.glob("part-*.json"))}
         self.done = {identity for part in self._known.values() for identity in part.exams}
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *unused: object) -> None:
+        if kind is None or not self._known:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
     @staticmethod
     def _read(path: Path) -> _Part:
         content = json.loads(path.read_bytes())
@@ -77,42 +86,39 @@ class Parts:
         self.done |= set(exams)
 
     @property
-    def files(self) -> dict[str, FileOutcome]:
+    def outcomes(self) -> dict[str, FileOutcome]:
         """Outcomes of the files of all parts."""
         return {path: one for part in self._known.values() for path, one in part.files.items()}
 
-    def write(self, wanted: Collection[str], schema: pa.Schema) -> int:
-        """Writes the output from the predictions of the wanted exams; returns its rows. Keeps the parts."""
+    def count(self, wanted: Collection[str]) -> int:
+        """Rows that there are of the wanted exams."""
+        return sum(len(table) for table in self._tables(wanted))
 
-        def tables() -> Iterator[pa.Table]:
-            for path, part in self._known.items():
-                table = pq.read_table(path.with_suffix(".parquet"))
-                series = [one for identity, one in part.exams.items() if identity in wanted]
-                yield table.filter(pc.field("series").isin(series)).cast(schema)
-
+    def write(self, wanted: Collection[str], schema: pa.Schema) -> None:
+        """Writes the output from the predictions of the wanted exams."""
         cli.commit()
-        return files.write_tables(self._output, schema, tables())
+        files.write_tables(self._output, schema, (table.cast(schema) for table in self._tables(wanted)))
 
-    def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def _tables(self, wanted: Collection[str]) -> Iterator[pa.Table]:
+        for path, part in self._known.items():
+            series = [one for identity, one in part.exams.items() if identity in wanted]
+            yield pq.read_table(path.with_suffix(".parquet")).filter(pc.field("series").isin(series))
 
 
-def finished(output: Path, request: str) -> bool:
-    """Whether the output is there already.
+def request_of(output: Path) -> str | None:
+    """What decided the predictions of a finished table; None where there is none.
 
     Raises:
       UserError: a file of this name is something else.
     """
     if not output.exists():
-        return False
-    try:
+        return None
+    found = None
+    with contextlib.suppress(OSError, pa.ArrowException):
         found = (pq.read_schema(output).metadata or {}).get(METADATA)
-    except (OSError, pa.ArrowException):
-        found = None
-    if found is not None and found.decode(errors="replace") == request:
-        return True
-    what = "predictions of other weights, inputs or options" if found is not None else "something else"
-    raise UserError(f"--output={output} holds {what}; name another one, or remove it")
+    if found is None:
+        raise UserError(f"--output={output} holds something else; name another one, or remove it")
+    return found.decode(errors="replace")
 
 
 def left_out_path(output: Path) -> Path:
