@@ -98,6 +98,13 @@ def canvas_size(largest: tuple[int, int], canvas: tuple[int, int] | None) -> tup
     return canvas[0], canvas[1]
 
 
+def spread(bag: Int64[np.ndarray, " n"], most: int) -> Int64[np.ndarray, " m"]:
+    """At most so many slices of a bag: the middles of as many equal parts of it."""
+    if len(bag) <= most:
+        return bag
+    return bag[np.round((np.arange(most) + 0.5) * len(bag) / most - 0.5).astype(np.int64)]
+
+
 def slice_numbers(first: int, count: int, *, slices: int, seed: int) -> Int64[np.ndarray, " count"]:
     """Slice numbers of the examples first … first + count - 1: every slice once per epoch, shuffled anew in each epoch.
 

@@ -233,3 +233,10 @@ def test_batch_on_a_device_keeps_its_pixels_while_later_ones_are_read(workers: i
         found = np.asarray(pixels)
         assert (found[:, :4, :6] == numbers[:, None, None]).all()
         assert found[:, 4:].sum() == found[:, :, 6:].sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("slices", "most", "wanted"), [(5, 3, [0, 2, 4]), (2, 3, [0, 1]), (9, 1, [4]), (100, 4, [12, 37, 62, 87])]
+)
+def test_spread_takes_the_middles_of_equal_parts(slices: int, most: int, wanted: list[int]) -> None:
+    assert data.spread(np.arange(slices), most).tolist() == wanted

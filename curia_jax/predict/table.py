@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int
 
-from curia_jax import examples
+from curia_jax import data
 from curia_jax.models.head import HeadConfig
 from curia_jax.predict.classifier import Classifier, canvas_of
 from data_pipeline.format import records
@@ -81,7 +81,7 @@ def rows(
     if model.slices == 1:
         cases = [np.array([number]) for one in series.values() for number in one.numbers]
     else:
-        bags = [examples.spread(np.array(bag), model.slices) for bag in bags]
+        bags = [data.spread(np.array(bag), model.slices) for bag in bags]
         cases = [np.array(one.numbers)[bag] for one, bag in zip(series.values(), bags, strict=True)]
     together = max(1, batch_size // model.slices)
     scores = model.scores(source, cases, together=together, canvas=canvas_of(source))
