@@ -56,7 +56,7 @@ class Shards:
         splits = sorted(set(shards.read_shards(Path(folder))["split"].to_pylist()))
         self._source = SliceSource(folder, "+".join(splits))
         digest = self._source.fingerprint[:16]
-        self.series = {f"{digest}/{series}": series for series in table.series_of(self._source)}
+        self.series: Mapping[str, str] = {f"{digest}/{series}": series for series in table.series_of(self._source)}
         self.files: Mapping[str, FileOutcome | None] = {}
 
     def read(self, without: Collection[str]) -> Iterator[Part]:
@@ -71,8 +71,8 @@ class Exams:
 
     def __init__(self, inputs: Sequence[str], options: exams.Options, leave_out: Collection[str]) -> None:
         self._found, self._options = exams.find(inputs, options, leave_out), options
-        self.series = {exam.identity: exam.series for exam in self._found.exams}
-        self.files = self._found.files
+        self.series: Mapping[str, str] = {exam.identity: exam.series for exam in self._found.exams}
+        self.files: Mapping[str, FileOutcome | None] = self._found.files
 
     def read(self, without: Collection[str]) -> Iterator[Part]:
         """As Input."""

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -59,7 +59,7 @@ class Parts:
         self._known = {path: self._read(path) for path in sorted(self.folder.glob("part-*.json"))}
         self.done = {identity for part in self._known.values() for identity in part.exams}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Parts":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *unused: object) -> None:
