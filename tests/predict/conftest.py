@@ -26,7 +26,7 @@ class Result(NamedTuple):
     err: str
 
 
-def _inline(function: workers.Work, tasks: list[Any], **unused: Any) -> Iterator[workers.Done]:
+def inline(function: workers.Work, tasks: list[Any], **unused: Any) -> Iterator[workers.Done]:
     """The work of the worker processes in this one, which spares seconds of starting them."""
     for number, task in enumerate(tasks):
         yield workers.Done(number, function(task, {}, lambda item: None))
@@ -52,7 +52,7 @@ def dataset(study, key_file, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dataset") / "out"
     words = ["--input", study, "--output", folder, "--key-file", key_file, "--workers", 1, "--test", 0.5]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()):
-        patch.setattr(workers, "run", _inline)
+        patch.setattr(workers, "run", inline)
         assert build.main([str(word) for word in words]) == 0
     return folder
 
@@ -68,7 +68,7 @@ def weights(tmp_path_factory) -> Path:
 @pytest.fixture
 def run(weights, key_file, monkeypatch) -> Callable[..., Result]:
     """(input, output, further words) -> the command, with the tests' key."""
-    monkeypatch.setattr(workers, "run", _inline)
+    monkeypatch.setattr(workers, "run", inline)
 
     def call(given: Path, output: Path, *words: str) -> Result:
         out, err = io.StringIO(), io.StringIO()
