@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -46,7 +47,7 @@ from curia_jax import config as configs
 from curia_jax import origin as origins
 from curia_jax import workdir as workdirs
 from curia_jax.objectives import base
-from curia_jax.settings import Data, Devices, Settings
+from curia_jax.settings import Data, Devices, Guard, Settings
 from data_pipeline.format.shards import SliceSource
 
 logger = logs.get_logger(__name__)
@@ -440,6 +441,13 @@ def train(
     return outcome
 
 
+def _first_loss(settings: Guard, guard: base.GuardState) -> float | None:
+    """Of the untrained model, see training.Saver. Without a factor any loss is usual: that of a few cases may be near zero."""
+    if settings.factor is None:
+        return math.inf
+    return float(guard["first_loss"]) if guard["applied"] else None
+
+
 def _patience(run: Run) -> int | float:
     """Seconds that a host waits for another one."""
     return run.settings.devices.watchdog_seconds or NO_WATCHDOG_SECONDS
@@ -634,7 +642,7 @@ class _Start:
             saver = training.Saver(
                 self._checkpointer, run.schedule, run.meta, self._log,
                 patience=60 * run.settings.save_patience, refusals=run.settings.guard.patience,
-                first_loss=float(guard["first_loss"]) if guard["applied"] else None,
+                first_loss=_first_loss(run.settings.guard, guard),
                 validate=self._validate if self._evaluation is not None else None,
             )  # fmt: skip
             try:

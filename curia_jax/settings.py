@@ -165,7 +165,7 @@ class Guard(_Section):
 
     Attributes:
       factor: an update is refused where the norm of its gradients is above `factor` times the running mean of that norm, or the loss
-        above `factor` times that of the first step. None refuses what is not finite alone.
+        above `factor` times that of the first step. None refuses what is not finite alone, and allows any trend.
       patience: updates refused in a row after which a run goes back to its last good checkpoint.
       rollbacks: how often it does that before it gives up.
     """

@@ -203,7 +203,7 @@ class Saver:
       log: None on all hosts but one.
       patience: seconds for which training continues while saves fail.
       refusals: updates refused in a row that mean divergence.
-      first_loss: of the untrained model; None takes that of the first step.
+      first_loss: of the untrained model; None takes that of the first step, infinity allows any.
       validate: state -> metrics that are saved with it, of what is saved at multiples of the interval and at the end. Not of what a
         signal or a retried save puts between: a run that was stopped must not choose among other states.
 
@@ -324,7 +324,7 @@ class Saver:
 
     def _check_trend(self, step: int, loss: float) -> None:
         """Raises Diverged where the model has been worse than an untrained one for long."""
-        self._first_loss = self._first_loss or loss  # a batch without an event of a Cox model has none
+        self._first_loss = loss if self._first_loss is None else self._first_loss
         self._losses.append(loss)
         mean = math.fsum(self._losses) / WORSE_STEPS
         if len(self._losses) == WORSE_STEPS and mean > WORSE * abs(self._first_loss):

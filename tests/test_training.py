@@ -1,5 +1,6 @@
 """The loop with fakes for the step, the batches, the checkpoints and the log: what happens, and in which order."""
 
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -314,7 +315,7 @@ def test_loss_long_above_that_of_the_untrained_model_ends_the_loop(monkeypatch: 
         loop.run(20, save_every=2)
     assert str(error.value) == "the mean loss of 4 steps is 0.5, that of the untrained model was 0.32, at step 7"
     assert loop.noted("save") == [4, 6]
-    for usual in (0.34, None):  # 0.5 / 1.5 = 0.333; None: the first of this start
+    for usual in (0.34, None, math.inf):  # 0.5 / 1.5 = 0.333; None: the first of this start
         loop = Loop()
         loop.first_loss = usual
         assert loop.run(20)[1]
