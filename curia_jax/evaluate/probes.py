@@ -213,14 +213,15 @@ def _features(bank: Bank) -> Float[np.ndarray, "n d"]:
 
 def _standardise(
     x: Float[np.ndarray, "n d"], queries: Float[np.ndarray, "q d"]
-) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "q d"]]:
+) -> tuple[Float[np.ndarray, "n kept"], Float[np.ndarray, "q kept"]]:
     """Mean 0 and deviation 1 of every feature over `x`, float64; the same for the queries. Constant features are left out."""
     x, queries = x.astype(np.float64), queries.astype(np.float64)
     mean, deviation = x.mean(axis=0), x.std(axis=0)
     varies = deviation > _CONSTANT * np.maximum(1.0, np.abs(mean))
     if not varies.any():
         return np.zeros((len(x), 1)), np.zeros((len(queries), 1))
-    return tuple((part[:, varies] - mean[varies]) / deviation[varies] for part in (x, queries))
+    mean, deviation = mean[varies], deviation[varies]
+    return (x[:, varies] - mean) / deviation, (queries[:, varies] - mean) / deviation
 
 
 def _rotate(x: Float[np.ndarray, "n d"], queries: Float[np.ndarray, "q d"]) -> tuple[np.ndarray, np.ndarray]:
