@@ -12,6 +12,7 @@ they fail alike five times in a row. --dry-run contacts nothing: it writes and v
 
 import argparse
 import importlib
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -183,6 +184,8 @@ def launch(args: argparse.Namespace) -> int | None:
     records.write(spec)
     for title, address in rendering.links.items():
         logger.info(f"{title}: {address}")
+    if spec.workdir is not None:
+        logger.info(f"metrics: tensorboard --logdir={shlex.quote(spec.workdir.rstrip('/') + '/tensorboard')}")
     return target.submit(spec, rendering)
 
 

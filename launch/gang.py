@@ -28,6 +28,8 @@ LOOPBACK = "127.0.0.1"
 _LEFT = (ADDRESS, COUNT, NUMBER, "JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES")
 _LEFT_PREFIXES = (PREFIX, MEGASCALE, "TPU_")
 
+_NOISE = "[Gloo] Rank "  # the library says at each start who is connected; it never says why a process ends
+
 logger = logs.get_logger(__name__)
 
 
@@ -212,7 +214,8 @@ class Gang:
         with contextlib.suppress(ValueError, OSError):
             for line in stream:
                 line = line.rstrip("\n")
-                self._lines[number] = line
+                if not line.startswith(_NOISE):
+                    self._lines[number] = line
                 self._output.say(line, number)
 
 

@@ -58,7 +58,11 @@ def render(spec: LaunchSpec) -> Rendering:
         "trap 'kill $(jobs -p)' TERM INT",
         f"cd {shlex.quote(os.getcwd())}",
     ]
-    return Rendering({SCRIPT: "\n".join([*head, *lines, "wait", ""])}, (("sh", SCRIPT),))
+    return Rendering(
+        files={SCRIPT: "\n".join([*head, *lines, "wait", ""])},
+        commands=(("sh", SCRIPT),),
+        links={"output": str(records.folder_of(spec.run) / gang.OUTPUT)},
+    )
 
 
 def submit(spec: LaunchSpec, rendering: Rendering) -> int:

@@ -87,7 +87,9 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 def test_run_without_a_fault_ends_with_0_and_prefixed_output(launcher: Launcher) -> None:
     code, out, err = ended(launcher.start())
-    assert (code, err) == (0, "")
+    folder = launcher.run.parent / "curia_jax" / "launch" / "run"
+    assert code == 0
+    assert err == f"output: {folder}/output.log\nmetrics: tensorboard --logdir={launcher.run}/tensorboard\n"
     assert sorted(out.splitlines()) == [
         "[0] process 0 of attempt 1 is done", "[1] process 1 of attempt 1 is done", "[2] process 2 of attempt 1 is done",
         "[launch] attempt 1: 3 processes, from the beginning", "[launch] finished",
@@ -162,7 +164,7 @@ def test_stuck_process_of_a_failed_attempt_is_killed_before_the_next(launcher: L
 def test_stop_and_restart_by_name(launcher: Launcher) -> None:
     process = launcher.start("1:*:hang")
     wait_for(lambda: len(launcher.pids(1)) == 3)
-    assert ended(launcher.start())[2].startswith("error: run run is being run by process")
+    assert "\nerror: run run is being run by process" in ended(launcher.start())[2]
     assert ended(launcher.command("stop", "run"))[1] == "run run has saved and ended\n"
     assert ended(process)[0] == 75
     assert ended(launcher.command("stop", "run"))[1] == "run run was not running\n"
