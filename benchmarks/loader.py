@@ -226,10 +226,10 @@ def loader(place: Place, workers: int, batch: int) -> Iterator[int]:
 
 def bound(place: Place, workers: int, batch: int) -> Iterator[int]:
     """In the loader's order, so that both find their records equally warm."""
-    from curia_jax import data
+    from curia_jax import order
 
     source = shards.SliceSource(place.shards, place.split)
-    numbers = data.slice_numbers(0, len(source), slices=len(source), seed=0).tolist()
+    numbers = order.slice_numbers(0, len(source), slices=len(source), seed=0).tolist()
     while True:
         for start in range(0, len(numbers) - batch + 1, batch):
             for number in numbers[start : start + batch]:

@@ -57,7 +57,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.unroll = 12  # blocks per iteration of the loop over depth; a divisor of depth
 
     config.data = ml_collections.ConfigDict()
-    config.data.shards = ""  # dataset folder that data_pipeline.build wrote
+    config.data.shards = ""  # dataset folder that data_pipeline.build wrote; several with weights: "ct:0.7,mr:0.3"
     config.data.split = "train"  # of the dataset; several with a plus: train+validation
     config.data.canvas = placeholder(tuple)  # height and width of the pixels in a batch; None: the largest slice's
     config.data.threads = 4  # reading threads per worker

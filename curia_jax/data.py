@@ -1,8 +1,9 @@
 """Slices to sharded global batches. One integer, the number of examples seen, is the whole data state.
 
 Example number g of a run (0, 1, 2, …) is a fixed slice for a given seed and split, whatever the batch size and the
-number of hosts: epochs follow one another, each a new shuffle of all slices. Batch k of size B holds the examples
-k*B … k*B + B - 1 after the start; host p of n reads the p-th of n equal parts of them and nothing else.
+number of hosts: epochs follow one another, each a new shuffle of all slices (order.py), of each folder of a mixture on its own
+(mixture.py). Batch k of size B holds the examples k*B … k*B + B - 1 after the start; host p of n reads the p-th of n equal
+parts of them and nothing else.
 """
 
 import threading
@@ -20,6 +21,8 @@ from curia_common import logs, processes
 from curia_common.errors import DataError, UserError
 from curia_jax.augment import Batch
 from curia_jax.buffers import BufferPool, SharedBuffer, SharedBufferPool, SharedBufferReader
+from curia_jax.mixture import Mixture
+from curia_jax.order import shuffled, slice_numbers
 from data_pipeline.format.records import SliceFacts
 from data_pipeline.format.shards import SliceSource
 
@@ -105,49 +108,15 @@ def spread(bag: Int64[np.ndarray, " n"], most: int) -> Int64[np.ndarray, " m"]:
     return bag[np.round((np.arange(most) + 0.5) * len(bag) / most - 0.5).astype(np.int64)]
 
 
-def slice_numbers(first: int, count: int, *, slices: int, seed: int) -> Int64[np.ndarray, " count"]:
-    """Slice numbers of the examples first … first + count - 1: every slice once per epoch, shuffled anew in each epoch.
-
-    No table is kept, whatever the number of slices: the shuffle is a block cipher on the slice numbers.
-    """
-    parts, end = [], first + count
-    while first < end:
-        epoch, start = divmod(first, slices)
-        stop = min(slices, start + end - first)
-        parts.append(_shuffled(np.arange(start, stop), slices, seed, epoch))
-        first += stop - start
-    return np.concatenate(parts)
+def example_slices(source: Slices, first: int, count: int, *, seed: int) -> Int64[np.ndarray, " count"]:
+    """Slice numbers of the examples first … first + count - 1 of a run."""
+    if isinstance(source, Mixture):
+        return source.slice_numbers(first, count, seed=seed)
+    return slice_numbers(first, count, slices=len(source), seed=seed)
 
 
 # Slices that are tried in the place of a damaged one; their orders are those of epochs that no run reaches.
 _ATTEMPTS, _REPLACEMENTS = 16, 2**40
-_ROUNDS = 6  # even; from 8 bits on, no deviation from evenly random orders shows in 6,000 epochs
-
-
-def _shuffled(numbers: Int64[np.ndarray, " n"], slices: int, seed: int, epoch: int) -> Int64[np.ndarray, " n"]:
-    """Positions of numbers below `slices` in a random order of them.
-
-    A Feistel network whose rounds are a multiplicative hash, applied again to values beyond the end (cycle walking; Black and
-    Rogaway 2002, doi 10.1007/3-540-45760-7_9), in as few bits as the slices need. Grain's shuffle does the same one number at a
-    time and in at least 16 bits: 9 µs a slice, and 63 µs with 512 slices; this one takes 1 to 6 µs.
-    """
-    bits = max(8, (slices - 1).bit_length())
-    keys = np.random.SeedSequence((seed, epoch)).generate_state(_ROUNDS, np.uint64)
-    values = numbers.astype(np.uint64)
-    beyond = np.arange(len(values))
-    while beyond.size:
-        left_bits, right_bits = bits - bits // 2, bits // 2
-        value = values[beyond]
-        left, right = value >> np.uint64(right_bits), value & np.uint64((1 << right_bits) - 1)
-        for key in keys:
-            mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)  # constants of splitmix64 (Steele et al. 2014)
-            mixed ^= mixed >> np.uint64(32)
-            mixed *= np.uint64(0xBF58476D1CE4E5B9)
-            left, right = right, left ^ (mixed >> np.uint64(64 - left_bits))
-            left_bits, right_bits = right_bits, left_bits
-        values[beyond] = (left << np.uint64(right_bits)) | right
-        beyond = beyond[values[beyond] >= slices]
-    return values.astype(np.int64)
 
 
 def training_batches(
@@ -236,7 +205,7 @@ class _LoadBatch:
     def __call__(self, batch: int) -> HostBatch:
         """In a worker process, `pixels` is the SharedBuffer that holds them (see `_from_workers`)."""
         first = self._first + batch * self._batch_size
-        numbers = slice_numbers(first, self._part, slices=len(self._source), seed=self._seed)
+        numbers = example_slices(self._source, first, self._part, seed=self._seed)
         if isinstance(self._pool, BufferPool):
             return self._filled(numbers, self._pool.take())
         pixels, buffer = self._pool.take()
@@ -257,7 +226,10 @@ class _LoadBatch:
         return {**read(self._source, readable, pixels), "damaged": np.where(readable != numbers, numbers, damaged)}
 
     def _readable(self, number: np.int64, pixels: UInt16[np.ndarray, "1 height width"]) -> np.int64:
-        """The slice itself, or the first readable one of those that may take its place."""
+        """The slice itself, or the first readable one of those of its folder that may take its place."""
+        begin, count = (
+            self._source.folder_range(int(number)) if isinstance(self._source, Mixture) else (0, len(self._source))
+        )
         tried = np.array([number])
         for attempt in range(_ATTEMPTS):
             try:
@@ -266,7 +238,7 @@ class _LoadBatch:
             except DataError:
                 if attempt == _ATTEMPTS - 1:
                     raise
-            tried = _shuffled(np.array([number]), len(self._source), self._seed, _REPLACEMENTS + attempt)
+            tried = begin + shuffled(np.array([number - begin]), count, self._seed, _REPLACEMENTS + attempt)
         raise AssertionError
 
     def __getstate__(self) -> dict[str, Any]:
@@ -328,7 +300,7 @@ class Damage:
       share: of the slices that may be damaged before the run ends.
     """
 
-    def __init__(self, source: SliceSource, share: int | float) -> None:
+    def __init__(self, source: SliceSource | Mixture, share: int | float) -> None:
         self._source, self._share = source, share
         self._found: set[int] = set()
 
@@ -356,7 +328,7 @@ class ShardCheck:
       first: number of the shard to begin with; another one at each start, so that a run which is often restarted gets to all.
     """
 
-    def __init__(self, source: SliceSource, first: int) -> None:
+    def __init__(self, source: SliceSource | Mixture, first: int) -> None:
         self._source, self._first = source, first
         self._problem: str | None = None
         self._ended = threading.Event()

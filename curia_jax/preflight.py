@@ -18,6 +18,7 @@ import curia_common
 from curia_common.errors import DoesNotFitError
 from curia_common.launching import Contract
 from curia_jax import hosts, storage
+from curia_jax.mixture import Mixture
 from data_pipeline.format.shards import SliceSource
 
 PROBE = ".preflight"
@@ -120,8 +121,8 @@ def check_shared(workdir: str) -> None:
         )
 
 
-def check_dataset(source: SliceSource) -> None:
-    """Reads a record of the first and of the last shard.
+def check_dataset(source: SliceSource | Mixture) -> None:
+    """Reads a record of the first and of the last shard, of every folder.
 
     Raises:
       DoesNotFitError: this host cannot.

@@ -22,7 +22,7 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from curia_common import cli, launching, logs, processes, signals
+from curia_common import cli, launching, logs, mixtures, processes, signals
 from curia_common.errors import DataError, DivergedError, RestartError, UserError
 from curia_common.exit_codes import ExitCode
 from curia_common.progress import Progress
@@ -46,6 +46,7 @@ from curia_jax import (
 from curia_jax import config as configs
 from curia_jax import origin as origins
 from curia_jax import workdir as workdirs
+from curia_jax.mixture import Mixture, open_slices
 from curia_jax.objectives import base
 from curia_jax.settings import Data, Devices, Guard, Settings
 from data_pipeline.format.shards import SliceSource
@@ -77,7 +78,7 @@ class Examples:
     noun: str
     largest: tuple[int, int]
     start: int = 0
-    source: SliceSource | None = None
+    source: SliceSource | Mixture | None = None
     described: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -307,12 +308,12 @@ def open_shards(settings: Settings, meta: checkpoint.Meta | None) -> Examples:
         raise UserError(
             "no shards given; name the folder that data_pipeline.build wrote with --config.data.shards=FOLDER"
         )
-    source = SliceSource(wanted.shards, wanted.split, additions=wanted.additions)
+    source = open_slices(wanted.shards, wanted.split, additions=wanted.additions)
     dataset = checkpoint.Dataset(source.fingerprint, source.additions, len(source), wanted.split)
 
     def remedy(then: checkpoint.Dataset) -> str:
         with contextlib.suppress(UserError):
-            if SliceSource(wanted.shards, then.split, additions=then.additions).fingerprint == then.fingerprint:
+            if open_slices(wanted.shards, then.split, additions=then.additions).fingerprint == then.fingerprint:
                 split = f"--config.data.split={then.split} " if then.split != wanted.split else ""
                 return f"{split}--config.data.additions={then.additions} trains on the same slices as before"
         return "the slices that it was trained on are no longer there"
@@ -344,8 +345,11 @@ def start_of(
     if then.fingerprint == dataset.fingerprint:
         return meta.dataset_start
     names = [name for name in ("slices", "additions", "split") if getattr(then, name) != getattr(dataset, name)]
-    change = ", ".join(f"{name} {getattr(then, name)} -> {getattr(dataset, name)}" for name in names)
-    change = change or "the same number of slices with other contents"
+    changes = [f"{name} {getattr(then, name)} -> {getattr(dataset, name)}" for name in names]
+    weights = [_weights(text) for text in (meta.config.get("data", {}).get("shards", ""), wanted.shards)]
+    if weights[0] != weights[1]:
+        changes.append(f"weights of the folders {weights[0]} -> {weights[1]}")
+    change = ", ".join(changes) or "the same number of slices with other contents"
     if wanted.on_change == "new_epoch":
         logger.info(f"the dataset changed ({change}); starting a new epoch on it")
         return meta.position
@@ -353,6 +357,11 @@ def start_of(
         f"{place} is not the dataset that the checkpoint of example {meta.examples_seen:,} was trained on: {change}; "
         f"{remedy(then)}; --config.data.on_change=new_epoch starts a new epoch on the dataset as it is now"
     )
+
+
+def _weights(text: str) -> str:
+    """What share of the examples comes from each folder of `data.shards`, in their order."""
+    return ":".join(f"{float(share):.6g}" for share in mixtures.shares(mixtures.parse(text)))
 
 
 # ---- with the objective

@@ -110,8 +110,9 @@ class Data(_Section):
     """Which slices, and how they are read (data.py).
 
     Attributes:
+      shards: a folder, or folders with weights (mixture.py).
       canvas: height and width of the pixels in a batch; None takes those of the largest slice.
-      additions: train on the first build and this many additions to it; None takes all.
+      additions: train on the first build and this many additions to it, of every folder; None takes all.
       damaged_share: share of the slices that may be damaged; others take their place. 0 ends the run at the first.
       check_shards: compare the shards with their digests in the background.
       on_change: where the dataset is not the checkpoint's: refuse it, or start a new epoch on it.

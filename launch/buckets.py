@@ -5,12 +5,14 @@ $0.0004 per 1,000 requests and 100,000 images a second $144 an hour, and twenty 
 a cache that holds the dataset, each host reads every shard once.
 """
 
+import posixpath
 from typing import NamedTuple
 
+from curia_common import mixtures
 from curia_common.errors import UserError
 from launch.spec import LaunchSpec
 
-SHARDS_OPTION = "--config.data.shards"
+SHARDS_OPTION = mixtures.OPTION
 PATH = "/mnt/curia-shards"
 SCHEME = "gs://"
 
@@ -48,18 +50,23 @@ class Mount(NamedTuple):
 
 
 def shards_of(spec: LaunchSpec) -> Mount | None:
-    """The mount for the shards that a command reads; None where they are not in a bucket.
+    """The mount for the shards that a command reads; None where they are not in a bucket. Of a mixture, the folder that holds all.
 
     Raises:
-      UserError: the address names no bucket.
+      UserError: an address names no bucket, or the folders of a mixture are in several buckets, or not all in one.
     """
-    address = spec.option(SHARDS_OPTION)
-    if address is None or not address.startswith(SCHEME):
+    text = spec.option(SHARDS_OPTION)
+    addresses = [part.folder for part in mixtures.parse(text)] if text else []
+    if not any(address.startswith(SCHEME) for address in addresses):
         return None
-    bucket, _, folder = address.removeprefix(SCHEME).partition("/")
+    places = [address.removeprefix(SCHEME).partition("/") for address in addresses]
+    if not all(address.startswith(SCHEME) for address in addresses) or len({bucket for bucket, *_ in places}) > 1:
+        raise UserError(f"{SHARDS_OPTION}={text}: one bucket is mounted; copy all folders of the mixture to one")
+    bucket = places[0][0]
     if not bucket:
-        raise UserError(f"{SHARDS_OPTION}={address} names no bucket; write gs://BUCKET/FOLDER")
-    return Mount(bucket, folder.strip("/"), PATH, spec.shards_cache_gib)
+        raise UserError(f"{SHARDS_OPTION}={text} names no bucket; write gs://BUCKET/FOLDER")
+    folder = posixpath.commonpath([folder.strip("/") for _, _, folder in places])
+    return Mount(bucket, folder, PATH, spec.shards_cache_gib)
 
 
 def check(spec: LaunchSpec) -> tuple[str, ...]:
@@ -88,6 +95,12 @@ def check(spec: LaunchSpec) -> tuple[str, ...]:
 
 def argv_of(spec: LaunchSpec) -> tuple[str, ...]:
     """The command of every process, which reads shards where they are mounted."""
-    if shards_of(spec) is None:
+    shards = shards_of(spec)
+    if shards is None:
         return spec.argv
-    return (*spec.argv, f"{SHARDS_OPTION}={PATH}")  # the last one counts
+    top = f"{SCHEME}{shards.bucket}/{shards.folder}"
+    mounted = [
+        part._replace(folder=posixpath.normpath(f"{PATH}/{posixpath.relpath(part.folder, top)}"))
+        for part in mixtures.parse(spec.option(SHARDS_OPTION) or "")
+    ]
+    return (*spec.argv, f"{SHARDS_OPTION}={mixtures.write(mounted)}")  # the last one counts

@@ -1,10 +1,9 @@
 """Slices without files, for tests: what a subclass's `__getitem__` returns is what batches are made of."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import pyarrow as pa
 
+from data_pipeline.format import codec
 from data_pipeline.format.records import DecodedSlice, SliceFacts
 from data_pipeline.format.shards import SliceSource
 
@@ -28,16 +27,9 @@ class FakeSlices(SliceSource):
         spacing = np.ones(len(self))
         return pa.table({"spacing_rows": 2 * spacing, "spacing_columns": spacing})
 
-    def read_into(self, numbers: Sequence[int], images: np.ndarray) -> tuple[list[tuple[int, int]], list[SliceFacts]]:
-        sizes, facts = [], []
-        for number, image in zip(numbers, images, strict=True):
-            one = self[number]
-            height, width = one.pixels.shape
-            image[:] = 0
-            image[:height, :width] = one.pixels
-            sizes.append((height, width))
-            facts.append(one.facts)
-        return sizes, facts
+    def encoded(self, number: int) -> tuple[bytes, SliceFacts]:
+        one = self[number]
+        return codec.encode(one.pixels), one.facts
 
 
 def decoded_slice(pixels: np.ndarray, facts: SliceFacts, *, modality: str = "CT", plane: str = "axial") -> DecodedSlice:

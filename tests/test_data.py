@@ -5,8 +5,6 @@ import collections
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from curia_common.errors import DataError, UserError
 from curia_jax import data, sharding
@@ -42,46 +40,6 @@ def test_epoch_holds_every_example_once_in_a_new_order() -> None:
         assert sorted(epoch) == list(range(20))
     assert not np.array_equal(first, second)
     assert not np.array_equal(second, third)
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 3000), st.integers(0, 2**32), st.integers(0, 10**12), st.integers(1, 200))
-def test_slice_of_an_example_follows_from_its_number_and_seed(slices: int, seed: int, first: int, count: int) -> None:
-    first -= first % slices  # an epoch's first example
-    whole = data.slice_numbers(first, slices + 1, slices=slices, seed=seed)
-    assert sorted(whole[:slices]) == list(range(slices))
-    start = count % slices
-    part = data.slice_numbers(first + start, count, slices=slices, seed=seed)
-    np.testing.assert_array_equal(part[: len(whole) - start], whole[start : start + count])
-
-
-@pytest.mark.parametrize("slices", [12, 40])
-def test_order_is_evenly_random(slices: int) -> None:
-    """Every slice is equally often in every position and next to every other slice: chi-squared over 1,000 epochs.
-
-    Expected is 1 per degree of freedom, with a deviation of sqrt(2 / freedom); 5 of those are allowed.
-    """
-    epochs = 1000
-    orders = data.slice_numbers(0, epochs * slices, slices=slices, seed=1).reshape(epochs, slices)
-    places, followers = np.zeros((slices, slices)), np.zeros((slices, slices))
-    for order in orders:
-        places[np.arange(slices), order] += 1
-        followers[order[:-1], order[1:]] += 1
-    found = np.square(places - epochs / slices).sum() / (epochs / slices) / (slices - 1) ** 2
-    assert abs(found - 1) < 5 * (2 / (slices - 1) ** 2) ** 0.5
-    pairs, expected = followers[~np.eye(slices, dtype=bool)], epochs / slices
-    assert abs(np.square(pairs - expected).mean() / expected - 1) < 5 * (2 / len(pairs)) ** 0.5
-
-
-def test_order_of_a_seed_is_the_same_in_every_version() -> None:
-    """A run that an earlier version began resumes in its order."""
-    assert data.slice_numbers(3, 8, slices=10, seed=7).tolist() == [1, 6, 5, 8, 9, 3, 7, 3]
-    assert data.slice_numbers(10**12, 4, slices=200_000_000, seed=0).tolist() == [
-        28426351,
-        54027611,
-        12906578,
-        111449351,
-    ]
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])

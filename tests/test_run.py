@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from curia_common.errors import DataError, DivergedError, UserError
-from curia_jax import checkpoint, data, run, saving, sharding, training
+from curia_jax import checkpoint, data, order, run, saving, sharding, training
 from curia_jax import config as configs
+from curia_jax.mixture import Mixture
 from curia_jax.objectives import mae
 from data_pipeline.format import shards as shard_files
 from data_pipeline.format.shards import SliceSource
@@ -45,7 +46,7 @@ def grown(tiny_shards: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def prepare(workdir: Path, shards: Path, *words: str) -> run.Run:
+def prepare(workdir: Path, shards: Path | str, *words: str) -> run.Run:
     config = configs.load(str(ROOT / "tests/configs/resumable.py"), [f"--config.data.shards={shards}", *words])
     return run.prepare(config, str(workdir), run.open_shards)
 
@@ -59,11 +60,12 @@ def save_meta(workdir: Path, meta: checkpoint.Meta, step: int = 2) -> None:
 def first_slices(this: run.Run, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Slice numbers of the next batch."""
     monkeypatch.setattr(data, "to_devices", lambda batch, sharding: batch)
-    return next(run.batches(this))["slice"].tolist()
+    batch: Any = next(run.batches(this))
+    return batch["slice"].tolist()
 
 
-def expected_slices(source: SliceSource, examples_seen: int) -> list[int]:
-    return data.slice_numbers(examples_seen, 16, slices=len(source), seed=0).tolist()
+def expected_slices(source: data.Slices, examples_seen: int) -> list[int]:
+    return order.slice_numbers(examples_seen, 16, slices=len(source), seed=0).tolist()
 
 
 # ---- the dataset of a checkpoint
@@ -118,6 +120,63 @@ def test_resume_with_new_epoch_counts_from_there(
         assert (again.schedule.start_step, again.examples.start) == (3, 32)
     assert first_slices(this, monkeypatch) == expected_slices(SliceSource(grown, "train"), 0)
     assert first_slices(again, monkeypatch) == expected_slices(SliceSource(grown, "train"), 16)
+
+
+# ---- mixtures
+
+
+@pytest.fixture
+def mixed(tiny_shards: Path, grown: Path) -> Callable[[str, str], str]:
+    """The 48 slices of tiny_shards and the 96 of `grown` with two weights."""
+    return lambda one, other: f"{tiny_shards}:{one},{grown}:{other}"
+
+
+def test_resumed_mixture_continues_its_examples(mixed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    this = prepare(tmp_path / "run", mixed("0.25", "0.75"))
+    source = this.examples.source
+    assert isinstance(source, Mixture) and len(this.examples) == len(source) == 144
+    whole = source.slice_numbers(0, 48, seed=0)
+    assert [int((part < 48).sum()) for part in whole.reshape(3, 16)] == [4, 4, 4]
+    save_meta(tmp_path / "run", this.meta(32))
+    again = prepare(tmp_path / "run", mixed("1", "3"))  # the same shares
+    assert first_slices(again, monkeypatch) == whole[32:].tolist()
+
+
+def test_resume_rejects_other_weights_unless_a_new_epoch_is_wanted(mixed, tmp_path: Path) -> None:
+    save_meta(tmp_path / "run", prepare(tmp_path / "run", mixed("0.25", "0.75")).meta(32))
+    with pytest.raises(
+        DataError, match=r"of example 32 was trained on: weights of the folders 0\.25:0\.75 -> 0\.5:0\.5; "
+    ):
+        prepare(tmp_path / "run", mixed("0.5", "0.5"))
+    this = prepare(tmp_path / "run", mixed("0.5", "0.5"), "--config.data.on_change=new_epoch")
+    assert this.examples.start == 32
+
+
+def test_resume_rejects_a_mixture_in_place_of_a_folder(tiny_shards: Path, mixed, tmp_path: Path) -> None:
+    save_meta(tmp_path / "run", prepare(tmp_path / "run", tiny_shards).meta(32))
+    with pytest.raises(DataError, match=r"slices 48 -> 144, additions 0 -> 1, weights of the folders 1 -> 0\.5:0\.5; "):
+        prepare(tmp_path / "run", mixed("1", "1"))
+
+
+def test_mixture_of_a_grown_folder_trains_on_the_slices_of_then(tiny_shards: Path, grown: Path, tmp_path: Path) -> None:
+    before = shutil.copytree(tiny_shards, tmp_path / "before")
+    save_meta(tmp_path / "run", prepare(tmp_path / "run", f"{tiny_shards}:1,{before}:1").meta(32))
+    with pytest.raises(DataError, match="--config.data.additions=0 trains on the same slices as before"):
+        prepare(tmp_path / "run", f"{tiny_shards}:1,{grown}:1")
+    assert prepare(tmp_path / "run", f"{tiny_shards}:1,{grown}:1", "--config.data.additions=0").examples.start == 0
+
+
+@pytest.mark.long
+def test_resumed_training_on_a_mixture_equals_uninterrupted(mixed, tmp_path: Path) -> None:
+    assert train(tmp_path / "whole", mixed("0.25", "0.75")).exit_code == 0
+    assert train(tmp_path / "broken", mixed("0.25", "0.75"), stop_at=3).exit_code == 75
+    assert train(tmp_path / "broken", mixed("0.25", "0.75")).exit_code == 0
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    whole, broken = (sharding.paths(checkpoint.load(str(tmp_path / n)).params) for n in ("whole", "broken"))
+    assert all(np.array_equal(leaf, broken[path]) for path, leaf in whole.items())
+
+
+# ---- replaced slices
 
 
 def test_resume_rejects_replaced_slices(tiny_shards: Path, tmp_path: Path) -> None:
@@ -186,7 +245,7 @@ def test_damaged_newest_checkpoint_resumes_from_the_one_before(
 
 def train(
     workdir: Path,
-    shards: Path,
+    shards: Path | str,
     *words: str,
     stop_at: int = 0,
     signals: tuple[int, ...] = (signal.SIGTERM,),

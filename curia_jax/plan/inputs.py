@@ -6,8 +6,10 @@ from pathlib import Path
 
 import ml_collections
 
+from curia_common import mixtures
 from curia_common.errors import UserError
 from curia_jax import data
+from curia_jax.mixture import Mixture, open_slices
 from curia_jax.plan.topologies import Topology
 from data_pipeline.format import shards
 
@@ -71,14 +73,22 @@ def input_facts(config: ml_collections.ConfigDict, examples: int | None) -> Inpu
             bytes_per_image=2.0 * height * width,  # 16 bits, uncompressed
             loader_per_core=None,
         )
-    source = shards.SliceSource(config.data.shards, config.data.split)
+    source = open_slices(config.data.shards, config.data.split)
     canvas = data.canvas_size(source.largest, config.data.canvas)
     return InputFacts(
         examples or len(source),
         False,
         canvas,
-        stored_bytes(config.data.shards),
+        _mean_bytes(config.data.shards),
         loader_rate(source, canvas, config.seed),
+    )
+
+
+def _mean_bytes(text: str) -> float:
+    """Mean bytes of an example; of a mixture by its shares."""
+    parts = mixtures.parse(text)
+    return sum(
+        float(share) * stored_bytes(part.folder) for part, share in zip(parts, mixtures.shares(parts), strict=True)
     )
 
 
@@ -88,7 +98,7 @@ def stored_bytes(folder: str) -> float:
     return sum(table["bytes"].to_pylist()) / max(1, sum(table["slices"].to_pylist()))
 
 
-def loader_rate(source: shards.SliceSource, canvas: tuple[int, int], seed: int) -> float:
+def loader_rate(source: shards.SliceSource | Mixture, canvas: tuple[int, int], seed: int) -> float:
     """Images that one core of this machine loads per second of CPU time, so that other programs do not matter."""
     batch = min(64, len(source))
     batches = data.training_batches(

@@ -25,7 +25,7 @@ import time
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -219,6 +219,47 @@ def read_record(path: Path, number: int) -> bytes:
         return reader.read([number])[0]
 
 
+@runtime_checkable
+class EncodedSlices(Protocol):
+    """What decode_into needs of a source of slices; `largest` is the greatest height and width of a slice, px."""
+
+    largest: tuple[int, int]
+
+    def encoded(self, number: int) -> tuple[bytes, records.SliceFacts]: ...
+
+    def place(self, number: int) -> str: ...
+
+
+def decode_into(
+    source: EncodedSlices, numbers: Sequence[int], images: UInt16[np.ndarray, "batch height width"]
+) -> tuple[list[tuple[int, int]], list[records.SliceFacts]]:
+    """Decodes slices to the top left of images, one each, with zeros right of them and below.
+
+    Returns:
+      Height and width of every slice, and its facts for training.
+
+    Raises:
+      ValueError: the images are smaller than the largest slice.
+      IndexError, DataError: as SliceSource raises them.
+    """
+    if images.shape[1] < source.largest[0] or images.shape[2] < source.largest[1]:
+        raise ValueError(f"slices of up to {source.largest} px do not fit into images of {images.shape[1:]}")
+    facts: list[records.SliceFacts] = []
+
+    def encoded() -> Iterator[bytes]:
+        for number in numbers:
+            data, known = source.encoded(number)
+            facts.append(known)
+            yield data
+
+    try:
+        return codec.decode_into(encoded(), images), facts
+    except (DataError, IndexError):
+        raise
+    except Exception as error:  # the codec raises several kinds, at the slice that it took last
+        raise DataError(f"{source.place(numbers[len(facts) - 1])} is damaged; {REMEDY}") from error
+
+
 class SliceSource:
     """Random access to the decoded slices of a split.
 
@@ -330,43 +371,23 @@ class SliceSource:
     def read_into(
         self, numbers: Sequence[int], images: UInt16[np.ndarray, "batch height width"]
     ) -> tuple[list[tuple[int, int]], list[records.SliceFacts]]:
-        """Decodes slices to the top left of images, one each, with zeros right of them and below.
+        """Decodes slices to the top left of images; see `decode_into`."""
+        return decode_into(self, numbers, images)
 
-        Returns:
-          Height and width of every slice, and its facts for training.
-
-        Raises:
-          ValueError: the images are smaller than the largest slice.
-          IndexError, DataError: as `__getitem__`.
-        """
-        if images.shape[1] < self.largest[0] or images.shape[2] < self.largest[1]:
-            raise ValueError(f"slices of up to {self.largest} px do not fit into images of {images.shape[1:]}")
-        facts: list[records.SliceFacts] = []
-        where = ""
-
-        def encoded() -> Iterator[bytes]:
-            nonlocal where
-            for number in numbers:
-                data, slot, where = self._read(number)
-                try:
-                    one, known = records.training_slice(data, slot)
-                except Exception as error:  # protobuf raises its own kinds
-                    raise DataError(f"{where} is damaged; {REMEDY}") from error
-                largest = abs(known.slope) * 0xFFFF + abs(known.intercept)
-                if not (largest <= LARGEST_VALUE and math.isfinite(known.low) and math.isfinite(known.high)):
-                    raise DataError(
-                        f"{where} has a slope of {known.slope:g}, an intercept of {known.intercept:g} and percentiles of "
-                        f"{known.low:g} and {known.high:g}, which are no measurements; {REMEDY}"
-                    )
-                facts.append(known)
-                yield one
-
+    def encoded(self, number: int) -> tuple[bytes, records.SliceFacts]:
+        """Slice `number` as it is stored, and its facts for training; raises as `__getitem__`."""
+        data, slot, where = self._read(number)
         try:
-            return codec.decode_into(encoded(), images), facts
-        except (DataError, IndexError):
-            raise
-        except Exception as error:  # the codec raises several kinds
+            one, known = records.training_slice(data, slot)
+        except Exception as error:  # protobuf raises its own kinds
             raise DataError(f"{where} is damaged; {REMEDY}") from error
+        largest = abs(known.slope) * 0xFFFF + abs(known.intercept)
+        if not (largest <= LARGEST_VALUE and math.isfinite(known.low) and math.isfinite(known.high)):
+            raise DataError(
+                f"{where} has a slope of {known.slope:g}, an intercept of {known.intercept:g} and percentiles of "
+                f"{known.low:g} and {known.high:g}, which are no measurements; {REMEDY}"
+            )
+        return one, known
 
     def read(self, number: int) -> tuple[bytes, int]:
         """The record that holds slice `number`, and the slice's slot in it; raises as `__getitem__`."""

@@ -35,3 +35,18 @@ def test_shards_without_a_cache_are_a_note_and_a_cache_needs_shards() -> None:
 def test_address_without_a_bucket_is_refused() -> None:
     with pytest.raises(UserError, match="names no bucket; write gs://BUCKET/FOLDER"):
         buckets.shards_of(spec_of("gke", "v5e:4x4", f"{OPTION}=gs:///ct"))
+
+
+def test_folders_of_a_mixture_are_read_below_one_mount() -> None:
+    spec = spec_of("gke", "v5e:4x4", f"{OPTION}=gs://data/a/ct:0.7,gs://data/a/mr/new/:0.3")
+    mount = buckets.shards_of(spec)
+    assert mount is not None and mount[:2] == ("data", "a")
+    assert buckets.argv_of(spec)[-1] == f"{OPTION}={mount.path}/ct:0.7,{mount.path}/mr/new:0.3"
+    spec = spec_of("gke", "v5e:4x4", f"{OPTION}=gs://data/ct:1,gs://data/mr:1")
+    assert buckets.argv_of(spec)[-1] == f"{OPTION}={buckets.PATH}/ct:1,{buckets.PATH}/mr:1"
+
+
+@pytest.mark.parametrize("other", ["gs://others/mr", "/data/mr"])
+def test_mixture_beyond_one_bucket_is_refused(other: str) -> None:
+    with pytest.raises(UserError, match="one bucket is mounted; copy all folders of the mixture to one"):
+        buckets.shards_of(spec_of("gke", "v5e:4x4", f"{OPTION}=gs://data/ct:1,{other}:1"))

@@ -44,6 +44,13 @@ def test_script_passes_shellcheck(tmp_path: Path) -> None:
             {},
             "--config.data.shards=/dev/shm/ct is on the own disk of each machine",
         ),
+        (
+            "gpu:2x8",
+            ("--config.data.shards=/data/mr:1,gs://data/ct:1",),
+            {},
+            "=gs://data/ct is a bucket, which Slurm does not mount",
+        ),
+        ("gpu:2x8", ("--config.data.shards=/data/mr:1,/tmp/ct:1",), {}, "=/tmp/ct is on the own disk of each machine"),
         ("gpu:2x8", (), {"project": "p"}, "--project means nothing with --target=slurm"),
         ("gpu:2x8", (), {"spot": True}, "--spot means nothing"),
     ],

@@ -35,6 +35,15 @@ def test_input_facts_come_from_shards(tiny_shards: Path):
     assert inputs.input_facts(config, 7).examples == 7
 
 
+def test_input_facts_of_a_mixture_follow_its_shares(tiny_shards: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(inputs, "SECONDS", 0.0)
+    monkeypatch.setattr(inputs, "stored_bytes", lambda folder: 100.0 if folder == str(tiny_shards) else 200.0)
+    (tmp_path / "b").symlink_to(tiny_shards)
+    config = configs.load(TINY, [f"--config.data.shards={tiny_shards}:1,{tmp_path / 'b'}:3"])
+    found = inputs.input_facts(config, None)
+    assert (found.examples, found.bytes_per_image) == (96, 175.0)
+
+
 def test_input_facts_without_shards_are_assumed():
     found = inputs.input_facts(configs.load(TINY), None)
     assert (found.examples, found.examples_assumed, found.loader_per_core) == (1_281_167, True, None)
