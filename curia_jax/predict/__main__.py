@@ -192,13 +192,14 @@ def _write(args: argparse.Namespace, model: "Classifier", given: "Input", made: 
             f"{left_out:,} of {len(fates):,} files were left out, {quarantined:,} of them because they cannot be read: "
             f"{parts.left_out_path(output)}"
         )
-    count = made.count(given.series.keys())
+    count, predicted = made.count(given.series.keys())
     if not count:
         raise DataError(f"no slice of --input could be predicted; {parts.left_out_path(output)} says why")
     made.write(given.series.keys(), table.schema(model.head).with_metadata({parts.METADATA: request.encode()}))
-    log.info(f"{output}: {count:,} rows of {len(given.series):,} series")
+    nothing = f"; of {len(given.series) - predicted:,} more no slice is left" if predicted < len(given.series) else ""
+    log.info(f"{output}: {count:,} rows of {predicted:,} series{nothing}")
     cli.write_json(args.json, {
-        "series": len(given.series), "rows": count, "left_out": left_out, "weights": model.digest, "classes": list(model.head.names),
+        "series": predicted, "rows": count, "left_out": left_out, "weights": model.digest, "classes": list(model.head.names),
     })  # fmt: skip
 
 

@@ -90,9 +90,10 @@ class Parts:
         """Outcomes of the files of all parts."""
         return {path: one for part in self._known.values() for path, one in part.files.items()}
 
-    def count(self, wanted: Collection[str]) -> int:
-        """Rows that there are of the wanted exams."""
-        return sum(len(table) for table in self._tables(wanted))
+    def count(self, wanted: Collection[str]) -> tuple[int, int]:
+        """Rows that there are of the wanted exams, and series that have any."""
+        series = [one for table in self._tables(wanted) for one in table["series"].to_pylist()]
+        return len(series), len(set(series))
 
     def write(self, wanted: Collection[str], schema: pa.Schema) -> None:
         """Writes the output from the predictions of the wanted exams."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+import pydicom
 import pytest
 import safetensors.numpy
 import scipy.special
@@ -176,6 +177,17 @@ def test_input_without_any_slice_is_data_error(run, tmp_path) -> None:
         result = run(tmp_path / "in", tmp_path / "found.parquet")
         assert result.code == 65 and "no slice of --input could be predicted; " in result.err
     assert {path.name for path in tmp_path.iterdir()} == {"in", "found.left_out.csv"}
+
+
+def test_series_of_which_no_slice_is_left_are_counted(run, mixed, tmp_path) -> None:
+    for path in (mixed / "b").iterdir():
+        scan = pydicom.dcmread(path)
+        scan.SeriesInstanceUID, scan.SOPInstanceUID = "2.25.7", f"{scan.SOPInstanceUID}.7"
+        scan.PixelData = bytes(len(scan.PixelData))  # slices of one value, beside the broken volume
+        scan.save_as(mixed / f"empty-{path.name}")
+    result = run(mixed, tmp_path / "found.parquet", f"--json={tmp_path / 'found.json'}")
+    assert result.code == 0 and "3 rows of 1 series; of 2 more no slice is left" in result.err
+    assert json.loads((tmp_path / "found.json").read_text())["series"] == 1
 
 
 def test_bag_of_slices_names_the_slice_it_attends_to(run, study, tmp_path) -> None:
