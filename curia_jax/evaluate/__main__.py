@@ -211,10 +211,10 @@ def evaluate(args: argparse.Namespace) -> int:
         named = task in asked.values()
         jobs += suite.jobs(task, Path(args.data), models, settings, cache, protocols=protocols, named=named)
     outcome = runner.run(jobs, output)
-    images = {}
+    images = {job.task: functools.partial(examples.from_task, job.pictures) for job in jobs if job.pictures}
     if dataset:
         from_test = functools.partial(examples.from_shards, dataset.sources[labels.TEST])
-        images = dict.fromkeys([f"{results.SHARDS}{name}" for name in label_names], from_test)
+        images |= dict.fromkeys([f"{results.SHARDS}{name}" for name in label_names], from_test)
     evaluation.write(output, outcome.rows, cli.command(), images)
     cli.write_json(args.json, outcome.rows)
     own = outcome.rows[: outcome.own]

@@ -215,13 +215,13 @@ def _load(path: str) -> _Encoder:
             settings,
             export.step,
             export.examples_seen,
-            lambda: vit.init(config, jax.random.key(1)),
+            lambda: jax.jit(vit.init, static_argnums=0)(config, jax.random.key(1)),
         )
     else:
         model = trained_model.load(path)
         found = _Encoder(
             model.config.encoder, model.params["encoder"], model.augment, model.step, model.examples_seen,
-            lambda: mae.init(model.config, jax.random.key(model.seed + 1))["encoder"],
+            lambda: jax.jit(mae.init, static_argnums=0)(model.config, jax.random.key(model.seed + 1))["encoder"],
         )  # fmt: skip
     if found.config.channels != 1:
         raise UserError(

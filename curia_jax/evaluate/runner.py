@@ -35,6 +35,7 @@ from curia_jax.evaluate.results import (
     to_csv,
 )
 from curia_jax.evaluate.subgroups import Column
+from curia_jax.evaluate.task_data import Picture
 from data_pipeline.format import files
 
 CACHE = "cache"
@@ -77,6 +78,7 @@ class Job:
       key: text that changes with everything that decides the result.
       run: gives the scores and the predictions of the test cases; raises UserError where the task cannot be scored.
       not_run: why it is not run; None if it is.
+      pictures: from numbers of test cases to what the report shows of them; None where they are read otherwise.
     """
 
     task: str
@@ -84,6 +86,7 @@ class Job:
     key: str = ""
     run: Callable[[], tuple[list[Score], pa.Table]] | None = None
     not_run: str | None = None
+    pictures: Callable[[Sequence[int]], Sequence[Picture]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +172,7 @@ def _rows(job: Job, output: Path) -> list[Row]:
         log.info(f"not run: {job.not_run}")
         return rows([NotScored(job.task, job.protocol, NOT_RUN, job.not_run or "")])
     folder = output / job.task
-    done = folder / f"{job.protocol}.json"
+    done = _done(output, job.task, job.protocol)
     key = hashlib.sha256(job.key.encode()).hexdigest()
     if done.is_file():
         try:
@@ -185,6 +188,18 @@ def _rows(job: Job, output: Path) -> list[Row]:
     files.write_table(folder / f"{job.protocol}-predictions.parquet", predictions)
     files.write_text(done, json.dumps({"key": key, "rows": made}, indent=1) + "\n")
     return made
+
+
+def _done(output: Path, task: str, protocol: str) -> Path:
+    return output / task / f"{protocol}.json"
+
+
+def key_of(output: Path, task: str, protocol: str) -> str:
+    """The digest of everything that decided the results of a task that lie in the output folder; empty where none do."""
+    try:
+        return str(json.loads(_done(output, task, protocol).read_text(encoding="utf-8"))["key"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def with_holm(rows: Sequence[Row]) -> list[Row]:

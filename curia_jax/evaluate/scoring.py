@@ -167,13 +167,24 @@ def takes_tokens(task: labels.Task, heads: Sequence[str]) -> bool:
 
 def _learners(task: labels.Task, heads: Sequence[str]) -> list[str]:
     """Those of the heads that learn what the label is."""
-    kind, able = "a class", OF_CLASSES
-    if task.is_time or task.is_value:
-        kind, able = ("a time to an event", OF_TIMES) if task.is_time else ("a value", OF_VALUES)
-    chosen = [head for head in heads if head in able]
-    if not chosen:
-        raise UserError(f"{task.name} is {kind}, which {', '.join(able)} can learn; name one in --heads")
-    return chosen
+    if reason := obstacle(heads, is_value=task.is_value, is_time=task.is_time):
+        raise UserError(f"{task.name} is {reason}")
+    return [head for head in heads if head in _able(is_value=task.is_value, is_time=task.is_time)[1]]
+
+
+def obstacle(heads: Sequence[str], *, is_value: bool, is_time: bool) -> str | None:
+    """Why none of the heads learns a kind of label; None if one does."""
+    kind, able = _able(is_value=is_value, is_time=is_time)
+    if set(able) & set(heads):
+        return None
+    return f"{kind}, which {', '.join(able)} can learn; name one in --heads"
+
+
+def _able(*, is_value: bool, is_time: bool) -> tuple[str, tuple[str, ...]]:
+    """What a label is, in words, and the heads that learn it."""
+    if is_time:
+        return "a time to an event", OF_TIMES
+    return ("a value", OF_VALUES) if is_value else ("a class", OF_CLASSES)
 
 
 def _learning(

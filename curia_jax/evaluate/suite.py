@@ -16,8 +16,8 @@ from curia_jax.evaluate import corpus, features, labels, official_protocol, runn
 from curia_jax.evaluate.cache import gather
 from curia_jax.evaluate.results import CLINICAL, Score
 from curia_jax.evaluate.subgroups import Column
-from curia_jax.evaluate.task_data import MOST_SLICES, Files, TaskImages
-from curia_jax.evaluate.tasks import Task
+from curia_jax.evaluate.task_data import MOST_SLICES, Files, Picture, TaskImages
+from curia_jax.evaluate.tasks import TIME, VALUE, Task
 from curia_jax.evaluate.tokens import Tokens
 
 OURS, OFFICIAL = "ours", official_protocol.NAME
@@ -45,6 +45,10 @@ class TaskData:
         splits = self.cases.splits.items()
         return {split: TaskImages(self.task, self.files, split) for split, part in splits if len(part.slices)}
 
+    def test_pictures(self, rows: Sequence[int]) -> list[Picture]:
+        """See `TaskImages.of_rows`."""
+        return TaskImages(self.task, self.files, labels.TEST).of_rows(rows)
+
 
 def jobs(
     task: Task,
@@ -64,7 +68,10 @@ def jobs(
       cache: folder of features.
       named: the user asked for this very task, so that it fails without data; otherwise it is not run.
     """
-    reasons = {OURS: task.not_run, OFFICIAL: task.not_run or official_protocol.obstacle(task)}
+    without_head = scoring.obstacle(settings.heads, is_value=task.target == VALUE, is_time=task.target == TIME)
+    # Of a whole suite, the tasks that the heads of the command do not learn are left out.
+    left_out = None if named or without_head is None else f"its target is {without_head}"
+    reasons = {OURS: task.not_run or left_out, OFFICIAL: task.not_run or official_protocol.obstacle(task)}
     not_run = [
         runner.Job(task.name, protocol, not_run=reasons[protocol]) for protocol in protocols if reasons[protocol]
     ]
@@ -130,7 +137,7 @@ def _ours(read: TaskData, models: Sequence[features.Backbone], settings: runner.
         curia_common.__version__, OURS, dataclasses.asdict(task), files.sha256,
         [(model.name, model.digest) for model in models], dataclasses.asdict(settings),
     ]  # fmt: skip
-    return runner.Job(task.name, OURS, json.dumps(decides), run)
+    return runner.Job(task.name, OURS, json.dumps(decides), run, pictures=read.test_pictures)
 
 
 def _groups(task: Task, files: task_data.Files, columns: Sequence[Column]) -> dict[str, Shaped[np.ndarray, " rows"]]:
@@ -162,7 +169,7 @@ def _official(
         [(model.name, model.digest) for model in models], settings.draws, settings.seed,
         [dataclasses.asdict(one) for one in settings.corpora],
     ]  # fmt: skip
-    return runner.Job(task.name, OFFICIAL, json.dumps(decides), run)
+    return runner.Job(task.name, OFFICIAL, json.dumps(decides), run, pictures=read.test_pictures)
 
 
 def _noted(

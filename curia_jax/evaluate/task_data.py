@@ -369,6 +369,13 @@ class TaskImages:
         if waiting:
             yield _batch(waiting, pool.take())
 
+    def of_rows(self, rows: Sequence[int]) -> list[Picture]:
+        """One slice of each of these rows, in their order: of a volume the middle one of those that features come from."""
+        by_row: dict[int, list[Picture]] = {}
+        for picture in self._pictures(set(rows)):
+            by_row.setdefault(picture.number // MOST_SLICES, []).append(picture)
+        return [by_row[row][len(by_row[row]) // 2] for row in rows]
+
     def _pictures(self, rows: set[int] | None = None) -> Iterator[Picture]:
         """The slices of the split's rows, or of some of them.
 

@@ -4,17 +4,20 @@ Neither paths of exams, patients nor series are shown.
 """
 
 import datetime
+import functools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from matplotlib.figure import Figure
 
 import curia_common
 from curia_common import source
 from curia_common.errors import DataError
+from curia_jax.evaluate import runner
 from curia_jax.evaluate.preparation import Preparation
 from curia_jax.evaluate.results import ALL_LABELS, MAJORITY, OK, Provenance, Row, Score
 from curia_jax.report import comparison, curves, examples, few_labels, page
@@ -40,29 +43,15 @@ def write(output: Path, rows: Sequence[Row], command: str, images: Mapping[str, 
     scores = [score for score in everything if score.study.subgroup is None]
     not_scored = [row for row in rows if row["status"] != OK]
     comparisons = comparison.compare(scores)
-    pictures = output / PICTURES
-    pictures.mkdir(exist_ok=True)
+    (output / PICTURES).mkdir(exist_ok=True)
     parts = [_tables(found) for found in comparisons]
     parts.append(_not_scored(not_scored))
     studies = dict.fromkeys((score.study.task, score.study.protocol) for score in scores)
     for task, protocol in studies:
         own = [s for s in scores if (s.study.task, s.study.protocol) == (task, protocol)]
-        predictions = _predictions(output, own)
-        name = f"{task.replace('/', '-')}-{protocol}"
-        sources = {}
-        if predictions:
-            sources["curves"] = page.embed(curves.task_figure(predictions), pictures / f"{name}.png")
-        if predictions and task in images:
-            chosen = examples.choose(next(iter(predictions.values())), images[task])
-            sources["examples"] = page.embed(examples.figure(chosen), pictures / f"{name}-examples.png")
-        few = few_labels.curve(own)
-        if few:
-            drawn = few_labels.figure(few, METRICS.get(few.metric, few.metric))
-            sources["few labels"] = page.embed(drawn, pictures / f"{name}-few-labels.png")
-        parts.append(_task(own, sources))
         groups = [s for s in everything if s.study.subgroup and (s.study.task, s.study.protocol) == (task, protocol)]
+        parts.append(_task(own, _pictures(output, own, images.get(task))))
         parts.append(_subgroups(own, groups))
-        parts.append(_few_labels(few) if few else "")
     parts.append(_provenance(scores, command))
     now = datetime.datetime.now().astimezone()
     tasks = page.count(len({task for task, _ in studies}), "task")
@@ -73,6 +62,34 @@ def write(output: Path, rows: Sequence[Row], command: str, images: Mapping[str, 
     )
     (output / REPORT).write_text(page.page("Frozen features, task by task", lead, parts, footer), encoding="utf-8")
     (output / LATEX).write_text(comparison.latex(comparisons), encoding="utf-8")
+
+
+def _pictures(output: Path, scores: Sequence[Score], images: examples.Images | None) -> dict[str, str]:
+    """The sources of the pictures of a task by one protocol; those whose results have not changed are not drawn again."""
+    study = scores[0].study
+    name = f"{study.task.replace('/', '-')}-{study.protocol}"
+    made_from = runner.key_of(output, study.task, study.protocol)
+    key = f"{made_from} {source.describe()} {images is not None}" if made_from else ""
+    found = {}
+
+    def draw(kind: str, suffix: str, figure: Callable[[], Figure]) -> None:
+        found[kind] = page.draw_once(output / PICTURES / f"{name}{suffix}.png", key, figure)
+
+    @functools.cache
+    def predictions() -> Mapping[str, curves.Predictions]:
+        return _predictions(output, scores)
+
+    if study.classes:
+        draw("curves", "", lambda: curves.task_figure(predictions()))
+        if images is not None:
+            draw(
+                "examples",
+                "-examples",
+                lambda: examples.figure(examples.choose(next(iter(predictions().values())), images)),
+            )
+    if few := few_labels.curve(scores):
+        draw("few labels", "-few-labels", lambda: few_labels.figure(few, METRICS.get(few.metric, few.metric)))
+    return found
 
 
 def _tables(found: Comparison) -> str:
@@ -125,8 +142,8 @@ def _task(scores: Sequence[Score], images: Mapping[str, str]) -> str:
         parts.append(page.figure(images["curves"], caption, f"ROC, reliability and confusion of {study.title}"))
     if "examples" in images:
         caption = (
-            "Test cases that the first backbone got right and wrong: those it was surest of, one of each patient. CT in a reading window, "
-            "other slices between their 0.5 and 99.5 percentile."
+            "Test cases that the first backbone got right and wrong: those it was surest of, one of each patient, with the outline of the mask. "
+            "CT in a reading window, other slices between their 0.5 and 99.5 percentile."
         )
         parts.append(page.figure(images["examples"], caption, f"right and wrong cases of {study.title}"))
     # Of heads that learned from few labels, seed by seed, results.json has the rows.
@@ -139,6 +156,8 @@ def _task(scores: Sequence[Score], images: Mapping[str, str]) -> str:
             "smallest to the largest value. Every backbone with the head that was chosen with all labels."
         )
         parts.append(page.figure(images["few labels"], caption, f"few labels of {study.title}"))
+    if few := few_labels.curve(scores):
+        parts.append(_few_labels(few))
     return "".join(parts)
 
 

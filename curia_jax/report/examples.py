@@ -5,13 +5,14 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from matplotlib.figure import Figure
 
 from curia_common import windows
+from curia_jax.evaluate.task_data import Picture
 from curia_jax.report import pictures
 from curia_jax.report.curves import Predictions
-from curia_jax.report.style import SOFT, STYLE, WIDTH
+from curia_jax.report.style import OURS, SOFT, STYLE, WIDTH
 from data_pipeline.format.shards import SliceSource
 
 EACH = 4  # right ones and wrong ones
@@ -19,10 +20,11 @@ LONGEST = 14  # characters of a class
 
 
 class Image(NamedTuple):
-    """A slice in real units, and the window to show it in."""
+    """A slice in real units, the window to show it in, and the mask that the task is about, if it has one."""
 
     pixels: Float[np.ndarray, "height width"]
     window: windows.Window
+    mask: Bool[np.ndarray, "height width"] | None = None
 
 
 Images = Callable[[Sequence[int]], Sequence[Image]]  # from numbers of slices in the test split
@@ -41,6 +43,14 @@ def from_shards(source: SliceSource, numbers: Sequence[int]) -> list[Image]:
     """Slices of a split."""
     slices = [source[number] for number in numbers]
     return [Image(one.real, pictures.display_window(one, one.real)) for one in slices]
+
+
+def from_task(read: Callable[[Sequence[int]], Sequence[Picture]], numbers: Sequence[int]) -> list[Image]:
+    """Rows of the test split of a task in the published schema; of a volume, its middle slice."""
+    return [
+        Image(one.values, pictures.range_window(one.values) if not one.hu else windows.window_for(one.values), one.mask)
+        for one in read(numbers)
+    ]
 
 
 def choose(p: Predictions, images: Images, each: int = EACH) -> tuple[list[Example], list[Example]]:
@@ -81,6 +91,8 @@ def figure(examples: tuple[Sequence[Example], Sequence[Example]]) -> Figure:
             for column, case in enumerate(cases):
                 axes, window = made.axes[row * EACH + column], case.image.window
                 axes.imshow(case.image.pixels, cmap="gray", vmin=window.low, vmax=window.high, interpolation="nearest")
+                if case.image.mask is not None:
+                    axes.contour(case.image.mask, levels=[0.5], colors=[OURS], linewidths=0.8)
                 said = f"{word}: {_short(case.truth)}"
                 not_this = "" if row == 0 else f"\nnot {_short(case.predicted)}"
                 axes.set_title(f"{said}{not_this} {case.probability:.2f}", fontsize=8)

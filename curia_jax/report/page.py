@@ -6,11 +6,12 @@ Texts are escaped where they enter; functions return HTML. Nothing is loaded fro
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from etils import epath
+from PIL import Image
 
 from curia_jax import storage
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DOTS_PER_INCH = 190
+_KEY = "Key"  # of a PNG's texts: what a picture was drawn from
 
 
 def page(title: str, lead: str, sections: Sequence[str], footer: str) -> str:
@@ -44,12 +46,26 @@ def page(title: str, lead: str, sections: Sequence[str], footer: str) -> str:
 """
 
 
-def embed(figure: "Figure", path: Path) -> str:
-    """Writes a figure as PNG to `path` and returns it as the source of an <img>."""
+def embed(figure: "Figure", path: Path, key: str = "") -> str:
+    """Writes a figure as PNG to `path` and returns it as the source of an <img>; `key` is kept in the file."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None} | ({_KEY: key} if key else {}))
     path.write_bytes(buffer.getvalue())
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return _source(buffer.getvalue())
+
+
+def draw_once(path: Path, key: str, draw: Callable[[], "Figure"]) -> str:
+    """As `embed`; a picture that lies there with the same key is used again. An empty key draws anew."""
+    try:
+        if key and Image.open(path).info.get(_KEY) == key:
+            return _source(path.read_bytes())
+    except OSError:  # no file, or one that is damaged
+        pass
+    return embed(draw(), path, key)
+
+
+def _source(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
 def figure(source: str, caption: str, alternative: str) -> str:

@@ -175,7 +175,16 @@ def display_window(one: DecodedSlice, real: Float[np.ndarray, "height width"]) -
     """
     if one.facts.hu:
         return windows.window_for(real, one.body_part)
-    low, high = one.facts.low, one.facts.high
+    return _between(one.facts.low, one.facts.high)
+
+
+def range_window(real: Float[np.ndarray, "height width"]) -> windows.Window:
+    """The range between the 0.5 and 99.5 percentile of a slice."""
+    low, high = np.percentile(real, (0.5, 99.5))
+    return _between(float(low), float(high))
+
+
+def _between(low: float, high: float) -> windows.Window:
     return windows.Window("0.5 to 99.5 percentile", (low + high) / 2, high - low)
 
 

@@ -60,6 +60,7 @@ def test_suite_scores_tasks_with_data_and_says_why_the_others_are_not_run(study,
     assert by_status["ok"] == {"ich", "kits", "luna16-3D"} and not by_status["failed"]
     reasons = {row["task"]: row["reason"] for row in rows if row["status"] == "not_run"}
     assert "dense features" in reasons["registration"]
+    assert reasons["tcia-survival"] == "its target is a time to an event, which cox can learn; name one in --heads"
     assert "has no data of oasis; get it from: Hugging Face: raidium/CuriaBench, config oasis" in reasons["oasis"]
 
     def auroc(task: str, backbone: str) -> dict:
@@ -74,6 +75,9 @@ def test_suite_scores_tasks_with_data_and_says_why_the_others_are_not_run(study,
     kits = auroc("kits", "pixels")
     assert (kits["n"], kits["unit"], kits["groups"]) == (4, "series", "series (patients unknown)")
     assert auroc("luna16-3D", "pixels")["n"] == 12
+    # The report shows cases of every task.
+    page = (tmp_path / "report.html").read_text()
+    assert all(f'alt="right and wrong cases of {task}"' in page for task in ("ich", "kits", "luna16-3D"))
     assert "done before" not in capsys.readouterr().err
 
     before = (tmp_path / "results.json").read_bytes()

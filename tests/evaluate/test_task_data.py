@@ -289,3 +289,12 @@ def test_value_that_is_no_number_is_refused(tmp_path) -> None:
     splits["train"][3]["target"] = float("nan")
     with pytest.raises(DataError, match="the target of row 3 of train is nan, which is not a number"):
         task_data.read_cases(AGE, opened(tmp_path, AGE, splits))
+
+
+def test_of_rows_gives_the_middle_slice_of_each_row_in_order(tmp_path) -> None:
+    splits = published.task(slices=5)
+    images = TaskImages(VOLUME, opened(tmp_path, VOLUME, splits), "test")
+    found = images.of_rows([7, 2])
+    for picture, row in zip(found, (7, 2), strict=True):
+        np.testing.assert_array_equal(picture.values, splits["test"][row]["image"][..., 2])
+        assert picture.number == row * MOST_SLICES + 2 and picture.mask is None

@@ -138,6 +138,10 @@ def test_missing_predictions_are_named_with_the_remedy(output: Path) -> None:
 def test_page_shows_few_labels_with_their_spread_and_subgroups_with_their_n(output: Path) -> None:
     evaluation.write(output, [*results(), *few_labels_and_groups()], COMMAND, {})
     text = (output / "report.html").read_text(encoding="utf-8")
+    # The table of the picture follows it, before the subgroups.
+    assert (
+        text.index("few labels of lesion") < text.index("mean over the seeds [smallest") < text.index("in subgroups of")
+    )
     assert (output / "report_pictures/shards-lesion-ours-few-labels.png").is_file() and "few labels of lesion" in text
     # Mean and ends over three seeds of run, then of pixels; 50 % has two seeds alone.
     line = re.search(r"<tr><td>10 %</td>.*?</tr>", text)

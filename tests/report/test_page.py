@@ -64,6 +64,26 @@ def test_embedded_picture_is_that_on_disk_and_always_the_same(tmp_path: Path) ->
     assert base64.b64decode(data) == (tmp_path / "a.png").read_bytes()
 
 
+def test_picture_is_drawn_again_only_with_another_key_or_when_damaged(tmp_path: Path) -> None:
+    drawn = []
+
+    def draw() -> matplotlib.figure.Figure:
+        drawn.append(1)
+        return matplotlib.figure.Figure(figsize=(1, 1))
+
+    path = tmp_path / "a.png"
+    first = page.draw_once(path, "results 1", draw)
+    assert page.draw_once(path, "results 1", draw) == first and len(drawn) == 1
+    page.draw_once(path, "results 2", draw)
+    page.draw_once(path, "", draw)
+    page.draw_once(path, "", draw)
+    assert len(drawn) == 4
+    page.draw_once(path, "results 2", draw)
+    path.write_bytes(path.read_bytes()[:20])
+    assert page.draw_once(path, "results 2", draw) == page.draw_once(path, "results 2", draw)
+    assert len(drawn) == 6
+
+
 @pytest.mark.parametrize(("number", "text"), [(0, "0 slices"), (1, "1 slice"), (2000, "2,000 slices")])
 def test_count_has_plural_and_thousands(number: int, text: str) -> None:
     assert page.count(number, "slice") == text
