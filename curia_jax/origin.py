@@ -9,7 +9,7 @@ import ml_collections
 
 from curia_common import logs
 from curia_common.errors import DataError, UserError
-from curia_jax import checkpoint, saving, storage, trained_model
+from curia_jax import checkpoint, saving, storage, trained_model, workdir
 from curia_jax import config as configs
 from curia_jax.convert import reading
 from curia_jax.models.params import Params
@@ -20,9 +20,10 @@ SCRATCH = "none"  # what a user names for random weights
 _CHECKED = ("model.", "augment.hu_window", "augment.image_mean", "augment.image_std")
 # Fields of the encoder and of the preparation of pixels that a fine-tuning takes over from its origin.
 _OF_ENCODER = (
-    *(f"model.{name}" for name in ("size", *configs.DIMENSIONS, "image_size", "patch_size", "channels", "activation", "unroll")),
+    *(f"model.{name}" for name in ("size", *configs.DIMENSIONS, "patch_size", "channels", "activation", "unroll")),
     *(f"augment.{name}" for name in ("hu_window", "image_mean", "image_std", "resample")),
 )  # fmt: skip
+_IMAGE_SIZE = "model.image_size"
 _NEW = "choose another --workdir for a new run"
 
 
@@ -57,16 +58,16 @@ def _read(place: str, step: int | None = None) -> _Weights:
             "model.size": configs.CUSTOM, "model.width": encoder.width, "model.depth": encoder.depth,
             "model.heads": encoder.heads, "model.mlp_width": encoder.mlp_width, "model.image_size": encoder.image_size,
             "model.patch_size": encoder.patch_size, "model.channels": encoder.channels,
-            "model.activation": encoder.activation, "model.unroll": 1,
+            "model.activation": encoder.activation, "model.unroll": encoder.depth,
             **{f"augment.{name}": recipe[name] for name in ("hu_window", "image_mean", "image_std", "resample")},
         }  # fmt: skip
         fields["augment.hu_window"] = tuple(fields["augment.hu_window"])
         return _Weights({"encoder": export.params}, fields, export.step, export.examples_seen, place)
+    if step is None and (selected := workdir.selected(place)) is not None:
+        step = selected.step
     loaded = checkpoint.load(place, step)
     fields = configs.flatten(configs.from_checkpoint(loaded.config))
-    params = loaded.params
-    if "head" in params:
-        params = {"encoder": trained_model.load(place, step).params["encoder"]}
+    params = trained_model.load(place, step).params if "head" in loaded.params else loaded.params
     return _Weights(params, fields, loaded.step, loaded.examples_seen, loaded.path)
 
 
@@ -99,7 +100,7 @@ def adopt(
     config: ml_collections.ConfigDict, overrides: Sequence[str], place: str | None, resumed: Mapping[str, Any] | None
 ) -> None:
     """Takes the shape of the encoder and the preparation of pixels over from the weights that a run starts from, or from the
-    checkpoint that it resumes: fields that neither the config file nor the command line has changed.
+    checkpoint that it resumes; but for fields on the command line, and an image size that is not the default, which may be another.
 
     Args:
       config: is changed.
@@ -111,15 +112,15 @@ def adopt(
     """
     if resumed is not None:
         found = configs.flatten(configs.from_checkpoint(resumed))
-    elif place in (None, SCRATCH):
+    elif place is None or place == SCRATCH:
         return
     else:
         found = _read(place).config
-    defaults = configs.flatten(configs.load("base"))
     typed = {word.removeprefix("--config.").partition("=")[0] for word in overrides}
-    now = configs.flatten(config)
-    for name in _OF_ENCODER:
-        if name in found and name not in typed and now[name] == defaults[name]:
+    model: Any = config.model
+    same_size = model.image_size == configs.flatten(configs.load("base"))[_IMAGE_SIZE]
+    for name in (*_OF_ENCODER, *([_IMAGE_SIZE] if same_size else [])):
+        if name in found and name not in typed:
             group, _, field = name.partition(".")
             config[group][field] = found[name]
 

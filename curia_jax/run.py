@@ -180,6 +180,7 @@ class Outcome:
 
 def prepare(
     config: ml_collections.ConfigDict, workdir: str, open_examples: OpenExamples, start_from: str | None = None,
+    *, complete: Callable[[ml_collections.ConfigDict, checkpoint.Meta | None], None] = lambda config, meta: None,
 ) -> Run:  # fmt: skip
     """Checks the settings, sets up the devices, opens the examples and finds the newest checkpoint. Writes nothing.
 
@@ -187,6 +188,8 @@ def prepare(
       open_examples: such as `open_shards`.
       start_from: a run, checkpoint or export whose weights a new run starts from, instead of random ones. A run that is resumed
         has them.
+      complete: changes fields of the config that follow from the weights or from the checkpoint that is resumed, once the
+        devices are set up.
 
     Raises:
       UserError: a setting is wrong, or does not fit the devices or the examples.
@@ -203,7 +206,8 @@ def prepare(
     step, meta = checkpoint.latest(workdir) or (0, None)
     if meta is None:
         workdirs.check_new(workdir)
-    plain = json.loads(config.to_json_best_effort())
+    complete(config, meta)
+    settings, plain = Settings.of(config), json.loads(config.to_json_best_effort())
     origin = origins.find(start_from, plain, resumed=meta)
     examples = open_examples(settings, meta)
     plain |= examples.described

@@ -81,12 +81,17 @@ def files(folder: epath.Path, prefix: str = "") -> Iterator[File]:
 
 
 def write_text(path: epath.Path, text: str) -> None:
+    """Replaces a file in one step."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: epath.Path, content: bytes) -> None:
     """Replaces a file in one step: by a rename, in a bucket by its nature."""
     if is_bucket(path):
-        path.write_text(text)
+        path.write_bytes(content)
         return
     beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text)
+    beside.write_bytes(content)
     beside.replace(path)
 
 

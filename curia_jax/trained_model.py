@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from curia_common.errors import DataError
-from curia_jax import checkpoint, json_records
+from curia_jax import checkpoint, json_records, workdir
 from curia_jax import config as configs
 from curia_jax.models import head as heads
 from curia_jax.models import lora, mae, vit
@@ -76,12 +76,14 @@ def load(path: str | Path, step: int | None = None) -> TrainedModel:
 
     Args:
       path: a work directory, its `checkpoints` folder, or the folder of a step.
-      step: the newest unless given.
+      step: unless given the newest, or of the work directory of a finished fine-tuned run the one that was chosen.
 
     Raises:
       UserError: there is no finished checkpoint, or not of this step.
       DataError: the config names no model of this version, or its weights are of another model.
     """
+    if step is None and (selected := workdir.selected(path)) is not None:
+        step = selected.step
     loaded = checkpoint.load(path, step)
     config: Any = configs.from_checkpoint(loaded.config)  # its fields have no static types
     known = {*config, *configs.flatten(config)}

@@ -1,10 +1,15 @@
-"""The work directory of a run: checks whether it can be used, and whether it is new."""
+"""The work directory of a run: checks whether it can be used, and whether it is new; which of its steps counts."""
+
+from pathlib import Path
+from typing import NamedTuple
 
 from curia_common import launching, logs
 from curia_common.errors import DataError, UserError
-from curia_jax import checkpoint, goodput, lease, profiling, storage, telemetry
+from curia_jax import checkpoint, goodput, json_records, lease, profiling, storage, telemetry
 
 CONFIG = "config.json"
+SELECTED = "selected.json"  # of a fine-tuned run that has finished
+CACHE = "cache"  # decoded images of a fine-tuned run's task
 # What a run may have left that was killed before it wrote its config.
 OWN_FILES = {
     checkpoint.FOLDER,
@@ -17,6 +22,7 @@ OWN_FILES = {
     profiling.FOLDER,
     profiling.REQUEST,
     launching.RECORDS,
+    CACHE,
 }
 APPENDED = (telemetry.METRICS, telemetry.EVENTS, goodput.LEDGER)  # by the first host of every start
 
@@ -53,3 +59,31 @@ def check_new(workdir: str) -> None:
 def saved_steps(workdir: str) -> tuple[int, ...]:
     """Steps of the checkpoints that were finished, whole or not."""
     return tuple(checkpoint.finished_steps(storage.root(workdir) / checkpoint.FOLDER))
+
+
+class Selected(NamedTuple):
+    """The checkpoint that was chosen on the validation split.
+
+    Attributes:
+      validation_loss: of its weights.
+      key: changes with everything that decides the results of the test split.
+    """
+
+    step: int
+    validation_loss: float
+    key: str = ""
+
+
+def selected(workdir: str | Path) -> Selected | None:
+    """What a finished fine-tuned run has chosen; None for other runs.
+
+    Raises:
+      DataError: the file that says so is damaged.
+    """
+    path = storage.root(workdir) / SELECTED
+    if not path.exists():
+        return None
+    try:
+        return json_records.record(Selected, json_records.loads(path.read_bytes()))
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}); rerun curia_jax.finetune, which writes it again") from error

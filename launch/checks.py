@@ -187,7 +187,8 @@ def _check_workdir(spec: LaunchSpec, workdir: str, fields: Mapping[str, Any]) ->
             f"{path} is damaged ({error}); choose another --workdir, or delete that file to resume"
         ) from error
     now = json.loads(json.dumps(fields))  # tuples as lists, as they were written
-    other = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name) and not name.startswith(_FREE)]
+    free = (*_FREE, *COMMANDS[spec.command].fills)
+    other = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name) and not name.startswith(free)]
     if other:
         changes = ", ".join(f"{name} {then.get(name)!r} -> {now.get(name)!r}" for name in other[:3])
         more = f" and {len(other) - 3} more" if len(other) > 3 else ""

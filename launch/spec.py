@@ -25,17 +25,25 @@ class Command:
       module: as `python -m` takes it.
       many_hosts: runs on all hosts of a pod together, and resumes.
       has_fields: prints every field of its config with --fields.
+      fills: beginnings of the names of fields that it fills in itself, from the weights and the data that it is given.
       on_beam: hands its work to Apache Beam with --runner=beam.
     """
 
     module: str
     many_hosts: bool
     has_fields: bool = False
+    fills: tuple[str, ...] = ()
     on_beam: bool = False
 
 
 COMMANDS = {
     "pretrain": Command("curia_jax.pretrain", many_hosts=True, has_fields=True),
+    "finetune": Command(
+        "curia_jax.finetune",
+        many_hosts=True,
+        has_fields=True,
+        fills=("head.", "task.", "model.", "augment.", "seed", "keep_best"),
+    ),
     "convert": Command("curia_jax.convert", many_hosts=False),
     "predict": Command("curia_jax.predict", many_hosts=False),
     "evaluate": Command("curia_jax.evaluate", many_hosts=False),

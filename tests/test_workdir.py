@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from curia_common.errors import UserError
+from curia_common.errors import DataError, UserError
 from curia_jax import storage, workdir
 
 
@@ -30,3 +30,12 @@ def test_place_in_a_bucket_that_others_use_is_no_new_work_directory(bucket: str)
         workdir.check_new(bucket)
     (storage.root(bucket) / workdir.CONFIG).write_text("{}")
     workdir.check_new(bucket)
+
+
+def test_selected_step_is_read_from_its_file_alone(tmp_path: Path) -> None:
+    assert workdir.selected(tmp_path) is None
+    (tmp_path / workdir.SELECTED).write_text('{"step": 7, "validation_loss": 0.25, "key": "ab"}')
+    assert workdir.selected(str(tmp_path)) == (7, 0.25, "ab")
+    (tmp_path / workdir.SELECTED).write_text('{"step": "seven"}')
+    with pytest.raises(DataError, match="selected.json is damaged .*; rerun curia_jax.finetune, which writes it again"):
+        workdir.selected(tmp_path)

@@ -80,6 +80,10 @@ def parser() -> cli.Parser:
         "open_clip:NAME@TAG, package.module:function; the first is compared with the others",
     )  # fmt: skip
     made.add_argument(
+        "--finetuned", metavar="RUN,…", help="finished work directories of curia_jax.finetune, whose results are listed beside those of "
+        "frozen features; on the same data"
+    )  # fmt: skip
+    made.add_argument(
         "--floors", default="random,pixels,histogram", help="what every backbone is compared with (%(default)s)"
     )
     made.add_argument("--output", metavar="DIR", help="folder of the results")
@@ -136,6 +140,7 @@ def evaluate(args: argparse.Namespace) -> int:
         backbones,
         corpus,
         features,
+        finetuned,
         labels,
         official_protocol,
         results,
@@ -176,6 +181,7 @@ def evaluate(args: argparse.Namespace) -> int:
     given = _words("backbones", args.backbones)
     backbones.check(given)
 
+    tuned = [finetuned.read(place) for place in _words("finetuned", args.finetuned)] if args.finetuned else []
     corpora = tuple(map(corpus.Corpus.open, _words("corpus", args.corpus))) if args.corpus else ()
 
     # ---- labels, before weights: they are quick to read and often what is wrong
@@ -210,7 +216,8 @@ def evaluate(args: argparse.Namespace) -> int:
     for task in (*asked.values(), *(task for task in of_suite if task.name not in words)):
         named = task in asked.values()
         jobs += suite.jobs(task, Path(args.data), models, settings, cache, protocols=protocols, named=named)
-    outcome = runner.run(jobs, output)
+    finetuned.check_names(tuned, [job.task for job in jobs])
+    outcome = runner.run([finetuned.beside(job, tuned) for job in jobs], output)
     images = {job.task: functools.partial(examples.from_task, job.pictures) for job in jobs if job.pictures}
     if dataset:
         from_test = functools.partial(examples.from_shards, dataset.sources[labels.TEST])

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from etils import epath
+
 from curia_common.errors import DataError, UserError
 from curia_jax import json_records
 
@@ -294,7 +296,7 @@ def read(path: str | Path) -> list[Score]:
         ) from error
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path | epath.Path) -> list[Row]:
     """All rows of a file, as they are.
 
     Raises:

@@ -41,8 +41,8 @@ class Cases:
     Attributes:
       targets: class numbers, values or times.
       patients, series: of each case.
-      slices: of each case, its index in the test split; the middle slice of a series.
-      case: index of the case of each test slice.
+      slices: of each case, its index in the split; the middle slice of a series.
+      case: index of the case of each labelled slice.
     """
 
     targets: Int[np.ndarray, " n"] | Float[np.ndarray, " n"] | Times
@@ -52,26 +52,26 @@ class Cases:
     case: Int[np.ndarray, " slices"]
 
     @classmethod
-    def of(cls, task: labels.Task, unit: str) -> "Cases":
-        """The test cases of a task; `unit` is "slice" or "series".
+    def of(cls, task: labels.Task, unit: str, split: str = labels.TEST) -> "Cases":
+        """The cases of a split of a task; `unit` is "slice" or "series".
 
         Raises:
           UserError: slices of one series differ in their label.
         """
-        test = task.splits[labels.TEST]
-        targets = task.targets(labels.TEST)
+        found = task.splits[split]
+        targets = task.targets(split)
         if unit == "slice":
-            return cls(targets, test.patients, test.series, test.slices, np.arange(len(targets)))
-        series, first, case = np.unique(test.series, return_index=True, return_inverse=True)
-        mixed = np.flatnonzero(test.names != test.names[first][case])
+            return cls(targets, found.patients, found.series, found.slices, np.arange(len(targets)))
+        series, first, case = np.unique(found.series, return_index=True, return_inverse=True)
+        mixed = np.flatnonzero(found.names != found.names[first][case])
         if len(mixed):
             raise UserError(
-                f"slices of series {test.series[mixed[0]]} have different values of {task.name!r}, so that the series "
+                f"slices of series {found.series[mixed[0]]} have different values of {task.name!r}, so that the series "
                 "has no single one; score it with --cases=slice"
             )
         members = [np.flatnonzero(case == number) for number in range(len(series))]
-        middle = np.array([test.slices[of_series[len(of_series) // 2]] for of_series in members])
-        return cls(targets[first], test.patients[first], series, middle, case)
+        middle = np.array([found.slices[of_series[len(of_series) // 2]] for of_series in members])
+        return cls(targets[first], found.patients[first], series, middle, case)
 
     def restricted(self, inside: Bool[np.ndarray, " n"]) -> "Cases":
         """Some of the cases; `case` has no meaning in the result."""
@@ -281,7 +281,7 @@ def _score_once(
     floor = MAJORITY, "none"
     predicted.scores[floor] = predicted.decided[floor] = probes.floor(learned, len(cases.targets))
 
-    return measure(study, cases, bootstrap, predicted, backbones, heads, _metrics(cases, study.classes)), predicted
+    return measure(study, cases, bootstrap, predicted, backbones, heads, metrics_of(cases, study.classes)), predicted
 
 
 def study_of(
@@ -357,7 +357,7 @@ def _by_group(
                 subgroup=f"{column}={name}",
             )
             shown = Predictions(scores, decided, predicted.fits)
-            of_metrics = _metrics(own, task.classes)
+            of_metrics = metrics_of(own, task.classes)
             draws = _draws(own, bootstrap.restricted(inside), shown, of_metrics)
             for of in scores:
                 results += _measure(of_group, own, bootstrap.restricted(inside), shown, of, None, of_metrics, draws)
@@ -374,7 +374,8 @@ def _events(task: labels.Task, targets: Int[np.ndarray, " n"] | Float[np.ndarray
     return _positive(targets) if isinstance(targets, Times) or len(task.classes) == 2 else None
 
 
-def _metrics(cases: Cases, classes: Sequence[str]) -> Mapping[str, metrics.Metric]:
+def metrics_of(cases: Cases, classes: Sequence[str]) -> Mapping[str, metrics.Metric]:
+    """The metrics of classes, values or times, by name."""
     if isinstance(cases.targets, Times):
         return metrics.TIME_METRICS
     return metrics.METRICS if classes else metrics.VALUE_METRICS

@@ -179,11 +179,11 @@ def choose_and_predict(
     if not isinstance(targets, Classes):
         return Prediction(scores_of_best, np.ones(outputs), chosen, loss, float("nan"))
     area = float(metrics.auroc(targets.labels, held_scores, np.ones((1, len(targets))))[0])
-    decided = (targets, held_scores) if bank.units is None else _by_unit(targets, held_scores, bank.units[held])
+    decided = (targets, held_scores) if bank.units is None else by_unit(targets, held_scores, bank.units[held])
     return Prediction(scores_of_best, decision_weights(*decided), chosen, loss, area)
 
 
-def _by_unit(
+def by_unit(
     targets: Classes, scores: Scores, units: Int[np.ndarray, " n"]
 ) -> tuple[Classes, Float[np.ndarray, "u classes"]]:
     """Mean scores of the rows of each unit; rows of another class are another unit."""

@@ -127,7 +127,7 @@ def _ours(read: TaskData, models: Sequence[features.Backbone], settings: runner.
                 for split, by_model in found.items()
             }
         scores, predictions = scoring.score(
-            cases, by_case, heads=settings.heads, unit=_unit(cases, settings.cases), draws=settings.draws,
+            cases, by_case, heads=settings.heads, unit=unit_of(cases, settings.cases), draws=settings.draws,
             seed=settings.seed, few=settings.few, data_sha256=files.sha256, readouts=settings.readouts, tokens=tokens,
             groups=_groups(task, files, settings.subgroups),
         )  # fmt: skip
@@ -196,8 +196,8 @@ def _failing(task: Task, protocol: str, error: UserError) -> runner.Job:
     return runner.Job(task.name, protocol, run=run)
 
 
-def _unit(cases: labels.Task, asked: str) -> str:
-    """What a case is: the series, where several rows are of one and agree in their class."""
+def unit_of(cases: labels.Task, asked: str) -> str:
+    """What metrics count: the series, where several rows are of one and agree in their class."""
     test = cases.splits[labels.TEST]
     _, first, of = np.unique(test.series, return_index=True, return_inverse=True)
     agree = bool((test.names == test.names[first][of]).all())

@@ -96,3 +96,22 @@ class Times:
 
 
 Targets = Classes | Values | Times
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """Several labels of each case, each there or not. Fine-tuning learns them together; the heads of frozen features one at a time.
+
+    Attributes:
+      present: whether each label is there.
+    """
+
+    present: Bool[np.ndarray, "n labels"]
+
+    def __len__(self) -> int:
+        return len(self.present)
+
+    def loss(self, scores: Scores) -> float:
+        """Sum over the cases of the mean log loss of the labels, in nats; scores are the probability of each."""
+        right = np.where(self.present, scores, 1 - scores)
+        return -float(np.log(np.maximum(right, _SMALLEST)).mean(axis=1).sum())

@@ -405,6 +405,8 @@ class TaskImages:
             raise DataError(
                 f"{where} has an image of {image.shape[0]}x{image.shape[1]} px, as upload makes of a missing file"
             )
+        if not image.size:
+            raise DataError(f"{where} has a volume without a slice; leave the row out, or give it one")
         if not np.isfinite(image).all():
             raise DataError(f"{where} has pixels that are not finite")
         hu = task.modality == CT

@@ -133,6 +133,24 @@ def test_work_directory_of_another_config_is_refused(tmp_path: Path, monkeypatch
     assert command.main([*options, "--allow-changes", "--", *words.split(), "--config.seed=5"]) == 0
 
 
+def test_what_a_fine_tuning_fills_in_itself_is_no_other_config(tmp_path: Path, monkeypatch, capsys) -> None:
+    """The encoder of the weights, the task and the head are in its config.json and not in its config file."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    words = f"finetune --config=tests/configs/finetune_tiny.py --workdir={tmp_path} --task=ich --data=d --from=runs/b16"
+    fields = checks.fields_of(made(words))
+    saved = {name: value for name, value in fields.items() if "." not in name} | {"keep_best": "validation_loss"}
+    groups = {name.split(".")[0] for name in fields if "." in name}
+    for group in groups:
+        saved[group] = {name.split(".")[1]: value for name, value in fields.items() if name.startswith(f"{group}.")}
+    saved["model"]["depth"] = 12
+    saved |= {"head": {"kind": "linear"}, "task": {"name": "ich"}}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    options = ["--target=local", "--topology=cpu:1x1", "--dry-run"]
+    assert command.main([*options, "--", *words.split()]) == 0
+    assert command.main([*options, "--", *words.split(), "--config.finetune.train=lora"]) == 2
+    assert "another config (finetune.train 'full' -> 'lora')" in capsys.readouterr().err
+
+
 @pytest.mark.bucket
 def test_bucket_with_a_run_of_another_config_is_looked_at_in_a_launch_alone(bucket: str) -> None:
     from curia_jax import storage
