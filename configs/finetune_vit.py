@@ -54,6 +54,9 @@ def get_config() -> ml_collections.ConfigDict:
     # Losses near zero and those of a few cases vary by more than in pretraining.
     config.guard.factor = placeholder(float)  # None: what is finite is applied
 
+    config.data.workers = 0  # labelled sets are small, and images of published tasks are decoded once
+    config.devices.multihost = False  # a labelled set needs one machine; a launch on several sets it
+
     # All devices: with a few images each, an optimizer that does all of its work on every device takes as long as the encoder.
     config.mesh.data, config.mesh.fsdp = 1, -1
     config.lock()

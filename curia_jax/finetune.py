@@ -39,7 +39,7 @@ def parser() -> cli.Parser:
 python -m curia_jax.finetune --config=configs/finetune_vit.py --from=runs/b16 --task=ich --data=curiabench --workdir=runs/ich
 python -m curia_jax.finetune --config=configs/finetune_vit.py --from=none --task=ich --data=curiabench --workdir=runs/ich-scratch
 python -m curia_jax.finetune --config=configs/finetune_vit.py --from=weights/b16 --task=ich --data=curiabench --workdir=runs/ich --against=runs/ich-scratch
-python -m curia_jax.finetune --config=configs/finetune_vit.py --from=runs/b16 --task=shards/situs --data=demo/shards --workdir=runs/situs
+python -m curia_jax.finetune --config=configs/finetune_vit.py --from=runs/b16 --task=shards/lesion --data=shards --workdir=runs/lesion
 python -m curia_jax.finetune --config=configs/finetune_vit.py --from=runs/b16 --task=ich,kits --seeds=0,1,2 --data=curiabench --workdir=runs/tuned --config.finetune.train=lora""",
         codes=(ExitCode.DIVERGED, ExitCode.DATA, ExitCode.DOES_NOT_FIT),
         overrides=True,

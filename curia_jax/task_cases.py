@@ -249,8 +249,9 @@ def _check_splits(task: labels.Task) -> None:
     """Raises UserError or DataError where nothing can be learned, no weights chosen or nothing scored."""
     fit, held_out = task.splits[labels.FIT], task.splits[labels.HELD_OUT]
     if not len(held_out.slices):
+        remedy = "build the shards with --validation above 0" if task.name.startswith(SHARDS) else "give it one (val)"
         raise UserError(
-            f"{task.name} has no validation split, on which the weights are chosen; give it one (val), of other patients"
+            f"{task.name} has no validation split, on which the weights are chosen; {remedy}, of other patients"
         )
     if reason := labels.obstacle_of(task):
         raise UserError(f"{task.name} cannot be learned: {reason}")
