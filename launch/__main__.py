@@ -1,13 +1,13 @@
-"""Launches a command of the project on a pod, or on a pod of processes on this machine, and starts it again when it is lost.
+"""Launches a command of the project on a pod, or as a pod of processes on this machine, and restarts it when machines are lost.
 
-What follows -- is the command as it runs on one machine. Exit codes decide what happens when it ends: 0, 2, 64, 65 and 66
-are final; after anything else all processes start again from the newest checkpoint, as often as --max-restarts says, and not when
-they fail alike five times in a row. --dry-run contacts nothing: it writes and validates what would be sent.
+What follows -- is the command as it runs on one machine. Its exit code decides what happens next: 0, 2, 64, 65 and 66 are final;
+after any other one all processes restart from the newest checkpoint, up to --max-restarts times, but not after five identical fast
+failures in a row. --dry-run contacts nothing: it writes and validates what would be sent.
 
-  status RUN    the state of a run that was launched from this machine
-  logs RUN      what its processes wrote (--follow: until it has ended)
-  stop RUN      asks it to save and end, and waits for that
-  restart RUN   stops it where it is alive, and launches it again
+  status RUN    state of a run that was launched from this machine
+  logs RUN      output of its processes (--follow: until it has ended)
+  stop RUN      asks it to save and end, and waits
+  restart RUN   stops it if it is running, and launches it again
 """
 
 import argparse
@@ -59,7 +59,11 @@ python -m launch stop first""",
         metavar="-- COMMAND …",
         help=f"{', '.join(specs.COMMANDS)}, with its options; or one of {', '.join(MANAGE)} with RUN",
     )
-    made.add_argument("--target", choices=TARGETS, help="what brings the command to its machines")
+    made.add_argument(
+        "--target",
+        choices=TARGETS,
+        help="where to run it: this machine, a GKE cluster, TPU VMs, a Slurm cluster, or Apache Beam (build only)",
+    )
     made.add_argument(
         "--topology",
         metavar="NAME",
@@ -70,8 +74,8 @@ python -m launch stop first""",
         "--run", metavar="NAME", help="name of the run (the last part of the command's --workdir or --output)"
     )
     made.add_argument("--spot", action="store_true", help="preemptible machines")
-    made.add_argument("--reserved", action="store_true", help="machines of a reservation")
-    made.add_argument("--reservation", metavar="NAME", help="which one")
+    made.add_argument("--reserved", action="store_true", help="reserved machines")
+    made.add_argument("--reservation", metavar="NAME", help="name of the reservation")
     made.add_argument("--image", metavar="NAME@sha256:…", help="container image, by digest")
     made.add_argument("--project", metavar="NAME", help="project of the cloud")
     made.add_argument("--zone", metavar="NAME", help="zone of the cloud")
@@ -83,46 +87,46 @@ python -m launch stop first""",
         "--temp-location", metavar="gs://…", help="folder of a bucket for temporary files of Dataflow (beam)"
     )
     made.add_argument("--queue", metavar="NAME", help="LocalQueue of Kueue that admits the run (gke)")
-    made.add_argument("--service-account", metavar="NAME", help="whose rights the processes have")
+    made.add_argument("--service-account", metavar="NAME", help="service account that the processes run as")
     made.add_argument(
         "--shards-cache",
         type=int,
         default=0,
         metavar="GIB",
-        help="memory of each host for shards from gs://…; at least their size, or nothing (0: each image is a request)",
+        help="cache for shards from gs://… in the memory of each host: at least their size, or 0 for none (0)",
     )
     made.add_argument(
-        "--env", action="append", default=[], metavar="NAME=value", help="variable of every process; may be repeated"
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME=value",
+        help="environment variable of every process; may be repeated",
     )
     made.add_argument(
         "--max-restarts",
         type=int,
         default=50,
         metavar="N",
-        help="starts after a failure; preemptions do not count (50)",
-    )
-    made.add_argument("--grace", type=int, default=60, metavar="SECONDS", help="from SIGTERM to SIGKILL, to save (60)")
-    made.add_argument("--plan", metavar="FILE", help="plan of this run: --json of python -m curia_jax.plan")
-    made.add_argument(
-        "--max-cost", type=float, metavar="AMOUNT", help="refuse a run that is dearer, in the currency of the plan"
+        help="restarts after failures; preemptions do not count (50)",
     )
     made.add_argument(
-        "--ignore-fit", action="store_true", help="launch although the plan says that memory is too small"
+        "--grace", type=int, default=60, metavar="SECONDS", help="time to save between SIGTERM and SIGKILL (60)"
     )
-    made.add_argument("--allow-dirty", action="store_true", help="launch although files differ from the commit")
+    made.add_argument("--plan", metavar="FILE", help="plan of this run, as written by python -m curia_jax.plan --json")
     made.add_argument(
-        "--allow-changes", action="store_true", help="resume a work directory whose run had another config"
+        "--max-cost", type=float, metavar="AMOUNT", help="refuse a run that costs more, in the currency of the plan"
     )
-    made.add_argument("--yes", action="store_true", help="do not ask")
+    made.add_argument("--ignore-fit", action="store_true", help="launch even if the plan does not fit the memory")
+    made.add_argument("--allow-dirty", action="store_true", help="launch with uncommitted changes")
+    made.add_argument("--allow-changes", action="store_true", help="resume a work directory with another config")
+    made.add_argument("--yes", action="store_true", help="do not ask for confirmation")
     made.add_argument(
         "--dry-run",
         action="store_true",
-        help="render and validate, contact nothing; prints the commands, or see --output",
+        help="render and validate without contacting anything; prints the commands, or writes them to --output",
     )
-    made.add_argument(
-        "--output", metavar="DIR", help="of --dry-run: writes all files, commands.sh and spec.json to this folder"
-    )
-    made.add_argument("--follow", action="store_true", help="of logs: go on until the run has ended")
+    made.add_argument("--output", metavar="DIR", help="with --dry-run: folder for all files, commands.sh and spec.json")
+    made.add_argument("--follow", action="store_true", help="with logs: follow until the run has ended")
     return made
 
 

@@ -70,7 +70,7 @@ def render(spec: LaunchSpec) -> Rendering:
 
 
 def submit(spec: LaunchSpec, rendering: Rendering) -> int:
-    """Runs the build until it is done, was stopped, or cannot go on. Returns and raises what local.submit does."""
+    """Runs the build until it is done, was stopped, or cannot continue. Returns and raises what local.submit does."""
     rendering.write(records.folder_of(spec.run), spec)
     return local.supervise(_patient(spec), os.getcwd(), on_this_machine)
 

@@ -66,10 +66,10 @@ def render(spec: LaunchSpec) -> Rendering:
 
 
 def submit(spec: LaunchSpec, rendering: Rendering) -> int:
-    """Runs all attempts until the run has finished, was stopped, or cannot go on. See rendering.Target.
+    """Runs all attempts until the run has finished, was stopped, or cannot continue. See rendering.Target.
 
     Raises:
-      LaunchFailed: it cannot go on; exits with the code of the process that failed.
+      LaunchFailed: it cannot continue; exits with the code of the process that failed.
       UserError: the run is alive.
       StorageError: its work directory is in a bucket that cannot be read now.
     """
@@ -105,7 +105,11 @@ def status(spec: LaunchSpec) -> str:
     alive = sum(process.alive for process in state.processes)
     phase = state.phase
     if phase in ("running", "restarting") and not state.supervisor.alive:
-        phase = f"has lost its launcher; {alive} of its processes go on" if alive else "was killed with its launcher"
+        phase = (
+            f"has lost its launcher; {alive} of its processes are still running"
+            if alive
+            else "was killed with its launcher"
+        )
     lines.insert(0, f"run {spec.run}: {phase}, attempt {state.attempt}, {alive} of {_processes(spec)} alive")
     lines.append(f"restarts: {state.restarts} of {spec.max_restarts}" + (f"; last: {state.why}" if state.why else ""))
     try:

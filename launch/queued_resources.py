@@ -110,7 +110,8 @@ def submit(spec: LaunchSpec, rendering: Rendering) -> int:
     tools.logger.info(f"supervising {spec.run}; this command may be stopped and rerun; the run continues")
     with signals.receiving() as received:
         received.on_stop = lambda: cli.leave(
-            ExitCode.RESTART, f"no longer supervised, but going on: {spec.run}; rerun the same command to supervise it"
+            ExitCode.RESTART,
+            f"no longer supervised, but still running: {spec.run}; rerun the same command to supervise it",
         )
         end = supervise(spec, folder)
     tools.logger.info(f"{spec.run} ended: {end.why}")

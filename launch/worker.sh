@@ -141,7 +141,7 @@ main() {
   if [ "$number" -eq 0 ]; then
     sleep "$LINGER"
     gcloud compute tpus queued-resources delete "$RUN" --project="$PROJECT" --zone="$ZONE" --force --quiet --async ||
-      say "cannot delete the queued resource; its machines go on costing"
+      say "cannot delete the queued resource; its machines still cost money"
   fi
 }
 

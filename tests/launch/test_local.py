@@ -178,7 +178,10 @@ def test_processes_of_a_killed_launcher_end_before_the_next_attempt(launcher: La
     process.kill()
     process.wait()
     assert all(map(alive, launcher.pids(1)))
-    assert "run run: has lost its launcher; 3 of its processes go on" in ended(launcher.command("status", "run"))[1]
+    assert (
+        "run run: has lost its launcher; 3 of its processes are still running"
+        in ended(launcher.command("status", "run"))[1]
+    )
     code, out, _ = ended(launcher.start())
     assert code == 0 and "[launch] stopping 3 processes of attempt 1, whose launcher has ended" in out
     assert launcher.attempts() == 2 and not any(map(alive, launcher.pids(1)))
