@@ -410,7 +410,7 @@ def read(target: Target, name: str, data: bytes | None, top: Path, sound: Path) 
             problem = f"a message of {len(str(error)):,} characters and {str(error).count(chr(10)) + 1} lines"
         result = Result(type(error).__name__, problem, traceback.format_exc() if problem else "")
     except Exception as error:  # noqa: BLE001 - that is what is looked for
-        own = [frame for frame in traceback.extract_tb(error.__traceback__) if "benchmarks" not in frame.filename]
+        own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
         where = f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else "benchmark"
         result = Result(None, f"{type(error).__name__} at {where}", traceback.format_exc())
     else:

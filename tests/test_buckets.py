@@ -120,6 +120,7 @@ def test_of_many_runs_that_start_together_in_a_bucket_one_wins(bucket: str) -> N
     test_lease.assert_one_wins(bucket)
 
 
+@pytest.mark.usefixtures("one_device")
 def test_new_run_needs_an_empty_place_in_the_bucket(bucket: str, tiny_shards: Path) -> None:
     (storage.root(bucket) / "somebody's.txt").write_text("x")
     with pytest.raises(Exception, match="is not empty and not the work directory of a run"):

@@ -188,7 +188,7 @@ def test_run_saves_and_ends_with_75_at_a_notice(
     server: MetadataServer, tiny_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = configs.load(str(ROOT / "tests/configs/resumable.py"), [f"--config.data.shards={tiny_shards}"])
-    this = runs.prepare(config, str(tmp_path / "run"))
+    this = runs.prepare(config, str(tmp_path / "run"), runs.open_shards)
     objective = mae.make(config, this.mesh, canvas=this.canvas, warmup_steps=this.warmup_steps, total_steps=6)
 
     def batches(this: runs.Run) -> Iterator[Any]:

@@ -278,7 +278,11 @@ def compare_numpy(folder: Path, layout: str, inputs: Inputs, wanted: Results) ->
     Raises:
       CheckFailed: it does not run, leaves tensors unused or computes something else.
     """
-    return _compare_tensors(folder, layout, safetensors.numpy.load_file(folder / WEIGHTS), inputs, wanted)
+    try:
+        tensors = safetensors.numpy.load_file(folder / WEIGHTS)
+    except Exception as error:  # the file can be damaged in any way
+        raise CheckFailed(f"NumPy cannot read {WEIGHTS}: {_first_line(error)}") from error
+    return _compare_tensors(folder, layout, tensors, inputs, wanted)
 
 
 def _compare_tensors(

@@ -100,6 +100,17 @@ def test_file_check_compares_every_bit(converted, tmp_path) -> None:
             check(change)
 
 
+@pytest.mark.parametrize("change", ["cut", "missing"])
+def test_damaged_weights_fail_the_numpy_check(change: str, tmp_path) -> None:
+    config, params, _ = model("square")
+    tensors, _ = layouts.tensors(layouts.LAYOUTS["vit"], config, params)
+    path = tmp_path / "model.safetensors"
+    safetensors.numpy.save_file(tensors, path)
+    path.unlink() if change == "missing" else path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(checks.CheckFailed, match="NumPy cannot read model.safetensors"):
+        checks.compare_numpy(tmp_path, "vit", checks.inputs(config.encoder), wanted("square", "vit"))
+
+
 def test_file_check_rejects_missing_format_entry(converted, tmp_path) -> None:
     config, params, _ = model("square")
     tensors, _ = layouts.tensors(layouts.LAYOUTS["vit"], config, params)
