@@ -7,7 +7,8 @@ endif
 OUT ?= demo
 DATA ?=
 TORCH ?= yes
-WORKERS ?= 2
+# One more than the 2 cores of CI: tests that start processes or servers wait for them.
+WORKERS ?= 3
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: demo test test-short test-slow test-backbones golden fuzz faults lint lock image clean help
