@@ -71,9 +71,9 @@ def score(
     if not isinstance(learned, Classes | Values):
         raise UserError(f"{task.name}: the official protocol has no head for times to an event")
     if settings.head == ATTENTION:
-        inputs, readout = _lists(task, settings, images, models, cache, batch_size)
+        inputs, readout = token_lists(task, settings, images, models, cache, batch_size)
     else:
-        inputs, readout = _rows(task, settings, images, models, cache, batch_size)
+        inputs, readout = feature_rows(task, settings, images, models, cache, batch_size)
     schedule = official.Schedule(settings.epochs, settings.base_rate, settings.batch)
     chosen = {"epochs": settings.epochs, "base_learning_rate": settings.base_rate, "batch": settings.batch}
     test = Cases.of(cases, "slice")
@@ -116,7 +116,7 @@ def _before_norm(settings: Official, source: TaskImages) -> Bool[np.ndarray, " s
     return ~(settings.cached & (source.depths > settings.batch))
 
 
-def _rows(
+def feature_rows(
     task: Task, settings: Official, images: Mapping[str, TaskImages], models: Sequence[features.Backbone], cache: Path,
     batch_size: int,
 ) -> tuple[Rows, dict[str, str]]:  # fmt: skip
@@ -153,7 +153,7 @@ def _rows(
     return rows, names
 
 
-def _lists(
+def token_lists(
     task: Task, settings: Official, images: Mapping[str, TaskImages], models: Sequence[features.Backbone], cache: Path,
     batch_size: int,
 ) -> tuple[Lists, dict[str, str]]:  # fmt: skip

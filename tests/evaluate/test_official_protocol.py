@@ -71,7 +71,7 @@ def encoded(study: Path, images: TaskImages):
 @pytest.mark.parametrize(("name", "task", "readout"), [("ich", IMAGE, "cls"), ("kits", MASKED, "mean")])
 def test_image_gives_cls_and_masked_image_the_mean_inside(study, models, tmp_path, name, task, readout) -> None:
     images = opened(study, name, task)
-    rows, names = official_protocol._rows(task, task.official, images, models, tmp_path, 16)
+    rows, names = official_protocol.feature_rows(task, task.official, images, models, tmp_path, 16)
     _, after, inside = encoded(study, images["test"])
     wanted = after[:, 0]
     if readout == "mean":
@@ -88,7 +88,7 @@ def test_volume_is_read_after_the_norm_only_where_cached_and_longer_than_a_batch
 ) -> None:
     task = dataclasses.replace(VOLUME, official=Official(LINEAR, 1, 0.5, batch=batch, cached=cached))
     images = opened(study, "oasis", task)  # of four slices
-    rows, names = official_protocol._rows(task, task.official, images, models, tmp_path, 16)
+    rows, names = official_protocol.feature_rows(task, task.official, images, models, tmp_path, 16)
     before, after, _ = encoded(study, images["train"])
     wanted = (before if readout == "mean@prenorm" else after)[:, 1:].reshape(24, 16, -1).mean(axis=1)
     np.testing.assert_allclose(rows["train"][str(study / "run")], wanted, atol=2e-5)
@@ -97,7 +97,7 @@ def test_volume_is_read_after_the_norm_only_where_cached_and_longer_than_a_batch
 
 def test_lists_are_the_patches_inside_with_an_embedding_of_the_slice(study, models, tmp_path) -> None:
     images = opened(study, "luna16-3D", LISTS)
-    lists, names = official_protocol._lists(LISTS, LISTS.official, images, models, tmp_path, 16)
+    lists, names = official_protocol.token_lists(LISTS, LISTS.official, images, models, tmp_path, 16)
     before, _, inside = encoded(study, images["test"])
     found = lists["test"][str(study / "run")]
     embedding = official.slice_embedding(3, before.shape[2])
@@ -116,7 +116,7 @@ def test_volume_with_masks_and_linear_head_has_no_rule(study, models, tmp_path) 
     task = dataclasses.replace(LISTS, official=IMAGE.official)
     images = opened(study, "luna16-3D", task)
     with pytest.raises(UserError, match="no linear head for volumes with masks"):
-        official_protocol._rows(task, task.official, images, models, tmp_path, 16)
+        official_protocol.feature_rows(task, task.official, images, models, tmp_path, 16)
 
 
 def test_every_task_has_settings_or_a_reason() -> None:
