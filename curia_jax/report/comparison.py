@@ -5,7 +5,9 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from curia_jax.evaluate.results import ALL_LABELS, MAJORITY, Score
+from curia_jax.evaluate.results import ALL_LABELS, CLINICAL, MAJORITY, Score
+
+WITHOUT_IMAGE = (MAJORITY, CLINICAL)
 
 # The first of these that a task has is what its backbones are ranked by.
 RANKED_BY = ("auroc", "c_index", "rmse", "accuracy")
@@ -49,8 +51,8 @@ class Comparison:
     lines: tuple[Line, ...]
 
     def mean_rank(self, backbone: str) -> float | None:
-        """Over the tasks in which every backbone has a rank; None without one. Values of different metrics have no mean."""
-        ranked = [b for b in self.backbones if b != MAJORITY]
+        """Over the tasks in which every backbone that sees the image has a rank; None without one. Values of different metrics have no mean."""
+        ranked = [b for b in self.backbones if b not in WITHOUT_IMAGE]
         whole = [line for line in self.lines if all(b in line.ranks for b in ranked)]
         return statistics.fmean(line.ranks[backbone] for line in whole) if whole and backbone in ranked else None
 
@@ -88,7 +90,7 @@ def line(scores: Sequence[Score]) -> Line:
     heads = {score.backbone: chosen_head(scores, score.backbone) for score in scores}
     chosen = {s.backbone: s for s in scores if s.metric == metric and s.head == heads[s.backbone]}
     sign = 1 if metric in LOWER_IS_BETTER else -1
-    values = {name: sign * s.value for name, s in chosen.items() if s.value is not None and name != MAJORITY}
+    values = {name: sign * s.value for name, s in chosen.items() if s.value is not None and name not in WITHOUT_IMAGE}
     ranks = {name: 1 + sum(other < value for other in values.values()) for name, value in values.items()}
     return Line(scores[0].study.title, metric, chosen, ranks)
 

@@ -44,6 +44,13 @@ def test_mean_rank_is_over_tasks_with_all_backbones() -> None:
     assert [found.mean_rank(name) for name in found.backbones] == [1.0, 2.5, 2.0, None]
 
 
+def test_clinical_variables_are_not_ranked_and_do_not_narrow_the_mean_rank() -> None:
+    clinical = make_score(task="age", backbone="clinical", metric="rmse", value=1.0)
+    (found,) = comparison.compare([*scores(), clinical])
+    assert "clinical" not in found.lines[2].ranks and found.lines[2].scores["clinical"].value == 1.0
+    assert [found.mean_rank(name) for name in found.backbones] == [1.0, 2.5, 2.0, None, None]
+
+
 def test_head_is_chosen_on_the_held_out_cases_not_on_the_test() -> None:
     found = [
         with_selection(0.99, 0.8, head="knn"), with_selection(0.7, 0.6, head="ridge"),
