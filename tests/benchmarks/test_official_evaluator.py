@@ -54,6 +54,7 @@ def test_evaluator_gets_our_folders_and_its_own_settings(checkout, tmp_path) -> 
     assert benchmark.digest(checkout) == before and not list(checkout.rglob("__pycache__"))
 
 
+@pytest.mark.torch
 def test_failed_evaluator_ends_with_its_last_lines(checkout, tmp_path) -> None:
     with pytest.raises(SystemExit, match="the evaluator failed on ich .*\n.*no such dataset"):
         run(checkout, tmp_path / "elsewhere", tmp_path / "run")
