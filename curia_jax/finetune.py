@@ -19,11 +19,15 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from curia_common import cli, logs, signals
 from curia_common.errors import UserError
 from curia_common.exit_codes import FINAL, ExitCode
+
+if TYPE_CHECKING:
+    from curia_jax import run, validation
+    from curia_jax.evaluate import finetuned
 
 # In results; of the encoder, by config.finetune.train.
 TRAINED = {"full": "full fine-tuning", "lora": "LoRA", "head": "head alone"}
@@ -186,7 +190,14 @@ def _one(args: argparse.Namespace, config: Any, word: str) -> int:
     return outcome.exit_code
 
 
-def _scoring(args: argparse.Namespace, this: Any, train: str, others: Sequence[Any]) -> Any:
+def _scoring(
+    args: argparse.Namespace, this: "run.Run", train: str, others: "Sequence[finetuned.Finished]"
+) -> "validation.Scoring":
+    """How the test split is scored, and what its results are called.
+
+    Raises:
+      UserError: a run to compare with has the same name in results.
+    """
     from curia_jax import validation
 
     how = TRAINED[train]
@@ -203,7 +214,7 @@ def _scoring(args: argparse.Namespace, this: Any, train: str, others: Sequence[A
 
 
 def _every(args: argparse.Namespace, tasks: Sequence[str], seeds: Sequence[int]) -> int:
-    """A run of each task and seed, each in a process of its own; those that fail are rows, and the others go on."""
+    """A run of each task and seed, each in a process of its own; those that fail are rows, and the others continue."""
     from curia_jax import storage
     from curia_jax.evaluate import finetuned, results
     from curia_jax.evaluate import tasks as known

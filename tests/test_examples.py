@@ -46,7 +46,7 @@ def test_epoch_has_every_case_once_in_the_order_of_slices() -> None:
     np.testing.assert_array_equal(found, order.slice_numbers(0, 24, slices=12, seed=3))
 
 
-def test_balanced_sampling_has_every_class_equally_often_and_no_case_twice_before_all() -> None:
+def test_balanced_sampling_draws_classes_equally_and_cases_in_epochs() -> None:
     labels = np.array([0] * 7 + [1] * 2 + [2] * 3)
     members = [np.flatnonzero(labels == label) for label in range(3)]
     found = examples.balanced_numbers(0, 42, members=members, seed=1)

@@ -173,7 +173,7 @@ def logistic(bank: Bank, queries: Float[np.ndarray, "queries d"]) -> Prediction:
                 # With hardly any penalty on separable cases there is no optimum to converge to; such a fit is used all the
                 # same if its loss on the held-out cases is the smallest.
                 warnings.simplefilter("ignore", ConvergenceWarning)
-                warnings.simplefilter("ignore", LinAlgWarning)  # then scikit-learn goes on with L-BFGS
+                warnings.simplefilter("ignore", LinAlgWarning)  # then scikit-learn continues with L-BFGS
                 if len(present) > 1:
                     scores[:, present] = model.set_params(C=setting["C"]).fit(x, labels).predict_proba(q)
             yield scores
