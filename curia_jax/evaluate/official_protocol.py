@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from curia_common import logs
 from curia_common.errors import UserError
@@ -49,7 +49,7 @@ def obstacle(task: Task) -> str | None:
 
 def score(
     task: Task, cases: labels.Task, images: Mapping[str, TaskImages], models: Sequence[features.Backbone], cache: Path, *,
-    draws: int, seed: int, batch_size: int, data_sha256: str,
+    draws: int, seed: int, batch_size: int, data_sha256: str, groups: Mapping[str, Shaped[np.ndarray, " rows"]] | None = None,
 ) -> tuple[list[Score], pa.Table]:  # fmt: skip
     """Scores of a task, and the prediction of every row of the test split; see `scoring.score`.
 
@@ -59,6 +59,7 @@ def score(
       cache: folder of features.
       seed: of the weights before training, and of the bootstrap.
       batch_size: slices at a time.
+      groups: by the name of a column, the group of each test row. Heads are scored on each, too.
 
     Raises:
       UserError: the protocol has no rule for the task.
@@ -99,6 +100,8 @@ def score(
     bootstrap = metrics.Bootstrap.over(test.patients, draws=draws, seed=seed)
     of_task = {name: METRICS[name] for name in task.metrics}
     scores = scoring.measure(study, test, bootstrap, predicted, list(inputs[labels.TEST]), [settings.head], of_task)
+    if groups:
+        scores += scoring.measure_groups(study, test, predicted, groups, of_task)
     tables = [
         scoring.table(cases, backbone, head, study.labels, seed, test, predicted) for backbone, head in predicted.fits
     ]

@@ -152,7 +152,8 @@ def score(
             )  # fmt: skip
             results += found
             if groups and _is_everything(amount):
-                results += _by_group(task, found[0].study, cases, predicted, groups)
+                of_metrics = metrics_of(cases, task.classes)
+                results += measure_groups(found[0].study, cases, predicted, groups, of_metrics)
             tables += [
                 table(task, backbone, head, labels_text(amount), own, cases, predicted)
                 for backbone, head in predicted.fits
@@ -332,11 +333,16 @@ def _draws(
     return draws
 
 
-def _by_group(
-    task: labels.Task, study: Study, cases: Cases, predicted: Predictions,
-    groups: Mapping[str, Shaped[np.ndarray, " slices"]],
+def measure_groups(
+    study: Study, cases: Cases, predicted: Predictions, groups: Mapping[str, Shaped[np.ndarray, " slices"]],
+    of: Mapping[str, metrics.Metric],
 ) -> list[Score]:  # fmt: skip
-    """Every metric of every head in every group of test cases; a series belongs to the group of its first slice."""
+    """The metrics `of` every head in every group of test cases; a series belongs to the group of its first slice.
+
+    Args:
+      study, cases: of all test cases.
+      groups: by the name of a column, the group of each test slice.
+    """
     first = np.unique(cases.case, return_index=True)[1]
     bootstrap = metrics.Bootstrap.over(cases.patients, draws=study.draws, seed=study.seed)
     results: list[Score] = []
@@ -346,7 +352,7 @@ def _by_group(
             inside = by_case == name
             own = cases.restricted(inside)
             scores, decided = (
-                {of: values[inside] for of, values in by.items()} for by in (predicted.scores, predicted.decided)
+                {head: values[inside] for head, values in by.items()} for by in (predicted.scores, predicted.decided)
             )
             events = None if study.events is None else _positive(own.targets)
             of_group = dataclasses.replace(
@@ -357,10 +363,9 @@ def _by_group(
                 subgroup=f"{column}={name}",
             )
             shown = Predictions(scores, decided, predicted.fits)
-            of_metrics = metrics_of(own, task.classes)
-            draws = _draws(own, bootstrap.restricted(inside), shown, of_metrics)
-            for of in scores:
-                results += _measure(of_group, own, bootstrap.restricted(inside), shown, of, None, of_metrics, draws)
+            draws = _draws(own, bootstrap.restricted(inside), shown, of)
+            for head in scores:
+                results += _measure(of_group, own, bootstrap.restricted(inside), shown, head, None, of, draws)
     return results
 
 

@@ -30,6 +30,7 @@ class TaskData:
 
     task: Task
     files: Files
+    columns: tuple[Column, ...] = ()  # that subgroups are made by
 
     @functools.cached_property
     def cases(self) -> labels.Task:
@@ -44,6 +45,20 @@ class TaskData:
         """Of every split that has rows."""
         splits = self.cases.splits.items()
         return {split: TaskImages(self.task, self.files, split) for split, part in splits if len(part.slices)}
+
+    @functools.cached_property
+    def groups(self) -> dict[str, Shaped[np.ndarray, " rows"]]:
+        """The group of every test row, by the columns that the task has; tasks of a suite do not have the same."""
+        found = {}
+        for column in self.columns:
+            values = task_data.column(self.files, labels.TEST, column.name)
+            if values is None:
+                runner.log.warning(
+                    f"{self.task.name} has no column {column.name}, so that there are no subgroups by it"
+                )
+            else:
+                found[column.name] = column.groups(values)
+        return found
 
     def test_pictures(self, rows: Sequence[int]) -> list[Picture]:
         """See `TaskImages.of_rows`."""
@@ -95,7 +110,7 @@ def _with_data(
             _failing(task, protocol, UserError(reason)) if named else runner.Job(task.name, protocol, not_run=reason)
             for protocol in protocols
         ]
-    read = TaskData(task, files)
+    read = TaskData(task, files, settings.subgroups)
     return [
         (_ours if protocol == OURS else _official)(read, models, settings, cache) for protocol in protocols
     ]  # fmt: skip
@@ -129,7 +144,7 @@ def _ours(read: TaskData, models: Sequence[features.Backbone], settings: runner.
         scores, predictions = scoring.score(
             cases, by_case, heads=settings.heads, unit=unit_of(cases, settings.cases), draws=settings.draws,
             seed=settings.seed, few=settings.few, data_sha256=files.sha256, readouts=settings.readouts, tokens=tokens,
-            groups=_groups(task, files, settings.subgroups),
+            groups=read.groups,
         )  # fmt: skip
         return _noted(read, settings, _with_provenance(scores, models), predictions)
 
@@ -140,18 +155,6 @@ def _ours(read: TaskData, models: Sequence[features.Backbone], settings: runner.
     return runner.Job(task.name, OURS, json.dumps(decides), run, pictures=read.test_pictures)
 
 
-def _groups(task: Task, files: task_data.Files, columns: Sequence[Column]) -> dict[str, Shaped[np.ndarray, " rows"]]:
-    """The group of every test row, by the columns that the task has; tasks of a suite do not have the same."""
-    found = {}
-    for column in columns:
-        values = task_data.column(files, labels.TEST, column.name)
-        if values is None:
-            runner.log.warning(f"{task.name} has no column {column.name}, so that there are no subgroups by it")
-        else:
-            found[column.name] = column.groups(values)
-    return found
-
-
 def _official(
     read: TaskData, models: Sequence[features.Backbone], settings: runner.Settings, cache: Path
 ) -> runner.Job:
@@ -160,14 +163,14 @@ def _official(
     def run() -> tuple[list[Score], pa.Table]:
         scores, predictions = official_protocol.score(
             task, read.cases, read.images, models, cache, draws=settings.draws, seed=settings.seed,
-            batch_size=settings.batch_size, data_sha256=read.files.sha256,
+            batch_size=settings.batch_size, data_sha256=read.files.sha256, groups=read.groups,
         )  # fmt: skip
         return _noted(read, settings, _with_provenance(scores, models), predictions)
 
     decides = [
         curia_common.__version__, OFFICIAL, dataclasses.asdict(task), read.files.sha256,
         [(model.name, model.digest) for model in models], settings.draws, settings.seed,
-        [dataclasses.asdict(one) for one in settings.corpora],
+        [dataclasses.asdict(one) for one in settings.corpora], [dataclasses.asdict(one) for one in settings.subgroups],
     ]  # fmt: skip
     return runner.Job(task.name, OFFICIAL, json.dumps(decides), run, pictures=read.test_pictures)
 

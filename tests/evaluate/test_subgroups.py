@@ -41,7 +41,8 @@ def test_column_that_makes_no_groups_is_refused(word: str, values: list, line: s
 
 
 @pytest.mark.long
-def test_every_group_is_a_row_with_its_own_n_and_the_metric_of_its_cases(tmp_path) -> None:
+@pytest.mark.parametrize("protocol", ["ours", "official"])
+def test_every_group_is_a_row_with_its_own_n_and_the_metric_of_its_cases(tmp_path, protocol: str) -> None:
     splits = published.task(per_patient=1)
     for rows in splits.values():
         for number, row in enumerate(rows):
@@ -50,12 +51,12 @@ def test_every_group_is_a_row_with_its_own_n_and_the_metric_of_its_cases(tmp_pat
     published.write(tmp_path / "data/ich", splits)
     save_checkpoint(tmp_path / "run")
     words = [*published.words(tmp_path), "--tasks=ich"]
-    words += ["--floors=histogram", "--heads=ridge", "--features=mean", "--draws=200"]
+    words += ["--floors=histogram", "--heads=ridge", "--features=mean", "--draws=200", f"--protocol={protocol}"]
     assert evaluate.main([*words, "--subgroups=scanner,age:20,ward"]) == 0
     rows = json.loads((tmp_path / "out/results.json").read_text())
     cases = [
         c
-        for c in pq.read_table(tmp_path / "out/ich/ours-predictions.parquet").to_pylist()
+        for c in pq.read_table(tmp_path / f"out/ich/{protocol}-predictions.parquet").to_pylist()
         if c["backbone"] == "histogram"
     ]
     by_group = {
@@ -81,6 +82,7 @@ def test_every_group_is_a_row_with_its_own_n_and_the_metric_of_its_cases(tmp_pat
         else:
             assert area["value"] is None
     assert by_group["scanner=rare"]["low"] is None  # one patient
+    assert "too few for an interval" in by_group["scanner=B"]["doubt"]
     # What reads results has the scores of all cases alone; the page has both.
     assert all(score.study.subgroup is None for score in results.read(tmp_path / "out/results.json"))
     page = (tmp_path / "out/report.html").read_text()
