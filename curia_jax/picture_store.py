@@ -107,7 +107,7 @@ def open_stores(splits: Sequence[TaskImages], cache: Path) -> list[PictureStore]
       DataError: a row cannot be used, or what was decoded before is damaged.
       OSError: the disk is full. In both cases nothing is left behind.
     """
-    folders = [cache / f"{one.task.name}-{one.split}-{one.fingerprint[:16]}-{_FORMAT}" for one in splits]
+    folders = [cache / f"{one.task.name}-{one.split}-{one.source_digest[:16]}-{_FORMAT}" for one in splits]
     missing = [(one, folder) for one, folder in zip(splits, folders, strict=True) if not folder.is_dir()]
     counts = [len(one.numbers) for one, _ in missing]
     for (one, folder), count in zip(missing, counts, strict=True):

@@ -325,7 +325,12 @@ class TaskImages:
 
     @property
     def fingerprint(self) -> str:
-        """Of the pixels, and of what is taken from them."""
+        """Of the pixels, the units and the masks of all slices, and not of what else the files hold: features do not depend on targets."""
+        return self._found[3]
+
+    @property
+    def source_digest(self) -> str:
+        """Of the files, and of what is taken from them: known without reading any image."""
         what = f"{self.files.sha256} {self.task.form} {self.task.slices} {self.task.modality}"
         return hashlib.sha256(what.encode()).hexdigest()
 
@@ -335,14 +340,19 @@ class TaskImages:
         return _has_mask(self.files) if self.task.masked is None else self.task.masked
 
     @functools.cached_property
-    def _found(self) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"], tuple[int, int]]:
-        """Numbers and depths of all slices, and the greatest height and width; from one pass over the split."""
+    def _found(self) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"], tuple[int, int], str]:
+        """Numbers and depths of all slices, the greatest height and width, and the fingerprint; from one pass over the split."""
         numbers, depths, largest = [], [], (1, 1)
+        digest = hashlib.sha256()
         for picture in self._pictures():
+            digest.update(f"{picture.number} {picture.values.shape} {picture.hu} {picture.mask is None} ".encode())
+            digest.update(picture.values.tobytes())
+            if picture.mask is not None:
+                digest.update(np.packbits(picture.mask).tobytes())
             numbers.append(picture.number)
             depths.append(picture.depth)
             largest = max(largest[0], picture.values.shape[0]), max(largest[1], picture.values.shape[1])
-        return np.array(numbers, np.int64), np.array(depths, np.int64), largest
+        return np.array(numbers, np.int64), np.array(depths, np.int64), largest, digest.hexdigest()
 
     @property
     def numbers(self) -> Int[np.ndarray, " n"]:

@@ -85,6 +85,26 @@ def test_digest_changes_with_a_target(tmp_path) -> None:
     assert opened(tmp_path / "c", PLAIN, splits).sha256 != first.sha256
 
 
+def test_fingerprint_follows_images_and_masks_but_not_targets(tmp_path) -> None:
+    def fingerprint(name: str, task: Task = MASKED) -> str:
+        return TaskImages(task, opened(tmp_path / name, task, splits), "test").fingerprint
+
+    splits = published.task(masked=True)
+    first = fingerprint("a")
+    for row in splits["test"]:
+        row["target"], row["age"] = 1 - row["target"], 50
+    splits["train"][0]["image"][0, 0] += 1  # of another split
+    assert fingerprint("targets") == first
+    found = {first, fingerprint("units", dataclasses.replace(MASKED, modality=tasks.MR))}
+    splits["test"][3]["mask"][np.argmin(splits["test"][3]["mask"][:, 0]), 0] = 1
+    found.add(fingerprint("mask"))
+    splits["test"][3]["image"][5, 5] += 1
+    found.add(fingerprint("pixel"))
+    splits["test"] = [splits["test"][1], splits["test"][0], *splits["test"][2:]]
+    found.add(fingerprint("order"))
+    assert len(found) == 5
+
+
 # ---- traps
 
 
