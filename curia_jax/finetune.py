@@ -86,7 +86,7 @@ def finetune(args: argparse.Namespace) -> int:
     """Runs the command.
 
     Raises:
-      UserError: as task_cases.open_task, run.prepare, objectives.supervised.make and run.train.
+      UserError: as task_cases.open_task, run.prepare, objectives.supervised.make and trainer.train.
     """
     from curia_jax import config as configs
 
@@ -111,7 +111,7 @@ def finetune(args: argparse.Namespace) -> int:
 
 
 def _one(args: argparse.Namespace, config: Any, word: str) -> int:
-    from curia_jax import checkpoint, examples, hosts, origin, run, storage, task_cases, validation
+    from curia_jax import checkpoint, examples, hosts, origin, run, storage, task_cases, trainer, validation
     from curia_jax import workdir as workdirs
     from curia_jax.evaluate import finetuned, labels
     from curia_jax.objectives import supervised
@@ -179,7 +179,7 @@ def _one(args: argparse.Namespace, config: Any, word: str) -> int:
         task, splits, objective, _scoring(args, this, wanted.train, others), mesh=this.mesh, slices=slices,
         canvas=this.canvas, batch_size=batch_size, augment=this.settings.augment,
     )  # fmt: skip
-    outcome = run.train(this, objective, batches, evaluation)
+    outcome = trainer.train(this, objective, batches, evaluation)
     if hosts.is_first():
         place = {"step": outcome.step, "examples_seen": outcome.examples_seen}
         chosen = workdirs.selected(args.workdir) if outcome.finished else None

@@ -48,7 +48,7 @@ def pretrain(args: argparse.Namespace) -> int:
     """Runs the command.
 
     Raises:
-      UserError: as run.prepare, objectives.mae.make and run.train.
+      UserError: as run.prepare, objectives.mae.make and trainer.train.
     """
     from curia_jax import config as configs
 
@@ -60,7 +60,7 @@ def pretrain(args: argparse.Namespace) -> int:
     if not args.workdir:
         raise UserError("the following arguments are required: --workdir")
 
-    from curia_jax import hosts, run
+    from curia_jax import hosts, run, trainer
     from curia_jax.objectives import mae
 
     this = run.prepare(config, args.workdir, run.open_shards, args.start_from)
@@ -68,7 +68,7 @@ def pretrain(args: argparse.Namespace) -> int:
         config, this.mesh, canvas=this.canvas, warmup_steps=this.warmup_steps, total_steps=this.schedule.total_steps,
         step_offset=this.step_offset,
     )  # fmt: skip
-    outcome = run.train(this, objective, run.batches)
+    outcome = trainer.train(this, objective, run.batches)
     if hosts.is_first():
         place = {"step": outcome.step, "examples_seen": outcome.examples_seen}
         cli.write_json(args.json, {"finished": outcome.finished, "workdir": args.workdir, **outcome.metrics, **place})

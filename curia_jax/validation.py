@@ -17,8 +17,7 @@ from jaxtyping import Float
 import curia_common
 from curia_common import logs
 from curia_common.errors import DataError
-from curia_jax import checkpoint, examples, hosts, storage, trained_model
-from curia_jax import run as runs
+from curia_jax import checkpoint, examples, hosts, storage, trained_model, trainer
 from curia_jax import workdir as workdirs
 from curia_jax.evaluate import finetuned, labels, metrics, table
 from curia_jax.evaluate.preparation import Preparation
@@ -26,6 +25,7 @@ from curia_jax.evaluate.results import Fit, Provenance, Score
 from curia_jax.evaluate.targets import Classes, Labels
 from curia_jax.models.head import HeadConfig
 from curia_jax.objectives import base, supervised
+from curia_jax.run import Run
 from curia_jax.settings import Augment
 from curia_jax.task_cases import LabelledTask
 
@@ -78,7 +78,7 @@ class Scoring:
 
 
 class Evaluation:
-    """Validation and test of a run; see run.Evaluation.
+    """Validation and test of a run; see trainer.Evaluation.
 
     Args:
       splits: the cases of every split of the task.
@@ -100,7 +100,7 @@ class Evaluation:
             lambda params, batch: objective.predict(params, batch).outputs, out_shardings=NamedSharding(self._mesh, P())
         )
 
-    def predict(self, params: base.Params, split: str, beat: runs.Beat) -> Float[np.ndarray, "cases outputs"]:
+    def predict(self, params: base.Params, split: str, beat: trainer.Beat) -> Float[np.ndarray, "cases outputs"]:
         """The scores of every case of a split, on every host.
 
         Args:
@@ -125,7 +125,7 @@ class Evaluation:
             found.append(np.asarray(jax.device_get(waiting)))
         return scores(self._objective.head, np.concatenate(found)[: len(cases)])
 
-    def validate(self, state: base.State, beat: runs.Beat) -> Mapping[str, float]:
+    def validate(self, state: base.State, beat: trainer.Beat) -> Mapping[str, float]:
         """LOSS: mean over the validation cases of the log loss, the squared error, or the negative log partial likelihood."""
         found = self.predict({**state["params"], **state.get("average", {})}, labels.HELD_OUT, beat)
         loss = self._splits[labels.HELD_OUT].targets.loss(found) / len(found)
@@ -133,7 +133,7 @@ class Evaluation:
             log.info(f"validation loss {loss:.4f}")
         return {LOSS: loss}
 
-    def conclude(self, run: runs.Run, beat: runs.Beat) -> None:
+    def conclude(self, run: Run, beat: trainer.Beat) -> None:
         """Scores the test split with the weights of the smallest validation loss, where that has not been done.
 
         Raises:

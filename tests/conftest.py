@@ -17,6 +17,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
@@ -157,3 +159,28 @@ def tiny_shards(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
             subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True, capture_output=True)
 
     return once("tiny_shards", build) / "shards"
+
+
+@pytest.fixture
+def grown(tiny_shards: Path, tmp_path: Path) -> Path:
+    """tiny_shards after an addition of 48 slices (those of its first build again)."""
+    from data_pipeline.format import shards as shard_files  # after the import hook
+
+    folder = tmp_path / "grown"
+    shutil.copytree(tiny_shards, folder)
+    table = pq.read_table(folder / shard_files.SHARDS)
+    rows = table.to_pylist()
+    for number, row in enumerate(table.to_pylist(), start=len(rows)):
+        name = shard_files.file_name(row["file"].split("-")[0], row["split"], number)
+        shutil.copy(folder / row["file"], folder / name)
+        rows.append({**row, "file": name, "addition": 1})
+    metadata = table.schema.metadata | {shard_files.COUNT: str(len(rows)).encode()}
+    grown_table = pa.Table.from_pylist(rows, schema=table.schema).replace_schema_metadata(metadata)
+    pq.write_table(grown_table, folder / shard_files.SHARDS)
+    return folder
+
+
+@pytest.fixture
+def mixed(tiny_shards: Path, grown: Path) -> Callable[[str, str], str]:
+    """The 48 slices of tiny_shards and the 96 of `grown` with two weights."""
+    return lambda one, other: f"{tiny_shards}:{one},{grown}:{other}"

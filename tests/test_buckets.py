@@ -17,7 +17,7 @@ from curia_jax import checkpoint, doctor, lease, profiling, saving, sharding, st
 from curia_jax.convert import __main__ as convert
 from curia_jax.evaluate import backbones
 from curia_jax.report import run_log
-from tests import test_lease, test_run
+from tests import runs, test_lease
 
 pytestmark = pytest.mark.bucket
 
@@ -27,17 +27,17 @@ pytestmark = pytest.mark.bucket
 def test_run_in_a_bucket_stops_resumes_and_ends_as_in_a_folder(
     bucket: str, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert test_run.train(tmp_path / "folder", tiny_shards).exit_code == 0
-    assert test_run.train(bucket, tiny_shards, stop_at=3).exit_code == 75  # type: ignore[arg-type]
+    assert runs.train(tmp_path / "folder", tiny_shards).exit_code == 0
+    assert runs.train(bucket, tiny_shards, stop_at=3).exit_code == 75  # type: ignore[arg-type]
     assert doctor.examine(bucket)[0].state == "stopped"
-    assert test_run.train(bucket, tiny_shards).exit_code == 0  # type: ignore[arg-type]
+    assert runs.train(bucket, tiny_shards).exit_code == 0  # type: ignore[arg-type]
 
     ours, theirs = (checkpoint.load(place) for place in (str(tmp_path / "folder"), bucket))
     assert (ours.step, ours.examples_seen) == (theirs.step, theirs.examples_seen) == (6, 96)
     found = sharding.paths(theirs.params)
     assert all(np.array_equal(leaf, found[path]) for path, leaf in sharding.paths(ours.params).items())
     rows = run_log.read(bucket).metrics
-    assert {row.step: row.loss for row in rows} == test_run.losses(tmp_path / "folder")
+    assert {row.step: row.loss for row in rows} == runs.losses(tmp_path / "folder")
     assert [event["event"] for event in telemetry.events(bucket) if event["event"] != "saved"] == [
         "started", "preempted", "resumed", "finished",
     ]  # fmt: skip
@@ -124,7 +124,7 @@ def test_of_many_runs_that_start_together_in_a_bucket_one_wins(bucket: str) -> N
 def test_new_run_needs_an_empty_place_in_the_bucket(bucket: str, tiny_shards: Path) -> None:
     (storage.root(bucket) / "somebody's.txt").write_text("x")
     with pytest.raises(Exception, match="is not empty and not the work directory of a run"):
-        test_run.prepare(bucket, tiny_shards)  # type: ignore[arg-type]
+        runs.prepare(bucket, tiny_shards)  # type: ignore[arg-type]
 
 
 def test_profile_is_requested_by_an_object(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

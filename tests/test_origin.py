@@ -12,7 +12,7 @@ from curia_common.errors import DataError, UserError
 from curia_jax import checkpoint, origin, sharding, trained_model
 from curia_jax.convert import __main__ as convert
 from tests.conftest import use_one_device
-from tests.test_run import losses, prepare, train
+from tests.runs import losses, prepare, train
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Key
 
 from curia_common.errors import DoesNotFitError, UserError
-from curia_jax import augment, checkpoint, data, optimizer, run, sharding
+from curia_jax import augment, checkpoint, data, optimizer, run, sharding, trainer
 from curia_jax import config as configs
 from curia_jax.models import vit
 from curia_jax.objectives import base
@@ -198,7 +198,7 @@ def classifier(config: Any, this: run.Run) -> base.Objective:
 # ---- runs of the classifier
 
 
-def train(workdir: Path, shards: Path, *words: str, stop_at: int = 0) -> run.Outcome:
+def train(workdir: Path, shards: Path, *words: str, stop_at: int = 0) -> trainer.Outcome:
     """Six steps on one device; SIGTERM while batch number `stop_at` (from 1) is pulled."""
     overrides = ["--config.duration=6 steps", "--config.save_every=6 steps", "--config.devices.platform=auto"]
     mesh = ["--config.mesh.data=1", "--config.mesh.fsdp=1", "--config.devices.cpu_count=0"]
@@ -213,7 +213,7 @@ def train(workdir: Path, shards: Path, *words: str, stop_at: int = 0) -> run.Out
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    return run.train(this, classifier(config, this), batches)
+    return trainer.train(this, classifier(config, this), batches)
 
 
 def metrics(workdir: Path) -> dict[int, dict[str, float]]:
