@@ -1,4 +1,4 @@
-"""Shards in a Cloud Storage bucket, as a read-only mount on every host.
+"""Shards, and the images of tasks, in a Cloud Storage bucket, as a read-only mount on every host.
 
 Training reads records in random order, each 40 to 210 kB (docs/loader.md). Without a cache that is one request per image and epoch: at
 $0.0004 per 1,000 requests and 100,000 images a second $144 an hour, and twenty times the rate at which a bucket starts. With
@@ -12,9 +12,9 @@ from curia_common import mixtures
 from curia_common.errors import UserError
 from launch.spec import LaunchSpec
 
-SHARDS_OPTION = mixtures.OPTION
 PATH = "/mnt/curia-shards"
 SCHEME = "gs://"
+START, SCRATCH = "--from", "none"  # the weights that a run starts from, and random ones
 
 
 class Mount(NamedTuple):
@@ -50,42 +50,47 @@ class Mount(NamedTuple):
 
 
 def shards_of(spec: LaunchSpec) -> Mount | None:
-    """The mount for the shards that a command reads; None where they are not in a bucket. Of a mixture, the folder that holds all.
+    """The mount for the data that a command reads; None where it is not in a bucket. Of a mixture, the folder that holds all.
 
     Raises:
       UserError: an address names no bucket, or the folders of a mixture are in several buckets, or not all in one.
     """
-    text = spec.option(SHARDS_OPTION)
-    addresses = [part.folder for part in mixtures.parse(text)] if text else []
+    addresses = [part.folder for part in spec.data]
     if not any(address.startswith(SCHEME) for address in addresses):
         return None
+    text = f"{spec.data_option}={spec.option(spec.data_option)}"
     places = [address.removeprefix(SCHEME).partition("/") for address in addresses]
     if not all(address.startswith(SCHEME) for address in addresses) or len({bucket for bucket, *_ in places}) > 1:
-        raise UserError(f"{SHARDS_OPTION}={text}: one bucket is mounted; copy all folders of the mixture to one")
+        raise UserError(f"{text}: one bucket is mounted; copy all folders of the mixture to one")
     bucket = places[0][0]
     if not bucket:
-        raise UserError(f"{SHARDS_OPTION}={text} names no bucket; write gs://BUCKET/FOLDER")
+        raise UserError(f"{text} names no bucket; write gs://BUCKET/FOLDER")
     folder = posixpath.commonpath([folder.strip("/") for _, _, folder in places])
     return Mount(bucket, folder, PATH, spec.shards_cache_gib)
 
 
 def check(spec: LaunchSpec) -> tuple[str, ...]:
-    """Refuses shards that hosts of the cloud cannot read.
+    """Refuses data and weights that hosts of the cloud cannot read.
 
     Returns:
       What the user should know before a submission: that each image will be a request.
 
     Raises:
-      UserError: shards that are not in a bucket, or a cache without shards in a bucket.
+      UserError: data or weights that are not in a bucket, or a cache without data in a bucket.
     """
     shards = shards_of(spec)
-    folder = spec.option(SHARDS_OPTION)
-    if folder and shards is None:
-        raise UserError(
-            f"{SHARDS_OPTION}={folder} is a folder that hosts of the cloud do not have; write gs://BUCKET/FOLDER"
-        )
+    weights = spec.option(START)
+    places = [(spec.data_option, part.folder) for part in spec.data]
+    places += [(START, weights)] if weights and weights != SCRATCH else []
+    for option, folder in places:
+        if not folder.startswith(SCHEME):
+            raise UserError(
+                f"{option}={folder} is a folder that hosts of the cloud do not have; write gs://BUCKET/FOLDER"
+            )
     if shards is None and spec.shards_cache_gib:
-        raise UserError(f"--shards-cache={spec.shards_cache_gib} is for shards in a bucket; set {SHARDS_OPTION}=gs://…")
+        raise UserError(
+            f"--shards-cache={spec.shards_cache_gib} is for shards in a bucket; set {spec.data_option}=gs://…"
+        )
     if shards is None or shards.cache_gib:
         return ()
     return (
@@ -94,13 +99,12 @@ def check(spec: LaunchSpec) -> tuple[str, ...]:
 
 
 def argv_of(spec: LaunchSpec) -> tuple[str, ...]:
-    """The command of every process, which reads shards where they are mounted."""
+    """The command of every process, which reads its data where it is mounted."""
     shards = shards_of(spec)
     if shards is None:
         return spec.argv
     top = f"{SCHEME}{shards.bucket}/{shards.folder}"
     mounted = [
-        part._replace(folder=posixpath.normpath(f"{PATH}/{posixpath.relpath(part.folder, top)}"))
-        for part in mixtures.parse(spec.option(SHARDS_OPTION) or "")
+        part._replace(folder=posixpath.normpath(f"{PATH}/{posixpath.relpath(part.folder, top)}")) for part in spec.data
     ]
-    return (*spec.argv, f"{SHARDS_OPTION}={mixtures.write(mounted)}")  # the last one counts
+    return (*spec.argv, f"{spec.data_option}={mixtures.write(mounted)}")  # the last one counts

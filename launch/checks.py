@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from curia_common import logs
+from curia_common import logs, mixtures
 from curia_common.errors import StorageError, UserError
 from launch import workdirs
 from launch.spec import COMMANDS, LaunchSpec
@@ -109,13 +109,15 @@ def _shards(spec: LaunchSpec, fields: Mapping[str, Any], *, contact: bool) -> tu
     """The shards of the config file as an option, which the targets look at.
 
     Raises:
-      UserError: a submission without any.
+      UserError: a submission without data.
     """
-    if SHARDS not in fields or spec.option(f"--config.{SHARDS}") is not None:
+    if spec.option(spec.data_option) is not None:
         return ()
-    if fields[SHARDS]:
-        return (f"--config.{SHARDS}={fields[SHARDS]}",)
-    missing = f"{SHARDS} is empty; add --config.{SHARDS}=… after {spec.command}, the folder that python -m data_pipeline.build wrote"
+    if spec.data_option == mixtures.OPTION and fields[SHARDS]:
+        return (f"{mixtures.OPTION}={fields[SHARDS]}",)
+    missing = (
+        f"{spec.data_option} is missing; add {spec.data_option}=… after {spec.command}, the folder of its training data"
+    )
     if contact:
         raise UserError(missing)
     logger.info(f"a submission would end with: {missing}")

@@ -6,8 +6,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from curia_common import mixtures
 from curia_common.errors import DoesNotFitError, UserError
-from launch.buckets import SCHEME, SHARDS_OPTION
+from launch.buckets import SCHEME
 from launch.spec import LaunchSpec
 
 PLANNED = "pretrain"  # the command that the planner plans, on TPUs
@@ -22,7 +23,7 @@ class Plan:
     Attributes:
       topology: as str(Topology) writes it.
       overrides: words --config.field=value.
-      parameters: of the model.
+      state_bytes: of what a checkpoint holds.
       hbm, hbm_limit: bytes per chip, needed and there.
       hours, chip_hours, cost: of all steps; None where the planner could not estimate them, or knows no price.
       prices: currency and date of the price.
@@ -32,7 +33,7 @@ class Plan:
     config: str
     overrides: tuple[str, ...]
     fits: bool
-    parameters: int
+    state_bytes: int
     hbm: int
     hbm_limit: int
     hours: float | None
@@ -55,7 +56,7 @@ def can_be_planned(spec: LaunchSpec) -> bool:
 
 def plan_command(spec: LaunchSpec) -> str:
     """The command that writes the plan of a run, and what to add where the planner cannot count the slices in a bucket."""
-    in_bucket = f"{SHARDS_OPTION}={SCHEME}"
+    in_bucket = f"{mixtures.OPTION}={SCHEME}"
     given = [word for word in spec.words if word.startswith("--config.")]
     overrides = [word for word in given if not word.startswith(in_bucket)]
     more = " (add --examples=N, the number of slices in the bucket)" if len(overrides) < len(given) else ""
@@ -76,7 +77,7 @@ def read(path: str, spec: LaunchSpec) -> Plan:
         found: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
         plan = Plan(
             topology=found["topology"], config=found["config"], overrides=tuple(found["overrides"]), fits=found["fits"],
-            parameters=int(found["parameters"]),
+            state_bytes=int(found["state_bytes"]),
             hbm=found["hbm_bytes_per_chip"], hbm_limit=found["hbm_limit_bytes"], hours=found.get("hours"),
             chip_hours=found.get("chip_hours"), cost=found.get("cost"),
             prices=f"{found.get('currency')} at the prices of {found.get('price_date')}",

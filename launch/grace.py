@@ -12,7 +12,6 @@ from launch.cost import Plan
 from launch.spec import COMMANDS, LaunchSpec
 
 NEWEST = 20  # saves that are looked at
-STATE_BYTES = 12  # for each parameter: its value and the two moments of AdamW, float32
 # What a host writes to a bucket or a shared disk. An assumption, on the slow side; `python -m benchmarks.checkpoint --workdir=…` measures it.
 BYTES_PER_SECOND = 100e6
 
@@ -38,7 +37,7 @@ def measured_seconds(spec: LaunchSpec) -> float | None:
 
 def estimated_seconds(spec: LaunchSpec, plan: Plan) -> float:
     """Each host writes its share of the state."""
-    return plan.parameters * STATE_BYTES / spec.topology.hosts / BYTES_PER_SECOND
+    return plan.state_bytes / spec.topology.hosts / BYTES_PER_SECOND
 
 
 def check(spec: LaunchSpec, plan: Plan | None, *, contact: bool) -> None:
@@ -62,7 +61,7 @@ def check(spec: LaunchSpec, plan: Plan | None, *, contact: bool) -> None:
         return
     if plan is not None and spec.grace_seconds < (estimated := estimated_seconds(spec, plan)):
         logger.warning(
-            f"--grace is {spec.grace_seconds} s, but a save may take {estimated:.0f} s: {plan.parameters:,} parameters x {STATE_BYTES} bytes "
+            f"--grace is {spec.grace_seconds} s, but a save may take {estimated:.0f} s: {plan.state_bytes / 1e9:.1f} GB "
             f"over {spec.topology.hosts} hosts at {BYTES_PER_SECOND / 1e6:.0f} MB/s each; consider --grace={_rounded(estimated)}"
         )
 

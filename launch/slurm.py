@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from curia_common import launching, mixtures
+from curia_common import launching
 from curia_common.errors import UserError
 from curia_common.exit_codes import FINAL, ExitCode
 from launch import buckets, records, tools
@@ -35,15 +35,15 @@ def render(spec: LaunchSpec) -> Rendering:
     there = spec.topology
     if there.platform == "tpu":
         raise UserError(f"{there} has TPUs, which --target=slurm does not serve; --target=gke does")
-    shards = [part.folder for part in mixtures.parse(spec.option(buckets.SHARDS_OPTION) or "")]
+    shards = [part.folder for part in spec.data]
     for folder in shards:
         if folder.startswith(buckets.SCHEME):
             raise UserError(
-                f"{buckets.SHARDS_OPTION}={folder} is a bucket, which Slurm does not mount; name a folder that all machines share"
+                f"{spec.data_option}={folder} is a bucket, which Slurm does not mount; name a folder that all machines share"
             )
     if spec.workdir is not None and not spec.workdir.startswith("/") and "://" not in spec.workdir:
         raise UserError(f"--workdir={spec.workdir} is relative, and jobs start in another folder; write the whole path")
-    for option, folder in (("--workdir", spec.workdir or ""), *((buckets.SHARDS_OPTION, folder) for folder in shards)):
+    for option, folder in (("--workdir", spec.workdir or ""), *((spec.data_option, folder) for folder in shards)):
         if there.hosts > 1 and folder.startswith(OWN_DISK):
             raise UserError(
                 f"{option}={folder} is on the own disk of each machine; name a folder that all machines share"

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from curia_common import topologies
+from curia_common import mixtures, topologies
 from curia_common.errors import UserError
 from curia_common.launching import Contract
 from curia_common.topologies import Topology
@@ -26,6 +26,7 @@ class Command:
       many_hosts: runs on all hosts of a pod together, and resumes.
       has_fields: prints every field of its config with --fields.
       fills: beginnings of the names of fields that it fills in itself, from the weights and the data that it is given.
+      data: the option that names the folder it reads; None where hosts of the cloud do not run it.
       on_beam: hands its work to Apache Beam with --runner=beam.
     """
 
@@ -33,16 +34,18 @@ class Command:
     many_hosts: bool
     has_fields: bool = False
     fills: tuple[str, ...] = ()
+    data: str | None = None
     on_beam: bool = False
 
 
 COMMANDS = {
-    "pretrain": Command("curia_jax.pretrain", many_hosts=True, has_fields=True),
+    "pretrain": Command("curia_jax.pretrain", many_hosts=True, has_fields=True, data=mixtures.OPTION),
     "finetune": Command(
         "curia_jax.finetune",
         many_hosts=True,
         has_fields=True,
         fills=("head.", "task.", "model.", "augment.", "seed", "keep_best"),
+        data="--data",
     ),
     "convert": Command("curia_jax.convert", many_hosts=False),
     "predict": Command("curia_jax.predict", many_hosts=False),
@@ -121,6 +124,23 @@ class LaunchSpec:
     def option(self, name: str) -> str | None:
         """Value of an option of the command, `--config.data.shards` for example; the last one counts. None without."""
         return option_of(self.words, name)
+
+    @property
+    def data_option(self) -> str:
+        """The option that names the folder that the command reads; "" without one."""
+        return COMMANDS[self.command].data or ""
+
+    @property
+    def data(self) -> tuple[mixtures.Part, ...]:
+        """The folders that the command reads, those of a mixture with their weights.
+
+        Raises:
+          UserError: a mixture is not written as one.
+        """
+        text = self.option(self.data_option)
+        if not text:
+            return ()
+        return mixtures.parse(text) if self.data_option == mixtures.OPTION else (mixtures.Part(text, ""),)
 
     @property
     def place(self) -> str | None:

@@ -127,6 +127,11 @@ class Objective:
         """Number of trained values."""
         return sum(leaf.size for leaf in jax.tree.leaves(_split(self.abstract_state["params"], self.frozen)[1]))
 
+    @property
+    def state_bytes(self) -> int:
+        """Of the state, which a checkpoint holds: parameters, their mean, moments."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.abstract_state))
+
     def initial_state(self, seed: int, params: Mapping[str, PyTree[Shaped[np.ndarray, "..."]]] | None = None) -> State:
         """The state of step 0; each device creates only its own shards.
 

@@ -42,6 +42,8 @@ class Plan:
 
     Attributes:
       mesh: axis sizes by name.
+      parameters: values that are trained.
+      state_bytes: of a checkpoint, over all hosts.
       compiler: its name and version.
       compiler_tested: the estimator has been tested with that version.
       cached: the compiler's answer was kept from an earlier time.
@@ -55,6 +57,7 @@ class Plan:
     mesh: Mapping[str, int]
     batch_size: int
     parameters: int
+    state_bytes: int
     data: InputFacts
     compiler: str
     compiler_tested: bool
@@ -90,6 +93,7 @@ class Plan:
             "batch_size": self.batch_size,
             "batch_per_chip": self.batch_size / self.topology.chips,
             "parameters": self.parameters,
+            "state_bytes": self.state_bytes,
             "examples": self.data.examples,
             "examples_assumed": self.data.examples_assumed,
             "canvas": list(self.data.canvas),
@@ -147,6 +151,7 @@ class Planner:
             mesh=dict(step.mesh.shape),
             batch_size=config.batch_size,
             parameters=step.objective.parameters,
+            state_bytes=step.objective.state_bytes,
             data=self.data,
             compiler=version,
             compiler_tested=version.removeprefix("libtpu ") in estimator.TESTED_LIBTPU,

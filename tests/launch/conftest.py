@@ -1,5 +1,7 @@
 """Settings of the launcher's tests."""
 
+import dataclasses
+
 import pytest
 
 from launch import checks, spec
@@ -9,4 +11,4 @@ from launch import checks, spec
 def no_fields(monkeypatch: pytest.MonkeyPatch) -> None:
     """The config of a launch is not asked of the command, which takes a process; tests/launch/test_checks.py does that."""
     monkeypatch.setattr(checks, "parse_words", lambda spec: None)
-    monkeypatch.setitem(spec.COMMANDS, "pretrain", spec.Command("curia_jax.pretrain", many_hosts=True))
+    monkeypatch.setitem(spec.COMMANDS, "pretrain", dataclasses.replace(spec.COMMANDS["pretrain"], has_fields=False))

@@ -5,6 +5,7 @@ import pytest
 from curia_common.errors import UserError
 from launch import buckets
 from tests.launch.clouds import spec_of
+from tests.launch.test_spec import made
 
 OPTION = "--config.data.shards"
 
@@ -44,6 +45,28 @@ def test_folders_of_a_mixture_are_read_below_one_mount() -> None:
     assert buckets.argv_of(spec)[-1] == f"{OPTION}={mount.path}/ct:0.7,{mount.path}/mr/new:0.3"
     spec = spec_of("gke", "v5e:4x4", f"{OPTION}=gs://data/ct:1,gs://data/mr:1")
     assert buckets.argv_of(spec)[-1] == f"{OPTION}={buckets.PATH}/ct:1,{buckets.PATH}/mr:1"
+
+
+def test_data_of_a_fine_tuning_is_mounted_and_read_there() -> None:
+    words = "finetune --config=finetune_vit --from=gs://data/b16 --task=ich --workdir=gs://runs/ich --data=gs://data/bench:1,a"
+    mount = buckets.shards_of(spec := made(words, target="gke", shards_cache_gib=3))
+    assert mount is not None and mount[:2] == ("data", "bench:1,a")  # a folder, not a mixture
+    assert mount.options()["only-dir"] == "bench:1,a"
+    assert buckets.argv_of(spec) == (*spec.argv, f"--data={mount.path}")
+    assert buckets.check(spec) == ()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--from=none --data=bench", "--data=bench is a folder that hosts of the cloud do not have; write gs://"),
+        ("--from=runs/b16 --data=gs://data/bench", "--from=runs/b16 is a folder that hosts of the cloud do not have"),
+    ],
+)
+def test_folder_that_a_fine_tuning_in_the_cloud_lacks_is_refused(words: str, message: str) -> None:
+    spec = made(f"finetune --config=finetune_vit --task=ich --workdir=gs://runs/ich {words}", target="gke")
+    with pytest.raises(UserError, match=message):
+        buckets.check(spec)
 
 
 @pytest.mark.parametrize("other", ["gs://others/mr", "/data/mr"])

@@ -1,5 +1,6 @@
 """The config of a launch against its machines and its work directory: one line before anything is created."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -16,7 +17,7 @@ TINY = "pretrain --config=tests/configs/tiny.py --workdir={run}"
 
 @pytest.fixture(autouse=True)
 def fields(monkeypatch: pytest.MonkeyPatch, no_fields: None) -> None:
-    monkeypatch.setitem(spec.COMMANDS, "pretrain", spec.Command("curia_jax.pretrain", many_hosts=True, has_fields=True))
+    monkeypatch.setitem(spec.COMMANDS, "pretrain", dataclasses.replace(spec.COMMANDS["pretrain"], has_fields=True))
 
 
 def check(words: str, topology: str, platform: str, **changes) -> spec.LaunchSpec:
@@ -91,10 +92,19 @@ def test_submission_without_shards_is_refused_and_a_dry_run_says_so(caplog: pyte
     caplog.set_level("INFO")
     words = TINY.format(run="runs/none")
     check(words, "cpu:1x4", "cpu")
-    missing = "data.shards is empty; add --config.data.shards=… after pretrain"
+    missing = "--config.data.shards is missing; add --config.data.shards=… after pretrain"
     assert f"a submission would end with: {missing}" in caplog.text
     with pytest.raises(UserError, match=missing):
         checks.check(made(words, target="local", topology="cpu:1x4"), "cpu", contact=True)
+
+
+def test_data_of_a_fine_tuning_is_its_option_data(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    words = "finetune --config=tests/configs/finetune_tiny.py --workdir=runs/none --task=ich --from=none"
+    with pytest.raises(UserError, match="^--data is missing; add --data=… after finetune"):
+        checks.check(made(words, target="local", topology="cpu:1x1"), "cpu", contact=True)
+    found = checks.check(made(f"{words} --data=d", target="local", topology="cpu:1x1"), "cpu", contact=True)
+    assert not any(word.startswith("--config.data.shards") for word in found.words)
 
 
 def test_shards_of_the_config_file_become_an_option(tmp_path: Path) -> None:

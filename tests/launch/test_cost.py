@@ -19,7 +19,7 @@ from tests.launch.test_spec import made
 WORDS = "pretrain --config=pretrain_vit_b16_224 --workdir=a --config.mesh.fsdp=32 --config.data.shards=s"
 SPEC = made(WORDS)
 PLAN = {
-    "config": "configs/pretrain_vit_b16_224.py", "overrides": ["--config.mesh.fsdp=32"], "topology": "v5e:16x16", "fits": True, "parameters": 112_000_000,
+    "config": "configs/pretrain_vit_b16_224.py", "overrides": ["--config.mesh.fsdp=32"], "topology": "v5e:16x16", "fits": True, "state_bytes": 1_344_000_000,
     "hbm_bytes_per_chip": 12 * 2**30, "hbm_limit_bytes": 63 * 2**28,
     **dataclasses.asdict(RunCost(62_500, 10.5, 2688.0, 1.2, 3225.6, "USD", "2025-08")),
 }  # fmt: skip

@@ -19,8 +19,8 @@ def saves(run: Path, *seconds: float | None) -> spec.LaunchSpec:
     return made(f"pretrain --workdir={run}", target="local", grace_seconds=60)
 
 
-def plan_of(tmp_path: Path, parameters: int) -> cost.Plan:
-    (tmp_path / "plan.json").write_text(json.dumps(PLAN | {"parameters": parameters, "overrides": []}))
+def plan_of(tmp_path: Path, state_bytes: int) -> cost.Plan:
+    (tmp_path / "plan.json").write_text(json.dumps(PLAN | {"state_bytes": state_bytes, "overrides": []}))
     return cost.read(str(tmp_path / "plan.json"), made("pretrain --config=pretrain_vit_b16_224 --workdir=a"))
 
 
@@ -37,17 +37,17 @@ def test_slow_save_of_long_ago_does_not_count(tmp_path: Path) -> None:
 def test_grace_shorter_than_the_estimate_of_a_plan_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # 12 bytes x 1.6e9 over the 2 hosts of v5e:2x4 at 100 MB/s
+    # 19.2 GB over the 2 hosts of v5e:2x4 at 100 MB/s
     launch = made(f"pretrain --workdir={tmp_path}", topology="v5e:2x4", grace_seconds=60)
-    grace.check(launch, plan_of(tmp_path, 1_600_000_000), contact=False)
-    assert "--grace is 60 s, but a save may take 96 s: 1,600,000,000 parameters x 12 bytes over 2 hosts" in caplog.text
+    grace.check(launch, plan_of(tmp_path, 19_200_000_000), contact=False)
+    assert "--grace is 60 s, but a save may take 96 s: 19.2 GB over 2 hosts" in caplog.text
     caplog.clear()
-    grace.check(launch, plan_of(tmp_path, 100_000_000), contact=False)
+    grace.check(launch, plan_of(tmp_path, 1_200_000_000), contact=False)
     assert not caplog.text
 
 
 def test_measured_save_counts_more_than_an_estimate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    grace.check(saves(tmp_path, 14.0), plan_of(tmp_path, 10**12), contact=False)
+    grace.check(saves(tmp_path, 14.0), plan_of(tmp_path, 10**13), contact=False)
     assert not caplog.text
 
 

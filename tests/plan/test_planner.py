@@ -89,7 +89,7 @@ def test_json_lists_arguments_and_temporaries_together() -> None:
         estimator.LargeTensor(name, "f32[4]", 16, kind) for name, kind in (("a", "argument"), ("b", "temporary"))
     ]
     plan = Plan(
-        topology=topologies.parse("v5e:2x2"), mesh={"data": 4}, batch_size=16, parameters=1, data=DATA, compiler="libtpu",
+        topology=topologies.parse("v5e:2x2"), mesh={"data": 4}, batch_size=16, parameters=1, state_bytes=12, data=DATA, compiler="libtpu",
         compiler_tested=True, program_hash="0", compile_seconds=1.0, cached=False,
         memory=MemoryReport({"code": 5}, 10, True, (tensors[0],)), model_flops_per_step=1, hardware_flops_per_step=2,
         step=dataclasses.replace(STEP, largest_temporaries=(tensors[1],)),
@@ -98,6 +98,7 @@ def test_json_lists_arguments_and_temporaries_together() -> None:
     assert [(row["tensor"], row["kind"]) for row in found["largest_tensors"]] == [("a", "argument"), ("b", "temporary")]
     assert "largest_temporaries" not in found and "cost" not in found
     assert (found["batch_per_chip"], found["hbm_bytes_per_chip"], found["hbm_limit_bytes"]) == (4, 5, 10)
+    assert found["state_bytes"] == 12
     assert (found["estimated_step_seconds"], found["examples"], found["canvas"]) == (0.5, 1600, [32, 32])
 
 
@@ -120,3 +121,5 @@ def test_rate_of_fine_tuning_counts_the_slices_of_its_cases(plan, monkeypatch: p
     found = Planner(topologies.parse("v5e:2x2"), DATA, prices.PRICES, make).plan(config)
     assert images == [24] and found.batch_size == 8
     assert found.cost is not None and found.cost.total_steps == 50 * 1600 // 8
+    # Values, their running mean and two moments, all float32; then a few counters.
+    assert 0 <= found.state_bytes - 16 * found.parameters < 100

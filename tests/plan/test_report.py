@@ -25,7 +25,7 @@ MEMORY = MemoryReport(
     (LargeTensor("params/encoder/mlp", "float32[768, 3072]", 9 * 2**20, "argument"),),
 )  # fmt: skip
 PLAN = Plan(
-    topology=V5E, mesh={"replica": 1, "data": 2, "fsdp": 2}, batch_size=1024, parameters=111_700_000, data=DATA,
+    topology=V5E, mesh={"replica": 1, "data": 2, "fsdp": 2}, batch_size=1024, parameters=111_700_000, state_bytes=1_340_400_000, data=DATA,
     compiler="libtpu 0.0.1", compiler_tested=True, program_hash="0" * 16, compile_seconds=61.7, cached=True, memory=MEMORY,
     model_flops_per_step=2 * 10**12, hardware_flops_per_step=3 * 10**12, step=STEP,
     input=inputs.input_needs(STEP.images_per_second, V5E, DATA), cost=prices.run_cost(36_000, 0.1, V5E, prices.PRICES),

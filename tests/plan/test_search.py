@@ -28,7 +28,7 @@ class FakePlanner(Planner):
         used, rate = self.answer(config)
         step = StepEstimate(*(0.1,) * 8, rate, 4 * rate, (), ()) if rate is not None and used < 10 else None
         return Plan(
-            V5E, {"replica": 1, "data": 2, "fsdp": 2}, config.batch_size, 1, DATA, "libtpu", True, str(len(self.asked)),
+            V5E, {"replica": 1, "data": 2, "fsdp": 2}, config.batch_size, 1, 12, DATA, "libtpu", True, str(len(self.asked)),
             1.0, False, MemoryReport({"total": int(used * 2**30)}, 10 * 2**30, used < 10, ()), 1, 1, step,
             estimate_error="cannot read the program" if rate is None else None,
         )  # fmt: skip
