@@ -241,8 +241,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def _only(part: labels.Labelled, slices: np.ndarray) -> labels.Labelled:
     """The labelled slices that are among these."""
-    rows = np.flatnonzero(np.isin(part.slices, slices))
-    return labels.Labelled(part.slices[rows], part.names[rows], part.patients[rows], part.series[rows])
+    return part.restricted(np.isin(part.slices, slices))
 
 
 def _check_splits(task: labels.Task) -> None:

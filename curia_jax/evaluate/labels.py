@@ -46,6 +46,11 @@ class Labelled:
     series: Shaped[np.ndarray, " n"]
     events: Bool[np.ndarray, " n"] | None = None
 
+    def restricted(self, inside: Bool[np.ndarray, " n"]) -> "Labelled":
+        """Some of the slices."""
+        events = None if self.events is None else self.events[inside]
+        return Labelled(self.slices[inside], self.names[inside], self.patients[inside], self.series[inside], events)
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:

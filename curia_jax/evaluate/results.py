@@ -23,7 +23,7 @@ OK, NOT_RUN, FAILED = "ok", "not_run", "failed"
 # Of every row, in this order; a row with status "ok" has further fields that say how its value was obtained.
 COLUMNS: tuple[str, ...] = (
     "task", "protocol", "backbone", "against", "head", "features", "labels", "metric", "value", "low", "high", "n", "events",
-    "seed", "data_sha256", "status", "reason", "subgroup",
+    "seed", "data_sha256", "status", "reason", "subgroup", "trained_on", "tested_on",
 )  # fmt: skip
 RESULTS, TABLE = "results.json", "results.csv"  # in the folder that --output names
 SHARDS = "shards/"  # before the label in the name of a task that is a label of a shard folder
@@ -67,6 +67,8 @@ class Study:
       subgroup: of the test cases, "scanner=A"; None for all of them.
       in_corpus: images of the whole test split that are in the pretraining corpus; None where none was given.
       in_corpus_first: some of them, "test 12".
+      trained_on, tested_on: across a column, its values in the cases that heads learned from and in those that were scored,
+        "CT" and "MR"; None where all cases are used.
     """
 
     task: str
@@ -88,11 +90,14 @@ class Study:
     subgroup: str | None = None
     in_corpus: int | None = None
     in_corpus_first: tuple[str, ...] = ()
+    trained_on: str | None = None
+    tested_on: str | None = None
 
     @property
     def title(self) -> str:
-        """The task's name for people."""
-        return self.task.removeprefix(SHARDS)
+        """The task's name for people, and which cases heads learned from and were scored on."""
+        name = self.task.removeprefix(SHARDS)
+        return name if self.trained_on is None else f"{name}, {self.trained_on} to {self.tested_on}"
 
     @property
     def few_text(self) -> str:
@@ -185,7 +190,8 @@ class Score:
       value, low, high: the metric and the ends of its interval; None where undefined.
       degenerate_draws: bootstrap draws in which the metric is undefined; they are left out of the interval.
       draws_without_a_class: draws that miss a class and still define the metric.
-      against: the other backbone of a paired difference, `backbone` minus `against`; None for a value.
+      against: the other side of a difference, `backbone` minus `against`: another backbone, or across a column the same backbone
+        "trained on MR" or "tested on CT"; None for a value.
       features: those that were chosen for the probe of `backbone`; None for the class frequencies.
       fit: of the probe; None for differences and the class frequencies.
       p: of a difference: two-sided p-value of none, by DeLong's method for the AUROC of two classes where no patient has two cases, by

@@ -100,6 +100,11 @@ class Predictions:
     decided: dict[tuple[str, str], Float[np.ndarray, "n outputs"]]
     fits: dict[tuple[str, str], tuple[Fit, str]]
 
+    def restricted(self, inside: Bool[np.ndarray, " n"]) -> "Predictions":
+        """Of some of the cases."""
+        scores, decided = ({of: values[inside] for of, values in by.items()} for by in (self.scores, self.decided))
+        return Predictions(scores, decided, self.fits)
+
 
 def score(
     task: labels.Task,
@@ -140,33 +145,40 @@ def score(
     Raises:
       UserError: a probe cannot be fitted, or `unit` does not fit the labels.
     """
-    heads = _learners(task, heads)
+    heads = learners(task, heads)
     cases = Cases.of(task, unit)
     results, tables = [], []
-    for amount in few:
-        for own in (seed,) if _is_everything(amount) else range(seed, seed + subsets.SEEDS):
-            rows, is_held_out = _learning(task, amount, own)
-            found, predicted = _score_once(
-                task, features, cases, rows, is_held_out, heads=heads, unit=unit, draws=draws, seed=own, amount=amount,
-                data_sha256=data_sha256, readouts=readouts, tokens=tokens,
-            )  # fmt: skip
-            results += found
-            if groups and _is_everything(amount):
-                of_metrics = metrics_of(cases, task.classes)
-                results += measure_groups(found[0].study, cases, predicted, groups, of_metrics)
-            tables += [
-                table(task, backbone, head, labels_text(amount), own, cases, predicted)
-                for backbone, head in predicted.fits
-            ]
+    for amount, own in repeats(few, seed):
+        study, predicted = learn(
+            task, features, cases, heads=heads, unit=unit, draws=draws, seed=own, amount=amount, data_sha256=data_sha256,
+            readouts=readouts, tokens=tokens,
+        )  # fmt: skip
+        bootstrap = metrics.Bootstrap.over(cases.patients, draws=draws, seed=own)
+        of = metrics_of(cases, study.classes)
+        results += measure(study, cases, bootstrap, predicted, list(features[labels.TEST]), heads, of)
+        if groups and is_everything(amount):
+            results += measure_groups(study, cases, predicted, groups, of)
+        tables += [
+            table(task, backbone, head, study.labels, own, cases, predicted) for backbone, head in predicted.fits
+        ]
     return results, pa.concat_tables(tables)
+
+
+def repeats(few: Sequence[int | float], seed: int) -> list[tuple[int | float, int]]:
+    """Each amount of labels with its seeds: all labels once, less with subsets.SEEDS seeds."""
+    return [
+        (amount, own)
+        for amount in few
+        for own in ((seed,) if is_everything(amount) else range(seed, seed + subsets.SEEDS))
+    ]
 
 
 def takes_tokens(task: labels.Task, heads: Sequence[str]) -> bool:
     """Whether one of the heads that learn this label takes lists of tokens."""
-    return any(head in OF_TOKENS for head in _learners(task, heads))
+    return any(head in OF_TOKENS for head in learners(task, heads))
 
 
-def _learners(task: labels.Task, heads: Sequence[str]) -> list[str]:
+def learners(task: labels.Task, heads: Sequence[str]) -> list[str]:
     """Those of the heads that learn what the label is."""
     if reason := obstacle(heads, is_value=task.is_value, is_time=task.is_time):
         raise UserError(f"{task.name} is {reason}")
@@ -197,7 +209,7 @@ def _learning(
     """
     count = len(task.splits[labels.FIT].slices)
     parts = [
-        np.arange(len(task.splits[split].slices)) if _is_everything(amount)
+        np.arange(len(task.splits[split].slices)) if is_everything(amount)
         else _subset(targets_of(task, split), task.splits[split].patients, amount, seed)
         for split in (labels.FIT, labels.HELD_OUT)
         if len(task.splits[split].slices) and (split == labels.FIT or isinstance(amount, float))
@@ -206,7 +218,7 @@ def _learning(
     return rows, rows >= count
 
 
-def _is_everything(amount: int | float) -> bool:
+def is_everything(amount: int | float) -> bool:
     """The share 1.0, and not one case of each class."""
     return isinstance(amount, float) and amount == 1
 
@@ -230,15 +242,20 @@ def targets_of(task: labels.Task, *splits: str) -> Targets:
     return Values(values) if task.is_value else Classes(values, len(task.classes))
 
 
-def _score_once(
-    task: labels.Task, features: Features, cases: Cases, rows: Int[np.ndarray, " m"], is_held_out: Shaped[np.ndarray, " m"],
-    *, heads: Sequence[str], unit: str, draws: int, seed: int, amount: int | float, data_sha256: str,
-    readouts: Sequence[str], tokens: TokenLists | None,
-) -> tuple[list[Score], Predictions]:  # fmt: skip
-    """Scores of heads that learn from some of the slices."""
-    bootstrap = metrics.Bootstrap.over(cases.patients, draws=draws, seed=seed)
-    learned = targets_of(task, labels.FIT, labels.HELD_OUT)[rows]
+def learn(
+    task: labels.Task, features: Features, cases: Cases, *, heads: Sequence[str], unit: str, draws: int, seed: int,
+    amount: int | float, data_sha256: str, readouts: Sequence[str], tokens: TokenLists | None,
+) -> tuple[Study, Predictions]:  # fmt: skip
+    """Predictions of heads that learn from some of the slices, and what their rows share; see `score`.
+
+    Args:
+      cases: of the test split.
+      heads: that learn this kind of target.
+      seed: of the subset, the folds and the bootstrap.
+    """
+    rows, is_held_out = _learning(task, amount, seed)
     splits = (labels.FIT, labels.HELD_OUT)
+    learned = targets_of(task, *splits)[rows]
     patients = np.concatenate([task.splits[split].patients for split in splits])[rows]
     series = np.concatenate([task.splits[split].series for split in splits])[rows]
     units = np.unique(series, return_inverse=True)[1] if unit == "series" else None
@@ -246,8 +263,7 @@ def _score_once(
         task, cases, patients, unit=unit, draws=draws, seed=seed, labels=labels_text(amount), data_sha256=data_sha256
     )
     predicted = Predictions({}, {}, {})
-    backbones = list(features[labels.TEST])
-    for backbone in backbones:
+    for backbone in features[labels.TEST]:
         offered = features[labels.TEST][backbone]
         offered = {name: values for name, values in offered.items() if name in readouts} or offered
 
@@ -277,12 +293,11 @@ def _score_once(
             of = backbone, head
             predicted.scores[of] = cases.mean(prediction.scores)
             predicted.decided[of] = predicted.scores[of] * prediction.decision
-            held_out = _finite(prediction.selection_loss), _finite(prediction.selection_score)
+            held_out = finite(prediction.selection_loss), finite(prediction.selection_score)
             predicted.fits[of] = Fit(width, chosen.selection, *held_out, prediction.chosen), readout
     floor = MAJORITY, "none"
     predicted.scores[floor] = predicted.decided[floor] = probes.floor(learned, len(cases.targets))
-
-    return measure(study, cases, bootstrap, predicted, backbones, heads, metrics_of(cases, study.classes)), predicted
+    return study, predicted
 
 
 def study_of(
@@ -302,6 +317,13 @@ def study_of(
     )  # fmt: skip
 
 
+def study_of_part(study: Study, cases: Cases, **changes: str) -> Study:
+    """Of some of the test cases; `changes` are fields that say which."""
+    events = None if study.events is None else _positive(cases.targets)
+    patients = len(np.unique(cases.patients))
+    return dataclasses.replace(study, n=len(cases.targets), patients=patients, events=events, **changes)
+
+
 def measure(
     study: Study, cases: Cases, bootstrap: metrics.Bootstrap, predicted: Predictions, backbones: Sequence[str],
     heads: Sequence[str], of: Mapping[str, metrics.Metric],
@@ -309,7 +331,7 @@ def measure(
     """The metrics `of` every backbone and head, of the first backbone minus each other, and of the class frequencies."""
     results: list[Score] = []
 
-    draws = _draws(cases, bootstrap, predicted, of)
+    draws = draws_of(cases, bootstrap, predicted, of)
     compared = [(backbone, None) for backbone in backbones]
     compared += [(backbones[0], other) for other in backbones[1:] if backbones[0] not in FLOORS]
     for backbone, other in compared:
@@ -319,7 +341,7 @@ def measure(
     return results + _measure(study, cases, bootstrap, predicted, (MAJORITY, "none"), None, of, draws)
 
 
-def _draws(
+def draws_of(
     cases: Cases, bootstrap: metrics.Bootstrap, predicted: Predictions, of: Mapping[str, metrics.Metric]
 ) -> Callable[[str, tuple[str, str]], Float[np.ndarray, " draws_and_one"]]:
     """From a metric and a backbone and head to the metric in every draw; computed once for the value and the differences."""
@@ -351,20 +373,10 @@ def measure_groups(
         for name in subgroups.in_order(by_case):
             inside = by_case == name
             own = cases.restricted(inside)
-            scores, decided = (
-                {head: values[inside] for head, values in by.items()} for by in (predicted.scores, predicted.decided)
-            )
-            events = None if study.events is None else _positive(own.targets)
-            of_group = dataclasses.replace(
-                study,
-                n=int(inside.sum()),
-                patients=len(np.unique(own.patients)),
-                events=events,
-                subgroup=f"{column}={name}",
-            )
-            shown = Predictions(scores, decided, predicted.fits)
-            draws = _draws(own, bootstrap.restricted(inside), shown, of)
-            for head in scores:
+            of_group = study_of_part(study, own, subgroup=f"{column}={name}")
+            shown = predicted.restricted(inside)
+            draws = draws_of(own, bootstrap.restricted(inside), shown, of)
+            for head in shown.scores:
                 results += _measure(of_group, own, bootstrap.restricted(inside), shown, head, None, of, draws)
     return results
 
@@ -396,7 +408,7 @@ def _measure(
     scores = []
     for name, metric in metrics_of.items():
         found = bootstrap.interval(cases.targets, draws(name, of), None if against is None else draws(name, against))
-        value, low, high = map(_finite, (found.value, found.low, found.high))
+        value, low, high = map(finite, (found.value, found.low, found.high))
         p = None
         if against is not None and low is not None:
             p = found.p
@@ -471,6 +483,6 @@ def _or_highest(loss: float) -> float:
     return loss if math.isfinite(loss) else math.inf
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
     """JSON has no NaN."""
     return float(value) if math.isfinite(value) else None
