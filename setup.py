@@ -66,7 +66,7 @@ setup(
         "curia_jax.configs",
     ],
     package_dir={"curia_jax.configs": "configs"},
-    package_data={"": ["*.html", "*.css", "*.sh", "*.txt"]},
+    package_data={"": ["*.html", "*.css", "*.sh", "*.txt", "*.csv"]},
     install_requires=[
         "absl-py>=2",
         "array_record>=0.8",

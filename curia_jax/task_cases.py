@@ -189,6 +189,10 @@ def open_task(word: str, folder: str | Path, *, cases: str = SLICE) -> LabelledT
 def _published(task: tasks.Task, folder: Path) -> LabelledTask:
     if task.not_run:
         raise UserError(f"{task.name} cannot be learned: {task.not_run}")
+    if task.parts:
+        raise UserError(
+            f"{task.name} is scored with frozen features alone; fine-tune for one of the tasks that it is made of: {', '.join(task.parts)}"
+        )
     files = task_data.find(folder, task.name)
     if files is None:
         raise UserError(f"{folder} has no data of {task.name}; get it from: {task.access}")

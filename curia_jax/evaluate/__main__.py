@@ -9,13 +9,16 @@ A task (--tasks) is one of
 Heads are trained on the train split. Their settings and features are chosen on the validation split, or by cross-validation
 over patients where there is none or it lacks a class. Each head is then refitted on both and scores the test split once.
 Intervals are 95 %, from a bootstrap over patients; the first backbone is compared with each other one in pairs.
+--across=modality learns from each modality alone and scores on each, to show how much is lost from one to the other;
+anatomy-cross-modality is scored so without it.
 
 --output gets
   report.html             all backbones compared; ROC, reliability, confusion and example cases of every task
   results.json, .csv      a row for each figure: task, protocol, backbone, against (other side of a paired difference), head,
                           features, labels (share of the training labels), metric, value, low and high (ends of the interval,
                           null where undefined), n and events (test cases, positive ones), seed, data_sha256, status (ok,
-                          not_run, failed), reason, subgroup ("scanner=A"; null for all test cases)
+                          not_run, failed), reason, subgroup ("scanner=A"; null for all test cases), trained_on and
+                          tested_on ("CT", "MR"; null unless across a column)
   table.tex               the first table of the report
   a folder for each task  its predictions
   cache/                  features: rerunning the command computes only what has changed
@@ -39,6 +42,8 @@ python -m curia_jax.evaluate --suite=curiabench --data=curiabench --backbones=ru
 python -m curia_jax.evaluate --suite=curiabench --data=curiabench --backbones=runs/b16 --output=results --protocol=both
 python -m curia_jax.evaluate --tasks=shards/situs --data=demo/shards --backbones=demo/run --output=results
 python -m curia_jax.evaluate --tasks=shards/situs --data=demo/shards --backbones=demo/run --output=results --subgroups=manufacturer,body_part
+python -m curia_jax.evaluate --tasks=anatomy-cross-modality --data=curiabench --backbones=runs/b16 --output=results
+python -m curia_jax.evaluate --tasks=shards/situs --data=demo/shards --backbones=demo/run --output=results --across=modality
 python -m curia_jax.evaluate --tasks=kits --data=curiabench --backbones=runs/b16,weights/dinov2,timm:vit_base_patch16_224 --output=results
 python -m curia_jax.evaluate --tasks=shards/modality,shards/plane --data=demo/shards --backbones=demo/run --output=results --heads=ridge
 python -m curia_jax.evaluate --tasks=shards/situs --data=demo/shards --backbones=runs/a,runs/b --output=results --cases=series
@@ -118,6 +123,14 @@ def parser() -> cli.Parser:
         "bands of a column of numbers",
     )  # fmt: skip
     made.add_argument(
+        "--across", metavar="COLUMN", help="learn from the cases of each value of this column alone, such as modality or scanner, and score on "
+        "those of each; classes that a value lacks are left out",
+    )  # fmt: skip
+    made.add_argument(
+        "--class-map", metavar="FILE", help="CSV of the classes that anatomy-ct and anatomy-mri share, for anatomy-cross-modality (default: by "
+        "the names of TotalSegmentator; see docs/evaluate.md)",
+    )  # fmt: skip
+    made.add_argument(
         "--corpus", metavar="SHARDS,…", help="folders of shards that encoders were trained on: images of the tasks that are in their "
         "train split are counted and named",
     )  # fmt: skip
@@ -163,6 +176,12 @@ def evaluate(args: argparse.Namespace) -> int:
     floors = _choice("floor", args.floors, results.FLOORS) if args.floors else []
     readouts = [features.Readout.parse(word) for word in _words("features", args.features)]
     groups = tuple(map(subgroups.Column.parse, _words("subgroups", args.subgroups))) if args.subgroups else ()
+    across = subgroups.Column.parse(args.across, "--across") if args.across is not None else None
+    for option, given in (("--suite", args.suite), ("--subgroups", args.subgroups), ("--finetuned", args.finetuned)):
+        if across and given:
+            raise UserError(
+                f"--across={args.across} and {option}={given} do not go together; score them in two commands"
+            )
     sizes, few = _sizes(args.image_sizes), _few(args.labels)
     for option, low in (("batch_size", 1), ("draws", 1), ("seed", 0)):
         cli.at_least(f"--{option.replace('_', '-')}", getattr(args, option), low)
@@ -175,6 +194,11 @@ def evaluate(args: argparse.Namespace) -> int:
         raise UserError("nothing to score; give --tasks=TASK,… or --suite=curiabench; --list shows the tasks")
     words = _words("tasks", args.tasks) if args.tasks is not None else []
     asked = {word: known_tasks.find(word) for word in words if not word.startswith(results.SHARDS)}
+    of_suite = known_tasks.SUITES[args.suite] if args.suite else ()
+    if args.class_map and not any(task.parts for task in (*asked.values(), *of_suite)):
+        raise UserError(
+            f"--class-map={args.class_map} is for anatomy-cross-modality, which is not among the tasks to score"
+        )
     output = Path(args.output)
     runner.check_output(output)
 
@@ -187,8 +211,9 @@ def evaluate(args: argparse.Namespace) -> int:
     # ---- labels, before weights: they are quick to read and often what is wrong
     label_names = [word.removeprefix(results.SHARDS) for word in words if word.startswith(results.SHARDS)]
     protocols = suite.PROTOCOLS[args.protocol]
-    if suite.OFFICIAL in protocols and (label_names or sizes):
+    if suite.OFFICIAL in protocols and (label_names or sizes or across):
         what = f"--tasks={results.SHARDS}{label_names[0]}" if label_names else f"--image-sizes={args.image_sizes}"
+        what = f"--across={args.across}" if across else what
         raise UserError(f"{what} has no place in the official protocol; use --protocol={suite.OURS}")
     dataset = shard_tasks.open_dataset(args.data) if label_names else None
     if dataset:
@@ -209,10 +234,11 @@ def evaluate(args: argparse.Namespace) -> int:
         groups,
         corpora,
         tuple(map(str, readouts)),
+        across,
+        args.class_map,
     )
     cache = Path(args.cache) if args.cache else output / runner.CACHE
     jobs = [shard_tasks.job(dataset, name, models, settings, cache) for name in label_names if dataset]
-    of_suite = known_tasks.SUITES[args.suite] if args.suite else ()
     for task in (*asked.values(), *(task for task in of_suite if task.name not in words)):
         named = task in asked.values()
         jobs += suite.jobs(task, Path(args.data), models, settings, cache, protocols=protocols, named=named)

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Shaped
 from curia_common import logs
 from curia_common.errors import UserError
 from curia_jax.evaluate import labels, metrics, scoring, subgroups
-from curia_jax.evaluate.results import Score, Study
+from curia_jax.evaluate.results import TESTED_ON, TRAINED_ON, Score, Study
 from curia_jax.evaluate.scoring import Cases, Features, Predictions, TokenLists
 
 log = logs.get_logger(__name__)
@@ -115,8 +115,8 @@ def score(
             )
         for (trained, tested), one in found.items():
             if trained != tested:
-                results += _differences(one, found[tested, tested], f"trained on {tested}")
-                results += _differences(one, found[trained, trained], f"tested on {trained}")
+                results += _differences(one, found[tested, tested], f"{TRAINED_ON}{tested}")
+                results += _differences(one, found[trained, trained], f"{TESTED_ON}{trained}")
     return results, pa.concat_tables(tables)
 
 

@@ -26,6 +26,8 @@ COLUMNS: tuple[str, ...] = (
     "seed", "data_sha256", "status", "reason", "subgroup", "trained_on", "tested_on",
 )  # fmt: skip
 RESULTS, TABLE = "results.json", "results.csv"  # in the folder that --output names
+# Before a value of a column in `against`: the other side of a difference across it.
+TRAINED_ON, TESTED_ON = "trained on ", "tested on "
 SHARDS = "shards/"  # before the label in the name of a task that is a label of a shard folder
 
 Row = Mapping[str, Any]  # of the JSON file
@@ -216,6 +218,15 @@ class Score:
     p: float | None = None
     p_holm: float | None = None
     doubt: str | None = None
+
+    @property
+    def is_across(self) -> bool:
+        """Whether it is a difference across a column, of one backbone, and not of two backbones."""
+        return (
+            self.study.trained_on is not None
+            and self.against is not None
+            and self.against.startswith((TRAINED_ON, TESTED_ON))
+        )
 
     @property
     def value_text(self) -> str:

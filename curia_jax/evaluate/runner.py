@@ -56,6 +56,8 @@ class Settings:
       subgroups: columns by which test cases are grouped; see subgroups.Column.
       corpora: in which the images of tasks are looked for.
       readouts: features that heads of the protocol `ours` may get, by name.
+      across: column whose values heads of the protocol `ours` learn from one by one; see across.py. None takes all cases together.
+      class_map: file of the map of shared classes; see class_map.py. None takes that of this package.
     """
 
     heads: tuple[str, ...]
@@ -67,6 +69,8 @@ class Settings:
     subgroups: tuple[Column, ...] = ()
     corpora: tuple[Corpus, ...] = ()
     readouts: tuple[str, ...] = ()
+    across: Column | None = None
+    class_map: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from jaxtyping import Shaped
 
 import curia_common
 from curia_common.errors import UserError
-from curia_jax.evaluate import corpus, features, labels, runner, scoring
+from curia_jax.evaluate import across, corpus, features, labels, runner, scoring
 from curia_jax.evaluate.cache import gather
 from curia_jax.evaluate.results import SHARDS, Score
 from curia_jax.evaluate.subgroups import Column
@@ -100,11 +100,18 @@ def job(
                 }
                 for split, by_model in by_slice.items()
             }
-        scores, predictions = scoring.score(
-            task, found, heads=settings.heads, unit=settings.cases, draws=settings.draws, seed=settings.seed,
-            few=settings.few, data_sha256=dataset.sha256, readouts=settings.readouts, tokens=tokens,
-            groups=groups(dataset, task, settings.subgroups),
-        )  # fmt: skip
+        if settings.across:
+            inputs = across.Inputs(task, found, tokens, sides(dataset, task, settings.across))
+            scores, predictions = across.score(
+                inputs, str(settings.across), heads=settings.heads, unit=settings.cases, draws=settings.draws,
+                seed=settings.seed, few=settings.few, data_sha256=dataset.sha256, readouts=settings.readouts,
+            )  # fmt: skip
+        else:
+            scores, predictions = scoring.score(
+                task, found, heads=settings.heads, unit=settings.cases, draws=settings.draws, seed=settings.seed,
+                few=settings.few, data_sha256=dataset.sha256, readouts=settings.readouts, tokens=tokens,
+                groups=groups(dataset, task, settings.subgroups),
+            )  # fmt: skip
         if settings.corpora:
             seen = corpus.overlap(images, settings.corpora, settings.batch_size)
             scores, predictions = corpus.noted(scores, predictions, task.splits[labels.TEST], seen)
@@ -124,13 +131,25 @@ def groups(dataset: Dataset, task: labels.Task, columns: Sequence[Column]) -> di
     Raises:
       UserError: there is no such column.
     """
-    index, found = dataset.sources[labels.TEST].index, {}
-    for column in columns:
-        there = next(
-            (name for name in (column.name, f"{labels.PREFIX}{column.name}") if name in index.column_names), None
-        )
-        if there is None:
-            names = ", ".join(name.removeprefix(labels.PREFIX) for name in index.column_names)
-            raise UserError(f"--subgroups={column}: the shards have no such column; there are: {names}")
-        found[column.name] = column.groups(index.column(there).take(task.splits[labels.TEST].slices).to_pylist())
-    return found
+    return {column.name: _of_slices(dataset, task, labels.TEST, column) for column in columns}
+
+
+def sides(dataset: Dataset, task: labels.Task, column: Column) -> dict[str, Shaped[np.ndarray, " _n"]]:
+    """The value of a column or label in every slice of each split of a task.
+
+    Raises:
+      UserError: there is no such column.
+    """
+    return {
+        split: _of_slices(dataset, task, split, column) if len(part.slices) else np.zeros(0, np.str_)
+        for split, part in task.splits.items()
+    }
+
+
+def _of_slices(dataset: Dataset, task: labels.Task, split: str, column: Column) -> Shaped[np.ndarray, " slices"]:
+    index = dataset.sources[split].index
+    there = next((name for name in (column.name, f"{labels.PREFIX}{column.name}") if name in index.column_names), None)
+    if there is None:
+        names = ", ".join(name.removeprefix(labels.PREFIX) for name in index.column_names)
+        raise UserError(f"{column.option}={column}: the shards have no such column; there are: {names}")
+    return column.groups(index.column(there).take(task.splits[split].slices).to_pylist())

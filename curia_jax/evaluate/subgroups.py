@@ -1,4 +1,4 @@
-"""Subgroups of the test cases: by a column of the task's data, numbers in bands."""
+"""Groups of cases by a column of the data, numbers in bands: subgroups of the test cases, or what is scored across."""
 
 import dataclasses
 import math
@@ -15,18 +15,20 @@ MOST = 30  # different values of a column
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """What test cases are grouped by.
+    """What cases are grouped by.
 
     Attributes:
       name: of the column.
       width: of the bands of a column of numbers; None where its values are groups as they are.
+      option: that names it, for messages.
     """
 
     name: str
     width: float | None = None
+    option: str = "--subgroups"
 
     @classmethod
-    def parse(cls, word: str) -> "Column":
+    def parse(cls, word: str, option: str = "--subgroups") -> "Column":
         """Reads "scanner" or "age:10".
 
         Raises:
@@ -39,9 +41,9 @@ class Column:
             width = math.nan
         if not name or (width is not None and not (math.isfinite(width) and width > 0)):
             raise UserError(
-                f"--subgroups={word}: write a column, or a column of numbers with the width of its bands, such as age:10"
+                f"{option}={word}: write a column, or a column of numbers with the width of its bands, such as age:10"
             )
-        return cls(name, width)
+        return cls(name, width, option)
 
     def __str__(self) -> str:
         return self.name if self.width is None else f"{self.name}:{self.width:g}"
@@ -56,7 +58,7 @@ class Column:
         count = len(np.unique(found))
         if count > MOST:
             raise UserError(
-                f"--subgroups={self}: {count} different groups, more than {MOST}; give the width of bands of a column of numbers, "
+                f"{self.option}={self}: {count} different groups, more than {MOST}; give the width of bands of a column of numbers, "
                 f"such as {self.name}:10, or name another column"
             )
         return found
@@ -70,7 +72,7 @@ class Column:
             number = float(str(value))
         except ValueError:
             raise UserError(
-                f"--subgroups={self}: a value of the column is not a number; name it without a width"
+                f"{self.option}={self}: a value of the column is not a number; name it without a width"
             ) from None
         low = math.floor(number / self.width) * self.width
         return f"{low:g} to {low + self.width:g}"

@@ -7,6 +7,7 @@ stand for files that were missing at upload; masks of another shape, or empty; p
 import dataclasses
 import functools
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeGuard
@@ -134,11 +135,15 @@ def _tables(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
 
 
 def _columns(path: Path) -> list[str]:
+    return _schema(path).names
+
+
+def _schema(path: Path) -> pa.Schema:
     try:
         if path.suffix == ".arrow":
             with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
-                return reader.schema.names
-        return pq.read_schema(path).names
+                return reader.schema
+        return pq.read_schema(path)
     except pa.ArrowException as error:
         raise DataError(f"{path.name} is damaged: {type(error).__name__}; download it again") from error
 
@@ -266,6 +271,26 @@ def clinical(task: Task, files: Files) -> dict[str, Float32[np.ndarray, "_n _d"]
         for split, own in columns.items()
         if all(own.values())
     }
+
+
+def class_names(files: Files) -> tuple[str, ...] | None:
+    """The names of the class numbers, where the data states them: a ClassLabel, which `datasets` keeps in the schema of every file.
+
+    Raises:
+      DataError: two files state different ones.
+    """
+    found = {}
+    for path in (path for paths in files.by_split.values() for path in paths):
+        try:
+            stated = json.loads((_schema(path).metadata or {})[b"huggingface"])["info"]["features"]["target"]["names"]
+            found[tuple(map(str, stated))] = path.name
+        except (KeyError, TypeError, ValueError):  # no ClassLabel
+            continue
+    if len(found) > 1:
+        raise DataError(
+            f"{' and '.join(found.values())} state different names of the classes; save both splits together"
+        )
+    return next(iter(found), None)
 
 
 def column(files: Files, split: str, name: str) -> list[object] | None:

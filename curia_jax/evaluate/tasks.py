@@ -61,6 +61,7 @@ class Task:
       clinical: columns that the floor without an image learns from, of tasks whose target is TIME.
       official: settings of the official head; None where they are not released.
       not_run: why the task cannot be scored; None if it can.
+      parts: names of the tasks, each of another modality, that it is made of by a map of the classes that they share.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Task:
     clinical: tuple[str, ...] = ()
     official: Official | None = None
     not_run: str | None = None
+    parts: tuple[str, ...] = ()
 
     @property
     def masked(self) -> bool | None:
@@ -103,10 +105,10 @@ CURIABENCH = (
         official=Official("linear", epochs=10, base_rate=0.01),
     ),
     Task(
-        name="anatomy-cross-modality", title="organ, learned from CT and tested on MR, or the reverse",
-        origin="TotalSegmentator CT and MRI", licence="CC BY 4.0, and non-commercial; see the origins",
-        access="made from anatomy-ct (train, val) and anatomy-mri (test): rows of shared organs, with a column modality",
-        modality=BOTH, form=MASKED_IMAGE, metrics=("accuracy",),
+        name="anatomy-cross-modality", title="organ, learned from CT and tested on MR, and the reverse",
+        origin="TotalSegmentator CT and MRI", licence="see the origins",
+        access="made of the data of anatomy-ct and anatomy-mri, by the map of the organs that they share (--class-map)",
+        modality=BOTH, form=MASKED_IMAGE, metrics=("accuracy",), parts=("anatomy-ct", "anatomy-mri"),
     ),
     Task(
         name="ixi", title="age", origin="IXI", licence="CC BY-SA 3.0", access=HUB.format("ixi"), modality=MR, form=IMAGE,

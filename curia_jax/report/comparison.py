@@ -24,14 +24,16 @@ LOWER_IS_BETTER = ("rmse", "mae", "brier", "log_loss")
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A task.
+    """A task, or one of its directions across a column.
 
     Attributes:
+      task: its name.
       metric: that the backbones are ranked by.
       scores: by backbone, with the head that was best on the held-out cases.
       ranks: of the backbones that have a value and see the image, 1 being the best; equal values share a rank.
     """
 
+    task: str
     title: str
     metric: str
     scores: Mapping[str, Score]
@@ -51,20 +53,30 @@ class Comparison:
     lines: tuple[Line, ...]
 
     def mean_rank(self, backbone: str) -> float | None:
-        """Over the tasks in which every backbone that sees the image has a rank; None without one. Values of different metrics have no mean."""
+        """Over the tasks in which every backbone that sees the image has a rank; None without one. Values of different metrics have no mean.
+
+        The directions of a task count as one task together.
+        """
         ranked = [b for b in self.backbones if b not in WITHOUT_IMAGE]
-        whole = [line for line in self.lines if all(b in line.ranks for b in ranked)]
-        return statistics.fmean(line.ranks[backbone] for line in whole) if whole and backbone in ranked else None
+        by_task: dict[str, list[int]] = {}
+        for line in self.lines:
+            if backbone in ranked and all(b in line.ranks for b in ranked):
+                by_task.setdefault(line.task, []).append(line.ranks[backbone])
+        return statistics.fmean(map(statistics.fmean, by_task.values())) if by_task else None
 
 
 def compare(scores: Sequence[Score]) -> list[Comparison]:
-    """The comparison of every protocol, of scores with all labels."""
-    values = [score for score in scores if score.against is None and score.study.labels == ALL_LABELS]
+    """The comparison of every protocol, of scores with all labels; of a task across a column, between different values of it."""
+    values = [
+        s for s in scores
+        if s.against is None and s.study.labels == ALL_LABELS
+        and (s.study.trained_on is None or s.study.trained_on != s.study.tested_on)
+    ]  # fmt: skip
     found = []
     for protocol in dict.fromkeys(score.study.protocol for score in values):
         own = [score for score in values if score.study.protocol == protocol]
-        tasks = dict.fromkeys(score.study.task for score in own)
-        lines = [line([score for score in own if score.study.task == task]) for task in tasks]
+        titles = dict.fromkeys(score.study.title for score in own)
+        lines = [line([score for score in own if score.study.title == title]) for title in titles]
         found.append(Comparison(protocol, tuple(dict.fromkeys(score.backbone for score in own)), tuple(lines)))
     return found
 
@@ -92,7 +104,7 @@ def line(scores: Sequence[Score]) -> Line:
     sign = 1 if metric in LOWER_IS_BETTER else -1
     values = {name: sign * s.value for name, s in chosen.items() if s.value is not None and name not in WITHOUT_IMAGE}
     ranks = {name: 1 + sum(other < value for other in values.values()) for name, value in values.items()}
-    return Line(scores[0].study.title, metric, chosen, ranks)
+    return Line(scores[0].study.task, scores[0].study.title, metric, chosen, ranks)
 
 
 def latex(comparisons: Sequence[Comparison]) -> str:

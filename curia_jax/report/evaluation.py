@@ -3,8 +3,10 @@
 Neither paths of exams, patients nor series are shown.
 """
 
+import dataclasses
 import datetime
 import functools
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,8 +21,8 @@ from curia_common import source
 from curia_common.errors import DataError
 from curia_jax.evaluate import runner
 from curia_jax.evaluate.preparation import Preparation
-from curia_jax.evaluate.results import ALL_LABELS, MAJORITY, OK, Provenance, Row, Score
-from curia_jax.report import comparison, curves, examples, few_labels, page
+from curia_jax.evaluate.results import ALL_LABELS, MAJORITY, OK, SHARDS, Provenance, Row, Score, Study
+from curia_jax.report import across, comparison, curves, examples, few_labels, page
 from curia_jax.report.comparison import LOWER_IS_BETTER, Comparison, Line
 from curia_jax.report.sections import BACKBONES, METRICS, score_table
 
@@ -48,10 +50,13 @@ def write(output: Path, rows: Sequence[Row], command: str, images: Mapping[str, 
     parts.append(_not_scored(not_scored))
     studies = dict.fromkeys((score.study.task, score.study.protocol) for score in scores)
     for task, protocol in studies:
-        own = [s for s in scores if (s.study.task, s.study.protocol) == (task, protocol)]
-        groups = [s for s in everything if s.study.subgroup and (s.study.task, s.study.protocol) == (task, protocol)]
-        parts.append(_task(own, _pictures(output, own, images.get(task))))
-        parts.append(_subgroups(own, groups))
+        of_task = [s for s in everything if (s.study.task, s.study.protocol) == (task, protocol)]
+        if crossing := across.crossing(of_task):
+            parts.append(_across(output, crossing))
+        for title in dict.fromkeys(score.study.title for score in of_task):
+            own = [s for s in of_task if s.study.title == title and not s.study.subgroup]
+            parts.append(_task(own, _pictures(output, own, images.get(task))))
+            parts.append(_subgroups(own, [s for s in of_task if s.study.title == title and s.study.subgroup]))
     parts.append(_provenance(scores, command))
     now = datetime.datetime.now().astimezone()
     tasks = page.count(len({task for task, _ in studies}), "task")
@@ -67,7 +72,7 @@ def write(output: Path, rows: Sequence[Row], command: str, images: Mapping[str, 
 def _pictures(output: Path, scores: Sequence[Score], images: examples.Images | None) -> dict[str, str]:
     """The sources of the pictures of a task by one protocol; those whose results have not changed are not drawn again."""
     study = scores[0].study
-    name = f"{study.task.replace('/', '-')}-{study.protocol}"
+    name = _file_name(study)
     made_from = runner.key_of(output, study.task, study.protocol)
     key = f"{made_from} {source.describe()} {images is not None}" if made_from else ""
     found = {}
@@ -90,6 +95,54 @@ def _pictures(output: Path, scores: Sequence[Score], images: examples.Images | N
     if few := few_labels.curve(scores):
         draw("few labels", "-few-labels", lambda: few_labels.figure(few, METRICS.get(few.metric, few.metric)))
     return found
+
+
+def _file_name(study: Study, *more: str) -> str:
+    """Of a picture: letters, digits, dots and dashes."""
+    direction = () if study.trained_on is None else (study.trained_on, "to", str(study.tested_on))
+    return re.sub(r"[^\w.-]+", "-", "-".join((study.task, study.protocol, *direction, *more)))
+
+
+def _across(output: Path, found: across.Crossing) -> str:
+    """What is lost from one value of a column to another: a picture, and its figures."""
+    metric = METRICS.get(found.metric, found.metric)
+    name = f"{_file_name(dataclasses.replace(found.study, trained_on=None))}-across.png"
+    key = runner.key_of(output, found.study.task, found.study.protocol)
+    image = page.draw_once(
+        output / PICTURES / name, f"{key} {source.describe()}" if key else "", lambda: across.figure(found, metric)
+    )
+    rows, previous = [], None
+    for (trained, tested), by_backbone in found.directions.items():
+        for backbone, one in by_backbone.items():
+            shown = [one.within, one.crossed, one.trained, one.tested]
+            cells = [page.number(s.value_text, s.interval_text + ("?" if s.doubt else "")) for s in shown]
+            direction = f"{trained} to {tested}"
+            rows.append(
+                page.row(
+                    page.cell(direction), page.cell(BACKBONES.get(backbone, backbone)), page.cell(one.crossed.head), *cells,
+                    style="first" if direction != previous else "",
+                )
+            )  # fmt: skip
+            previous = direction
+    title = f"{found.study.task.removeprefix(SHARDS)}, protocol {found.study.protocol}: what is lost across"
+    caption = (
+        "Heads that learned from one value and were tested on another, beside heads that learned from the value that is tested. Every backbone with "
+        f"the head that had the smallest mean loss on the held-out cases of all values. Bars are 95 % intervals; {found.study.interval}."
+    )
+    columns = [
+        f"{metric}, trained and tested on the latter",
+        f"{metric}, across",
+        "lost by the training",
+        "against the same head within",
+    ]
+    lost = (
+        "Lost by the training: across minus a head that learned from the value that is tested, on the same cases. Against the same head within: across "
+        "minus that head on the test cases of the value that it learned from. A question mark: the interval means little."
+    )
+    return (
+        f"<h2>{page.escape(title)}</h2>{page.figure(image, caption, f'losses across, {found.study.task}')}"
+        f"{page.table(lost, ['direction', 'features', 'probe'], columns, rows)}"
+    )
 
 
 def _tables(found: Comparison) -> str:
@@ -147,7 +200,7 @@ def _task(scores: Sequence[Score], images: Mapping[str, str]) -> str:
         )
         parts.append(page.figure(images["examples"], caption, f"right and wrong cases of {study.title}"))
     # Of heads that learned from few labels, seed by seed, results.json has the rows.
-    whole = [score for score in scores if score.study.labels == ALL_LABELS]
+    whole = [score for score in scores if score.study.labels == ALL_LABELS and not score.is_across]
     if whole:
         parts.append(score_table(whole))
     if "few labels" in images:
@@ -217,13 +270,14 @@ def _subgroups(scores: Sequence[Score], groups: Sequence[Score]) -> str:
 def _provenance(scores: Sequence[Score], command: str) -> str:
     """Where every number comes from."""
     rows = []
-    for score in {(s.study.task, s.study.protocol, s.backbone): s for s in scores if s.provenance}.values():
+    of_backbones = {(s.study.task, s.study.protocol, s.backbone): s for s in scores if s.provenance}
+    for (task, *_), score in of_backbones.items():
         made = score.provenance
         assert made is not None
         step = "" if made.step is None else f"{made.step:,}"
         rows.append(
             page.row(
-                page.cell(score.study.title), page.cell(BACKBONES.get(score.backbone, score.backbone)), page.code(made.weights_sha256[:16]),
+                page.cell(task.removeprefix(SHARDS)), page.cell(BACKBONES.get(score.backbone, score.backbone)), page.code(made.weights_sha256[:16]),
                 page.code(score.study.data_sha256[:16]), page.cell(_preparation(made)), page.number(step), page.number(str(score.study.seed)),
             )
         )  # fmt: skip
@@ -247,7 +301,11 @@ def _predictions(output: Path, scores: Sequence[Score]) -> Mapping[str, curves.P
         return {}
     path = output / study.task / f"{study.protocol}-predictions.parquet"
     try:
-        table = pq.read_table(path, columns=["backbone", "head", "labels", "target", "scores", "patient", "slice"])
+        columns = ["backbone", "head", "labels", "target", "scores", "patient", "slice"]
+        direction = {name: getattr(study, name) for name in ("trained_on", "tested_on") if study.trained_on is not None}
+        table = pq.read_table(
+            path, columns=columns, filters=[(name, "==", value) for name, value in direction.items()] or None
+        )
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read; delete the folder of the task and rerun the same command") from error
     numbers = {name: number for number, name in enumerate(study.classes)}

@@ -65,13 +65,6 @@ def mr_organs(patient: Patient) -> list[Picture]:
     return _organ_pictures(patient, str(patient.r.choice(("T1", "T2"))), organs.MR)
 
 
-def organs_across_modalities(patient: Patient) -> list[Picture]:
-    """The organs that CT and MR tasks share, to be learned from CT and tested on MR."""
-    if patient.split != "test":
-        return _organ_pictures(patient, "CT", organs.SHARED)
-    return _organ_pictures(patient, str(patient.r.choice(("T1", "T2"))), organs.SHARED)
-
-
 # ---- head
 
 

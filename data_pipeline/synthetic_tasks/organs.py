@@ -42,12 +42,6 @@ MR: Regions = {
     "chest": (*_pairs("lung"), *_CHEST), "abdomen": (*_ABDOMEN, "intervertebral_discs"), "pelvis": _PELVIS,
     "thigh": _THIGH, "head": _HEAD,
 }  # fmt: skip
-# What both have; the lobes of a lung are one organ.
-SHARED: Regions = {
-    region: tuple(name for name in names if name in CT.get(region, ()) or name.startswith("lung_"))
-    for region, names in MR.items()
-    if region in CT
-}
 
 
 class OrganCanvas(Canvas):

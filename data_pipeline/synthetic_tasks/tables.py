@@ -3,6 +3,7 @@
 The cards' YAML lists the files, so that `datasets.load_dataset(<folder>, <config>)`, which the official evaluator calls, finds them.
 """
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -72,7 +73,12 @@ def _rows(task: Task, split: str, patients: Sequence[Sequence[Picture]]) -> pa.T
         "modality": [task.modality] * len(rows),
     }  # fmt: skip
     more = list(dict.fromkeys(name for picture in pictures for name in picture.columns))
-    return pa.table(columns | {name: [picture.columns[name] for picture in pictures] for name in more})
+    table = pa.table(columns | {name: [picture.columns[name] for picture in pictures] for name in more})
+    if not task.classes:
+        return table
+    # As `datasets` keeps a ClassLabel: readers find the names of the class numbers.
+    label = {"names": list(task.classes), "_type": "ClassLabel"}
+    return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": {"target": label}}})})
 
 
 def _nested(arrays: Sequence[np.ndarray | None], kind: pa.DataType) -> pa.Array:
@@ -114,11 +120,7 @@ def _yaml(chosen: Sequence[Task], prefix: str) -> str:
 def _task_card(task: Task, counts: Mapping[str, Mapping[str, int]], seed: int, size: int) -> str:
     about = (task.draw.__doc__ or "The organs' names are those of TotalSegmentator.").split("\n\n")[0]
     classes = f"{len(task.classes)}, as in CuriaBench" if task.classes else "a value"
-    if task.modality == "CT and MR":
-        classes = f"{len(task.classes)}; CuriaBench's are not published"
-    units = {"CT": "HU", "MR": "MR signal, arbitrary units"}.get(
-        task.modality, "HU of CT, signal of MR; see `modality`"
-    )
+    units = {"CT": "HU", "MR": "MR signal, arbitrary units"}[task.modality]
     head = "| | " + " | ".join(SPLITS) + " |\n|---|" + "---:|" * len(SPLITS) + "\n"
     table = head + "".join(
         f"| {name} | " + " | ".join(f"{counts[split][name]:,}" for split in SPLITS) + " |\n" for name in counts["test"]

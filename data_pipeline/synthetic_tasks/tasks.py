@@ -20,7 +20,7 @@ class Task:
 
     Attributes:
       config: its name in CuriaBench, and that of its folder.
-      modality: "CT", "MR" or "CT and MR".
+      modality: "CT" or "MR".
       form: of the images: "2D", "2D + mask", "3D" or "3D + mask".
       target: what it is, in words.
       draw: the pictures of a patient.
@@ -52,8 +52,6 @@ TASKS = (
          _names(organs.CT), class_of_picture=True),
     Task("anatomy-mri", "MR organ recognition", "MR", "2D + mask", "the organ in the mask", findings.mr_organs,
          _names(organs.MR), class_of_picture=True),
-    Task("anatomy-cross-modality", "Organ recognition, from CT to MR", "CT and MR", "2D + mask", "the organ in the mask",
-         findings.organs_across_modalities, _names(organs.SHARED), class_of_picture=True),
     Task("ixi", "Age", "MR", "2D", "age in years", findings.age),
     Task("luna16", "Lung nodule malignancy, in a slice", "CT", "2D + mask", "malignant", findings.nodule_slice,
          ("benign", "malignant")),
@@ -81,7 +79,10 @@ TASKS = (
     Task("oasis", "Alzheimer", "MR", "3D", "Alzheimer's disease", findings.alzheimer, ("no", "yes")),
 )  # fmt: skip
 # Tasks of CuriaBench that have no folder, and why.
-WITHOUT_FOLDER = {"registration": "the schema of its pairs is not published"}
+WITHOUT_FOLDER = {
+    "anatomy-cross-modality": "it is made of anatomy-ct and anatomy-mri, by the organs that they share",
+    "registration": "the schema of its pairs is not published",
+}
 
 
 def choose(names: str | None) -> tuple[Task, ...]:

@@ -17,6 +17,7 @@ from curia_jax.evaluate.preparation import Preparation
 from curia_jax.evaluate.results import NotScored, Provenance, Row, rows
 from curia_jax.report import evaluation, examples
 from tests import browser
+from tests.report import test_across
 from tests.scores import make_score
 
 COMMAND = "python -m curia_jax.evaluate --tasks=shards/lesion --data=<shards>"
@@ -162,3 +163,20 @@ def test_page_shows_few_labels_with_their_spread_and_subgroups_with_their_n(outp
 def test_page_reads_well_in_a_browser(output: Path, scheme, width: int) -> None:
     evaluation.write(output, [*results(), *few_labels_and_groups()], COMMAND, {"shards/lesion": images})
     assert browser.problems(output / "report.html", scheme, width) == []
+
+
+def test_page_shows_what_is_lost_across_before_the_directions(tmp_path: Path) -> None:
+    made = [
+        dataclasses.replace(s, study=dataclasses.replace(s.study, classes=()))
+        for s in test_across.scores("shards/organ")
+    ]
+    evaluation.write(tmp_path, rows(made), COMMAND, {})
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert 'alt="losses across, shards/organ"' in text
+    titles = re.findall(r"<h2>([^<]*)</h2>", text)
+    lost = titles.index("organ, protocol ours: what is lost across")
+    directions = [f"organ, {a} to {b}, protocol ours" for a in ("CT", "MR") for b in ("CT", "MR")]
+    assert sorted(titles[lost + 1 : lost + 5]) == directions
+    # Of run in both directions: within, across, and the loss with its interval.
+    assert text.count("-0.300 <small>[-0.400, -0.200]") == 8
+    assert "trained on MR" not in text  # a difference of one backbone is no line of the table of heads
