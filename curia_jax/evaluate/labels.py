@@ -46,8 +46,8 @@ class Labelled:
     series: Shaped[np.ndarray, " n"]
     events: Bool[np.ndarray, " n"] | None = None
 
-    def restricted(self, inside: Bool[np.ndarray, " n"]) -> "Labelled":
-        """Some of the slices."""
+    def restricted(self, inside: Bool[np.ndarray, " n"] | Int[np.ndarray, " _m"]) -> "Labelled":
+        """Some of the slices: those that are marked, or that have these places."""
         events = None if self.events is None else self.events[inside]
         return Labelled(self.slices[inside], self.names[inside], self.patients[inside], self.series[inside], events)
 

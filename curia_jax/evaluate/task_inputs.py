@@ -203,9 +203,7 @@ class JoinedData:
         for split, rows in self._rows.items():
             members = []
             for part, of, own, first in zip(self.parts, self._shared, rows, self._first_rows(split), strict=True):
-                found = part.cases.splits[split].restricted(
-                    np.isin(np.arange(len(part.cases.splits[split].slices)), own)
-                )
+                found = part.cases.splits[split].restricted(own)
                 names = np.array([of[name] for name in found.names.tolist()], np.str_)
                 who = [
                     np.array([f"{part.task.modality} {name}" for name in column.tolist()], np.str_)

@@ -5,8 +5,9 @@ them. Columns: `image` (nested lists of floats: rows, columns, and slices last w
 MR), `mask` (of the same shape, or none), `target`, and where they are known `patient`, `series_id` and `filename`. Where the target
 is a time to an event, `event` is 1 where it was seen and 0 where follow-up ended.
 
-Names, classes and official settings are those of raidium-med/curia, read in November 2026. Licences are those of the origin;
-the copies on the hub are gated and for research only (RAIL-M).
+Names, classes and official settings are those of raidium-med/curia, read in November 2026; what it does not say is said so, or is in "(+ mask)".
+Licences are those of the origin, with the page that states them; "see the origin" where none was read. The copies on the hub are gated and for
+research only (RAIL-M).
 """
 
 import dataclasses
@@ -95,23 +96,23 @@ class Task:
 
 CURIABENCH = (
     Task(
-        name="anatomy-ct", title="organ in a CT slice", origin="TotalSegmentator CT", licence="CC BY 4.0",
+        name="anatomy-ct", title="organ in a CT slice", origin="TotalSegmentator CT", licence="see the origin",
         access=HUB.format("anatomy-ct"), modality=CT, form=MASKED_IMAGE, classes=54,
         official=Official("linear", epochs=10, base_rate=0.02),
     ),
     Task(
-        name="anatomy-mri", title="organ in an MR slice", origin="TotalSegmentator MRI", licence="non-commercial; see the origin",
+        name="anatomy-mri", title="organ in an MR slice", origin="TotalSegmentator MRI", licence="see the origin",
         access=HUB.format("anatomy-mri"), modality=MR, form=MASKED_IMAGE, classes=56,
         official=Official("linear", epochs=10, base_rate=0.01),
     ),
     Task(
         name="anatomy-cross-modality", title="organ, learned from CT and tested on MR, and the reverse",
-        origin="TotalSegmentator CT and MRI", licence="see the origins",
+        origin="TotalSegmentator CT and MRI", licence="see the origin",
         access="made of the data of anatomy-ct and anatomy-mri, by the map of the organs that they share (--class-map)",
         modality=BOTH, form=MASKED_IMAGE, metrics=("accuracy",), parts=("anatomy-ct", "anatomy-mri"),
     ),
     Task(
-        name="ixi", title="age", origin="IXI", licence="CC BY-SA 3.0", access=HUB.format("ixi"), modality=MR, form=IMAGE,
+        name="ixi", title="age", origin="IXI", licence="CC BY-SA 3.0 (README of FLamby's fed_ixi)", access=HUB.format("ixi"), modality=MR, form=IMAGE,
         target=VALUE, metrics=("rmse", "mae", "r2"),
         official=Official("linear", epochs=1500, base_rate=0.002, cached=True),
     ),
@@ -121,61 +122,61 @@ CURIABENCH = (
         not_run="it needs dense features, which are not scored yet, and neither its data nor its protocol is published",
     ),
     Task(
-        name="luna16-3D", title="malignant lung nodule", origin="LUNA16", licence="CC BY 4.0", access=HUB.format("luna16-3D"),
+        name="luna16-3D", title="malignant lung nodule", origin="LUNA16", licence="CC BY 4.0 (luna16.grand-challenge.org/Data)", access=HUB.format("luna16-3D"),
         modality=CT, form=MASKED_VOLUME, classes=2, slices=3,
         official=Official("attention", epochs=50, base_rate=0.02, cached=True),
     ),
     Task(
-        name="kits", title="malignant kidney lesion", origin="KiTS23", licence="CC BY-NC-SA 4.0", access=HUB.format("kits"),
+        name="kits", title="malignant kidney lesion", origin="KiTS23", licence="see the origin", access=HUB.format("kits"),
         modality=CT, form=MASKED_IMAGE, classes=2, official=Official("linear", epochs=50, base_rate=0.002),
     ),
     Task(
-        name="deep-lesion-site", title="site of a tumour", origin="DeepLesion", licence="terms of the NIH Clinical Center",
+        name="deep-lesion-site", title="site of a tumour", origin="DeepLesion", licence="see the origin",
         access=HUB.format("deep-lesion-site"), modality=CT, form=IMAGE_OR_MASKED, classes=8,
         official=Official("linear", epochs=50, base_rate=0.0005),
     ),
     Task(
-        name="tcia-survival", title="survival with kidney cancer", origin="TCIA", licence="see the collection",
-        access="not on the hub; TCIA has the collections", modality=CT, form=MASKED_IMAGE, target=TIME,
+        name="tcia-survival", title="survival with kidney cancer", origin="TCIA", licence="see the origin",
+        access="not on the hub, and which collections of TCIA is not published; form, metric and clinical columns are ours", modality=CT, form=MASKED_IMAGE, target=TIME,
         metrics=("c_index",), clinical=("age", "sex", "stage"),
     ),
     Task(
         name="neural_foraminal_narrowing", title="foraminal narrowing", origin="RSNA lumbar spine 2024",
-        licence="non-commercial (RSNA)", access=HUB.format("neural_foraminal_narrowing"), modality=MR, form=IMAGE_OR_MASKED, classes=3,
+        licence="see the origin", access=HUB.format("neural_foraminal_narrowing"), modality=MR, form=IMAGE_OR_MASKED, classes=3,
         official=Official("linear", epochs=25, base_rate=0.005),
     ),
     Task(
         name="subarticular_stenosis", title="subarticular stenosis", origin="RSNA lumbar spine 2024",
-        licence="non-commercial (RSNA)", access=HUB.format("subarticular_stenosis"), modality=MR, form=IMAGE_OR_MASKED, classes=3,
+        licence="see the origin", access=HUB.format("subarticular_stenosis"), modality=MR, form=IMAGE_OR_MASKED, classes=3,
         official=Official("linear", epochs=25, base_rate=0.01),
     ),
     Task(
         name="spinal_canal_stenosis", title="canal stenosis", origin="RSNA lumbar spine 2024",
-        licence="non-commercial (RSNA)", access=HUB.format("spinal_canal_stenosis"), modality=MR, form=IMAGE_OR_MASKED, classes=3,
+        licence="see the origin", access=HUB.format("spinal_canal_stenosis"), modality=MR, form=IMAGE_OR_MASKED, classes=3,
         official=Official("linear", epochs=50, base_rate=0.005),
     ),
     Task(
-        name="kneeMRI", title="tear of the anterior cruciate ligament", origin="KneeMRI, Rijeka", licence="research; see the origin",
+        name="kneeMRI", title="tear of the anterior cruciate ligament", origin="KneeMRI, Rijeka", licence="see the origin",
         access=HUB.format("kneeMRI"), modality=MR, form=VOLUME_OR_MASKED, classes=3, slices=3,
         official=Official("attention", epochs=500, base_rate=0.005, cached=True),
     ),
     Task(
-        name="ich", title="intracranial haemorrhage", origin="RSNA intracranial haemorrhage 2019", licence="non-commercial (RSNA)",
+        name="ich", title="intracranial haemorrhage", origin="RSNA intracranial haemorrhage 2019, balanced", licence="see the origin",
         access=HUB.format("ich"), modality=CT, form=IMAGE, classes=2,
         official=Official("linear", epochs=10, base_rate=0.002),
     ),
     Task(
-        name="emidec-classification-mask", title="myocardial infarction", origin="EMIDEC", licence="non-commercial; see the origin",
+        name="emidec-classification-mask", title="myocardial infarction", origin="EMIDEC", licence="see the origin",
         access=HUB.format("emidec-classification-mask"), modality=MR, form=MASKED_IMAGE, classes=2,
         official=Official("linear", epochs=50, base_rate=0.001),
     ),
     Task(
-        name="abdominal-trauma", title="abdominal trauma", origin="RSNA abdominal trauma 2023", licence="non-commercial (RSNA)",
-        access=HUB.format("abdominal-trauma"), modality=CT, form=IMAGE, classes=2,
+        name="abdominal-trauma", title="abdominal trauma", origin="RSNA abdominal trauma 2023", licence="see the origin",
+        access=f"{HUB.format('abdominal-trauma')}, if it is there", modality=CT, form=IMAGE, classes=2,
         official=Official("linear", epochs=10, base_rate=0.002),
     ),
     Task(
-        name="atlas-stroke", title="stroke", origin="ATLAS R2", licence="data use agreement", access=HUB.format("atlas-stroke"),
+        name="atlas-stroke", title="stroke", origin="ATLAS R2", licence="see the origin", access=HUB.format("atlas-stroke"),
         modality=MR, form=VOLUME, classes=2, slices=1,
         official=Official("attention", epochs=60, base_rate=0.005, batch=32),
     ),
@@ -185,7 +186,7 @@ CURIABENCH = (
         official=Official("linear", epochs=20, base_rate=0.0002),
     ),
     Task(
-        name="oasis", title="Alzheimer's disease", origin="OASIS-1", licence="data use agreement", access=HUB.format("oasis"),
+        name="oasis", title="Alzheimer's disease", origin="OASIS-1", licence="see the origin", access=HUB.format("oasis"),
         modality=MR, form=VOLUME, classes=2, official=Official("linear", epochs=50, base_rate=0.02, batch=16, cached=True),
     ),
 )  # fmt: skip
