@@ -1,12 +1,13 @@
-"""Pretrains a small ViT-MAE on real CT and MR slices and probes it on labelled sets: the table of docs/results.md.
+"""Pretrains a small ViT-MAE on real CT and MR slices and scores it on labelled sets: the tables of docs/results.md.
 
 It runs the commands that a user types, on the folder of public files that the test suite uses too (see docs/results.md):
 
-  1  a label table: the labels that are probed (tumor, covid, contrast), their splits, and all other files for pretraining
+  1  a label table: the labels that are scored (tumor, covid, contrast, age), their splits, and all other files for pretraining
   2  python -m data_pipeline.build         slices of a labelled test split are in the split `test` and nowhere else
   3  python -m curia_jax.pretrain          on the split `train`, with configs/real_data.py
-  4  python -m curia_jax.evaluate          against a random encoder, raw pixels and their histogram, 95 % intervals over patients
-  5  the table, in Markdown, on standard output
+  4  python -m curia_jax.evaluate          the labels, few of them, and organ recognition (benchmarks/organ_tasks.py), each
+                                           beside a random encoder, raw pixels and their histogram; a folder of results for each command
+  5  the tables, in Markdown, on standard output
 
 Rerun the command to resume after an interruption.
 """
@@ -24,19 +25,25 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+from benchmarks import organ_tasks
 from curia_jax import demo
 from curia_jax.evaluate import results as evaluate_results
-from curia_jax.evaluate.results import FLOORS, RESULTS, SHARDS, Score
+from curia_jax.evaluate.results import ALL_LABELS, FLOORS, RESULTS, SHARDS, Score
 
 ROOT = Path(__file__).resolve().parents[1]
-LABELS = ("tumor", "covid", "contrast")
-HEADS = ("knn", "ridge", "logistic")
+
+CLASSES, AGE = ("tumor", "covid", "contrast"), "age"
+LABELS = (*CLASSES, AGE)
+ORGANS = ("anatomy-ct", "anatomy-mri")
+HEADS, TOKEN_HEAD = ("knn", "ridge", "logistic"), "efficient"
 # Pooling, layers and image sizes were chosen by cross-validation on the training cases; see docs/results.md.
 # Early, middle and last blocks: the last is specialised in the training task, predicting pixels.
 FEATURES = "mean+std@4+8+12"
 # In px: the size of the training, and larger ones, in which a whole slice shows objects as large as training crops do.
 IMAGE_SIZES = "96,128,160"
+FEW_LABELS, FEW_HEAD = "0.05,0.1,0.25,0.5,1.0", "ridge"
 COLUMNS: tuple[str, ...] = ("file", "split", "patient", "modality", *LABELS)
 ULTRASOUND = "registration/prostate_mr_us/us_"
 NO_IMAGES = (".txt", ".csv", ".md")
@@ -86,6 +93,7 @@ def label_table(data: Path) -> list[dict[str, str | Path]]:
                 "split": "test" if line["patient"] in held_out else "train",
                 "patient": line["patient"],
                 "contrast": {"0": "no", "1": "yes"}[line["contrast"]],
+                "age": f"{float(line['age']):g}",
             }
         )
     for folder in ("dicom", "nifti", "registration"):
@@ -120,8 +128,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""examples:
-  python benchmarks/real_data.py
-  python benchmarks/real_data.py --output=runs/short --config.duration='10000 examples' --config.seed=1""",
+  python -m benchmarks.real_data
+  python -m benchmarks.real_data --output=runs/short --config.duration='10000 examples' --config.seed=1""",
     )
     data = Path(os.environ.get("CURIA_DATA", ROOT.parent / "shared" / "data"))
     parser.add_argument("--data", type=Path, default=data, help="or the variable CURIA_DATA (%(default)s)")
@@ -167,14 +175,46 @@ def main(argv: list[str] | None = None) -> int:
     cost = {"wall_s": cost["wall_s"] + wall, "cpu_s": cost["cpu_s"] + cpu}
     cost_file.write_text(json.dumps(cost) + "\n", encoding="utf-8")
 
-    # ---- probes
-    command(
-        "curia_jax.evaluate", f"--tasks={','.join(SHARDS + label for label in LABELS)}", f"--data={shards}",
-        f"--backbones={run}", f"--heads={','.join(HEADS)}", f"--features={FEATURES}",
-        f"--image-sizes={IMAGE_SIZES}", f"--output={results}",
-    )  # fmt: skip
-    print(markdown(evaluate_results.read(results / RESULTS), run, cost))
+    # ---- scores
+    organs = output / "organs"
+    organ_tasks.write(args.data, organs)
+    for one in studies(shards, organs):
+        command(
+            "curia_jax.evaluate", f"--tasks={','.join(one.tasks)}", f"--data={one.data}", f"--backbones={run}",
+            f"--corpus={shards}", f"--cache={output / 'cache'}", f"--output={results / one.name}", *one.options,
+        )  # fmt: skip
+    scores = {one.name: evaluate_results.read(results / one.name / RESULTS) for one in studies(shards, organs)}
+    print(markdown(scores, run, cost))
     return 0
+
+
+class Study(NamedTuple):
+    """One evaluate command: the folder of its results below `results`, and what it gets."""
+
+    name: str
+    tasks: Sequence[str]
+    data: Path
+    options: Sequence[str]
+
+
+def studies(shards: Path, organs: Path) -> tuple[Study, ...]:
+    """All evaluate commands."""
+    features = f"--features={FEATURES}"
+    labels = [f"{SHARDS}{label}" for label in CLASSES]
+    return (
+        Study(
+            "labels", (*labels, f"{SHARDS}{AGE}:value"), shards,
+            (f"--heads={','.join(HEADS)}", features, f"--image-sizes={IMAGE_SIZES}"),
+        ),
+        # At the size of the training alone: the official protocol has no other.
+        Study("organs", ORGANS, organs, ("--protocol=both", f"--heads={','.join((*HEADS, TOKEN_HEAD))}", features)),
+        Study(
+            "few_labels", labels[:2], shards,
+            (f"--heads={FEW_HEAD}", features, f"--image-sizes={IMAGE_SIZES}", f"--labels={FEW_LABELS}"),
+        ),
+        # The same: this head learns from all tokens, of which larger images have many.
+        Study("tokens", labels, shards, (f"--heads={TOKEN_HEAD}",)),
+    )  # fmt: skip
 
 
 def command(module: str, *words: str) -> tuple[float, float]:
@@ -192,38 +232,73 @@ def command(module: str, *words: str) -> tuple[float, float]:
     return time.monotonic() - began, cpu
 
 
-def markdown(scores: Sequence[Score], run: Path, cost: Mapping[str, float]) -> str:
-    """The tables of docs/results.md."""
+def markdown(scores: Mapping[str, Sequence[Score]], run: Path, cost: Mapping[str, float]) -> str:
+    """The tables of docs/results.md.
+
+    Args:
+      scores: by the name of their study.
+    """
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     first, last = (
         json.loads((run / name).read_text(encoding="utf-8").splitlines()[at])
         for name, at in (("events.jsonl", 0), ("metrics.jsonl", -1))
     )
-    lines = [
+    pretraining = (
         f"{last['step']:,} steps of {config['batch_size']}, {last['examples_seen']:,} samples of {first['slices']:,} slices, "
         f"seed {config['seed']}; {cost['wall_s'] / 60:.0f} minutes, {cost['cpu_s'] / 60:.0f} core minutes; "
-        f"last loss {last['loss']:.4f} against {last['baseline_loss']:.4f} for predicting each patch's mean",
-        "",
+        f"last loss {last['loss']:.4f} against {last['baseline_loss']:.4f} for predicting each patch's mean"
+    )
+    of_labels = [*scores["labels"], *scores["tokens"]]
+    return "\n\n".join(
+        (
+            pretraining,
+            table(of_labels, "auroc", run),
+            table(of_labels, "accuracy", run),
+            table(of_labels, "mae", run),
+            table(scores["organs"], "accuracy", run),
+            few_labels(scores["few_labels"], run),
+        )
+    )
+
+
+def table(scores: Sequence[Score], metric: str, run: Path) -> str:
+    """A metric of the checkpoint and of all floors, and their differences; a row for each task and head."""
+    lines = [
+        f"| {metric} | head | checkpoint | {' | '.join(FLOORS)} | {' | '.join(f'checkpoint - {name}' for name in FLOORS)} | test cases |",
+        "|" + "---|" * (4 + 2 * len(FLOORS)),
     ]
-    for metric in ("auroc", "accuracy"):
-        lines += [
-            f"| {metric.upper() if metric == 'auroc' else metric} | probe | checkpoint | random encoder | pixels | histogram "
-            "| checkpoint - random | checkpoint - pixels | checkpoint - histogram | test cases |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-        ]
-        for task in LABELS:
-            for head in HEADS:
-                own = {
-                    (score.backbone, score.against): score
-                    for score in scores
-                    if (score.study.title, score.head, score.metric) == (task, head, metric)
-                }
-                values = [own[backbone, None] for backbone in (str(run), *FLOORS)]
-                differences = [own[str(run), against] for against in FLOORS]
-                cells = [f"{score.value_text} {score.interval_text}" for score in values + differences]
-                lines.append(f"| {task} | {head} | {' | '.join(cells)} | {values[0].study.n} |")
-        lines.append("")
-    return "\n".join(lines).rstrip()
+    own = [score for score in scores if score.metric == metric and score.head != "none"]
+    by_row: dict[tuple[str, str], dict[tuple[str, str | None], Score]] = defaultdict(dict)
+    for score in own:
+        head = score.head if score.study.protocol == "ours" else f"{score.head} ({score.study.protocol})"
+        by_row[score.study.title, head][score.backbone, score.against] = score
+    for (title, head), found in by_row.items():
+        wanted = [(str(run), None), *((name, None) for name in FLOORS), *((str(run), name) for name in FLOORS)]
+        cells = [_cell(found[one]) for one in wanted]
+        lines.append(f"| {title} | {head} | {' | '.join(cells)} | {found[wanted[0]].study.n} |")
+    return "\n".join(lines)
+
+
+def _cell(score: Score) -> str:
+    """A value with its interval, and a question mark where the interval means little."""
+    return f"{score.value_text} {score.interval_text}{'?' if score.doubt else ''}"
+
+
+def few_labels(scores: Sequence[Score], run: Path) -> str:
+    """AUROC of one head by the share of the labels, mean and range over the subsets."""
+    lines = [f"| AUROC, {FEW_HEAD} | labels | checkpoint | {' | '.join(FLOORS)} |", "|" + "---|" * (3 + len(FLOORS))]
+    values: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    for score in scores:
+        if score.metric == "auroc" and score.against is None and score.value is not None:
+            values[score.study.title, score.study.labels, score.backbone].append(score.value)
+    for title, share in dict.fromkeys(key[:2] for key in values):
+        cells = []
+        for backbone in (str(run), *FLOORS):
+            found = values[title, share, backbone]
+            spread = "" if share == ALL_LABELS else f" ({min(found):.3f} to {max(found):.3f})"
+            cells.append(f"{sum(found) / len(found):.3f}{spread}")
+        lines.append(f"| {title} | {share} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

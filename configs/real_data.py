@@ -1,7 +1,7 @@
 """The run behind docs/results.md: ViT-Ti on 96 px slices of a few thousand public CT and MR images.
 
 Purpose: show that pretraining learns from real slices, on a laptop. Cost: 40 minutes on 2 cores.
-Expected result: docs/results.md, which `python benchmarks/real_data.py` makes.
+Expected result: docs/results.md, which `python -m benchmarks.real_data` makes.
 
 Raw pixels are predicted, not patches standardised by themselves: in a run this short the model would spend most of its steps
 predicting each patch's mean. Batches are small because steps, not examples, are scarce.

@@ -60,8 +60,8 @@ def _rows(task: Task, split: str, patients: Sequence[Sequence[Picture]]) -> pa.T
     # Each picture of organ recognition asks about another organ: its series is the picture.
     one_series = not task.class_of_picture
     columns = {
-        "image": _nested([picture.image for picture in pictures], pa.float32()),
-        "mask": _nested([picture.mask for picture in pictures], pa.uint8()),
+        "image": nested([picture.image for picture in pictures], pa.float32()),
+        "mask": nested([picture.mask for picture in pictures], pa.uint8()),
         "target": pa.array(
             [picture.target for picture in pictures], pa.int64() if task.classes else pa.float64()
         ),
@@ -81,7 +81,7 @@ def _rows(task: Task, split: str, patients: Sequence[Sequence[Picture]]) -> pa.T
     return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": {"target": label}}})})
 
 
-def _nested(arrays: Sequence[np.ndarray | None], kind: pa.DataType) -> pa.Array:
+def nested(arrays: Sequence[np.ndarray | None], kind: pa.DataType) -> pa.Array:
     """Arrays of one shape as nested lists; None stays None.
 
     The lists are built from offsets: lists of Python numbers would take a hundred times as long.

@@ -1,30 +1,23 @@
 """The benchmark on real slices: its label table and its result table, without running it."""
 
 import csv
-import importlib.util
 import json
 from collections import Counter, defaultdict
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
+import pydicom
 import pytest
 
+from benchmarks import real_data as benchmark
+from curia_jax.evaluate import __main__ as evaluate
+from curia_jax.evaluate.results import Score
 from tests.scores import make_score
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "real_data.py"
-
 
 @pytest.fixture(scope="module")
-def benchmark_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("real_data_benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def rows(benchmark_script, real_data) -> list[dict]:
-    return benchmark_script.label_table(real_data)
+def rows(real_data) -> list[dict]:
+    return benchmark.label_table(real_data)
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -47,7 +40,7 @@ def test_no_patient_is_in_two_splits(rows) -> None:
     assert all(len(found) == 1 for found in splits.values())
 
 
-def test_published_test_splits_are_complete(rows, benchmark_script, real_data) -> None:
+def test_published_test_splits_are_complete(rows, real_data) -> None:
     tests = {
         label: {row["file"] for row in rows if row.get(label) and row["split"] == "test"}
         for label in ("tumor", "covid")
@@ -66,8 +59,8 @@ def test_unlabelled_files_are_for_training(rows) -> None:
     assert Counter(row["modality"] for row in unlabelled)["MR"] > 100
 
 
-def test_files_outside_the_table_are_held_out(rows, benchmark_script, real_data) -> None:
-    unused = benchmark_script.left_out(real_data)
+def test_files_outside_the_table_are_held_out(rows, real_data) -> None:
+    unused = benchmark.left_out(real_data)
     used = {Path(row["file"]) for row in rows}
     assert unused and not used & set(unused)
     assert {path.suffix for path in unused} <= {".jpg", ".png", ".gz", ".nii"}
@@ -77,7 +70,57 @@ def test_files_outside_the_table_are_held_out(rows, benchmark_script, real_data)
     assert covid - used == covid & set(unused)
 
 
-def test_table_shows_every_score(benchmark_script, tmp_path) -> None:
+def test_ages_are_those_of_the_headers(rows) -> None:
+    aged = [row for row in rows if row.get("age")]
+    assert len(aged) == 36
+    for row in aged:
+        header = pydicom.dcmread(row["file"], stop_before_pixels=True)
+        assert float(row["age"]) == float(header.PatientAge.removesuffix("Y")), "an age differs from its header"
+
+
+def scores_of(run: str, task: str, head: str, metric: str, **changes: Any) -> list[Score]:
+    """Of the run, the floors, and the differences; the interval of the run is doubtful."""
+    ends = {"n": 99, "low": 0.25, "high": 0.75, **changes}
+    found = [
+        make_score(task, backbone, head, metric=metric, value=value, doubt="few" if backbone == run else None, **ends)
+        for backbone, value in ((run, 0.625), ("random", 0.5), ("pixels", 0.375), ("histogram", 0.3125))
+    ]
+    differences = (("random", 0.125), ("pixels", 0.25), ("histogram", 0.3125))
+    return found + [
+        make_score(task, run, head, metric=metric, against=against, value=value, **ends)
+        for against, value in differences
+    ]
+
+
+def test_table_has_a_row_for_each_task_and_head(tmp_path) -> None:
+    run = str(tmp_path)
+    scores = [
+        *scores_of(run, "shards/covid", "ridge", "auroc"),
+        *scores_of(run, "shards/covid", "ridge", "accuracy"),
+        *scores_of(run, "anatomy-ct", "linear", "auroc", protocol="official"),
+    ]
+    heading, _, covid, organs = benchmark.table(scores, "auroc", tmp_path).splitlines()
+    assert heading.startswith("| auroc | head | checkpoint | random | pixels | histogram | checkpoint - random |")
+    assert covid == (
+        "| covid | ridge | 0.625 [0.250, 0.750]? | 0.500 [0.250, 0.750] | 0.375 [0.250, 0.750] | 0.312 [0.250, 0.750] "
+        "| +0.125 [+0.250, +0.750] | +0.250 [+0.250, +0.750] | +0.312 [+0.250, +0.750] | 99 |"
+    )
+    assert organs.startswith("| anatomy-ct | linear (official) | 0.625 [0.250, 0.750]?")
+
+
+def test_few_labels_table_shows_mean_and_range_over_subsets(tmp_path) -> None:
+    scores = [
+        make_score("shards/tumor", backbone, value=value + 0.1 * seed, labels=labels, seed=seed)
+        for backbone, value in ((str(tmp_path), 0.6), ("random", 0.5), ("pixels", 0.4), ("histogram", 0.3))
+        for labels, seeds in (("5 %", (0, 1, 2)), ("100 %", (0,)))
+        for seed in seeds
+    ]
+    few, whole = benchmark.few_labels(scores, tmp_path).splitlines()[2:]
+    assert few.startswith("| tumor | 5 % | 0.700 (0.600 to 0.800) | 0.600 (0.500 to 0.700) |")
+    assert whole.startswith("| tumor | 100 % | 0.600 | 0.500 |")
+
+
+def test_summary_says_what_pretraining_cost(tmp_path) -> None:
     lines = {
         "config.json": {"batch_size": 32, "seed": 7},
         "events.jsonl": {"event": "started", "slices": 5000},
@@ -85,19 +128,12 @@ def test_table_shows_every_score(benchmark_script, tmp_path) -> None:
     }
     for name, content in lines.items():
         (tmp_path / name).write_text(json.dumps(content) + "\n")
-    scores, run = [], str(tmp_path)
-    for task in benchmark_script.LABELS:
-        for head in benchmark_script.HEADS:
-            ends = {"n": 99, "low": 0.25, "high": 0.75}
-            for metric in ("auroc", "accuracy"):
-                for backbone, value in ((run, 0.625), ("random", 0.5), ("pixels", 0.375), ("histogram", 0.3125)):
-                    scores.append(make_score(task, backbone, head, metric=metric, value=value, **ends))
-                for against, value in (("random", 0.125), ("pixels", 0.25), ("histogram", 0.3125)):
-                    scores.append(make_score(task, run, head, metric=metric, against=against, value=value, **ends))
-    text = benchmark_script.markdown(scores, tmp_path, {"wall_s": 600, "cpu_s": 1200})
+    studies = benchmark.studies(tmp_path, tmp_path)
+    text = benchmark.markdown({one.name: () for one in studies}, tmp_path, {"wall_s": 600, "cpu_s": 1200})
     assert "10 steps of 32, 320 samples of 5,000 slices, seed 7; 10 minutes, 20 core minutes" in text
-    assert (
-        "| covid | logistic | 0.625 [0.250, 0.750] | 0.500 [0.250, 0.750] | 0.375 [0.250, 0.750] | 0.312 [0.250, 0.750] "
-        "| +0.125 [+0.250, +0.750] | +0.250 [+0.250, +0.750] | +0.312 [+0.250, +0.750] | 99 |" in text
-    )
-    assert text.count("| tumor |") == 2 * len(benchmark_script.HEADS)
+
+
+def test_evaluate_accepts_the_options_of_every_study(tmp_path) -> None:
+    for one in benchmark.studies(tmp_path / "shards", tmp_path / "organs"):
+        words = [f"--tasks={','.join(one.tasks)}", "--backbones=run", f"--output={one.name}", *one.options]
+        evaluate.parser().parse_args(words)
