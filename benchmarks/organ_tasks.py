@@ -26,6 +26,7 @@ from data_pipeline.synthetic_tasks.tables import nested
 BLOCK, GAP, TESTED = 3, 1, 3  # slices, slices, every so many blocks
 LEAST_AREA = 180.0  # mm2 of an organ in a slice, about 15 mm across: smaller ones are less than a patch
 TRAIN, TEST = "train", "test"
+CLASS_MAP = "class_map.csv"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,14 +129,14 @@ def read(data: Path, exam: Exam) -> Volume:
       DataError: image and label map have another geometry, a number is not in the class table, or organs are not where and what
         they have to be.
     """
-    affines = [nibabel.load(data / path).affine for path in (exam.image, exam.label_map)]
+    affines = [np.array(nibabel.Nifti1Image.from_filename(data / path).affine) for path in (exam.image, exam.label_map)]
     values, labels, spacings = [], [], []
     for path, slices in ((exam.image, values), (exam.label_map, labels)):
         with open_volume(str(data / path)) as volume:
             slices.extend(volume.slices())
             spacings.append((*volume.spacing, volume.plane))
     image, numbers = np.stack(values), np.stack(labels)
-    if image.shape != numbers.shape or spacings[0] != spacings[1] or not np.allclose(*affines):
+    if image.shape != numbers.shape or spacings[0] != spacings[1] or not np.allclose(affines[0], affines[1]):
         raise DataError(f"{exam.label_map} is not on the voxels of {exam.image}: {numbers.shape} and {image.shape}")
     if spacings[0][3] != "axial":
         raise DataError(f"{exam.image} has {spacings[0][3]} slices; wanted are axial ones")
@@ -214,7 +215,7 @@ def pictures(volume: Volume) -> dict[str, list[tuple[int, int, str]]]:
 
 
 def write(data: Path, folder: Path) -> dict[str, dict[str, int]]:
-    """Writes FOLDER/anatomy-ct and FOLDER/anatomy-mri, with the splits train and test.
+    """Writes FOLDER/anatomy-ct and FOLDER/anatomy-mri, with the splits train and test, and the map of the classes that both have.
 
     Returns:
       Task -> classes, and pictures of each split.
@@ -223,14 +224,19 @@ def write(data: Path, folder: Path) -> dict[str, dict[str, int]]:
       DataError: a label map is not what it has to be; see `read`.
     """
     counts: dict[str, dict[str, int]] = {}
+    of_task: dict[str, set[str]] = {}
     for exam in EXAMS:
         volume = read(data, exam)
         (folder / exam.task).mkdir(parents=True, exist_ok=True)
         by_split = pictures(volume)
         for split, rows in by_split.items():
             pq.write_table(_table(exam, volume, rows), folder / exam.task / f"{split}.parquet", compression="zstd")
-        organs = {organ for rows in by_split.values() for _, _, organ in rows}
-        counts[exam.task] = {"classes": len(organs)} | {split: len(rows) for split, rows in by_split.items()}
+        of_task[exam.task] = {organ for rows in by_split.values() for _, _, organ in rows}
+        sizes = {split: len(rows) for split, rows in by_split.items()}
+        counts[exam.task] = {"classes": len(of_task[exam.task]), **sizes}
+    shared = sorted(set.intersection(*of_task.values()))
+    lines = [",".join(("class", *of_task)), *(",".join((organ, *[organ] * len(of_task))) for organ in shared)]
+    (folder / CLASS_MAP).write_text("\n".join((*lines, "")), encoding="utf-8")
     return counts
 
 

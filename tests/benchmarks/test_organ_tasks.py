@@ -10,6 +10,7 @@ from benchmarks import organ_tasks
 from benchmarks.organ_tasks import CT_LABELS, MR_LABELS, Volume
 from curia_common.errors import DataError
 from curia_jax.evaluate import task_data, tasks
+from curia_jax.evaluate.class_map import ClassMap
 
 CT_EXAM, MR_EXAM = organ_tasks.EXAMS
 
@@ -139,3 +140,11 @@ def test_written_tasks_can_be_scored(written, exam) -> None:
         images = task_data.TaskImages(tasks.find(exam.task), files, split)
         first = images.of_rows([0])[0]
         assert first.hu == (exam.modality == "CT") and first.mask is not None and first.mask.sum() >= 20
+
+
+def test_class_map_names_the_shared_organs(written) -> None:
+    found = ClassMap.read(str(written / organ_tasks.CLASS_MAP), ("anatomy-ct", "anatomy-mri"))
+    names = {row.name for row in found.rows}
+    assert len(names) == 16 and {"liver", "vertebrae", "kidney_left"} <= names
+    assert "intervertebral_discs" not in names
+    assert all(set(row.of_task.values()) == {(row.name,)} for row in found.rows)

@@ -108,6 +108,23 @@ def test_table_has_a_row_for_each_task_and_head(tmp_path) -> None:
     assert organs.startswith("| anatomy-ct | linear (official) | 0.625 [0.250, 0.750]?")
 
 
+def test_loss_is_against_heads_that_learned_from_the_tested_modality(tmp_path) -> None:
+    directions = {"trained_on": "CT", "tested_on": "MR"}
+    scores = [
+        make_score(
+            "organ", backbone, "knn", metric="accuracy", against=against, value=value, low=-0.5, high=0.0, **directions
+        )
+        for against, change in (("trained on MR", 0.0), ("tested on CT", 0.01), ("random", 0.02))
+        for backbone, value in zip(
+            (str(tmp_path), "random", "pixels", "histogram"), (change - 0.1, -0.2, -0.3, -0.4), strict=True
+        )
+    ]
+    (row,) = benchmark.lost(scores, tmp_path).splitlines()[2:]
+    assert row == (
+        "| organ, CT to MR | knn | -0.100 [-0.500, +0.000] | -0.200 [-0.500, +0.000] | -0.300 [-0.500, +0.000] | -0.400 [-0.500, +0.000] |"
+    )
+
+
 def test_few_labels_table_shows_mean_and_range_over_subsets(tmp_path) -> None:
     scores = [
         make_score("shards/tumor", backbone, value=value + 0.1 * seed, labels=labels, seed=seed)
