@@ -82,7 +82,7 @@ def crossing(scores: Sequence[Score]) -> Crossing | None:
 
 
 def figure(found: Crossing, name: str) -> Figure:
-    """A panel for each direction: of each backbone the figure within and across with their intervals, and a line from one to the other.
+    """A panel for each direction: of each backbone the figure within and across with their intervals, and on the right what is lost.
 
     Args:
       name: of the metric, for people.
@@ -101,12 +101,16 @@ def figure(found: Crossing, name: str) -> Figure:
                     if score.low is not None and score.high is not None:
                         axes.plot([score.low, score.high], [place + offset] * 2, color=colour, linewidth=1.6, alpha=0.6)
                     axes.plot(score.value, place, "o", color=colour, markersize=6, zorder=2)
+                axes.text(
+                    1.01, place, pair.trained.value_text, transform=axes.get_yaxis_transform(), va="center", fontsize=9
+                )
             axes.set_yticks(np.arange(len(by_backbone)), list(by_backbone))
             axes.set_ylim(len(by_backbone) - 0.5, -0.5)
-            axes.set_title(f"{trained} to {tested}: tested on {tested}", loc="left", fontsize=10)
+            axes.set_title(f"{trained} to {tested}", loc="left", fontsize=10)
+            axes.set_title("lost", loc="right", fontsize=9)
             axes.grid(visible=False, axis="y")
         panels[-1].set_xlabel(name)
-        panels[0].plot([], [], "o", color=_WITHIN, label="learned from the value that is tested")
-        panels[0].plot([], [], "o", color=OURS, label="learned from the other")
+        panels[0].plot([], [], "o", color=_WITHIN, label="within: learned from what is tested")
+        panels[0].plot([], [], "o", color=OURS, label="across: learned from the other")
         made.legend(loc="outside lower center", ncols=2)
     return made

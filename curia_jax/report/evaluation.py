@@ -126,19 +126,14 @@ def _across(output: Path, found: across.Crossing) -> str:
             previous = direction
     title = f"{found.study.task.removeprefix(SHARDS)}, protocol {found.study.protocol}: what is lost across"
     caption = (
-        "Heads that learned from one value and were tested on another, beside heads that learned from the value that is tested. Every backbone with "
-        f"the head that had the smallest mean loss on the held-out cases of all values. Bars are 95 % intervals; {found.study.interval}."
+        "Across: heads that learned from the first and were tested on the second. Within: heads that learned from the second, on the same cases. Lost: "
+        "across minus within. Every backbone with the head that had the smallest mean loss on the held-out cases of all directions. Bars are 95 % intervals."
     )
-    columns = [
-        f"{metric}, trained and tested on the latter",
-        f"{metric}, across",
-        "lost by the training",
-        "against the same head within",
-    ]
     lost = (
-        "Lost by the training: across minus a head that learned from the value that is tested, on the same cases. Against the same head within: across "
-        "minus that head on the test cases of the value that it learned from. A question mark: the interval means little."
+        f"{metric}. Across minus within: on the same cases. Across minus own: minus the same head on the test cases of what it learned from. Intervals: "
+        f"{found.study.interval}; with a question mark they mean little."
     )
+    columns = ["within", "across", "across − within", "across − own"]
     return (
         f"<h2>{page.escape(title)}</h2>{page.figure(image, caption, f'losses across, {found.study.task}')}"
         f"{page.table(lost, ['direction', 'features', 'probe'], columns, rows)}"

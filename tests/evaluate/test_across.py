@@ -101,7 +101,7 @@ def test_losses_are_differences_of_the_figures_with_their_intervals() -> None:
 def test_head_never_sees_the_other_modality() -> None:
     """Neither its training nor its validation cases decide anything."""
     inputs = study()
-    other = {split: by | {} for split, by in inputs.features.items()}
+    other = dict(inputs.features)
     for split in ("train", "validation"):
         mr = inputs.sides[split] == "MR"
         values = inputs.features[split]["run"]["mean"].copy()

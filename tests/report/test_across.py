@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from curia_jax.evaluate.results import Score
@@ -64,9 +65,10 @@ def test_picture_has_a_panel_for_each_direction_with_both_figures() -> None:
     found = across.crossing(scores())
     assert found is not None
     made = across.figure(found, "accuracy")
-    assert [axes.get_title(loc="left") for axes in made.axes] == ["CT to MR: tested on MR", "MR to CT: tested on CT"]
+    assert [axes.get_title(loc="left") for axes in made.axes] == ["CT to MR", "MR to CT"]
     for axes in made.axes:
-        dots = [float(line.get_xdata()[0]) for line in axes.lines if line.get_marker() == "o" and len(line.get_xdata())]
+        dots = [x for line in axes.lines if line.get_marker() == "o" for x in np.asarray(line.get_xdata())]
+        assert [text.get_text() for text in axes.texts] == ["-0.300", "-0.300"]
         assert sorted(dots) == pytest.approx([0.4, 0.6, 0.7, 0.9])
         assert [label.get_text() for label in axes.get_yticklabels()] == ["run", "pixels"]
 
