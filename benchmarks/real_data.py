@@ -166,13 +166,15 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
 
     # ---- pretraining; its cost is saved, because a second call finds it finished
-    cost_file = output / "cost.json"
+    cost_file, metrics = output / "cost.json", run / "metrics.jsonl"
+    before = metrics.stat().st_size if metrics.exists() else 0
     cost = json.loads(cost_file.read_text(encoding="utf-8")) if cost_file.exists() else {"wall_s": 0.0, "cpu_s": 0.0}
     wall, cpu = command(
         "curia_jax.pretrain", "--config=real_data", f"--workdir={run}",
         f"--config.data.shards={shards}", *overrides,
     )  # fmt: skip
-    cost = {"wall_s": cost["wall_s"] + wall, "cpu_s": cost["cpu_s"] + cpu}
+    if metrics.stat().st_size > before:
+        cost = {"wall_s": cost["wall_s"] + wall, "cpu_s": cost["cpu_s"] + cpu}
     cost_file.write_text(json.dumps(cost) + "\n", encoding="utf-8")
 
     # ---- scores
