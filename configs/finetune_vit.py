@@ -49,7 +49,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.augment.crop_scale = (0.6, 1.0)  # a finding may be anywhere
     config.augment.flip = False
 
-    config.optimizer.base_learning_rate = 5e-4
+    config.optimizer.base_learning_rate = placeholder(float)  # None: settings.FINETUNING_RATES, by what is trained
     config.optimizer.b2 = 0.999
     # Losses near zero and those of a few cases vary by more than in pretraining.
     config.guard.factor = placeholder(float)  # None: what is finite is applied

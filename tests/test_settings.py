@@ -47,6 +47,14 @@ def test_fields_that_an_older_config_lacks_have_their_default() -> None:
     assert (found.keep_every, found.compiler_options) == ("", {})
 
 
+@pytest.mark.parametrize(("train", "rate"), [("full", 5e-4), ("lora", 5e-3), ("head", 5e-2)])
+def test_rate_of_a_fine_tuning_is_that_of_what_it_trains(train: str, rate: float) -> None:
+    words = [f"--config.finetune.train={train}"]
+    assert settings.Settings.of(configs.load("finetune_vit", words)).optimizer.base_learning_rate == rate
+    config = configs.load("finetune_vit", [*words, "--config.optimizer.base_learning_rate=0.25"])
+    assert settings.Settings.of(config).optimizer.base_learning_rate == 0.25
+
+
 @pytest.mark.parametrize(
     ("field", "value", "wanted"),
     [
@@ -57,6 +65,7 @@ def test_fields_that_an_older_config_lacks_have_their_default() -> None:
         ("keep", 1.5, "a whole number of at least 1"),
         ("compiler_options", "xla_a", "a group of option names and values"),
         ("optimizer.base_learning_rate", float("nan"), "a number above 0"),
+        ("optimizer.base_learning_rate", None, "a number above 0"),  # pretraining has no default
         ("optimizer.b2", 1.0, "a number from 0 to below 1"),
         ("optimizer.weight_decay", -0.1, "a number of at least 0"),
         ("optimizer.clip_norm", "abc", "a number above 0, or None"),
