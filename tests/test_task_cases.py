@@ -215,6 +215,10 @@ def test_missing_data_says_where_it_comes_from(tmp_path: Path) -> None:
         UserError, match="has no data of ich; get it from: Hugging Face: raidium/CuriaBench, config ich"
     ):
         task_cases.open_task("ich", tmp_path)
+    with pytest.raises(
+        UserError, match="anatomy-cross-modality is scored with frozen features alone; .*: anatomy-ct, anatomy-mri"
+    ):
+        task_cases.open_task("anatomy-cross-modality", tmp_path)
     with pytest.raises(UserError, match="registration cannot be learned: it needs dense features"):
         task_cases.open_task("registration", tmp_path)
     with pytest.raises(UserError, match="--cases=series is of shards; a case of ich is a row of its table"):

@@ -305,3 +305,23 @@ def test_help_has_examples(capsys) -> None:
     shown = capsys.readouterr().out
     assert "--tasks=shards/situs --data=demo/shards --backbones=demo/run --output=results" in shown
     assert "--checkpoint" not in shown
+
+
+@pytest.mark.long
+def test_label_of_shards_is_scored_across_modalities(study, tmp_path) -> None:
+    words = ("--across=modality", "--floors=pixels", "--heads=ridge", "--features=mean", "--draws=100")
+    assert run(study, tmp_path, *words) == 0
+    rows = [row for row in read(tmp_path) if row["metric"] == "auroc"]
+    values = [row for row in rows if row["against"] is None]
+    assert {(row["trained_on"], row["tested_on"]) for row in values} == {
+        (a, b) for a in ("CT", "MR") for b in ("CT", "MR")
+    }
+    # Half of the slices of all patients; every patient has both, so that differences are paired by patient.
+    assert {(row["n"], row["patients"], row["train_n"], row["train_patients"]) for row in values} == {(18, 6, 42, 14)}
+    lost = {
+        (row["trained_on"], row["against"]) for row in rows if row["against"] and row["against"][:4] in ("trai", "test")
+    }
+    assert lost == {("CT", "trained on MR"), ("CT", "tested on CT"), ("MR", "trained on CT"), ("MR", "tested on MR")}
+    # The shape is the same in both: what was learned from one modality is seen in the other.
+    assert all(row["value"] > 0.8 for row in values if row["backbone"] == "pixels")
+    assert "shape, protocol ours: what is lost across" in (tmp_path / "report.html").read_text()

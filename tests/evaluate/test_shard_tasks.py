@@ -41,3 +41,14 @@ def test_groups_are_those_of_the_test_slices(dataset: shard_tasks.Dataset) -> No
     assert found["modality"].tolist() == [modality[3], modality[1]]
     with pytest.raises(UserError, match="--subgroups=ward: the shards have no such column; there are: .*modality"):
         shard_tasks.groups(dataset, task, [Column("ward")])
+
+
+def test_sides_are_those_of_the_slices_of_every_split(dataset: shard_tasks.Dataset) -> None:
+    part = labels.Labelled(np.array([3, 1]), *(np.array(["x", "y"]) for _ in range(3)))
+    empty = part.restricted(np.zeros(2, bool))
+    task = labels.Task("shards/plane", ("x", "y"), (), {labels.FIT: empty, labels.TEST: part})
+    found = shard_tasks.sides(dataset, task, Column("modality", option="--across"))
+    modality = dataset.index.column("modality").to_pylist()
+    assert {split: of.tolist() for split, of in found.items()} == {"train": [], "test": [modality[3], modality[1]]}
+    with pytest.raises(UserError, match="--across=ward: the shards have no such column"):
+        shard_tasks.sides(dataset, task, Column("ward", option="--across"))
