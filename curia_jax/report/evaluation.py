@@ -195,7 +195,7 @@ def _task(scores: Sequence[Score], images: Mapping[str, str]) -> str:
         )
         parts.append(page.figure(images["examples"], caption, f"right and wrong cases of {study.title}"))
     # Of heads that learned from few labels, seed by seed, results.json has the rows.
-    whole = [score for score in scores if score.study.labels == ALL_LABELS and not score.is_across]
+    whole = [score for score in scores if score.study.labels == ALL_LABELS]
     if whole:
         parts.append(score_table(whole))
     if "few labels" in images:

@@ -57,16 +57,16 @@ class Finding:
 
 
 def find(scores: Sequence[Score]) -> Mapping[str, Finding]:
-    """The finding of every task whose AUROC is defined, in the order of the scores."""
+    """The finding of every task (or direction of one) whose AUROC is defined, by its title, in the order of the scores."""
     best: dict[str, tuple[float, Score]] = {}
     ours = first_backbone(scores)
     for score in scores:
         if (score.metric, score.backbone, score.against) != ("auroc", ours, None) or score.value is None:
             continue
         loss = held_out_loss(score)
-        if score.study.task not in best or loss < best[score.study.task][0]:
-            best[score.study.task] = loss, score
-    return {task: Finding(score, _differences(scores, score)) for task, (_, score) in best.items()}
+        if score.study.title not in best or loss < best[score.study.title][0]:
+            best[score.study.title] = loss, score
+    return {title: Finding(score, _differences(scores, score)) for title, (_, score) in best.items()}
 
 
 def _differences(scores: Sequence[Score], ours: Score) -> tuple[Score, ...]:
@@ -75,7 +75,8 @@ def _differences(scores: Sequence[Score], ours: Score) -> tuple[Score, ...]:
         for score in scores
         if score.against is not None
         and score.value is not None
-        and (score.study.task, score.head, score.metric) == (ours.study.task, ours.head, ours.metric)
+        and not score.is_across
+        and (score.study.title, score.head, score.metric) == (ours.study.title, ours.head, ours.metric)
     )
 
 

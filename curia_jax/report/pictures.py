@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from curia_common import windows
 from curia_jax import augment, data
-from curia_jax.evaluate.results import MAJORITY, SHARDS, Score
+from curia_jax.evaluate.results import MAJORITY, Score
 from curia_jax.models import mae, vit
 from curia_jax.report.run_log import Metrics
 from curia_jax.report.style import BASELINE, FLOORS, OURS, SOFT, STYLE, WIDTH
@@ -228,24 +228,22 @@ def reconstructions(examples: Sequence[Reconstruction], *, raw: bool = False) ->
 
 def forest(scores: Sequence[Score], metric: str) -> Figure:
     """Values with 95 % intervals per backbone and probe, beside them the paired differences; one row of axes per task."""
-    chosen = [score for score in scores if score.metric == metric and score.backbone != MAJORITY]
+    chosen = [s for s in scores if s.metric == metric and s.backbone != MAJORITY and not s.is_across]
     lines = {
-        task: (
-            [score for score in chosen if score.study.task == task and score.against is None],
-            [score for score in chosen if score.study.task == task and score.against is not None],
+        title: (
+            [score for score in chosen if score.study.title == title and score.against is None],
+            [score for score in chosen if score.study.title == title and score.against is not None],
         )
-        for task in dict.fromkeys(score.study.task for score in scores)
+        for title in dict.fromkeys(score.study.title for score in scores)
     }
     heights = [0.21 * max(len(part) for part in pair) + 0.75 for pair in lines.values()]
     style: dict[Any, Any] = {**STYLE, "font.size": 9.5}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
         grid = figure.subplots(len(lines), 2, squeeze=False, height_ratios=heights)
-        for (task, (values, differences)), (left, right) in zip(lines.items(), grid, strict=True):
+        for (title, (values, differences)), (left, right) in zip(lines.items(), grid, strict=True):
             _intervals(left, values, lambda score: score.backbone)
-            left.set_title(
-                f"{task.removeprefix(SHARDS)}: {'AUROC' if metric == 'auroc' else metric}", loc="left", fontsize=10.5
-            )
+            left.set_title(f"{title}: {'AUROC' if metric == 'auroc' else metric}", loc="left", fontsize=10.5)
             if metric == "auroc":
                 left.axvline(0.5, color=SOFT, linewidth=1, linestyle=":")
                 left.set_xlim(right=1.01)

@@ -145,13 +145,14 @@ def scores(
     else:
         parts.append("<p>No label of these shards could be probed.</p>")
     parts += [page.paragraph(f"Not probed: {name}, because {reason}.") for name, reason in not_probed.items()]
-    for task in dict.fromkeys(score.study.task for score in scores):
-        parts.append(score_table([score for score in scores if score.study.task == task]))
+    for title in dict.fromkeys(score.study.title for score in scores):
+        parts.append(score_table([score for score in scores if score.study.title == title]))
     return "".join(parts)
 
 
 def score_table(scores: Sequence[Score]) -> str:
-    """All heads and backbones of a task, and the differences."""
+    """All heads and backbones of a task or of one of its directions, and their differences."""
+    scores = [score for score in scores if not score.is_across]
     study = scores[0].study
     classes = [*study.classes[:MOST_CLASSES], *(["…"] if len(study.classes) > MOST_CLASSES else [])]
     units = "slices" if study.unit == "slice" else "series"

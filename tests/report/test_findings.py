@@ -37,6 +37,21 @@ def test_sentence_follows_from_the_interval(low: float | None, high: float | Non
     )
 
 
+def test_directions_across_a_column_are_findings_of_their_own() -> None:
+    directions = {"trained_on": "CT"}
+    within, across = (
+        make_score(**directions, tested_on=side, value=value) for side, value in (("CT", 0.9), ("MR", 0.6))
+    )
+    lost = make_score(**directions, tested_on="MR", value=-0.3, low=-0.4, high=-0.2, against="tested on CT")
+    other = make_score(**directions, tested_on="MR", value=0.1, low=0.05, high=0.2, against="random")
+    found = findings.find([within, across, lost, other])
+    assert {title: one.score for title, one in found.items()} == {
+        "lesion, CT to CT": within,
+        "lesion, CT to MR": across,
+    }
+    assert found["lesion, CT to MR"].differences == (other,)
+
+
 def test_undefined_scores_are_no_finding() -> None:
     assert findings.find([make_score(value=None, low=None, high=None), make_score(backbone="random")]) == {}
 
