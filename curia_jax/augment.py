@@ -22,7 +22,7 @@ class Batch(TypedDict):
       slope, intercept: real value = stored * slope + intercept.
       low, high: 0.5 and 99.5 percentile of the slice, real values.
       hu: real values are Hounsfield units.
-      mask: 1 inside the region that a task is about; only of tasks that have one.
+      mask: whether a pixel is inside the region that a task is about, or 1 there; only of tasks that have one.
     """
 
     pixels: UInt16[Array, "batch rows columns"]
@@ -32,7 +32,7 @@ class Batch(TypedDict):
     low: Float32[Array, " batch"]
     high: Float32[Array, " batch"]
     hu: Bool[Array, " batch"]
-    mask: NotRequired[Float32[Array, "batch rows columns"]]
+    mask: NotRequired[Bool[Array, "batch rows columns"] | Float32[Array, "batch rows columns"]]
 
 
 class View(NamedTuple):
@@ -134,7 +134,7 @@ MASK_SIDE = 512  # px, to which the official evaluator resizes masks
 
 
 def patches_inside(
-    mask: Float[Array, "batch rows columns"],
+    mask: Bool[Array, "batch rows columns"] | Float[Array, "batch rows columns"],
     extent: Int[Array, "batch 2"],
     grid: tuple[int, int],
     box: Float[Array, "batch 4"] | None = None,
@@ -147,7 +147,7 @@ def patches_inside(
     refuses, it is the one at the centre of the mask.
 
     Args:
-      mask: 1 inside, on the canvas.
+      mask: whether a pixel is inside, or 1 there; on the canvas.
       extent: rows and columns of the image proper, px.
       grid: patches down and across.
       box: of the image that the patches show, as in `resize`; all of it unless given.
@@ -156,8 +156,18 @@ def patches_inside(
     height, width = (
         MASK_SIDE if MASK_SIDE // step == count else count * step for step, count in zip(steps, grid, strict=True)
     )
-    box = whole(extent) if box is None else box
-    resized = resize(mask, extent, box, (height, width), "bilinear")
+    mask = mask.astype(jnp.float32)
+    shown = whole(extent) if box is None else box
+
+    def resize_mask() -> Float[Array, "batch height width"]:
+        return resize(mask, extent, shown, (height, width), "bilinear")
+
+    if box is None and mask.shape[1] >= height and mask.shape[2] >= width:
+        # Most CT has this size already, and its resized mask is the mask.
+        already = (extent == jnp.array([height, width])).all()
+        resized = jax.lax.cond(already, lambda: mask[:, :height, :width], resize_mask)
+    else:
+        resized = resize_mask()
     threshold = jnp.minimum(0.5, resized.max(axis=(1, 2)) / 2)
     covered = resized[:, : grid[0] * steps[0], : grid[1] * steps[1]] > threshold[:, None, None]
     inside = covered.reshape(len(mask), grid[0], steps[0], grid[1], steps[1]).any(axis=(2, 4)).reshape(len(mask), -1)
@@ -165,7 +175,7 @@ def patches_inside(
     places = []
     for axis, count in enumerate(grid):
         centre = (mask.sum(axis=2 - axis) * (jnp.arange(mask.shape[1 + axis]) + 0.5)).sum(axis=1) / total
-        share = (centre - box[:, axis]) / (box[:, 2 + axis] - box[:, axis])
+        share = (centre - shown[:, axis]) / (shown[:, 2 + axis] - shown[:, axis])
         places.append(jnp.clip((share * count).astype(jnp.int32), 0, count - 1))
     nearest = jnp.arange(grid[0] * grid[1]) == (places[0] * grid[1] + places[1])[:, None]
     return jnp.where(inside.any(axis=1, keepdims=True), inside, nearest)

@@ -6,6 +6,7 @@ number of hosts: epochs follow one another, each a new shuffle of all slices (or
 parts of them and nothing else.
 """
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NotRequired, Protocol, TypedDict, TypeVar, cast, runtime_checkable
@@ -54,7 +55,7 @@ class HostBatch(TypedDict):
       damaged: number of the slice that could not be read, where another one is in its place; -1 elsewhere. Only in
         `training_batches`.
       valid: False for padding; only in `evaluation_batches`.
-      mask: 1 inside the region that a task is about; only of tasks that have one.
+      mask: inside the region that a task is about; only of tasks that have one.
       spacing: mm between rows and between columns, 0 where unknown; only where features are extracted from shards.
     """
 
@@ -68,7 +69,7 @@ class HostBatch(TypedDict):
     slice: Int64[np.ndarray, " batch"]
     damaged: NotRequired[Int64[np.ndarray, " batch"]]
     valid: NotRequired[Bool[np.ndarray, " batch"]]
-    mask: NotRequired[Float32[np.ndarray, "batch height width"]]
+    mask: NotRequired[Bool[np.ndarray, "batch height width"]]
     spacing: NotRequired[Float32[np.ndarray, "batch 2"]]
 
 
@@ -165,20 +166,25 @@ def part_of_host(batch_size: int, process_count: int) -> int:
     return batch_size // process_count
 
 
+# Threads that read what is evaluated: one core is left to dispatch, and more than eight cost memory for what they read ahead.
+READERS = max(1, min(8, (os.cpu_count() or 2) - 1))
+
+
 def read_ahead(
-    load: Callable[[int], LoadedBatch], *, batches: int, threads: int, workers: int
+    load: Callable[[int], LoadedBatch], *, batches: int, threads: int, workers: int, count: int = 2**32
 ) -> Iterator[LoadedBatch]:
-    """The batches 0, 1, 2, … without end.
+    """The batches 0, 1, 2, …
 
     Args:
       load: batch number -> batch; called in threads, and pickled for worker processes.
       batches: read ahead per worker.
       threads: per worker.
       workers: reading processes; 0 reads in this process.
+      count: how many there are; without end unless given.
     """
     # 2**32 batches are "without end": a Grain range needs a stop. One of Grain's elements is a whole batch, because Grain's
     # overhead per element would exceed the decoding of a small slice.
-    dataset = grain.MapDataset.range(2**32).map(load)
+    dataset = grain.MapDataset.range(count).map(load)
     read = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=batches))
     if not workers:
         return iter(read)
@@ -262,15 +268,32 @@ def _from_workers(batches: Iterator[LoadedBatch]) -> Iterator[LoadedBatch]:
 
 
 def evaluation_batches(
-    source: Slices, slices: Sequence[int] | Int64[np.ndarray, " slices"], *, batch_size: int, canvas: tuple[int, int]
-) -> Iterator[HostBatch]:
-    """Batches of the given slice numbers, in order. The last one is padded by repetition; `valid` is False there."""
+    source: Slices, slices: Sequence[int] | Int64[np.ndarray, " slices"], *, batch_size: int, canvas: tuple[int, int],
+    masks: Callable[[Sequence[int], Bool[np.ndarray, "batch height width"]], None] | None = None,
+) -> Iterator[HostBatch]:  # fmt: skip
+    """Batches of the given slice numbers, in order. The last one is padded by repetition; `valid` is False there.
+
+    Where there is more than one, the next ones are read by READERS threads while a batch is used.
+
+    Args:
+      masks: (slice numbers, canvas) writes the region of each slice to the canvas; None where there are no regions.
+    """
     pool = BufferPool((batch_size, *canvas))
-    for start in range(0, len(slices), batch_size):
-        numbers = np.asarray(slices[start : start + batch_size], np.int64)
+
+    def load(batch: int) -> HostBatch:
+        numbers = np.asarray(slices[batch * batch_size : (batch + 1) * batch_size], np.int64)
         valid = np.arange(batch_size) < len(numbers)
         numbers = np.pad(numbers, (0, batch_size - len(numbers)), mode="edge")
-        yield {**read(source, numbers, pool.take()), "valid": valid}
+        found: HostBatch = {**read(source, numbers, pool.take()), "valid": valid}
+        if masks is not None:
+            found["mask"] = np.empty((batch_size, *canvas), bool)
+            masks(numbers.tolist(), found["mask"])
+        return found
+
+    count = -(-len(slices) // batch_size)
+    if count <= 1:
+        return map(load, range(count))
+    return read_ahead(load, batches=READERS + 1, threads=READERS, workers=0, count=count)
 
 
 def read(

@@ -13,11 +13,12 @@ import numpy as np
 from curia_common.errors import DataError, UserError
 from curia_jax import json_records
 from curia_jax.evaluate import labels, scoring, shard_tasks, suite, task_data, tasks
+from curia_jax.evaluate.picture_store import PictureStore, open_store
+from curia_jax.evaluate.pictures import TaskPictures
 from curia_jax.evaluate.results import SHARDS
 from curia_jax.evaluate.targets import Classes, Labels, Times, Values
 from curia_jax.examples import Cases, Target
 from curia_jax.models.head import HeadConfig
-from curia_jax.picture_store import PictureStore, open_stores
 from data_pipeline.format.shards import SliceSource
 
 SLICE, SERIES = "slice", "series"
@@ -134,8 +135,8 @@ class LabelledTask:
         """
         if isinstance(self.source, shard_tasks.Dataset):
             return {split: self._of_source(self.source.sources[split], split) for split in labels.SPLITS}
-        stores = open_stores([self.source.images(split) for split in labels.SPLITS], cache)
-        return {split: self._of_store(store, split) for split, store in zip(labels.SPLITS, stores, strict=True)}
+        stores = {split: open_store(self.source.images(split), cache) for split in labels.SPLITS}
+        return {split: self._of_store(store, split) for split, store in stores.items()}
 
     def _of_source(self, source: SliceSource, split: str) -> Cases:
         slices = self.scored[0].splits[split].slices.astype(np.int64)
@@ -157,8 +158,8 @@ class Published:
     task: tasks.Task
     files: task_data.Files
 
-    def images(self, split: str) -> task_data.TaskImages:
-        return task_data.TaskImages(self.task, self.files, split)
+    def images(self, split: str) -> TaskPictures:
+        return TaskPictures(self.task, self.files, split)
 
 
 def open_task(word: str, folder: str | Path, *, cases: str = SLICE) -> LabelledTask:

@@ -21,7 +21,7 @@ anatomy-cross-modality is scored so without it.
                           tested_on ("CT", "MR"; null unless across a column)
   table.tex               the first table of the report
   a folder for each task  its predictions
-  cache/                  features: rerunning the command computes only what has changed
+  cache/                  features, and decoded images in the clear: rerunning the command computes only what has changed
 
 A task that fails is a row with its reason; the others finish, and the exit code is 65. A task of --suite without data is not run.
 """
@@ -134,7 +134,9 @@ def parser() -> cli.Parser:
         "--corpus", metavar="SHARDS,…", help="folders of shards that encoders were trained on: images of the tasks that are in their "
         "train split are counted and named",
     )  # fmt: skip
-    made.add_argument("--cache", metavar="DIR", help="folder of the features (default: cache in --output)")
+    made.add_argument(
+        "--cache", metavar="DIR", help="folder of the features and of decoded images (default: cache in --output)"
+    )
     made.add_argument("--batch-size", type=int, default=64, help="slices at a time (%(default)s)")
     made.add_argument("--draws", type=int, default=2000, help="bootstrap draws (%(default)s)")
     made.add_argument("--seed", type=int, default=0, help="of the bootstrap and the folds (%(default)s)")

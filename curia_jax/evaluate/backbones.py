@@ -64,7 +64,8 @@ class JaxBackbone:
         assert self.view.tokens is not None
         return jax.jit(self.view.tokens, static_argnums=2)
 
-    def _on_devices(self, batch: data.HostBatch) -> augment.Batch:
+    def on_devices(self, batch: data.HostBatch) -> augment.Batch:
+        """The fields that its program takes, split over the devices. Does not block."""
         split = self._shardings[0]
         on_devices = data.to_devices(batch, split)
         if "mask" in batch:
@@ -74,7 +75,7 @@ class JaxBackbone:
     def features(self, batch: data.HostBatch) -> dict[str, Float[Array, "batch _features"]]:
         """Features of a batch by the name of their readout. Returns before they are computed."""
         compute, params = self._compiled
-        return compute(params, self._on_devices(batch))
+        return compute(params, self.on_devices(batch))
 
     def tokens(self, batch: data.HostBatch, *, before_norm: bool) -> dict[str, Shaped[Array, "batch tokens ..."]]:
         """`tokens`, float32, and which of them are `inside` the mask. Returns before they are computed.
@@ -87,7 +88,7 @@ class JaxBackbone:
         if self.view.tokens is None:
             (values,) = self.features(batch).values()
             return {"tokens": values[:, None, :], "inside": jnp.ones((len(values), 1), bool)}
-        values, inside = self._compiled_tokens(self._compiled[1], self._on_devices(batch), before_norm)
+        values, inside = self._compiled_tokens(self._compiled[1], self.on_devices(batch), before_norm)
         return {"tokens": values, "inside": inside}
 
 

@@ -18,13 +18,14 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from curia_common import logs
 from curia_common.errors import UserError
-from curia_jax.evaluate import features, labels, metrics, official, probes, scoring, task_data, token_store
+from curia_jax.evaluate import features, labels, metrics, official, probes, scoring, token_store
 from curia_jax.evaluate.cache import gather
 from curia_jax.evaluate.features import BEFORE_NORM
+from curia_jax.evaluate.picture_store import PictureStore
+from curia_jax.evaluate.pictures import MOST_SLICES, pooled
 from curia_jax.evaluate.results import MAJORITY, Fit, Score
 from curia_jax.evaluate.scoring import Cases, Predictions
 from curia_jax.evaluate.targets import Classes, Values
-from curia_jax.evaluate.task_data import MOST_SLICES, TaskImages
 from curia_jax.evaluate.tasks import Official, Task
 from curia_jax.evaluate.tokens import Tokens
 
@@ -48,7 +49,7 @@ def obstacle(task: Task) -> str | None:
 
 
 def score(
-    task: Task, cases: labels.Task, images: Mapping[str, TaskImages], models: Sequence[features.Backbone], cache: Path, *,
+    task: Task, cases: labels.Task, images: Mapping[str, PictureStore], models: Sequence[features.Backbone], cache: Path, *,
     draws: int, seed: int, batch_size: int, data_sha256: str, groups: Mapping[str, Shaped[np.ndarray, " rows"]] | None = None,
 ) -> tuple[list[Score], pa.Table]:  # fmt: skip
     """Scores of a task, and the prediction of every row of the test split; see `scoring.score`.
@@ -108,19 +109,19 @@ def score(
     return scores, pa.concat_tables(tables)
 
 
-def _wanted(images: Mapping[str, TaskImages]) -> dict[str, TaskImages]:
+def _wanted(images: Mapping[str, PictureStore]) -> dict[str, PictureStore]:
     return {split: images[split] for split in (labels.FIT, labels.TEST)}
 
 
-def _before_norm(settings: Official, source: TaskImages) -> Bool[np.ndarray, " slices"]:
+def _before_norm(task: Task, settings: Official, source: PictureStore) -> Bool[np.ndarray, " slices"]:
     """Whether the features of each slice are taken before the final norm."""
-    if not source.task.volume:
+    if not task.volume:
         return np.zeros(len(source.numbers), bool)
     return ~(settings.cached & (source.depths > settings.batch))
 
 
 def feature_rows(
-    task: Task, settings: Official, images: Mapping[str, TaskImages], models: Sequence[features.Backbone], cache: Path,
+    task: Task, settings: Official, images: Mapping[str, PictureStore], models: Sequence[features.Backbone], cache: Path,
     batch_size: int,
 ) -> tuple[Rows, dict[str, str]]:  # fmt: skip
     """What linear heads learn from, and the name of the features of each backbone."""
@@ -133,7 +134,7 @@ def feature_rows(
     rows: Rows = {}
     names: dict[str, str] = {}
     for split, by_model in found.items():
-        before = _before_norm(settings, sources[split])
+        before = _before_norm(task, settings, sources[split])
         after_name = MEAN if masked or task.volume else CLS
         rows[split] = {}
         for model, by_readout in by_model.items():
@@ -152,12 +153,12 @@ def feature_rows(
                     name for name, some in ((MEAN_BEFORE_NORM, before.any()), (after_name, not before.all())) if some
                 ]
                 names[model] = " or ".join(used)
-            (rows[split][model],) = task_data.pooled(numbers[split], {"": values}).values()
+            (rows[split][model],) = pooled(numbers[split], {"": values}).values()
     return rows, names
 
 
 def token_lists(
-    task: Task, settings: Official, images: Mapping[str, TaskImages], models: Sequence[features.Backbone], cache: Path,
+    task: Task, settings: Official, images: Mapping[str, PictureStore], models: Sequence[features.Backbone], cache: Path,
     batch_size: int,
 ) -> tuple[Lists, dict[str, str]]:  # fmt: skip
     """What attention heads learn from, and the name of the features of each backbone."""
@@ -165,7 +166,7 @@ def token_lists(
     lists: Lists = {split: {} for split in sources}
     names: dict[str, str] = {}
     for split, source in sources.items():
-        numbers, before = source.numbers, _before_norm(settings, source)
+        numbers, before = source.numbers, _before_norm(task, settings, source)
         row = numbers // MOST_SLICES
         place = _places(row)
         by_norm = {

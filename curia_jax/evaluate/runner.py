@@ -21,6 +21,7 @@ from curia_common.errors import DataError, StorageError, UserError, fault_locati
 from curia_common.exit_codes import ExitCode
 from curia_jax.evaluate import statistics
 from curia_jax.evaluate.corpus import Corpus
+from curia_jax.evaluate.pictures import Picture
 from curia_jax.evaluate.results import (
     FAILED,
     NOT_RUN,
@@ -35,7 +36,6 @@ from curia_jax.evaluate.results import (
     to_csv,
 )
 from curia_jax.evaluate.subgroups import Column
-from curia_jax.evaluate.task_data import Picture
 from data_pipeline.format import files
 
 CACHE = "cache"

@@ -34,7 +34,7 @@ def jobs(
     Args:
       folder: of all tasks' data.
       models: the first is compared with the others.
-      cache: folder of features.
+      cache: folder of features and of decoded images.
       named: the user asked for this very task, so that it fails without data; otherwise it is not run.
 
     Raises:
@@ -62,7 +62,7 @@ def _with_data(
     protocols: Sequence[str], *, named: bool,
 ) -> list[runner.Job]:  # fmt: skip
     try:
-        read = open_task(task, folder, settings.subgroups, settings.class_map)
+        read = open_task(task, folder, cache, settings.subgroups, settings.class_map)
     except DataError as error:
         return [_failing(task, protocol, error) for protocol in protocols]
     if isinstance(read, Missing):
@@ -71,22 +71,22 @@ def _with_data(
             _failing(task, protocol, UserError(reason)) if named else runner.Job(task.name, protocol, not_run=reason)
             for protocol in protocols
         ]
-    found = [_ours(read, models, settings, cache)] if OURS in protocols else []
+    found = [_ours(read, models, settings)] if OURS in protocols else []
     if OFFICIAL in protocols:
         assert isinstance(read, TaskData)  # tasks that are made of others have no official settings
-        found.append(_official(read, models, settings, cache))
+        found.append(_official(read, models, settings))
     return found
 
 
 def _ours(
-    read: TaskData | JoinedData, models: Sequence[features.Backbone], settings: runner.Settings, cache: Path
+    read: TaskData | JoinedData, models: Sequence[features.Backbone], settings: runner.Settings
 ) -> runner.Job:
     def run() -> tuple[list[Score], pa.Table]:
         cases = read.cases
-        by_case = read.by_case(models, cache, settings.batch_size)
+        by_case = read.by_case(models, settings.batch_size)
         tokens = None
         if scoring.takes_tokens(cases, settings.heads):
-            tokens = read.tokens(models, cache, settings.batch_size)
+            tokens = read.tokens(models, settings.batch_size)
         unit = unit_of(cases, settings.cases)
         if column := read.across(settings.across):
             scores, predictions = across.score(
@@ -109,13 +109,13 @@ def _ours(
 
 
 def _official(
-    read: TaskData, models: Sequence[features.Backbone], settings: runner.Settings, cache: Path
+    read: TaskData, models: Sequence[features.Backbone], settings: runner.Settings
 ) -> runner.Job:
     task = read.task
 
     def run() -> tuple[list[Score], pa.Table]:
         scores, predictions = official_protocol.score(
-            task, read.cases, read.images, models, cache, draws=settings.draws, seed=settings.seed,
+            task, read.cases, read.images, models, read.cache, draws=settings.draws, seed=settings.seed,
             batch_size=settings.batch_size, data_sha256=read.sha256, groups=read.groups,
         )  # fmt: skip
         return _noted(read, settings, _with_provenance(scores, models), predictions)

@@ -1,11 +1,7 @@
-"""The data of a task in the published schema: which files it is, what each case is, and its images.
+"""The data of a task in the published schema: which files it is, and what each case is; its images: see pictures.py."""
 
-A split is read in one pass, row by row, that refuses what would give a wrong figure and names the row: images of 1x1 px, which
-stand for files that were missing at upload; masks of another shape, or empty; pixels that are not finite.
-"""
-
+import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,13 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from jaxtyping import Bool, Float, Float32, Int, Shaped, UInt16
+from jaxtyping import Float32
 
 from curia_common.errors import DataError, UserError
-from curia_jax import data
-from curia_jax.buffers import BufferPool
 from curia_jax.evaluate import labels
-from curia_jax.evaluate.tasks import BOTH, CLASSES, CT, TIME, VALUE, Task
+from curia_jax.evaluate.tasks import CLASSES, TIME, VALUE, Task
 from data_pipeline.format import shards
 
 # What the splits are called, by our names.
@@ -41,9 +35,7 @@ GROUPS = {
 SPANS_SPLITS = ("patient", "patient_id", "series_id")  # a value in two splits is a leak; file names are used again
 IMAGE, MASK = "image", "mask"
 EVENT = "event"  # of a time: 1 where it was seen
-MOST_SLICES = 1 << 16  # of a volume; image number = row * MOST_SLICES + slice
-_TOGETHER = 16  # rows that are read at a time
-_LEVELS = 65535  # of 16 bits
+_TOGETHER = 1024  # rows that are read at a time, of columns without images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,20 +108,75 @@ def _of_readme(folder: Path, name: str) -> dict[str, tuple[Path, ...]]:
     return by_split
 
 
-def _tables(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """A file as tables of a few rows."""
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Rows that are read together: a row group of a Parquet file, or a record batch of an Arrow file.
+
+    Attributes:
+      number: of the part in its file.
+      first_row: its number in the split.
+      rows: how many there are.
+    """
+
+    path: Path
+    number: int
+    first_row: int
+    rows: int
+
+
+def parts(paths: Sequence[Path]) -> list[Part]:
+    """The parts of a split's files, in order.
+
+    Raises:
+      DataError: a file is damaged.
+    """
+    found: list[Part] = []
+    row = 0
+    for path in paths:
+        with _opened(path) as file:
+            if isinstance(file, pq.ParquetFile):
+                counts = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+            else:
+                counts = [batch.num_rows for batch in file]
+        for number, count in enumerate(counts):
+            found.append(Part(path, number, row, count))
+            row += count
+    return found
+
+
+def read(
+    path: Path, columns: Sequence[str], *, part: int | None = None, together: int = _TOGETHER
+) -> Iterator[pa.RecordBatch]:
+    """Those of the columns that a file has, a few rows at a time.
+
+    Args:
+      part: number of the part to read; the whole file unless given.
+      together: rows at a time.
+
+    Raises:
+      DataError: the file is damaged.
+    """
+    with _opened(path) as file:
+        if isinstance(file, pq.ParquetFile):
+            there = [name for name in columns if name in file.schema_arrow.names]
+            groups = None if part is None else [part]
+            yield from file.iter_batches(batch_size=together, row_groups=groups, columns=there)
+            return
+        for number, batch in enumerate(file):
+            if part in (None, number):
+                chosen = batch.select([name for name in columns if name in batch.schema.names])
+                yield from (chosen.slice(start, together) for start in range(0, len(chosen), together))
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile | pa.RecordBatchReader]:
     try:
         if path.suffix == ".arrow":
             with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
-                for batch in reader:
-                    table = pa.table(batch).select([name for name in columns if name in batch.schema.names])
-                    for start in range(0, len(table), _TOGETHER):
-                        yield table.slice(start, _TOGETHER)
-            return
-        with pq.ParquetFile(path) as file:
-            there = [name for name in columns if name in file.schema_arrow.names]
-            for batch in file.iter_batches(batch_size=_TOGETHER, columns=there):
-                yield pa.table(batch)
+                yield reader
+        else:
+            with pq.ParquetFile(path) as file:
+                yield file
     except pa.ArrowException as error:
         raise DataError(f"{path.name} is damaged: {type(error).__name__}; download it again") from error
 
@@ -139,13 +186,8 @@ def _columns(path: Path) -> list[str]:
 
 
 def _schema(path: Path) -> pa.Schema:
-    try:
-        if path.suffix == ".arrow":
-            with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
-                return reader.schema
-        return pq.read_schema(path)
-    except pa.ArrowException as error:
-        raise DataError(f"{path.name} is damaged: {type(error).__name__}; download it again") from error
+    with _opened(path) as file:
+        return file.schema_arrow if isinstance(file, pq.ParquetFile) else file.schema
 
 
 # ---- cases
@@ -166,7 +208,7 @@ def read_cases(task: Task, files: Files) -> labels.Task:
         raise DataError(
             f"{task.name}: {first.name} has no column {EVENT}, 1 where the event was seen at the time in target and 0 where follow-up ended"
         )
-    read = _class_name if task.target == CLASSES else _number
+    parse = _class_name if task.target == CLASSES else _number
     group = next((name for name in GROUPS if name in known), None)
     series = "series_id" if "series_id" in known else None
     splits = {}
@@ -176,10 +218,10 @@ def read_cases(task: Task, files: Files) -> labels.Task:
         events: list[bool] = []
         columns: dict[str, list[str]] = {"group": [], "series": []}
         for path in files.by_split.get(split, ()):
-            for table in _tables(path, [name for name in dict.fromkeys(("target", EVENT, group, series)) if name]):
+            for table in read(path, [name for name in dict.fromkeys(("target", EVENT, group, series)) if name]):
                 first_row = len(names)
                 for row, value in enumerate(table.column("target").to_pylist(), start=first_row):
-                    names.append(read(task, split, row, value))
+                    names.append(parse(task, split, row, value))
                 if task.target == TIME:
                     events += _events(task, split, first_row, table.column(EVENT).to_pylist())
                 for key, column in (("group", group), ("series", series)):
@@ -256,7 +298,7 @@ def clinical(task: Task, files: Files) -> dict[str, Float32[np.ndarray, "_n _d"]
     }
     for split, paths in files.by_split.items():
         for path in paths:
-            for table in _tables(path, task.clinical):
+            for table in read(path, task.clinical):
                 for name in task.clinical:
                     if name not in table.column_names:
                         raise DataError(
@@ -299,7 +341,7 @@ def column(files: Files, split: str, name: str) -> list[object] | None:
     for path in files.by_split[split]:
         if name not in _columns(path):
             return None
-        for table in _tables(path, [name]):
+        for table in read(path, [name]):
             found += table.column(name).to_pylist()
     return found
 
@@ -316,238 +358,3 @@ def _encoder(learned: Sequence[object]) -> Callable[[object], list[float]]:
 
 def _is_finite(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and bool(np.isfinite(value))
-
-
-# ---- images
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """One slice of a case.
-
-    Attributes:
-      number: row * MOST_SLICES + slice.
-      values: HU, or raw values.
-      hu: whether they are HU.
-      mask: of the same shape; None without one.
-      depth: slices of its volume; 1 of an image.
-    """
-
-    number: int
-    values: Float32[np.ndarray, "rows columns"]
-    hu: bool
-    mask: Bool[np.ndarray, "rows columns"] | None
-    depth: int
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskImages:
-    """The slices of a split that a task's features come from; see `features.Images`."""
-
-    task: Task
-    files: Files
-    split: str
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the pixels, the units and the masks of all slices, and not of what else the files hold: features do not depend on targets."""
-        return self._found[3]
-
-    @property
-    def source_digest(self) -> str:
-        """Of the files, and of what is taken from them: known without reading any image."""
-        what = f"{self.files.sha256} {self.task.form} {self.task.slices} {self.task.modality}"
-        return hashlib.sha256(what.encode()).hexdigest()
-
-    @functools.cached_property
-    def masked(self) -> bool:
-        """Whether features are those of a region; where the task leaves that to the data, its first row says it."""
-        return _has_mask(self.files) if self.task.masked is None else self.task.masked
-
-    @functools.cached_property
-    def _found(self) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"], tuple[int, int], str]:
-        """Numbers and depths of all slices, the greatest height and width, and the fingerprint; from one pass over the split."""
-        numbers, depths, largest = [], [], (1, 1)
-        digest = hashlib.sha256()
-        for picture in self._pictures():
-            digest.update(f"{picture.number} {picture.values.shape} {picture.hu} {picture.mask is None} ".encode())
-            digest.update(picture.values.tobytes())
-            if picture.mask is not None:
-                digest.update(np.packbits(picture.mask).tobytes())
-            numbers.append(picture.number)
-            depths.append(picture.depth)
-            largest = max(largest[0], picture.values.shape[0]), max(largest[1], picture.values.shape[1])
-        return np.array(numbers, np.int64), np.array(depths, np.int64), largest, digest.hexdigest()
-
-    @property
-    def numbers(self) -> Int[np.ndarray, " n"]:
-        """Of all slices, in the order of rows."""
-        return self._found[0]
-
-    @property
-    def depths(self) -> Int[np.ndarray, " n"]:
-        """How many slices the volume of each slice has."""
-        return self._found[1]
-
-    def batches(self, numbers: Int[np.ndarray, " n"], batch_size: int) -> Iterator[data.HostBatch]:
-        """Batches of the slices with these numbers, in the order of rows; with the field `mask` where the task has masks."""
-        largest = self._found[2]
-        pool = BufferPool((batch_size, *largest))
-        waiting: list[Picture] = []
-        wanted = set(numbers.tolist())
-        for picture in self._pictures({number // MOST_SLICES for number in wanted}):
-            if picture.number in wanted:
-                waiting.append(picture)
-            if len(waiting) == batch_size:
-                yield _batch(waiting, pool.take())
-                waiting = []
-        if waiting:
-            yield _batch(waiting, pool.take())
-
-    def of_rows(self, rows: Sequence[int]) -> list[Picture]:
-        """One slice of each of these rows, in their order: of a volume the middle one of those that features come from."""
-        by_row: dict[int, list[Picture]] = {}
-        for picture in self._pictures(set(rows)):
-            by_row.setdefault(picture.number // MOST_SLICES, []).append(picture)
-        return [by_row[row][len(by_row[row]) // 2] for row in rows]
-
-    def _pictures(self, rows: set[int] | None = None) -> Iterator[Picture]:
-        """The slices of the split's rows, or of some of them.
-
-        Raises:
-          DataError: a row cannot be used.
-        """
-        row = 0
-        for path in self.files.by_split[self.split]:
-            for table in _tables(path, (IMAGE, MASK, "modality")):
-                for offset in range(len(table)):
-                    if rows is None or row in rows:
-                        yield from self._of_row(table, offset, row)
-                    row += 1
-
-    def _of_row(self, table: pa.Table, offset: int, row: int) -> Iterator[Picture]:
-        task, where = self.task, f"{self.task.name}: row {row} of {self.split}"
-        if IMAGE not in table.column_names:
-            raise DataError(
-                f"{task.name}: {self.split} has no column image; there are: {', '.join(table.column_names)}"
-            )
-        image = _array(table.column(IMAGE), offset, where)
-        if image is None or image.ndim != (3 if task.volume else 2):
-            shape = "no image" if image is None else f"an image of shape {image.shape}"
-            wanted = "(rows, columns, slices)" if task.volume else "(rows, columns)"
-            raise DataError(f"{where} has {shape}; the task takes {wanted}")
-        if min(image.shape[:2]) < 2:
-            raise DataError(
-                f"{where} has an image of {image.shape[0]}x{image.shape[1]} px, as upload makes of a missing file"
-            )
-        if not image.size:
-            raise DataError(f"{where} has a volume without a slice; leave the row out, or give it one")
-        if not np.isfinite(image).all():
-            raise DataError(f"{where} has pixels that are not finite")
-        hu = task.modality == CT
-        if task.modality == BOTH:
-            if "modality" not in table.column_names:
-                raise DataError(f"{task.name}: {self.split} has no column modality, which says the units of a row")
-            hu = table.column("modality")[offset].as_py() == CT
-        mask = None
-        if self.masked:
-            mask = _array(table.column(MASK), offset, where) if MASK in table.column_names else None
-            if mask is None:
-                raise DataError(f"{where} has no mask, and the task is about what is inside")
-            if mask.shape != image.shape:
-                raise DataError(f"{where} has a mask of shape {mask.shape}, but an image of shape {image.shape}")
-            mask = mask > 0
-            if not mask.any():
-                raise DataError(f"{where} has an empty mask")
-        for number in chosen_slices(image.shape[2], mask, task.slices) if task.volume else [0]:
-            yield Picture(
-                row * MOST_SLICES + number,
-                image[:, :, number] if task.volume else image,
-                hu,
-                mask if mask is None or not task.volume else mask[:, :, number],
-                image.shape[2] if task.volume else 1,
-            )
-
-
-def chosen_slices(count: int, mask: Bool[np.ndarray, "rows columns slices"] | None, wanted: int | None) -> list[int]:
-    """Numbers of the slices of a volume that features come from.
-
-    `wanted` slices around the middle of the volume, or of the slices that the mask reaches; None takes all. Slices that do not
-    exist, or without mask, are left out.
-    """
-    inside = np.arange(count) if mask is None else np.flatnonzero(mask.any(axis=(0, 1)))
-    if wanted is None:
-        return inside.tolist()
-    start = int(inside[len(inside) // 2]) - wanted // 2
-    return [number for number in range(start, start + wanted) if number in set(inside.tolist())]
-
-
-def _has_mask(files: Files) -> bool:
-    """Whether the first row of the training split has a mask."""
-    for table in _tables(files.by_split[labels.FIT][0], (MASK,)):
-        return MASK in table.column_names and table.column(MASK).slice(0, 1).null_count == 0
-    return False
-
-
-def _array(column: pa.ChunkedArray, offset: int, where: str) -> Float32[np.ndarray, "..."] | None:
-    """A cell of nested lists as an array; None where it is null."""
-    cell = column.slice(offset, 1).combine_chunks()
-    if isinstance(cell, pa.ChunkedArray):
-        cell = cell.chunk(0)
-    if isinstance(cell, pa.ExtensionArray):  # Array2D and Array3D of `datasets`
-        cell = cell.storage
-    if cell.null_count:
-        return None
-    shape: list[int] = []
-    while pa.types.is_list(cell.type) or pa.types.is_large_list(cell.type):
-        lengths = np.unique(cell.value_lengths().to_numpy(zero_copy_only=False))
-        if len(lengths) != 1:
-            raise DataError(f"{where} has an image or mask whose lines differ in length")
-        shape.append(int(lengths[0]))
-        cell = cell.flatten()
-    return np.asarray(cell.to_numpy(zero_copy_only=False), np.float32).reshape(shape)
-
-
-def _batch(pictures: Sequence[Picture], pixels: UInt16[np.ndarray, "batch height width"]) -> data.HostBatch:
-    """As shards give them; padded by repetition, `valid` is False there."""
-    padded = [*pictures, *[pictures[-1]] * (len(pixels) - len(pictures))]
-    pixels[:] = 0
-    ranges = [_stored(one.values, pixels[row]) for row, one in enumerate(padded)]
-    ends = [np.percentile(one.values, (0.5, 99.5), method="inverted_cdf") for one in padded]  # as in shards
-    batch: data.HostBatch = {
-        "pixels": pixels, "extent": np.array([one.values.shape for one in padded], np.int32),
-        "slope": np.array([slope for slope, _ in ranges], np.float32),
-        "intercept": np.array([intercept for _, intercept in ranges], np.float32),
-        "low": np.array([low for low, _ in ends], np.float32), "high": np.array([high for _, high in ends], np.float32),
-        "hu": np.array([one.hu for one in padded]), "slice": np.array([one.number for one in padded], np.int64),
-        "valid": np.arange(len(padded)) < len(pictures),
-    }  # fmt: skip
-    if pictures[0].mask is not None:
-        masks = np.zeros(pixels.shape, np.float32)
-        for canvas, one in zip(masks, padded, strict=True):
-            canvas[: one.values.shape[0], : one.values.shape[1]] = one.mask
-        batch["mask"] = masks
-    return batch
-
-
-def _stored(
-    values: Float[np.ndarray, "rows columns"], canvas: UInt16[np.ndarray, "height width"]
-) -> tuple[float, float]:
-    """Writes values to a canvas in 16 bits; real value = stored * slope + intercept.
-
-    Whole numbers that fit are exact; others are within 1/131070 of their range.
-    """
-    low, high = float(values.min()), float(values.max())
-    whole = high - low <= _LEVELS and bool((values == np.round(values)).all())
-    slope = 1.0 if whole else (high - low) / _LEVELS
-    canvas[: values.shape[0], : values.shape[1]] = np.round((values.astype(np.float64) - low) / slope)
-    return slope, low
-
-
-def pooled(
-    numbers: Int[np.ndarray, " slices"], by_readout: Mapping[str, Shaped[np.ndarray, "slices _features"]]
-) -> dict[str, Float[np.ndarray, "rows _features"]]:
-    """The mean over the slices of each row; `numbers` are sorted."""
-    first = np.flatnonzero(np.diff(numbers // MOST_SLICES, prepend=-1))
-    counts = np.diff(first, append=len(numbers))[:, None]
-    return {name: np.add.reduceat(values, first) / counts.astype(np.float32) for name, values in by_readout.items()}

@@ -14,10 +14,12 @@ from curia_common.errors import DataError, UserError
 from curia_jax.evaluate import corpus, features, labels, task_data, tasks, token_store
 from curia_jax.evaluate.cache import gather
 from curia_jax.evaluate.class_map import ClassMap
+from curia_jax.evaluate.picture_store import PictureStore, open_store
+from curia_jax.evaluate.pictures import MOST_SLICES, Picture, TaskPictures, pooled
 from curia_jax.evaluate.results import CLINICAL
 from curia_jax.evaluate.scoring import Features, TokenLists
 from curia_jax.evaluate.subgroups import Column
-from curia_jax.evaluate.task_data import MOST_SLICES, Files, Picture, TaskImages
+from curia_jax.evaluate.task_data import Files
 from curia_jax.evaluate.tasks import Task
 from curia_jax.evaluate.tokens import Tokens
 
@@ -28,10 +30,15 @@ log = logs.get_logger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class TaskData:
-    """The data of a task, read once for all protocols, when it is first needed."""
+    """The data of a task, read once for all protocols, when it is first needed.
+
+    Attributes:
+      cache: folder of features and of decoded images.
+    """
 
     task: Task
     files: Files
+    cache: Path
     columns: tuple[Column, ...] = ()  # that subgroups are made by
 
     @functools.cached_property
@@ -43,10 +50,13 @@ class TaskData:
         return found
 
     @functools.cached_property
-    def images(self) -> dict[str, TaskImages]:
+    def images(self) -> dict[str, PictureStore]:
         """Of every split that has rows."""
-        splits = self.cases.splits.items()
-        return {split: TaskImages(self.task, self.files, split) for split, part in splits if len(part.slices)}
+        return {
+            split: open_store(TaskPictures(self.task, self.files, split), self.cache)
+            for split, part in self.cases.splits.items()
+            if len(part.slices)
+        }
 
     @functools.cached_property
     def groups(self) -> dict[str, Shaped[np.ndarray, " rows"]]:
@@ -84,7 +94,7 @@ class TaskData:
             found[name] = stated[int(name)]
         return found
 
-    def by_case(self, models: Sequence[features.Backbone], cache: Path, batch_size: int) -> Features:
+    def by_case(self, models: Sequence[features.Backbone], batch_size: int) -> Features:
         """Features of all cases; computed where the cache does not have them.
 
         Raises:
@@ -92,15 +102,15 @@ class TaskData:
         """
         slices, wanted = self._slices
         found = {
-            split: {model: task_data.pooled(slices[split], values) for model, values in by_model.items()}
-            for split, by_model in gather(wanted, models, cache, batch_size).items()
+            split: {model: pooled(slices[split], values) for model, values in by_model.items()}
+            for split, by_model in gather(wanted, models, self.cache, batch_size).items()
         }
         if self.task.clinical:
             for split, columns in task_data.clinical(self.task, self.files).items():
                 found[split][CLINICAL] = {"+".join(self.task.clinical): columns}
         return found
 
-    def tokens(self, models: Sequence[features.Backbone], cache: Path, batch_size: int) -> TokenLists:
+    def tokens(self, models: Sequence[features.Backbone], batch_size: int) -> TokenLists:
         """Tokens of all cases; see `by_case`."""
         slices, wanted = self._slices
         return {
@@ -108,11 +118,13 @@ class TaskData:
                 model: Tokens.of_slices(some.values, some.inside, slices[split] // MOST_SLICES)
                 for model, some in by_model.items()
             }
-            for split, by_model in token_store.gather_tokens(wanted, models, cache, batch_size, kind="float16").items()
+            for split, by_model in token_store.gather_tokens(
+                wanted, models, self.cache, batch_size, kind="float16"
+            ).items()
         }
 
     @property
-    def _slices(self) -> tuple[dict[str, Int[np.ndarray, " _n"]], dict[str, tuple[TaskImages, Int[np.ndarray, " _n"]]]]:
+    def _slices(self) -> tuple[dict[str, Int[np.ndarray, " _n"]], dict[str, tuple[PictureStore, Int[np.ndarray, " _n"]]]]:
         """Of every split, the numbers of its slices, alone and with the images."""
         numbers = {split: source.numbers for split, source in self.images.items()}
         return numbers, {split: (source, numbers[split]) for split, source in self.images.items()}
@@ -141,8 +153,8 @@ class TaskData:
         return {split: np.unique(numbers // MOST_SLICES) for split, numbers in seen.items()}
 
     def test_pictures(self, rows: Sequence[int]) -> list[Picture]:
-        """See `TaskImages.of_rows`."""
-        return TaskImages(self.task, self.files, labels.TEST).of_rows(rows)
+        """See `TaskPictures.of_rows`."""
+        return TaskPictures(self.task, self.files, labels.TEST).of_rows(rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,9 +229,9 @@ class JoinedData:
         groups = " and ".join(dict.fromkeys(part.cases.groups for part in self.parts))
         return labels.Task(self.task.name, tuple(sorted(set.intersection(*shared))), (), splits, groups)
 
-    def by_case(self, models: Sequence[features.Backbone], cache: Path, batch_size: int) -> Features:
+    def by_case(self, models: Sequence[features.Backbone], batch_size: int) -> Features:
         """Features of all cases: those of the parts, which the cache may have from tasks of their own."""
-        found = [part.by_case(models, cache, batch_size) for part in self.parts]
+        found = [part.by_case(models, batch_size) for part in self.parts]
         joined = {}
         for split, rows in self._rows.items():
             there = [(one[split], own) for one, own in zip(found, rows, strict=True) if split in one]
@@ -230,9 +242,9 @@ class JoinedData:
                 }
         return joined
 
-    def tokens(self, models: Sequence[features.Backbone], cache: Path, batch_size: int) -> TokenLists:
+    def tokens(self, models: Sequence[features.Backbone], batch_size: int) -> TokenLists:
         """Tokens of all cases; see `by_case`."""
-        found = [part.tokens(models, cache, batch_size) for part in self.parts]
+        found = [part.tokens(models, batch_size) for part in self.parts]
         joined = {}
         for split, rows in self._rows.items():
             there = [(one[split], own) for one, own in zip(found, rows, strict=True) if split in one]
@@ -266,7 +278,7 @@ class JoinedData:
         }
 
     def test_pictures(self, rows: Sequence[int]) -> list[Picture]:
-        """One slice of each of these rows of the test split; see `TaskImages.of_rows`."""
+        """One slice of each of these rows of the test split; see `TaskPictures.of_rows`."""
         first = self._first_rows(labels.TEST)
         part_of_row = [int(np.searchsorted(first, row, side="right")) - 1 for row in rows]
         by_row: dict[int, Picture] = {}
@@ -285,12 +297,13 @@ class Missing:
 
 
 def open_task(
-    task: Task, folder: Path, columns: Sequence[Column], class_map: str | None
+    task: Task, folder: Path, cache: Path, columns: Sequence[Column], class_map: str | None
 ) -> TaskData | JoinedData | Missing:
     """What is read of a task; nothing is read yet but the names and digests of the files.
 
     Args:
       folder: of all tasks' data.
+      cache: folder of features and of decoded images.
       columns: that subgroups are made by.
       class_map: file of the map that a task is made by of others; None takes that of this package.
 
@@ -300,13 +313,13 @@ def open_task(
     """
     if not task.parts:
         files = task_data.find(folder, task.name)
-        return Missing(task) if files is None else TaskData(task, files, tuple(columns))
+        return Missing(task) if files is None else TaskData(task, files, cache, tuple(columns))
     parts = []
     for part in map(tasks.find, task.parts):
         files = task_data.find(folder, part.name)
         if files is None:
             return Missing(part)
-        parts.append(TaskData(part, files))
+        parts.append(TaskData(part, files, cache))
     if columns:
         log.warning(f"{task.name} has no subgroups: its cases are scored by modality")
     return JoinedData(task, tuple(parts), ClassMap.read(class_map, task.parts))

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from matplotlib.figure import Figure
 
 from curia_common import windows
-from curia_jax.evaluate.task_data import Picture
+from curia_jax.evaluate.pictures import Picture
 from curia_jax.report import pictures
 from curia_jax.report.curves import Predictions
 from curia_jax.report.style import OURS, SOFT, STYLE, WIDTH

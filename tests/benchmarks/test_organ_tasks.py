@@ -9,7 +9,7 @@ import pytest
 from benchmarks import organ_tasks
 from benchmarks.organ_tasks import CT_LABELS, MR_LABELS, Volume
 from curia_common.errors import DataError
-from curia_jax.evaluate import task_data, tasks
+from curia_jax.evaluate import pictures, task_data, tasks
 from curia_jax.evaluate.class_map import ClassMap
 
 CT_EXAM, MR_EXAM = organ_tasks.EXAMS
@@ -137,8 +137,7 @@ def test_written_tasks_can_be_scored(written, exam) -> None:
     found = task_data.read_cases(tasks.find(exam.task), files)
     assert found.groups == "files (patients unknown)" and not found.unseen
     for split in ("train", "test"):
-        images = task_data.TaskImages(tasks.find(exam.task), files, split)
-        first = images.of_rows([0])[0]
+        (first,) = pictures.TaskPictures(tasks.find(exam.task), files, split).of_rows([0])
         assert first.hu == (exam.modality == "CT") and first.mask is not None and first.mask.sum() >= 20
 
 

@@ -101,6 +101,14 @@ def test_features_do_not_depend_on_batch(model, count: int) -> None:
     assert found["mean"].dtype == np.float32 and set(found) == set(names)
 
 
+def test_last_batch_of_another_size_compiles_nothing(model) -> None:
+    model_config, params = model
+    used = backbone(features.encoder_view(model_config.encoder, params["encoder"], SETTINGS))
+    parts = list(features.extract(features.ShardImages(Slices(7)), np.arange(7), used, batch_size=3))
+    assert [len(numbers) for numbers, _ in parts] == [3, 3, 1]
+    assert used._compiled[0]._cache_size() == 1
+
+
 def test_layers_are_block_outputs_before_norm(model) -> None:
     model_config, params = model
     view = features.encoder_view(model_config.encoder, params["encoder"], SETTINGS, readouts=[readout("mean@1+3+last")])
@@ -217,6 +225,20 @@ def test_patches_are_those_with_any_pixel_at_512_px() -> None:
     mask[100:140, 15:17], mask[500, 500] = 1, 1
     wanted = mask.reshape(32, 16, 32, 16).any(axis=(1, 3))
     np.testing.assert_array_equal(inside(mask, (32, 32)), wanted)
+
+
+@pytest.mark.parametrize("grid", [(32, 32), (14, 14)])
+def test_masks_that_need_no_resizing_reach_the_same_patches(grid: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    masks = np.zeros((3, 520, 516), bool)
+    masks[0, 3:100, 40:300] = rng.random((97, 260)) > 0.5
+    masks[1, 511, 511], masks[2, 250, 100:103] = True, True
+    masks[:, 512:], masks[:, :, 512:] = True, True  # outside of the images
+    extent = jnp.full((3, 2), 512)
+    direct = augment.patches_inside(jnp.asarray(masks), extent, grid)
+    resized = augment.patches_inside(jnp.asarray(masks), extent, grid, augment.whole(extent))
+    np.testing.assert_array_equal(direct, resized)
+    assert direct.any(axis=1).all() and not direct.all()
 
 
 def test_mask_that_vanishes_when_resized_is_found_at_half_its_maximum() -> None:

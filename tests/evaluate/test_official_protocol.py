@@ -14,8 +14,9 @@ from curia_jax import augment
 from curia_jax.evaluate import __main__ as evaluate
 from curia_jax.evaluate import backbones, official, official_protocol, task_data, tasks
 from curia_jax.evaluate.official_protocol import ATTENTION, LINEAR
+from curia_jax.evaluate.picture_store import PictureStore, open_store
+from curia_jax.evaluate.pictures import TaskPictures
 from curia_jax.evaluate.targets import Classes
-from curia_jax.evaluate.task_data import TaskImages
 from curia_jax.evaluate.tasks import Official, Task
 from curia_jax.models import vit
 from tests.evaluate import published
@@ -46,13 +47,13 @@ def models(study) -> list[backbones.JaxBackbone]:
     return backbones.open_backbones([str(study / "run")], ["pixels"], readouts=official_protocol.READOUTS)
 
 
-def opened(study: Path, name: str, task: Task) -> dict[str, TaskImages]:
+def opened(study: Path, name: str, task: Task) -> dict[str, PictureStore]:
     files = task_data.find(study / "data", name)
     assert files is not None
-    return {split: TaskImages(task, files, split) for split in ("train", "test")}
+    return {split: open_store(TaskPictures(task, files, split), study / "decoded") for split in ("train", "test")}
 
 
-def encoded(study: Path, images: TaskImages):
+def encoded(study: Path, images: PictureStore):
     """Tokens before and after the final norm, and the patches inside, of all slices at once; called directly."""
     from curia_jax import trained_model
 

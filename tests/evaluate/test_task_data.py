@@ -1,4 +1,4 @@
-"""Data of tasks in the published schema: found, checked row by row, and read as batches."""
+"""Data of tasks in the published schema: the files are found, and cases checked row by row."""
 
 import dataclasses
 from typing import Any
@@ -11,7 +11,6 @@ import pytest
 from curia_common.errors import DataError, UserError
 from curia_jax.evaluate import task_data, tasks
 from curia_jax.evaluate.targets import Times
-from curia_jax.evaluate.task_data import MOST_SLICES, TaskImages
 from curia_jax.evaluate.tasks import Task
 from tests.evaluate import published
 
@@ -25,15 +24,6 @@ def opened(folder, task: Task, splits) -> task_data.Files:
     files = task_data.find(folder, task.name)
     assert files is not None
     return files
-
-
-def batches(images: TaskImages, numbers: np.ndarray, size: int) -> list[Any]:
-    return list(images.batches(numbers, size))
-
-
-def values(batch: Any, row: int) -> np.ndarray:
-    height, width = batch["extent"][row]
-    return batch["pixels"][row, :height, :width] * np.float64(batch["slope"][row]) + batch["intercept"][row]
 
 
 # ---- files
@@ -64,8 +54,7 @@ def test_files_are_found_in_every_layout(tmp_path, layout: str) -> None:
     cases = task_data.read_cases(PLAIN, files)
     assert cases.classes == ("0", "1") and cases.groups == "patients"
     assert [len(cases.splits[split].slices) for split in ("train", "validation", "test")] == [24, 12, 12]
-    images = TaskImages(PLAIN, files, "test")
-    assert images.numbers.tolist() == [row * MOST_SLICES for row in range(12)]
+    assert [part.rows for part in task_data.parts(files.by_split["test"])] == [5, 5, 2]
     assert files.sha256 != dataclasses.replace(files, sha256="").sha256
 
 
@@ -85,50 +74,7 @@ def test_digest_changes_with_a_target(tmp_path) -> None:
     assert opened(tmp_path / "c", PLAIN, splits).sha256 != first.sha256
 
 
-def test_fingerprint_follows_images_and_masks_but_not_targets(tmp_path) -> None:
-    def fingerprint(name: str, task: Task = MASKED) -> str:
-        return TaskImages(task, opened(tmp_path / name, task, splits), "test").fingerprint
-
-    splits = published.task(masked=True)
-    first = fingerprint("a")
-    for row in splits["test"]:
-        row["target"], row["age"] = 1 - row["target"], 50
-    splits["train"][0]["image"][0, 0] += 1  # of another split
-    assert fingerprint("targets") == first
-    found = {first, fingerprint("units", dataclasses.replace(MASKED, modality=tasks.MR))}
-    splits["test"][3]["mask"][np.argmin(splits["test"][3]["mask"][:, 0]), 0] = 1
-    found.add(fingerprint("mask"))
-    splits["test"][3]["image"][5, 5] += 1
-    found.add(fingerprint("pixel"))
-    splits["test"] = [splits["test"][1], splits["test"][0], *splits["test"][2:]]
-    found.add(fingerprint("order"))
-    assert len(found) == 5
-
-
-# ---- traps
-
-
-@pytest.mark.parametrize(
-    ("task", "changes", "message"),
-    [
-        (PLAIN, {"image": np.zeros((1, 1))}, "row 7 of test has an image of 1x1 px, as upload makes of a missing file"),
-        (PLAIN, {"image": np.full((24, 24), np.nan)}, "row 7 of test has pixels that are not finite"),
-        (PLAIN, {"image": None}, "row 7 of test has no image"),
-        (MASKED, {"mask": np.ones((24, 20))}, r"row 7 of test has a mask of shape \(24, 20\), but an image of shape \(24, 24\)"),
-        (MASKED, {"mask": np.zeros((24, 24))}, "row 7 of test has an empty mask"),
-        (MASKED, {"mask": None}, "row 7 of test has no mask"),
-        (VOLUME, {}, r"row 0 of test has an image of shape \(24, 24\); the task takes \(rows, columns, slices\)"),
-        (dataclasses.replace(PLAIN, modality=tasks.BOTH), {}, "test has no column modality"),
-    ],
-)  # fmt: skip
-def test_images_that_cannot_be_used_are_refused_with_their_row(
-    tmp_path, task: Task, changes: dict, message: str
-) -> None:
-    splits = published.task(masked=task.masked)
-    splits["test"][7] |= changes
-    images = TaskImages(task, opened(tmp_path, task, splits), "test")
-    with pytest.raises(DataError, match=message):
-        _ = images.numbers
+# ---- cases
 
 
 @pytest.mark.parametrize(
@@ -166,69 +112,6 @@ def test_series_and_files_stand_for_unknown_patients(tmp_path) -> None:
                 del row["patient"]
         cases = task_data.read_cases(PLAIN, opened(tmp_path / column, PLAIN, splits))
         assert cases.groups == groups and len(set(cases.splits["test"].patients.tolist())) == 4
-
-
-# ---- images
-
-
-def test_whole_numbers_are_exact_and_others_within_their_16_bits(tmp_path) -> None:
-    splits = published.task()
-    rng = np.random.default_rng(0)
-    whole = rng.integers(-1024, 3071, (24, 24)).astype(np.float32)
-    fine = rng.normal(0, 1, (20, 22)).astype(np.float32)
-    splits["test"][0]["image"], splits["test"][1]["image"] = whole, fine
-    images = TaskImages(PLAIN, opened(tmp_path, PLAIN, splits), "test")
-    (batch,) = batches(images, images.numbers[:2], 4)
-    assert batch["valid"].tolist() == [True, True, False, False] and batch["hu"].all() and "mask" not in batch
-    np.testing.assert_array_equal(values(batch, 0), whole)
-    np.testing.assert_allclose(values(batch, 1), fine, atol=float(np.ptp(fine)) / 131070 * 1.01)
-    # Values of the slice, as in shards: of 440 in order, those of ranks ceil(0.005 * 440) = 3 and ceil(0.995 * 440) = 438.
-    in_order = np.sort(fine, axis=None)
-    assert [batch["low"][1], batch["high"][1]] == [in_order[2], in_order[437]]
-
-
-def test_batches_hold_the_wanted_slices_of_volumes_with_their_masks(tmp_path) -> None:
-    task = dataclasses.replace(VOLUME, form=tasks.MASKED_VOLUME)
-    splits = published.task(slices=5, masked=True)
-    image, mask = splits["test"][2]["image"], splits["test"][2]["mask"]
-    mask[:, :, :3] = 0  # slices 3 and 4 are left: the middle is 4, and 5 does not exist
-    images = TaskImages(task, opened(tmp_path, task, splits), "test")
-    row = [number % MOST_SLICES for number in images.numbers if number // MOST_SLICES == 2]
-    assert row == [3, 4]
-    wanted = images.numbers[np.isin(images.numbers // MOST_SLICES, (2, 5))]
-    found = batches(images, wanted, 2)
-    assert np.concatenate([batch["slice"][batch["valid"]] for batch in found]).tolist() == wanted.tolist()
-    assert not found[0]["hu"].any()
-    scale = float(np.ptp(image)) / 131070 * 1.01
-    np.testing.assert_allclose(values(found[0], 0), image[:, :, 3], atol=scale)
-    np.testing.assert_array_equal(found[0]["mask"][0], mask[:, :, 3])
-
-
-def test_units_of_a_row_come_from_its_modality(tmp_path) -> None:
-    task = dataclasses.replace(PLAIN, modality=tasks.BOTH)
-    splits = {s: [row | {"modality": m} for row in rows] for (s, rows), m in zip(published.task().items(), ("CT", "CT", "MR"), strict=True)}  # fmt: skip
-    files = opened(tmp_path, task, splits)
-    for split, hu in (("train", True), ("test", False)):
-        images = TaskImages(task, files, split)
-        assert batches(images, images.numbers, 4)[0]["hu"].tolist() == [hu] * 4
-
-
-def test_chosen_slices_surround_the_middle_of_volume_or_mask() -> None:
-    assert task_data.chosen_slices(7, None, 3) == [2, 3, 4]
-    assert task_data.chosen_slices(2, None, 3) == [0, 1]
-    assert task_data.chosen_slices(3, None, None) == [0, 1, 2]
-    mask = np.zeros((2, 2, 9), bool)
-    mask[0, 0, [5, 6, 7]] = True
-    assert task_data.chosen_slices(9, mask, 1) == [6]
-    assert task_data.chosen_slices(9, mask, 5) == [5, 6, 7]
-    assert task_data.chosen_slices(9, mask, None) == [5, 6, 7]
-
-
-def test_pooled_is_the_mean_over_the_slices_of_each_row() -> None:
-    numbers = np.array([0, 1, 2, MOST_SLICES + 4, 3 * MOST_SLICES, 3 * MOST_SLICES + 9])
-    values = np.arange(12, dtype=np.float32).reshape(6, 2)
-    found = task_data.pooled(numbers, {"mean": values})["mean"]
-    np.testing.assert_allclose(found, [values[:3].mean(0), values[3], values[4:].mean(0)])
 
 
 # ---- values and times
@@ -309,12 +192,3 @@ def test_value_that_is_no_number_is_refused(tmp_path) -> None:
     splits["train"][3]["target"] = float("nan")
     with pytest.raises(DataError, match="the target of row 3 of train is nan, which is not a number"):
         task_data.read_cases(AGE, opened(tmp_path, AGE, splits))
-
-
-def test_of_rows_gives_the_middle_slice_of_each_row_in_order(tmp_path) -> None:
-    splits = published.task(slices=5)
-    images = TaskImages(VOLUME, opened(tmp_path, VOLUME, splits), "test")
-    found = images.of_rows([7, 2])
-    for picture, row in zip(found, (7, 2), strict=True):
-        np.testing.assert_array_equal(picture.values, splits["test"][row]["image"][..., 2])
-        assert picture.number == row * MOST_SLICES + 2 and picture.mask is None

@@ -30,7 +30,7 @@ def run(study: Path, output: Path, *words: str) -> int:
 
 
 def opened(data: Path, class_map: str | None = None) -> task_inputs.JoinedData:
-    found = task_inputs.open_task(tasks.find(NAME), data, (), class_map)
+    found = task_inputs.open_task(tasks.find(NAME), data, data.with_name("cache"), (), class_map)
     assert isinstance(found, task_inputs.JoinedData)
     return found
 

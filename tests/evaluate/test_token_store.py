@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from curia_jax.evaluate import backbones, cache, features, token_store
-from curia_jax.evaluate.task_data import TaskImages
+from curia_jax.evaluate.picture_store import PictureStore, open_store
+from curia_jax.evaluate.pictures import TaskPictures
 from curia_jax.evaluate.token_store import TokenStore
 from tests.evaluate import published
 from tests.evaluate.test_command import save_checkpoint
@@ -20,8 +21,9 @@ def models(tmp_path_factory) -> list[backbones.JaxBackbone]:
 
 
 @pytest.fixture
-def images(tmp_path) -> TaskImages:
-    return TaskImages(MASKED, opened(tmp_path / "data", MASKED, published.task(masked=True)), "train")
+def images(tmp_path) -> PictureStore:
+    files = opened(tmp_path / "data", MASKED, published.task(masked=True))
+    return open_store(TaskPictures(MASKED, files, "train"), tmp_path / "decoded")
 
 
 def test_mean_of_the_tokens_inside_is_the_pooled_feature(models, images, tmp_path) -> None:
