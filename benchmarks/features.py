@@ -7,14 +7,15 @@ Three forms of input in the published schema (Parquet: an image; an image with a
 all are phantoms, repeated up to --slices. The encoder has random weights. Printed for every form:
 
   forward      the jitted encoder on prepared images that lie on the device: tokens, and no more
-  extraction   what curia_jax.evaluate does for features that are not cached: reading, preparing, encoding, masks, pooling, storing.
-               Tables were decoded before, once for all backbones, as it does; the first backbone waits for that ("decode")
-  device       the part of it that runs on the device: preparing, encoding, masks and pooling of a batch that lies there
-  read         batches made and thrown away; decode: from Parquet to the folder of decoded images. In slices per second of one core
+  extraction   what curia_jax.evaluate does for features that it does not have: reading, preparing, encoding, masks, pooling,
+               storing. Tables are decoded before that, once for all backbones; see "decode"
+  device       what of it runs on the device: preparing, encoding, masks and pooling of a batch that lies there
+  read         batches that nothing is done with, slices per second of one core
+  decode       from Parquet to the folder of decoded images, slices per second of one core
+  cores        that read for an accelerator which does DEVICE_RATE slices a second
 
-All take turns in one process, and ratios are medians over the rounds. Where the device is a CPU, reading takes time from
-the encoder; where it is an accelerator, it does not, and the last columns say how many cores keep up with one: extraction reaches 95 % of a forward
-pass that does R slices/s with R x (CPU seconds per slice) cores, as long as "device" does.
+All take turns in one process; ratios are medians over the rounds. Where the device is a CPU, reading takes time from the encoder.
+An accelerator computes while the next slices are read: extraction reaches what "device" reaches, as long as there are so many cores.
 """
 
 import argparse
@@ -55,14 +56,7 @@ DEVICE_RATE = 5000  # slices/s of B/16 at 224 px: about what one accelerator doe
 
 def phantom_task(folder: Path, name: str, pixels: int, slices: int) -> TaskPictures:
     """A task of phantom images, whose rows are repeated until they have that many slices."""
-    _run(
-        "data_pipeline.phantom",
-        "--suite=curiabench",
-        f"--tasks={name}",
-        "--patients=1",
-        f"--size={pixels}",
-        f"--output={folder}",
-    )
+    _run("data_pipeline.phantom", f"--suite=curiabench --tasks={name} --patients=1 --size={pixels} --output={folder}")
     task, files = tasks.find(name), task_data.find(folder, name)
     assert files is not None
     pictures = TaskPictures(task, files, labels.FIT)
@@ -78,27 +72,15 @@ def phantom_task(folder: Path, name: str, pixels: int, slices: int) -> TaskPictu
 
 def phantom_shards(folder: Path, pixels: int, slices: int) -> Path:
     """Shards of the four series of a phantom patient."""
-    _run(
-        "data_pipeline.phantom",
-        f"--output={folder}/exams",
-        "--patients=1",
-        f"--size={pixels}",
-        f"--slices={-(-slices // 4)}",
-    )
-    _run(
-        "data_pipeline.build",
-        f"--input={folder}/exams/dicom",
-        f"--output={folder}/shards",
-        "--validation=0",
-        "--test=0",
-    )
+    count = -(-slices // 4)
+    _run("data_pipeline.phantom", f"--patients=1 --size={pixels} --slices={count} --output={folder}/exams")
+    _run("data_pipeline.build", f"--input={folder}/exams/dicom --output={folder}/shards --validation=0 --test=0")
     return folder / "shards"
 
 
-def _run(module: str, *words: str) -> None:
-    subprocess.run(
-        [sys.executable, "-m", module, *words], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+def _run(module: str, words: str) -> None:
+    command = [sys.executable, "-m", module, *words.split()]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 # ---- what is timed
@@ -177,6 +159,7 @@ def measure(
       decode: CPU milliseconds per slice that decoding took.
     """
     backbone = encoder.backbone
+    batch = -(-batch // backbone.devices) * backbone.devices  # as `features.extract` does
     (first, *_) = images.batches(numbers[:batch], batch)
     on_device = backbone.on_devices(first)
     prepare = jax.jit(
@@ -226,9 +209,10 @@ def measure(
         way: statistics.median(a / b for a, b in zip(rates[way], rates["forward"], strict=True))
         for way in ("extraction", "device")
     }
+    forward, device, extracted = (statistics.median(rates[way]) for way in ("forward", "device", "extraction"))
     return Row(
-        name, len(numbers), *(statistics.median(rates[way]) for way in ("forward", "device", "extraction")),
-        ratios["extraction"], ratios["device"], 1000 * statistics.median(cpu) / len(numbers), decode,
+        name, len(numbers), forward, device, extracted, ratios["extraction"], ratios["device"],
+        1000 * statistics.median(cpu) / len(numbers), decode,
     )  # fmt: skip
 
 

@@ -119,7 +119,9 @@ def _random_view(
     return (image - settings.image_mean)[..., None] / settings.image_std, box, mirrored
 
 
-def _widened(box: Float[Array, "batch 4"], mask: Float[Array, "batch rows columns"]) -> Float[Array, "batch 4"]:
+def _widened(
+    box: Float[Array, "batch 4"], mask: Bool[Array, "batch rows columns"] | Float[Array, "batch rows columns"]
+) -> Float[Array, "batch 4"]:
     """The smallest boxes that hold these and what is above 0 in the masks."""
     for axis in (0, 1):
         some = (mask > 0).any(axis=2 - axis)

@@ -169,7 +169,7 @@ def _coverage(batch: augment.Batch, side: int) -> Float[Array, "batch side side"
     if "mask" not in batch:
         return jnp.ones((len(batch["pixels"]), side, side))
     box = augment.whole(batch["extent"])
-    return augment.resize(batch["mask"], batch["extent"], box, (side, side), "bilinear")
+    return augment.resize(batch["mask"].astype(jnp.float32), batch["extent"], box, (side, side), "bilinear")
 
 
 def pixel_view(settings: Augment) -> View:

@@ -178,7 +178,7 @@ def _write(pictures: TaskPictures, folder: Path) -> None:
             for picture in pictures.of_part(part):
                 stored, facts = _stored(picture.values)
                 mask = b"" if picture.mask is None else np.packbits(picture.mask).tobytes()
-                digest = hashlib.blake2b(stored, digest_size=16)
+                digest = hashlib.blake2b(stored.data, digest_size=16)
                 digest.update(mask)
                 digest.update(f"{picture.number} {stored.shape} {facts} {picture.hu}".encode())
                 with lock:  # parts are read side by side: their pictures may come in any order
@@ -233,4 +233,4 @@ def _stored(
     slope = (high - low) / _LEVELS
     stored = np.round((values.astype(np.float64) - low) / slope).astype(np.uint16)
     in_order = np.partition(values, [rank - 1 for rank in ranks], axis=None)
-    return stored, (slope, low, *(float(in_order[rank - 1]) for rank in ranks))
+    return stored, (slope, low, float(in_order[ranks[0] - 1]), float(in_order[ranks[1] - 1]))

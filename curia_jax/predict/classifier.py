@@ -72,6 +72,7 @@ class Classifier:
         count = len(jax.local_devices())
         together = -(-together // count) * count
         found: list[Scores] = []
+        waiting: tuple[tuple[Array, Array], int] | None = None
         for start in range(0, len(cases), together):
             some = cases[start : start + together]
             numbers = np.zeros((together, self.slices), np.int64)
@@ -83,8 +84,17 @@ class Classifier:
             (batch,) = data.evaluation_batches(source, numbers.ravel(), batch_size=numbers.size, canvas=canvas)
             split = self._shardings[0]
             result = self._compiled(self._on_devices, data.to_devices(batch, split), jax.device_put(valid, split))
-            found.append(Scores(*(np.asarray(values)[: len(some)] for values in jax.device_get(result))))
+            if waiting is not None:
+                found.append(self._fetched(*waiting))
+            waiting = result, len(some)  # computed while the next slices are read
+        if waiting is not None:
+            found.append(self._fetched(*waiting))
         return Scores(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+
+    @staticmethod
+    def _fetched(computed: tuple[Array, Array], count: int) -> Scores:
+        """The scores of the first cases of a batch, on the host."""
+        return Scores(*(np.asarray(values)[:count] for values in jax.device_get(computed)))
 
     @functools.cached_property
     def _shardings(self) -> tuple[NamedSharding, NamedSharding]:

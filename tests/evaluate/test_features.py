@@ -104,8 +104,10 @@ def test_features_do_not_depend_on_batch(model, count: int) -> None:
 def test_last_batch_of_another_size_compiles_nothing(model) -> None:
     model_config, params = model
     used = backbone(features.encoder_view(model_config.encoder, params["encoder"], SETTINGS))
-    parts = list(features.extract(features.ShardImages(Slices(7)), np.arange(7), used, batch_size=3))
-    assert [len(numbers) for numbers, _ in parts] == [3, 3, 1]
+    count = used.devices
+    numbers = np.arange(2 * count + 1)
+    parts = list(features.extract(features.ShardImages(Slices(len(numbers))), numbers, used, batch_size=count))
+    assert [len(found) for found, _ in parts] == [count, count, 1]
     assert used._compiled[0]._cache_size() == 1
 
 
