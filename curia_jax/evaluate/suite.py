@@ -78,9 +78,7 @@ def _with_data(
     return found
 
 
-def _ours(
-    read: TaskData | JoinedData, models: Sequence[features.Backbone], settings: runner.Settings
-) -> runner.Job:
+def _ours(read: TaskData | JoinedData, models: Sequence[features.Backbone], settings: runner.Settings) -> runner.Job:
     def run() -> tuple[list[Score], pa.Table]:
         cases = read.cases
         by_case = read.by_case(models, settings.batch_size)
@@ -108,9 +106,7 @@ def _ours(
     return runner.Job(read.task.name, OURS, json.dumps(decides), run, pictures=read.test_pictures)
 
 
-def _official(
-    read: TaskData, models: Sequence[features.Backbone], settings: runner.Settings
-) -> runner.Job:
+def _official(read: TaskData, models: Sequence[features.Backbone], settings: runner.Settings) -> runner.Job:
     task = read.task
 
     def run() -> tuple[list[Score], pa.Table]:

@@ -124,7 +124,9 @@ class TaskData:
         }
 
     @property
-    def _slices(self) -> tuple[dict[str, Int[np.ndarray, " _n"]], dict[str, tuple[PictureStore, Int[np.ndarray, " _n"]]]]:
+    def _slices(
+        self,
+    ) -> tuple[dict[str, Int[np.ndarray, " _n"]], dict[str, tuple[PictureStore, Int[np.ndarray, " _n"]]]]:
         """Of every split, the numbers of its slices, alone and with the images."""
         numbers = {split: source.numbers for split, source in self.images.items()}
         return numbers, {split: (source, numbers[split]) for split, source in self.images.items()}
