@@ -56,7 +56,7 @@ DEVICE_RATE = 5000  # slices/s of B/16 at 224 px: about what one accelerator doe
 
 def phantom_task(folder: Path, name: str, pixels: int, slices: int) -> TaskPictures:
     """A task of phantom images, whose rows are repeated until they have that many slices."""
-    _run("data_pipeline.phantom", f"--suite=curiabench --tasks={name} --patients=1 --size={pixels} --output={folder}")
+    _run("data_pipeline.phantom", f"--suite=curiabench --tasks={name} --patients=3 --size={pixels} --output={folder}")
     task, files = tasks.find(name), task_data.find(folder, name)
     assert files is not None
     pictures = TaskPictures(task, files, labels.FIT)
@@ -72,7 +72,7 @@ def phantom_task(folder: Path, name: str, pixels: int, slices: int) -> TaskPictu
 
 def phantom_shards(folder: Path, pixels: int, slices: int) -> Path:
     """Shards of the four series of a phantom patient."""
-    count = -(-slices // 4)
+    count = max(4, -(-slices // 4))  # the phantom's fewest
     _run("data_pipeline.phantom", f"--patients=1 --size={pixels} --slices={count} --output={folder}/exams")
     _run("data_pipeline.build", f"--input={folder}/exams/dicom --output={folder}/shards --validation=0 --test=0")
     return folder / "shards"
