@@ -154,6 +154,11 @@ def _tables(found: Comparison) -> str:
         "Each backbone with the head that had the smallest loss on the held-out cases; the interval is the 95 % interval, #1 the best of the task. "
         + (f"Lower is better for {', '.join(dict.fromkeys(lower))}. " if lower else "")
         + "The mean rank is over the tasks in which every backbone that sees the image has a value; values of different metrics have no mean."
+        + (
+            " The directions of a task count as one."
+            if len({line.task for line in found.lines}) < len(found.lines)
+            else ""
+        )
     )
     names = [BACKBONES.get(backbone, backbone) for backbone in found.backbones]
     return f"<h2>All tasks, protocol {page.escape(found.protocol)}</h2>" + page.table(
