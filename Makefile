@@ -11,7 +11,7 @@ TORCH ?= yes
 WORKERS ?= 3
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-short test-slow test-backbones golden fuzz faults lint lock image clean help
+.PHONY: demo test test-short test-slow test-backbones golden fuzz faults lint lock image suite clean help
 
 help:
 	@echo "make demo [DATA=folder] [OUT=folder]  exams -> shards -> pretraining -> weights -> scores -> report.html"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-backbones                   backbones of transformers, timm and open_clip, and adapters for peft, in an environment of their own (Python 3.11)"
 	@echo "make fuzz                             10,000 damaged and malicious files through the ingest, 20,000 through the other readers"
 	@echo "make faults                           kills, full disks and damage on runs of the command, and what becomes of them"
+	@echo "make suite [OUT=folder]               scores the demo's encoder on the phantom of the 19 tasks, then with shuffled labels"
 	@echo "make golden                           plan the named runs with the TPU compiler and compare with tests/golden (minutes)"
 	@echo "make lint                             ruff and pyright"
 	@echo "make lock                             renew requirements/*.txt from setup.py"
@@ -78,6 +79,9 @@ fuzz: $(VENV)/.test-installed
 
 faults: $(VENV)/.test-installed
 	$(VENV)/bin/python -m benchmarks.faults
+
+suite: $(VENV)/.test-installed
+	$(VENV)/bin/python -m benchmarks.suite --backbone='$(OUT)/run' --output=runs/suite
 
 golden: $(VENV)/.test-installed
 	$(VENV)/bin/python -m pytest -m slow --numprocesses=0 tests/plan/test_golden.py
