@@ -85,7 +85,7 @@ class Coverage:
 
 KINDS = (
     Kind("auroc", 0.0), Kind("auroc", 1.2), Kind("auroc", 0.0, 0.2), Kind("auroc", 1.2, 0.2), Kind("accuracy", 1.2),
-    Kind("c_index", 0.0, 0.7), Kind("c_index", 1.0, 0.7), Kind("r2", 0.0), Kind("r2", 0.7),
+    Kind("c_index", 0.0, 0.7), Kind("c_index", 1.0, 0.7), Kind("r2", 0.4), Kind("r2", 0.7),
 )  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="example:\n  python -m benchmarks.intervals",
     )  # fmt: skip
     parser.add_argument("--patients", default="15,30,100", help="of a study, with commas (%(default)s)")
-    parser.add_argument("--studies", type=int, default=2000, help="(%(default)s)")
+    parser.add_argument("--studies", type=int, default=500, help="(%(default)s)")
     parser.add_argument("--draws", type=int, default=1000, help="of each bootstrap (%(default)s)")
     args = parser.parse_args(argv)
     sizes = [int(word) for word in args.patients.split(",")]
