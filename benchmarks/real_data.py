@@ -84,7 +84,7 @@ def label_table(data: Path) -> list[dict[str, str | Path]]:
             )
     contrast = data / "labelled" / "ct_luad_contrast"
     lines = _read(contrast / "labels.csv")
-    patients = sorted({line["patient"] for line in lines}, key=_point)
+    patients = sorted({line["patient"] for line in lines}, key=point)
     held_out = set(patients[::2])
     for line in lines:
         rows.append(
@@ -118,7 +118,7 @@ def _read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _point(text: str) -> float:
+def point(text: str) -> float:
     """A number in [0, 1) that depends on the text alone."""
     return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32
 

@@ -6,7 +6,7 @@ matter; batches are small, as labelled sets are. --config.finetune.train=lora or
 The encoder's dimensions, and how pixels are prepared, are those of the run it starts from; `model` and `augment` here are those of
 training from scratch.
 Cost, by the planner's estimate, on v5e:4x4: 0.09 USD for 100,000 cases of one slice, 1.17 USD for 100,000 bags of 32 slices
-(docs/performance.md). Expected result: not measured yet.
+(docs/performance.md). Expected result: not measured at this size; a small encoder on two real sets is in docs/finetune.md.
 """
 
 import ml_collections
