@@ -32,6 +32,7 @@ from curia_jax.evaluate import results as evaluate_results
 from curia_jax.evaluate.results import PIXELS, RESULTS, SHARDS
 
 TASKS = ("tumor", "covid")
+COLUMNS: tuple[str, ...] = ("file", "split", "patient", "modality", *TASKS)
 SEEDS = (0, 1, 2)
 SCRATCH, FROZEN = "scratch", "frozen"
 PREDICTIONS = "ours-predictions.parquet"  # of curia_jax.evaluate, in the folder of a task
@@ -90,8 +91,7 @@ def build(data: Path, output: Path) -> Path:
     folders = [data / "labelled" / name for name in ("mr_brain_tumor", "ct_covid")]
     table, unused, key = (output / name for name in ("labels.csv", "unused.txt", "key"))
     with table.open("w", encoding="utf-8", newline="") as file:
-        columns: tuple[str, ...] = ("file", "split", "patient", "modality", *TASKS)
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows({**row, "file": os.path.relpath(row["file"], output)} for row in label_table(data))
     left_out = [path for path in real_data.left_out(data) if set(folders) & set(path.parents)]
