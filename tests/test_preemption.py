@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from curia_common import signals
-from curia_jax import checkpoint, preemption
+from curia_jax import checkpoint, preemption, trainer
 from curia_jax import config as configs
 from curia_jax import run as runs
 from curia_jax.objectives import mae
@@ -202,7 +202,7 @@ def test_run_saves_and_ends_with_75_at_a_notice(
                 )
             yield batch
 
-    assert runs.train(this, objective, batches).exit_code == 75
+    assert trainer.train(this, objective, batches).exit_code == 75
     assert (checkpoint.latest(str(tmp_path / "run")) or (0,))[0] == 3
 
 
