@@ -5,6 +5,7 @@ import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Int, Shaped
@@ -24,6 +25,7 @@ from curia_jax.evaluate.tasks import Task
 from curia_jax.evaluate.tokens import Tokens
 
 MODALITY = "modality"
+Of = TypeVar("Of")
 
 log = logs.get_logger(__name__)
 
@@ -233,29 +235,31 @@ class JoinedData:
 
     def by_case(self, models: Sequence[features.Backbone], batch_size: int) -> Features:
         """Features of all cases: those of the parts, which the cache may have from tasks of their own."""
-        found = [part.by_case(models, batch_size) for part in self.parts]
-        joined = {}
-        for split, rows in self._rows.items():
-            there = [(one[split], own) for one, own in zip(found, rows, strict=True) if split in one]
-            if there:
-                joined[split] = {
-                    model: {name: np.concatenate([one[model][name][own] for one, own in there]) for name in by_name}
-                    for model, by_name in there[0][0].items()
-                }
-        return joined
+        return {
+            split: {
+                model: {name: np.concatenate([one[model][name][own] for one, own in there]) for name in by_name}
+                for model, by_name in there[0][0].items()
+            }
+            for split, there in self._of_splits([part.by_case(models, batch_size) for part in self.parts]).items()
+        }
 
     def tokens(self, models: Sequence[features.Backbone], batch_size: int) -> TokenLists:
         """Tokens of all cases; see `by_case`."""
-        found = [part.tokens(models, batch_size) for part in self.parts]
-        joined = {}
-        for split, rows in self._rows.items():
-            there = [(one[split], own) for one, own in zip(found, rows, strict=True) if split in one]
-            if there:
-                joined[split] = {
-                    model: functools.reduce(Tokens.followed_by, [one[model][own] for one, own in there])
-                    for model in there[0][0]
-                }
-        return joined
+        return {
+            split: {
+                model: functools.reduce(Tokens.followed_by, [one[model][own] for one, own in there])
+                for model in there[0][0]
+            }
+            for split, there in self._of_splits([part.tokens(models, batch_size) for part in self.parts]).items()
+        }
+
+    def _of_splits(self, found: Sequence[Mapping[str, Of]]) -> dict[str, list[tuple[Of, Int[np.ndarray, " _n"]]]]:
+        """For each split, what the parts have of it, and which rows of that are of this task."""
+        pairs = {
+            split: [(one[split], own) for one, own in zip(found, rows, strict=True) if split in one]
+            for split, rows in self._rows.items()
+        }
+        return {split: there for split, there in pairs.items() if there}
 
     def across(self, asked: Column | None) -> Column:
         """The column that heads are scored across: always the modality."""
