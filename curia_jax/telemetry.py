@@ -145,10 +145,7 @@ class Log:
         """Drops the lines of metrics after `step`, from which the run continues, and tells TensorBoard to do so."""
         self._metrics.close()
         self._metrics = journal.Writer(self._folder / METRICS, lambda line: line["step"] <= step, ("step",))
-        with contextlib.suppress(Exception):  # as in `close`
-            if self._board is not None:
-                self._board.close()
-        self._board, self._dropped_after = None, step
+        self._dropped_after = step
 
     def metrics(self, step: int, values: Mapping[str, int | float]) -> None:
         """Appends one line to `metrics.jsonl` and one point per value to TensorBoard."""
@@ -165,10 +162,10 @@ class Log:
         try:
             if self._board is None or not (self._folder / BOARD).is_dir():  # not opened yet, or deleted meanwhile
                 self._board = EventFileWriter(str(self._folder / BOARD))
-                if self._dropped_after is not None:
-                    restart = SessionLog(status=SessionLog.START)
-                    self._board.add_event(Event(wall_time=now, step=self._dropped_after + 1, session_log=restart))
-                    self._dropped_after = None
+            if self._dropped_after is not None:
+                restart = SessionLog(status=SessionLog.START)
+                self._board.add_event(Event(wall_time=now, step=self._dropped_after + 1, session_log=restart))
+                self._dropped_after = None
             summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
             self._board.add_event(Event(wall_time=now, step=step, summary=summary))
             self._board_fails = False

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -214,6 +215,8 @@ def test_tensorboard_shows_the_points_of_the_log(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         log.metrics(step, {"loss": 0.5**step, "mfu": 0.25})
     log.close()
+    # TensorBoard reads event files in the order of their names: second, host, process, and a counter compared as text ("10" < "9").
+    time.sleep(1.1)
     log = telemetry.Log(str(tmp_path), start_step=2)
     log.metrics(3, {"loss": 8.0, "mfu": 0.5})
     log.close()
@@ -223,6 +226,18 @@ def test_tensorboard_shows_the_points_of_the_log(tmp_path: Path) -> None:
     # The points 3 and 4 of the first start are gone, as TensorBoard's own restart mark asks.
     assert [(point.step, point.value) for point in board.Scalars("loss")] == [(1, 0.5), (2, 0.25), (3, 8.0)]
     assert [point.value for point in board.Scalars("mfu")] == [0.25, 0.25, 0.5]
+
+
+def test_going_back_drops_the_later_points_from_tensorboard(tmp_path: Path) -> None:
+    log = telemetry.Log(str(tmp_path), start_step=0)
+    for step in (1, 2, 3):
+        log.metrics(step, {"loss": 0.5**step})
+    log.go_back(1)
+    log.metrics(2, {"loss": 8.0})
+    log.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [(point.step, point.value) for point in board.Scalars("loss")] == [(1, 0.5), (2, 8.0)]
 
 
 def test_last_metrics_of_a_new_folder_are_empty(tmp_path: Path) -> None:
