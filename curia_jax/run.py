@@ -24,6 +24,7 @@ from curia_common import launching, logs, mixtures, processes
 from curia_common.errors import DataError, UserError
 from curia_jax import (
     checkpoint,
+    compilations,
     data,
     hosts,
     preflight,
@@ -229,17 +230,12 @@ def use_devices(devices: Devices) -> None:
             "work directory; set --config.devices.multihost=true"
         )
     try:
-        found = jax.device_count()
+        jax.device_count()
     except RuntimeError as error:
         raise UserError(f"devices.platform is {devices.platform!r}: {error}") from error
     if launched is not None:
         preflight.check_devices(launched)
-    if jax.default_backend() == "cpu" and found > 1:
-        # XLA loses the order of a CPU program's collectives when it reads the program from the cache (jaxlib 0.10.2), and
-        # simulated devices then deadlock.
-        jax.config.update("jax_enable_compilation_cache", False)
-    elif devices.compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(devices.compilation_cache))
+    compilations.keep(devices.compilation_cache)
     if not hosts.is_first():
         logs.configure(logging.WARNING)
 

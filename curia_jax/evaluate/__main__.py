@@ -151,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
+    from curia_jax import compilations
     from curia_jax.evaluate import (
         backbones,
         corpus,
@@ -221,6 +222,7 @@ def evaluate(args: argparse.Namespace) -> int:
     if dataset:
         dataset.check(label_names)
     official = official_protocol.READOUTS if suite.OFFICIAL in protocols else ()
+    compilations.keep()
     models = backbones.open_backbones(
         given, floors, readouts=list(dict.fromkeys((*readouts, *official))), image_sizes=sizes
     )
