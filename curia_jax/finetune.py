@@ -71,8 +71,8 @@ python -m curia_jax.finetune --config=configs/finetune_vit.py --from=runs/b16 --
         help="finished runs of the same task, such as one with --from=none: paired differences to them",
     )
     made.add_argument(
-        "--cache", metavar="DIR", help="folder for the decoded images of tasks (default: cache in --workdir; with a bucket it has to "
-        "be given)",
+        "--cache", metavar="DIR", help="folder for the decoded images of tasks (default: cache in --workdir; where that is a bucket, "
+        "tasks other than shards/LABEL need it)",
     )  # fmt: skip
     made.add_argument("--draws", type=int, default=2000, help="bootstrap draws of the intervals (%(default)s)")
     made.add_argument("--fields", action="store_true", help="print the config's fields and values and exit")
@@ -89,6 +89,8 @@ def finetune(args: argparse.Namespace) -> int:
       UserError: as task_cases.open_task, run.prepare, objectives.supervised.make and trainer.train.
     """
     from curia_jax import config as configs
+    from curia_jax import storage
+    from curia_jax.evaluate import results
 
     config = configs.load(args.config, args.overrides)
     if args.fields:
@@ -100,6 +102,11 @@ def finetune(args: argparse.Namespace) -> int:
             raise UserError(f"the following arguments are required: --{option}")
     cli.at_least("--draws", args.draws, 1)
     tasks, seeds = _words(args.task), _seeds(args.seeds)
+    decoded = [word for word in tasks if not word.startswith(results.SHARDS)]
+    if decoded and args.cache is None and storage.is_bucket(args.workdir):
+        raise UserError(
+            f"--workdir={args.workdir} is a bucket; name a folder on this machine for the decoded images of {decoded[0]} in --cache"
+        )
     if len(tasks) > 1 or len(seeds) > 1:
         return _every(args, tasks, seeds or [config.seed])
     if seeds:
@@ -111,7 +118,7 @@ def finetune(args: argparse.Namespace) -> int:
 
 
 def _one(args: argparse.Namespace, config: Any, word: str) -> int:
-    from curia_jax import checkpoint, examples, hosts, origin, run, storage, task_cases, trainer, validation
+    from curia_jax import checkpoint, examples, hosts, origin, run, task_cases, trainer, validation
     from curia_jax import workdir as workdirs
     from curia_jax.evaluate import finetuned, labels
     from curia_jax.objectives import supervised
@@ -125,10 +132,6 @@ def _one(args: argparse.Namespace, config: Any, word: str) -> int:
     task = task_cases.open_task(word, args.data, cases=args.cases)
     head = task.head(kind=wanted.head, pooling=wanted.pooling)
     others = tuple(finetuned.read(place) for place in _words(args.against or ""))
-    if args.cache is None and storage.is_bucket(args.workdir):
-        raise UserError(
-            f"--workdir={args.workdir} is a bucket; name a folder on this machine for decoded images in --cache"
-        )
     cache = Path(args.cache or Path(args.workdir) / workdirs.CACHE)
     splits: dict[str, examples.Cases] = {}
 
@@ -243,11 +246,15 @@ def _every(args: argparse.Namespace, tasks: Sequence[str], seeds: Sequence[int])
 
 def _child(args: argparse.Namespace, task: str, seed: int, workdir: str, own: str) -> int:
     """Runs the command for one task and seed, and passes on the signals that ask to stop."""
+    from curia_jax import storage
+
     words = [
         f"--config={args.config}", *args.overrides, f"--task={task}", f"--seeds={seed}", f"--data={args.data}",
         f"--workdir={workdir}", f"--cases={args.cases}", f"--draws={args.draws}",
-        f"--cache={args.cache or f'{args.workdir}/cache'}",
     ]  # fmt: skip
+    cache = args.cache or (None if storage.is_bucket(args.workdir) else f"{args.workdir}/cache")
+    if cache:
+        words.append(f"--cache={cache}")
     if args.start_from is not None:
         words.append(f"--from={args.start_from}")
     if args.against:

@@ -367,6 +367,24 @@ def test_wrong_usage_is_one_line_and_creates_nothing(
     assert message in shown and shown.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
+def test_only_published_tasks_need_a_cache_beside_a_bucket(
+    study: Path, bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in ([f"--workdir={bucket}"], [f"--workdir={bucket}", "--seeds=0,1"]):
+        assert start(study, tmp_path / "run", *words) == ExitCode.USAGE, words
+        assert (
+            "is a bucket; name a folder on this machine for the decoded images of ich in --cache"
+            in capsys.readouterr().err
+        )
+    write_exams(tmp_path / "exams")
+    words = ["--input", f"{tmp_path}/exams", "--output", f"{tmp_path}/shards", "--workers", "1"]
+    words += ["--labels", f"{tmp_path}/exams/labels.csv", "--label-columns", "shape", "--split-column", "split"]
+    assert build.main([*words, "--patient-column", "patient"]) == 0
+    words = [f"--data={tmp_path}/shards", "--task=shards/shape", f"--workdir={bucket}"]
+    assert start(study, tmp_path / "run", *words, start_from="no-run") == ExitCode.USAGE  # the next thing that is wrong
+    assert "no-run" in capsys.readouterr().err
+
+
 def test_batch_that_does_not_divide_is_refused_before_anything_is_made(
     study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
