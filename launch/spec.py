@@ -237,6 +237,12 @@ def make(
             f"--workdir={workdir}: runs lock their work directory and mark their checkpoints by conditional writes, which are tested in "
             "gs:// alone; write gs://BUCKET/FOLDER, or mount that bucket and name the folder"
         )
+    decoded = [word for word in (option_of(words, "--task") or "").split(",") if not word.startswith("shards/")]
+    if name == "finetune" and workdir and "://" in workdir and any(decoded) and not option_of(words, "--cache"):
+        raise UserError(
+            f"finetune --task={decoded[0]} decodes images into its work directory, which is a bucket; add a folder of the machines, "
+            "such as --cache=/tmp/cache"
+        )
     if spot and reserved:
         raise UserError("--spot and --reserved exclude each other; leave one out")
     if reservation and not reserved:

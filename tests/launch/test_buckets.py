@@ -48,7 +48,7 @@ def test_folders_of_a_mixture_are_read_below_one_mount() -> None:
 
 
 def test_data_of_a_fine_tuning_is_mounted_and_read_there() -> None:
-    words = "finetune --config=finetune_vit --from=gs://data/b16 --task=ich --workdir=gs://runs/ich --data=gs://data/bench:1,a"
+    words = "finetune --config=finetune_vit --from=gs://data/b16 --task=ich --workdir=gs://runs/ich --cache=/tmp/c --data=gs://data/bench:1,a"
     mount = buckets.shards_of(spec := made(words, target="gke", shards_cache_gib=3))
     assert mount is not None and mount[:2] == ("data", "bench:1,a")  # a folder, not a mixture
     assert mount.options()["only-dir"] == "bench:1,a"
@@ -64,7 +64,9 @@ def test_data_of_a_fine_tuning_is_mounted_and_read_there() -> None:
     ],
 )
 def test_folder_that_a_fine_tuning_in_the_cloud_lacks_is_refused(words: str, message: str) -> None:
-    spec = made(f"finetune --config=finetune_vit --task=ich --workdir=gs://runs/ich {words}", target="gke")
+    spec = made(
+        f"finetune --config=finetune_vit --task=ich --workdir=gs://runs/ich --cache=/tmp/c {words}", target="gke"
+    )
     with pytest.raises(UserError, match=message):
         buckets.check(spec)
 

@@ -48,6 +48,11 @@ def test_run_without_a_work_directory_is_named_after_its_output_or_command() -> 
     assert made(command=["evaluate"], topology="cpu:1x1").run == "evaluate"
 
 
+@pytest.mark.parametrize("words", ["--task=ich --cache=/tmp/cache", "--task=shards/lesion", "--task=shards/a+b"])
+def test_finetune_into_a_bucket_is_taken_with_a_cache_or_shards(words: str) -> None:
+    assert made(f"finetune {words} --workdir=gs://b/run").command == "finetune"
+
+
 def test_contract_has_the_counts_of_all_slices() -> None:
     contract = made(topology="tpu7x-128", slices=2).contract("3", "host:1")
     assert dataclasses.astuple(contract) == ("first-run", "3", "tpu", 32, 256, 2, "host:1")
@@ -64,6 +69,7 @@ def test_contract_has_the_counts_of_all_slices() -> None:
         ("evaluate", {"topology": None}, "--topology is missing"),
         ("pretrain --workdir=a", {"topology": "v5e-250"}, "there is no TPU slice v5e-250; the nearest are v5e-256"),
         ("pretrain --workdir=a", {"topology": "v5e:16x15"}, "there is no TPU slice v5e:16x15"),
+        ("finetune --task=ich --workdir=gs://b/run", {}, "finetune --task=ich decodes images .* such as --cache=/tmp/cache"),
         ("pretrain --workdir=s3://b/run", {}, "--workdir=s3://b/run: .* conditional writes, which are tested in gs:// alone; write gs://"),
         ("pretrain --workdir=a", {"spot": True, "reserved": True}, "--spot and --reserved exclude each other"),
         ("pretrain --workdir=a", {"reservation": "r"}, "add --reserved"),
