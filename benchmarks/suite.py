@@ -28,7 +28,7 @@ from jaxtyping import Float, Int, Shaped
 
 from benchmarks.real_data import command
 from curia_jax.evaluate import official_protocol, statistics, tasks
-from curia_jax.evaluate.results import FAILED, FLOORS, NOT_RUN, RESULTS, Score, read, read_rows
+from curia_jax.evaluate.results import FAILED, FLOORS, NOT_RUN, RESULTS, Score, predictions_path, read, read_rows
 from curia_jax.evaluate.targets import Times
 from curia_jax.report import comparison
 
@@ -196,7 +196,7 @@ def predictions(folder: Path) -> Iterator[Predicted]:
     for title in dict.fromkeys(score.study.title for score in scores):
         own = [score for score in scores if score.study.title == title]
         study = own[0].study
-        table = pq.read_table(folder / study.task / f"{study.protocol}-predictions.parquet")
+        table = pq.read_table(predictions_path(folder, study))
         if study.trained_on is not None:  # a direction of a task across modalities
             inside = (pc.field("trained_on") == study.trained_on) & (pc.field("tested_on") == study.tested_on)
             table = table.filter(inside)

@@ -10,9 +10,11 @@ def make_score(task: str = "lesion", backbone: str = "run", head: str = "ridge",
     study = {
         "task": task, "n": 60, "patients": 12, "unit": "slice", "classes": ("no", "yes"), "classes_not_learned": (),
         "draws": 2000, "seed": 0, "train_n": 200, "train_patients": 40, "groups": "patients", "events": 25,
-        "labels": "100 %", "protocol": "ours", "data_sha256": "", "trained_on": None, "tested_on": None,
+        "labels": "100 %", "protocol": "ours", "data_sha256": "", "across": None, "trained_on": None, "tested_on": None,
     }  # fmt: skip
     study |= {name: changes.pop(name) for name in tuple(changes) if name in study}
+    if study["trained_on"] and study["across"] is None:
+        study["across"] = "modality"
     fields = {
         "metric": "auroc",
         "value": 0.7,

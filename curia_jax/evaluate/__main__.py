@@ -17,7 +17,7 @@ anatomy-cross-modality is scored so without it.
   results.json, .csv      a row for each figure: task, protocol, backbone, against (other side of a paired difference), head,
                           features, labels (share of the training labels), metric, value, low and high (ends of the interval,
                           null where undefined), n and events (test cases, positive ones), seed, data_sha256, status (ok,
-                          not_run, failed), reason, subgroup ("scanner=A"; null for all test cases), trained_on and
+                          not_run, failed), reason, subgroup ("scanner=A"; null for all test cases), across, trained_on and
                           tested_on ("CT", "MR"; null unless across a column)
   table.tex               the first table of the report
   a folder for each task  its predictions

@@ -100,7 +100,7 @@ def score(
             for tested in sides:
                 inside = side_of_case == tested
                 shown = cases.restricted(inside)
-                of_direction = scoring.study_of_part(study, shown, trained_on=trained, tested_on=tested)
+                of_direction = scoring.study_of_part(study, shown, across=column, trained_on=trained, tested_on=tested)
                 found[trained, tested] = _Measured(
                     of_direction, shown, bootstrap.restricted(inside), predicted.restricted(inside)
                 )

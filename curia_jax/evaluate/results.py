@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,15 +24,26 @@ OK, NOT_RUN, FAILED = "ok", "not_run", "failed"
 # Of every row, in this order; a row with status "ok" has further fields that say how its value was obtained.
 COLUMNS: tuple[str, ...] = (
     "task", "protocol", "backbone", "against", "head", "features", "labels", "metric", "value", "low", "high", "n", "events",
-    "seed", "data_sha256", "status", "reason", "subgroup", "trained_on", "tested_on",
+    "seed", "data_sha256", "status", "reason", "subgroup", "across", "trained_on", "tested_on",
 )  # fmt: skip
 RESULTS, TABLE = "results.json", "results.csv"  # in the folder that --output names
+MODALITY = "modality"  # the column across which anatomy-cross-modality is scored
 # Before a value of a column in `against`: the other side of a difference across it.
 TRAINED_ON, TESTED_ON = "trained on ", "tested on "
 SHARDS = "shards/"  # before the label in the name of a task that is a label of a shard folder
 
 Row = Mapping[str, Any]  # of the JSON file
 Setting = Mapping[str, float | int | bool]
+
+
+def file_stem(protocol: str, across: str | None) -> str:
+    """How the names of a task's files begin, in its folder in --output: "ours", "ours-across-scanner"."""
+    return protocol if across is None else re.sub(r"[^\w.-]+", "-", f"{protocol}-across-{across}")
+
+
+def predictions_path(output: Path, study: "Study") -> Path:
+    """The scores of every test case."""
+    return output / study.task / f"{file_stem(study.protocol, study.across)}-predictions.parquet"
 
 
 def labels_text(amount: int | float) -> str:
@@ -69,8 +81,8 @@ class Study:
       subgroup: of the test cases, "scanner=A"; None for all of them.
       in_corpus: images of the whole test split that are in the pretraining corpus; None where none was given.
       in_corpus_first: some of them, "test 12".
-      trained_on, tested_on: across a column, its values in the cases that heads learned from and in those that were scored,
-        "CT" and "MR"; None where all cases are used.
+      across: the column across which the task is scored, "modality"; None where all cases are used.
+      trained_on, tested_on: its values in the cases that heads learned from and in those that were scored, "CT" and "MR".
     """
 
     task: str
@@ -92,6 +104,7 @@ class Study:
     subgroup: str | None = None
     in_corpus: int | None = None
     in_corpus_first: tuple[str, ...] = ()
+    across: str | None = None
     trained_on: str | None = None
     tested_on: str | None = None
 
@@ -99,7 +112,10 @@ class Study:
     def title(self) -> str:
         """The task's name for people, and which cases heads learned from and were scored on."""
         name = self.task.removeprefix(SHARDS)
-        return name if self.trained_on is None else f"{name}, {self.trained_on} to {self.tested_on}"
+        if self.across is None:
+            return name
+        column = "" if self.across == MODALITY else f"{self.across.partition(':')[0]} "
+        return f"{name}, {column}{self.trained_on} to {self.tested_on}"
 
     @property
     def few_text(self) -> str:
@@ -167,6 +183,7 @@ class NotScored:
     """A task without a score.
 
     Attributes:
+      across: as in Study.
       status: NOT_RUN or FAILED.
       reason: in words.
     """
@@ -175,6 +192,7 @@ class NotScored:
     protocol: str
     status: str
     reason: str
+    across: str | None = None
 
     def to_row(self) -> Row:
         """The JSON row."""
@@ -223,7 +241,7 @@ class Score:
     def is_across(self) -> bool:
         """Whether it is a difference across a column, of one backbone, and not of two backbones."""
         return (
-            self.study.trained_on is not None
+            self.study.across is not None
             and self.against is not None
             and self.against.startswith((TRAINED_ON, TESTED_ON))
         )

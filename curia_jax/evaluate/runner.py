@@ -31,6 +31,9 @@ from curia_jax.evaluate.results import (
     NotScored,
     Row,
     Score,
+    Study,
+    file_stem,
+    predictions_path,
     read_rows,
     rows,
     to_csv,
@@ -78,7 +81,7 @@ class Job:
     """A task by one protocol.
 
     Attributes:
-      task, protocol: as in results.
+      task, protocol, across: as in results.
       key: text that changes with everything that decides the result.
       run: gives the scores and the predictions of the test cases; raises UserError where the task cannot be scored.
       not_run: why it is not run; None if it is.
@@ -90,6 +93,7 @@ class Job:
     key: str = ""
     run: Callable[[], tuple[list[Score], pa.Table]] | None = None
     not_run: str | None = None
+    across: str | None = None
     pictures: Callable[[Sequence[int]], Sequence[Picture]] | None = None
 
 
@@ -142,28 +146,29 @@ def run(jobs: Sequence[Job], output: Path) -> Outcome:
             raise
         except UserError as error:
             log.info(f"failed: {error}")
-            found += rows([NotScored(job.task, job.protocol, FAILED, str(error))])
+            found += rows([NotScored(job.task, job.protocol, FAILED, str(error), job.across)])
             exit_code = exit_code or ExitCode.DATA
         except (OSError, MemoryError):
             raise
         except Exception as error:  # noqa: BLE001 - one task must not end the others
             print("".join(traceback.format_exception(error)), end="", file=sys.stderr)
             log.info(f"failed: unforeseen fault ({fault_location(error)}); please report it")
-            found += rows([NotScored(job.task, job.protocol, FAILED, f"unforeseen fault ({fault_location(error)})")])
+            reason = f"unforeseen fault ({fault_location(error)})"
+            found += rows([NotScored(job.task, job.protocol, FAILED, reason, job.across)])
             exit_code = ExitCode.FAULT
         _publish(with_holm([*found, *earlier]), output)
     return Outcome(with_holm([*found, *earlier]), len(found), exit_code)
 
 
 def _earlier(jobs: Sequence[Job], output: Path) -> list[Row]:
-    """Rows of results.json of tasks and protocols that are not among the jobs."""
+    """Rows of results.json that none of the jobs makes: of other tasks, protocols, or across another column."""
     try:
         before = read_rows(output / RESULTS)
         for row in before:
             if row["status"] == OK:
                 Score.from_row(row)
-        known = {(job.task, job.protocol) for job in jobs}
-        return [row for row in before if (row["task"], row["protocol"]) not in known]
+        known = {(job.task, job.protocol, job.across) for job in jobs}
+        return [row for row in before if (row["task"], row["protocol"], row["across"]) not in known]
     except FileNotFoundError:
         return []
     except (DataError, KeyError, ValueError) as error:
@@ -174,9 +179,9 @@ def _earlier(jobs: Sequence[Job], output: Path) -> list[Row]:
 def _rows(job: Job, output: Path) -> list[Row]:
     if job.run is None:
         log.info(f"not run: {job.not_run}")
-        return rows([NotScored(job.task, job.protocol, NOT_RUN, job.not_run or "")])
+        return rows([NotScored(job.task, job.protocol, NOT_RUN, job.not_run or "", job.across)])
     folder = output / job.task
-    done = _done(output, job.task, job.protocol)
+    done = _done(output, job.task, job.protocol, job.across)
     key = hashlib.sha256(job.key.encode()).hexdigest()
     if done.is_file():
         try:
@@ -189,19 +194,21 @@ def _rows(job: Job, output: Path) -> list[Row]:
     scores, predictions = job.run()
     made = rows(scores)
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_table(folder / f"{job.protocol}-predictions.parquet", predictions)
+    files.write_table(predictions_path(output, scores[0].study), predictions)
     files.write_text(done, json.dumps({"key": key, "rows": made}, indent=1) + "\n")
     return made
 
 
-def _done(output: Path, task: str, protocol: str) -> Path:
-    return output / task / f"{protocol}.json"
+def _done(output: Path, task: str, protocol: str, across: str | None) -> Path:
+    return output / task / f"{file_stem(protocol, across)}.json"
 
 
-def key_of(output: Path, task: str, protocol: str) -> str:
+def key_of(output: Path, study: Study) -> str:
     """The digest of everything that decided the results of a task that lie in the output folder; empty where none do."""
     try:
-        return str(json.loads(_done(output, task, protocol).read_text(encoding="utf-8"))["key"])
+        return str(
+            json.loads(_done(output, study.task, study.protocol, study.across).read_text(encoding="utf-8"))["key"]
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 

@@ -122,7 +122,8 @@ def job(
         curia_common.__version__, name, dataset.sha256, [(model.name, model.digest) for model in models],
         dataclasses.asdict(settings),
     ]  # fmt: skip
-    return runner.Job(name, "ours", json.dumps(decides), run)
+    column = str(settings.across) if settings.across else None
+    return runner.Job(name, "ours", json.dumps(decides), run, across=column)
 
 
 def groups(dataset: Dataset, task: labels.Task, columns: Sequence[Column]) -> dict[str, Shaped[np.ndarray, " slices"]]:

@@ -11,8 +11,8 @@ import pyarrow as pa
 import curia_common
 from curia_common.errors import DataError, UserError
 from curia_jax.evaluate import across, corpus, features, labels, official_protocol, runner, scoring
-from curia_jax.evaluate.results import Score
-from curia_jax.evaluate.task_inputs import MODALITY, JoinedData, Missing, TaskData, open_task
+from curia_jax.evaluate.results import MODALITY, Score
+from curia_jax.evaluate.task_inputs import JoinedData, Missing, TaskData, open_task
 from curia_jax.evaluate.tasks import TIME, VALUE, Task
 
 OURS, OFFICIAL = "ours", official_protocol.NAME
@@ -52,9 +52,9 @@ def jobs(
         runner.Job(task.name, protocol, not_run=reasons[protocol]) for protocol in protocols if reasons[protocol]
     ]
     protocols = [protocol for protocol in protocols if not reasons[protocol]]
-    if not protocols:
-        return not_run
-    return _with_data(task, folder, models, settings, cache, protocols, named=named) + not_run
+    made = _with_data(task, folder, models, settings, cache, protocols, named=named) if protocols else []
+    across_column = MODALITY if task.parts else str(settings.across) if settings.across else None
+    return [dataclasses.replace(one, across=across_column) if one.protocol == OURS else one for one in made + not_run]
 
 
 def _with_data(

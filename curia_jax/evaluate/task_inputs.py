@@ -17,14 +17,13 @@ from curia_jax.evaluate.cache import gather
 from curia_jax.evaluate.class_map import ClassMap
 from curia_jax.evaluate.picture_store import PictureStore, open_store
 from curia_jax.evaluate.pictures import MOST_SLICES, Picture, TaskPictures, pooled
-from curia_jax.evaluate.results import CLINICAL
+from curia_jax.evaluate.results import CLINICAL, MODALITY
 from curia_jax.evaluate.scoring import Features, TokenLists
 from curia_jax.evaluate.subgroups import Column
 from curia_jax.evaluate.task_data import Files
 from curia_jax.evaluate.tasks import Task
 from curia_jax.evaluate.tokens import Tokens
 
-MODALITY = "modality"
 Of = TypeVar("Of")
 
 log = logs.get_logger(__name__)

@@ -21,7 +21,18 @@ from curia_common import source
 from curia_common.errors import DataError
 from curia_jax.evaluate import runner
 from curia_jax.evaluate.preparation import Preparation
-from curia_jax.evaluate.results import ALL_LABELS, MAJORITY, OK, SHARDS, Provenance, Row, Score, Study
+from curia_jax.evaluate.results import (
+    ALL_LABELS,
+    MAJORITY,
+    OK,
+    SHARDS,
+    Provenance,
+    Row,
+    Score,
+    Study,
+    file_stem,
+    predictions_path,
+)
 from curia_jax.report import across, comparison, curves, examples, few_labels, page
 from curia_jax.report.comparison import LOWER_IS_BETTER, Comparison, Line
 from curia_jax.report.sections import BACKBONES, METRICS, score_table
@@ -48,9 +59,11 @@ def write(output: Path, rows: Sequence[Row], command: str, images: Mapping[str, 
     (output / PICTURES).mkdir(exist_ok=True)
     parts = [_tables(found) for found in comparisons]
     parts.append(_not_scored(not_scored))
-    studies = dict.fromkeys((score.study.task, score.study.protocol) for score in scores)
-    for task, protocol in studies:
-        of_task = [s for s in everything if (s.study.task, s.study.protocol) == (task, protocol)]
+    studies = dict.fromkeys((s.study.task, s.study.protocol, s.study.across) for s in scores)
+    for task, protocol, column in studies:
+        of_task = [
+            s for s in everything if (s.study.task, s.study.protocol, s.study.across) == (task, protocol, column)
+        ]
         if crossing := across.crossing(of_task):
             parts.append(_across(output, crossing))
         for title in dict.fromkeys(score.study.title for score in of_task):
@@ -59,7 +72,7 @@ def write(output: Path, rows: Sequence[Row], command: str, images: Mapping[str, 
             parts.append(_subgroups(own, [s for s in of_task if s.study.title == title and s.study.subgroup]))
     parts.append(_provenance(scores, command))
     now = datetime.datetime.now().astimezone()
-    tasks = page.count(len({task for task, _ in studies}), "task")
+    tasks = page.count(len({task for task, *_ in studies}), "task")
     lead = f"{tasks} scored; {now.strftime('%-d %B %Y, %H:%M %Z')}."
     footer = (
         f"Curia JAX {curia_common.__version__}, python -m curia_jax.evaluate. For research; not a medical device, and no figure here "
@@ -73,7 +86,7 @@ def _pictures(output: Path, scores: Sequence[Score], images: examples.Images | N
     """The sources of the pictures of a task by one protocol; those whose results have not changed are not drawn again."""
     study = scores[0].study
     name = _file_name(study)
-    made_from = runner.key_of(output, study.task, study.protocol)
+    made_from = runner.key_of(output, study)
     key = f"{made_from} {source.describe()} {images is not None}" if made_from else ""
     found = {}
 
@@ -100,14 +113,14 @@ def _pictures(output: Path, scores: Sequence[Score], images: examples.Images | N
 def _file_name(study: Study, *more: str) -> str:
     """Of a picture: letters, digits, dots and dashes."""
     direction = () if study.trained_on is None else (study.trained_on, "to", str(study.tested_on))
-    return re.sub(r"[^\w.-]+", "-", "-".join((study.task, study.protocol, *direction, *more)))
+    return re.sub(r"[^\w.-]+", "-", "-".join((study.task, file_stem(study.protocol, study.across), *direction, *more)))
 
 
 def _across(output: Path, found: across.Crossing) -> str:
     """What is lost from one value of a column to another: a picture, and its figures."""
     metric = METRICS.get(found.metric, found.metric)
-    name = f"{_file_name(dataclasses.replace(found.study, trained_on=None))}-across.png"
-    key = runner.key_of(output, found.study.task, found.study.protocol)
+    name = f"{_file_name(dataclasses.replace(found.study, trained_on=None))}.png"
+    key = runner.key_of(output, found.study)
     image = page.draw_once(
         output / PICTURES / name, f"{key} {source.describe()}" if key else "", lambda: across.figure(found, metric)
     )
@@ -124,7 +137,7 @@ def _across(output: Path, found: across.Crossing) -> str:
                 )
             )  # fmt: skip
             previous = direction
-    title = f"{found.study.task.removeprefix(SHARDS)}, protocol {found.study.protocol}: what is lost across"
+    title = f"{found.study.task.removeprefix(SHARDS)}, protocol {found.study.protocol}: what is lost across {found.study.across}"
     caption = (
         "Across: heads that learned from the first and were tested on the second. Within: heads that learned from the second, on the same cases. Lost: "
         "across minus within. Every backbone with the head that had the smallest mean loss on the held-out cases of all directions. Bars are 95 % intervals."
@@ -299,7 +312,7 @@ def _predictions(output: Path, scores: Sequence[Score]) -> Mapping[str, curves.P
     study = scores[0].study
     if not study.classes:
         return {}
-    path = output / study.task / f"{study.protocol}-predictions.parquet"
+    path = predictions_path(output, study)
     try:
         columns = ["backbone", "head", "labels", "target", "scores", "patient", "slice"]
         direction = {name: getattr(study, name) for name in ("trained_on", "tested_on") if study.trained_on is not None}

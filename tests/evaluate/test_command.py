@@ -309,9 +309,15 @@ def test_help_has_examples(capsys) -> None:
 
 @pytest.mark.long
 def test_label_of_shards_is_scored_across_modalities(study, tmp_path) -> None:
-    words = ("--across=modality", "--floors=pixels", "--heads=ridge", "--features=mean", "--draws=100")
+    words = ("--floors=pixels", "--heads=ridge", "--features=mean", "--draws=100")
     assert run(study, tmp_path, *words) == 0
-    rows = [row for row in read(tmp_path) if row["metric"] == "auroc"]
+    together = read(tmp_path)
+    assert run(study, tmp_path, "--across=modality", *words) == 0
+    rows = read(tmp_path)
+    kept = [row for row in rows if row["across"] is None]
+    assert kept and [row | {"p_holm": None} for row in kept] == [row | {"p_holm": None} for row in together]
+    assert len(list((tmp_path / "shards/shape").glob("*-predictions.parquet"))) == 2
+    rows = [row for row in rows if row["metric"] == "auroc" and row["across"] == "modality"]
     values = [row for row in rows if row["against"] is None]
     assert {(row["trained_on"], row["tested_on"]) for row in values} == {
         (a, b) for a in ("CT", "MR") for b in ("CT", "MR")

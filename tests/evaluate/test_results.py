@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+from pathlib import Path
 
 import pytest
 
@@ -93,3 +94,20 @@ def test_labels_tell_a_share_from_a_number_of_cases(amount: int | float, text: s
     assert results.labels_text(amount) == text
     read = results.labels_amount(text)
     assert read == pytest.approx(amount) and type(read) is type(amount)
+
+
+def test_title_and_files_name_the_column_across_which_a_task_is_scored(tmp_path: Path) -> None:
+    pooled, modality, age = (
+        make_score("shards/lesion", across=across, trained_on=trained, tested_on=tested).study
+        for across, trained, tested in (
+            (None, None, None),
+            ("modality", "CT", "MR"),
+            ("age:20", "20 to 40", "40 to 60"),
+        )
+    )
+    assert [one.title for one in (pooled, modality, age)] == [
+        "lesion", "lesion, CT to MR", "lesion, age 20 to 40 to 40 to 60",
+    ]  # fmt: skip
+    assert [results.predictions_path(tmp_path, one).name for one in (pooled, modality, age)] == [
+        "ours-predictions.parquet", "ours-across-modality-predictions.parquet", "ours-across-age-20-predictions.parquet",
+    ]  # fmt: skip

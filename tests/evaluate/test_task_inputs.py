@@ -84,7 +84,7 @@ def test_command_scores_four_directions_and_what_is_lost(study, tmp_path, capsys
     assert (value("CT", "MR", name="n"), value("CT", "MR", name="train_n"), value("MR", "CT", name="n")) == (30, 40, 40)
     assert {row["status"] for row in rows} == {"ok"} and len({row["data_sha256"] for row in rows}) == 1
 
-    cases = pq.read_table(tmp_path / NAME / "ours-predictions.parquet").to_pylist()
+    cases = pq.read_table(tmp_path / NAME / "ours-across-modality-predictions.parquet").to_pylist()
     mine = [c for c in cases if (c["backbone"], c["trained_on"], c["tested_on"]) == ("histogram", "CT", "MR")]
     assert np.mean([c["predicted"] == c["target"] for c in mine]) == pytest.approx(value("CT", "MR"))
     page = (tmp_path / "report.html").read_text()

@@ -174,7 +174,7 @@ def test_page_shows_what_is_lost_across_before_the_directions(tmp_path: Path) ->
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert 'alt="losses across, shards/organ"' in text and "The directions of a task count as one." in text
     titles = re.findall(r"<h2>([^<]*)</h2>", text)
-    lost = titles.index("organ, protocol ours: what is lost across")
+    lost = titles.index("organ, protocol ours: what is lost across modality")
     directions = [f"organ, {a} to {b}, protocol ours" for a in ("CT", "MR") for b in ("CT", "MR")]
     assert sorted(titles[lost + 1 : lost + 5]) == directions
     # Of run in both directions: within, across, and the loss with its interval.
