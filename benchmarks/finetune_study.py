@@ -39,7 +39,7 @@ PREDICTIONS = "ours-predictions.parquet"  # of curia_jax.evaluate, in the folder
 VALIDATION = 0.2  # of the patients outside the test split
 # Equal for all: the model of configs/real_data.py, of smaller slices to save time, and the batches. Steps are scarcer than cases.
 SETTINGS = (
-    "--config.batch_size=8", "--config.duration=160 steps", "--config.save_every=50 %", "--config.log_every=20 steps",
+    "--config.batch_size=8", "--config.duration=480 steps", "--config.save_every=25 %", "--config.log_every=20 steps",
     "--config.model.size=Ti", "--config.model.image_size=(64,64)", "--config.model.patch_size=(8,8)", "--config.model.unroll=1",
     "--config.model.activation=gelu", "--config.model.dtype=float32", "--config.model.attention=xla",
     "--config.finetune.pooling=mean", "--config.augment.flip=true", "--config.data.threads=1",
