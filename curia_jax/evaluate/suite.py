@@ -12,6 +12,7 @@ import curia_common
 from curia_common.errors import DataError, UserError
 from curia_jax.evaluate import across, corpus, features, labels, official_protocol, runner, scoring
 from curia_jax.evaluate.results import MODALITY, Score
+from curia_jax.evaluate.subgroups import Column
 from curia_jax.evaluate.task_inputs import JoinedData, Missing, TaskData, open_task
 from curia_jax.evaluate.tasks import TIME, VALUE, Task
 
@@ -53,8 +54,9 @@ def jobs(
     ]
     protocols = [protocol for protocol in protocols if not reasons[protocol]]
     made = _with_data(task, folder, models, settings, cache, protocols, named=named) if protocols else []
-    across_column = MODALITY if task.parts else str(settings.across) if settings.across else None
-    return [dataclasses.replace(one, across=across_column) if one.protocol == OURS else one for one in made + not_run]
+    column = Column(MODALITY) if task.parts else settings.across
+    name = None if column is None else str(column)
+    return [dataclasses.replace(one, across=name) if one.protocol == OURS else one for one in made + not_run]
 
 
 def _with_data(
