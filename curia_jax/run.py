@@ -230,7 +230,7 @@ def use_devices(devices: Devices) -> None:
             "work directory; set --config.devices.multihost=true"
         )
     try:
-        jax.device_count()
+        jax.device_count()  # starts the devices
     except RuntimeError as error:
         raise UserError(f"devices.platform is {devices.platform!r}: {error}") from error
     if launched is not None:

@@ -237,6 +237,7 @@ def make(
             f"--workdir={workdir}: runs lock their work directory and mark their checkpoints by conditional writes, which are tested in "
             "gs:// alone; write gs://BUCKET/FOLDER, or mount that bucket and name the folder"
         )
+    # The command refuses it as well, but only on machines that have been paid for.
     decoded = [word for word in (option_of(words, "--task") or "").split(",") if not word.startswith("shards/")]
     if name == "finetune" and workdir and "://" in workdir and any(decoded) and not option_of(words, "--cache"):
         raise UserError(
